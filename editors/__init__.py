@@ -1,0 +1,18 @@
+"""Editor strategies, one module an editor. Write one with `EditorStrategy`, `EditOutcome` and `@register_editor`."""
+
+from typing import TYPE_CHECKING, Any
+
+from grace_bench.registry import EDITORS, register_editor
+
+if TYPE_CHECKING:
+    from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
+
+__all__ = ["EditBatch", "EditOutcome", "EditorStrategy", "register_editor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("EditBatch", "EditOutcome", "EditorStrategy"):
+        from grace_bench import strategy
+
+        return getattr(strategy, name)
+    return EDITORS.by_class_name(name)

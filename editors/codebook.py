@@ -1,0 +1,291 @@
+"""The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Label = tuple[int, ...]
+Op = Literal["add", "expand", "split", "hit", "relabel"]
+Distance = Literal["euclidean", "cosine"]
+Fidelity = Literal["strict", "reference"]
+
+# What a padded batch may move a query by is about 1e-5; these leave room for it.
+_RADIUS_MARGIN = 1e-4
+_SAME_KEY = 1e-4
+_JITTER = 2e-5
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What an edit did to the codebook.
+
+    Attributes:
+        op: `add`, `expand`, `split`, `hit` or `relabel`.
+        entry: The entry that holds the edit.
+        is_new: Whether that entry was made by it.
+        distance: Distance to the nearest entry beforehand, None if there was none.
+    """
+
+    op: Op
+    entry: int
+    is_new: bool
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Which entry answers each of B queries.
+
+    Attributes:
+        entry: (B,) long, the nearest entry.
+        distance: (B,) its distance.
+        hit: (B,) bool, whether the query lies within its radius.
+    """
+
+    entry: Tensor
+    distance: Tensor
+    hit: Tensor
+
+
+class Codebook:
+    """Keys, values, radii and labels, growing in amortised constant time.
+
+    `settle` decides what an edit does to keys, radii and labels; it never looks at values. `retrieve` finds the entries
+    that answer queries; it never changes anything.
+
+    Args:
+        eps_init: Radius of a new entry.
+        distance: `euclidean`, or `cosine` (1 - cosine similarity).
+        fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
+            non-negative, every edited query inside its own ball, and compares labels rather than their means.
+        device: Where the tensors are.
+
+    Raises:
+        ValueError: If `eps_init` is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        eps_init: float,
+        distance: Distance = "euclidean",
+        fidelity: Fidelity = "strict",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not eps_init > 0:
+            raise ValueError(f"eps_init={eps_init} must be positive")
+        self.eps_init = eps_init
+        self.distance = distance
+        self.fidelity = fidelity
+        self.labels: list[Label] = []
+        self.label_means: list[float] = []
+        self._device = torch.device(device)
+        self._keys = torch.empty(0, 0, device=self._device)
+        self._values = torch.empty(0, 0, device=self._device)
+        self._radii = torch.empty(0, device=self._device)
+        # Radii in double: the strict rules compare them with distances that differ by less than float32 resolves.
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def keys(self) -> Tensor:
+        """(N, D_in) float32."""
+        return self._keys[: len(self)]
+
+    @property
+    def values(self) -> Tensor:
+        """(N, D_out) float32."""
+        return self._values[: len(self)]
+
+    @property
+    def radii(self) -> Tensor:
+        """(N,) float32 deferral radii, in the units of the distance."""
+        return self._radii[: len(self)]
+
+    def distances(self, queries: Tensor) -> Tensor:
+        """Returns the (B, N) distances of (B, D_in) queries to every key."""
+        queries = queries.float()
+        if self.distance == "cosine":
+            return 1 - functional.normalize(queries, dim=-1) @ functional.normalize(self.keys, dim=-1).T
+        if self.fidelity == "reference":
+            return torch.cdist(self.keys, queries, p=2).T
+        # Above 25 rows cdist would multiply matrices, which is off by up to 0.5 near zero.
+        return torch.cdist(queries, self.keys, p=2, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def retrieve(self, queries: Tensor) -> Retrieval:
+        """Finds the nearest entry of each query.
+
+        Args:
+            queries: (B, D_in).
+
+        Raises:
+            IndexError: If the codebook is empty.
+        """
+        distances = self.distances(queries)
+        entry = self._nearest(distances)
+        nearest = distances.gather(1, entry[:, None])[:, 0]
+        return Retrieval(entry, nearest, nearest <= self.radii[entry])
+
+    def contested(self, queries: Tensor) -> Tensor:
+        """Returns a (B,) bool: which queries lie in the balls of two entries with different labels."""
+        inside = self.distances(queries) <= self.radii
+        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
+        label_ids = torch.tensor([ids[label] for label in self.labels], device=self._device).expand_as(inside)
+        highest = torch.where(inside, label_ids, -1).amax(dim=1)
+        lowest = torch.where(inside, label_ids, len(ids)).amin(dim=1)
+        return inside.any(dim=1) & (highest != lowest)
+
+    def overlap(self) -> float:
+        """Returns the share of pairs of entries with different labels whose balls intersect; 0 without such pairs."""
+        pairs = intersecting = 0
+        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
+        label_ids = torch.tensor([ids[label] for label in self.labels], device=self._device)
+        for i in range(1, len(self)):
+            different = label_ids[:i] != label_ids[i]
+            reach = self.radii[:i] + self.radii[i]
+            pairs += int(different.sum())
+            intersecting += int((different & (self.distances(self.keys[i : i + 1])[0, :i] <= reach)).sum())
+        return intersecting / pairs if pairs else 0.0
+
+    def settle(self, query: Tensor, label: Label, make_value: Callable[[], Tensor], label_mean: float) -> Settlement:
+        """Decides which entry holds an edit, and makes or changes it (section 3.2, Algorithm 1).
+
+        Args:
+            query: (D_in,) the edited input at the query position.
+            label: The wanted answer as ids.
+            make_value: Gives the (D_out,) starting value if a new entry is made.
+            label_mean: Mean over the padded labels, which the official code compares instead of the ids.
+        """
+        query = query.detach().float()
+        if not len(self):
+            return self._add("add", query, label, make_value, label_mean, self.eps_init, None)
+        distances = self.distances(query[None])
+        nearest = int(self._nearest(distances)[0])
+        distance = float(distances[0, nearest])
+        radius = float(self.radii[nearest])
+        if distance > self.eps_init + radius:
+            return self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
+        if self.fidelity == "reference":
+            return self._settle_reference(query, label, make_value, label_mean, nearest, distance)
+        return self._settle_strict(query, label, make_value, label_mean, nearest, distances[0])
+
+    def _settle_reference(
+        self,
+        query: Tensor,
+        label: Label,
+        make_value: Callable[[], Tensor],
+        label_mean: float,
+        nearest: int,
+        distance: float,
+    ) -> Settlement:
+        if label_mean != self.label_means[nearest]:
+            added = self._add("split", query, label, make_value, label_mean, distance / 2, distance)
+            self._radii[nearest] = distance / 2 - 1e-5
+            return added
+        if distance > float(self.radii[nearest]):
+            self._radii[nearest] = distance
+            return Settlement("expand", nearest, False, distance)
+        return Settlement("hit", nearest, False, distance)
+
+    def _settle_strict(
+        self,
+        query: Tensor,
+        label: Label,
+        make_value: Callable[[], Tensor],
+        label_mean: float,
+        nearest: int,
+        distances: Tensor,
+    ) -> Settlement:
+        distance, radius = float(distances[nearest]), float(self.radii[nearest])
+        covering = max(distance * (1 + _RADIUS_MARGIN), distance + _JITTER)
+        rivals = self._rivals(distances, nearest)
+        if label == self.labels[nearest] and not rivals:
+            if covering > radius:
+                self._radii[nearest] = covering
+                return Settlement("expand", nearest, False, distance)
+            return Settlement("hit", nearest, False, distance)
+        if distance <= max(_SAME_KEY * float(self._scale(nearest)), _SAME_KEY):
+            # No radius can tell the two inputs apart, so the later label stands.
+            self.labels[nearest], self.label_means[nearest] = label, label_mean
+            self._radii[nearest] = max(radius, covering)
+            return Settlement("relabel", nearest, False, distance)
+        for entry in [nearest, *rivals]:
+            if label != self.labels[entry]:
+                limit = float(distances[entry]) / 2 - 1e-5
+                self._radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
+        return self._add("split", query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
+
+    def _rivals(self, distances: Tensor, nearest: int) -> list[int]:
+        """Entries so near to being nearest that the query's numerical noise could pick them instead."""
+        close = torch.nonzero(distances <= distances[nearest] + _JITTER)[:, 0].tolist()
+        return [entry for entry in close if entry != nearest]
+
+    def _scale(self, entry: int) -> Tensor:
+        return self.keys[entry].norm() if self.distance == "euclidean" else torch.ones(())
+
+    def _nearest(self, distances: Tensor) -> Tensor:
+        if self.fidelity == "reference":
+            return distances.argmin(dim=1)
+        # Of two entries at one distance the newest wins.
+        return distances.shape[1] - 1 - distances.flip(1).argmin(dim=1)
+
+    def _add(
+        self,
+        op: Op,
+        query: Tensor,
+        label: Label,
+        make_value: Callable[[], Tensor],
+        label_mean: float,
+        radius: float,
+        distance: float | None,
+    ) -> Settlement:
+        value = make_value().detach().float()
+        n = len(self)
+        if n == len(self._radii):
+            self._reserve(max(16, 2 * n), len(query), len(value))
+        self._keys[n], self._values[n], self._radii[n] = query, value, radius
+        self.labels.append(label)
+        self.label_means.append(label_mean)
+        return Settlement(op, n, True, distance)
+
+    def _reserve(self, capacity: int, key_width: int, value_width: int) -> None:
+        n = len(self)
+        for name, shape in (
+            ("_keys", (capacity, key_width)),
+            ("_values", (capacity, value_width)),
+            ("_radii", (capacity,)),
+        ):
+            grown = torch.empty(shape, device=self._device)
+            if n:
+                grown[:n] = getattr(self, name)[:n]
+            setattr(self, name, grown)
+
+    def clear(self) -> None:
+        """Removes every entry."""
+        self.load_state_dict(
+            {"keys": torch.empty(0, 0), "values": torch.empty(0, 0), "radii": torch.empty(0)}
+            | {"labels": [], "label_means": []}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns keys, values, radii, labels and label means."""
+        return {
+            "keys": self.keys.clone(),
+            "values": self.values.clone(),
+            "radii": self.radii.clone(),
+            "labels": [list(label) for label in self.labels],
+            "label_means": list(self.label_means),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`."""
+        self._keys, self._values, self._radii = (
+            state[name].to(self._device).clone() for name in ("keys", "values", "radii")
+        )
+        self.labels = [tuple(label) for label in state["labels"]]
+        self.label_means = [float(mean) for mean in state["label_means"]]

@@ -1,0 +1,71 @@
+"""Fine-tuning on each edit: the baseline that forgets."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+
+from grace_bench.models import EditableModel
+from grace_bench.registry import register_editor
+from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State, trainable
+
+
+@register_editor("ft")
+class FineTune(EditorStrategy):
+    """Fine-tunes the layer's weights on each edit until the model answers it (Hartvigsen et al. 2023, section 4.1).
+
+    Args:
+        model: The model to edit.
+        n_iter: The most steps of Adam an edit takes.
+        lr: Learning rate of Adam (paper: 1e-2).
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+    """
+
+    freezes_weights = False
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        n_iter: int = 100,
+        lr: float = 1e-2,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, plugins=plugins, evaluator=evaluator)
+        self.n_iter = n_iter
+        self.lr = lr
+
+    def settings(self) -> dict[str, Any]:  # noqa: D102
+        return {"n_iter": self.n_iter, "lr": self.lr}
+
+    def edit(self, batch: EditBatch) -> EditOutcome:  # noqa: D102
+        losses: list[float] = []
+        with (
+            trainable(self.model.layer.parameters()) as parameters,
+            self.model.repeated(batch.encoded) as forward,
+        ):
+            optimizer = torch.optim.Adam(parameters, lr=self.lr)
+            for _ in range(self.n_iter):
+                logits = forward()
+                loss = self.model.task.loss(logits, batch.encoded)
+                losses.append(float(loss.detach()))
+                if self.model.task.answered(logits, batch.encoded):
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=len(losses))
+
+    def state_dict(self) -> State:  # noqa: D102
+        return {**super().state_dict(), **self.model.layer.state_dict(prefix="layer.")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        prefix = "layer."
+        self.model.layer.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )

@@ -1,0 +1,175 @@
+"""GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity
+from torch import Tensor
+
+from grace_bench.encoding import EncodedBatch
+from grace_bench.models import EditableModel, LayerCall, Replacement
+from grace_bench.registry import register_editor
+from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
+
+
+@register_editor("grace")
+class Grace(EditorStrategy):
+    """A codebook of keys, values and deferral radii in front of one layer; the weights never change.
+
+    Args:
+        model: The model to edit.
+        eps_init: Deferral radius of a new entry, in the units of the distance (paper: 1.0, its QA example 3.0).
+        n_iter: Steps of Adam on an entry's value.
+        lr: Learning rate of Adam.
+        value_init: `cold` starts a value uniformly in [0, 1), `warm` at the layer's own output.
+        replacement: The positions of the layer's output an entry overwrites: the query position, all of them, or those
+            before the query.
+        distance: Between keys and queries.
+        fidelity: `reference` reproduces the official code step by step; `strict` corrects what
+            `docs/fidelity.md` lists.
+        seed: Seeds cold values; every edit has a generator of its own, so that nothing else moves them.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        eps_init: float = 1.0,
+        n_iter: int = 100,
+        lr: float = 1.0,
+        value_init: Literal["cold", "warm"] = "cold",
+        replacement: Replacement = "replace_prompt",
+        distance: Distance = "euclidean",
+        fidelity: Fidelity = "strict",
+        seed: int = 0,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, plugins=plugins, evaluator=evaluator)
+        self.n_iter = n_iter
+        self.lr = lr
+        self.value_init = value_init
+        self.replacement: Replacement = replacement
+        self.seed = seed
+        self.codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device)
+        self._n_settled = 0
+        self._training: tuple[int, Tensor] | None = None
+        self._handle = model.intercept(self._answer)
+
+    def settings(self) -> dict[str, Any]:  # noqa: D102
+        return {
+            "eps_init": self.codebook.eps_init,
+            "n_iter": self.n_iter,
+            "lr": self.lr,
+            "value_init": self.value_init,
+            "replacement": self.replacement,
+            "distance": self.codebook.distance,
+            "fidelity": self.codebook.fidelity,
+            "seed": self.seed,
+        }
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        """Settles and trains each request in order; the outcome is that of the last one."""
+        outcome = EditOutcome()
+        for index in range(len(batch.encoded)):
+            outcome = self._edit_one(batch.encoded.row(index))
+        return outcome
+
+    def rollback(self) -> None:  # noqa: D102
+        super().rollback()
+        self.codebook.clear()
+        self._n_settled = 0
+
+    def detach(self) -> None:  # noqa: D102
+        super().detach()
+        self._handle.remove()
+
+    def state_dict(self) -> State:  # noqa: D102
+        return {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self.codebook.load_state_dict(state)
+        self._n_settled = int(state["n_settled"])
+
+    def initial_value(self, call: LayerCall) -> Tensor:
+        """Returns the (D_out,) value that a new entry starts from."""
+        if self.value_init == "warm":
+            return call.output_at_query[0]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._n_settled)
+        return torch.rand(call.output.shape[-1], generator=generator).to(call.output.device)
+
+    def _edit_one(self, encoded: EncodedBatch) -> EditOutcome:
+        call = self.model.layer_call(encoded)
+        assert encoded.labels is not None
+        settled = self.codebook.settle(
+            call.query[0],
+            encoded.target_ids[0],
+            lambda: self.initial_value(call),
+            label_mean=float(encoded.labels.float().mean()),
+        )
+        self._n_settled += 1
+        entry = int(self.codebook.retrieve(call.query).entry[0])
+        losses = self._train_value(entry, encoded)
+        nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
+        return EditOutcome(
+            op=settled.op,
+            key=entry,
+            distance=settled.distance,
+            n_keys=len(self.codebook),
+            loss_first=losses[0] if losses else None,
+            loss=losses[-1] if losses else None,
+            steps=len(losses),
+            failed="the prompt is one token, so replace_prompt has nothing to overwrite" if nothing_before else None,
+        )
+
+    def _train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
+        """Trains one entry's value on the loss of the request it answers (section 3.2, Equation 3)."""
+        value = self.codebook.values[entry].clone().requires_grad_()
+        optimizer = torch.optim.Adam([value], lr=self.lr)
+        losses = []
+        self._training = (entry, value)
+        try:
+            with self.model.repeated(encoded) as forward:
+                for _ in range(self.n_iter):
+                    optimizer.zero_grad()
+                    loss = self.model.task.loss(forward(), encoded)
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(float(loss.detach()))
+        finally:
+            self._training = None
+        self.codebook.values[entry] = value.detach()
+        return losses
+
+    def _answer(self, call: LayerCall) -> Tensor:
+        """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""
+        if not len(self.codebook):
+            return call.output
+        if call.is_prompt:
+            found = self.codebook.retrieve(call.query)
+            call.state.memo["grace"] = (found.entry, found.hit)
+            if self._training is None:
+                call.state.entry = torch.where(found.hit, found.entry, -1)
+                call.state.distance = found.distance
+                call.state.contested = self.codebook.contested(call.query)
+        entry, hit = call.state.memo["grace"]
+        values = self.codebook.values[entry]
+        if self._training is not None:
+            index, value = self._training
+            values = torch.where((entry == index)[:, None], value, values)
+        return call.replace(values, hit, self.replacement)
+
+
+def _has_token_before(encoded: EncodedBatch, call: LayerCall) -> bool:
+    """Whether any real token precedes the query."""
+    mask = encoded.inputs.get("attention_mask")
+    position = int(call.position[0])
+    if mask is None or mask.shape[1] != call.input.shape[1]:
+        return position > 0
+    return bool(mask[0, :position].any())

@@ -1,0 +1,1 @@
+"""A harness in which lifelong model editors are compared."""

@@ -1,0 +1,302 @@
+"""The one place where text becomes tensors: spaces, shifts, masks and the query position.
+
+Labels are aligned with logits: `logits[b, t]` is scored against `labels[b, t]`, whatever the architecture, so one
+cross-entropy serves every task and no other module shifts anything.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """A batch of B inputs as the model takes them.
+
+    Attributes:
+        inputs: Keyword arguments of the model's forward pass.
+        query: (B,) long. Where each row is queried, as a position in the edited layer's sequence.
+        labels: (B,) class ids, or (B, T) token ids aligned with the logits; `IGNORED` positions carry no loss.
+        target_ids: What each row should answer, without padding; what "the same label" means to an editor.
+        content: (B, T) bool, the labelled positions that are text rather than the end token; None without labels.
+    """
+
+    inputs: dict[str, Tensor]
+    query: Tensor
+    labels: Tensor | None = None
+    target_ids: tuple[tuple[int, ...], ...] = ()
+    content: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def to(self, device: torch.device) -> "EncodedBatch":
+        """Returns the batch on `device`."""
+        return replace(
+            self,
+            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            query=self.query.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+            content=None if self.content is None else self.content.to(device),
+        )
+
+    def row(self, index: int) -> "EncodedBatch":
+        """Returns the batch of the one row `index`, padding kept."""
+        window = slice(index, index + 1)
+        return replace(
+            self,
+            inputs={name: tensor[window] for name, tensor in self.inputs.items()},
+            query=self.query[window],
+            labels=None if self.labels is None else self.labels[window],
+            target_ids=self.target_ids[window],
+            content=None if self.content is None else self.content[window],
+        )
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: PaddingSide) -> tuple[Tensor, Tensor]:
+    """Pads token rows to one length.
+
+    Returns:
+        The (B, T) ids and the (B, T) mask, 1 at the tokens that were given.
+
+    >>> pad([[5, 6], [7]], 0, "left")[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    width = max(1, max(len(row) for row in rows))
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Returns the position of each row's last real token, for either padding side.
+
+    >>> last_token(torch.tensor([[1, 1, 0], [0, 1, 1]])).tolist()
+    [1, 2]
+    """
+    return mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+
+
+def encode_classification(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    labels: Sequence[int] | None = None,
+    *,
+    side: PaddingSide = "right",
+    max_length: int | None = None,
+) -> EncodedBatch:
+    """Encodes texts for a sequence classifier; the query is the last real token."""
+    rows = [_closed_ids(tokenizer, prompt, max_length) for prompt in prompts]
+    ids, mask = pad(rows, _pad_id(tokenizer), side)
+    return EncodedBatch(
+        inputs={"input_ids": ids, "attention_mask": mask},
+        query=last_token(mask),
+        labels=None if labels is None else torch.tensor(labels, dtype=torch.long),
+        target_ids=() if labels is None else tuple((int(label),) for label in labels),
+    )
+
+
+def encode_seq2seq(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str] | None = None,
+    *,
+    side: PaddingSide = "right",
+    max_length: int | None = None,
+    max_target_length: int | None = None,
+    decoder_start: int,
+    query_in_decoder: bool = False,
+) -> EncodedBatch:
+    """Encodes questions, and answers ended by the end token, for an encoder-decoder model.
+
+    The query is the last real encoder token, or the decoder's start token if the edited layer is in the decoder: it has
+    read the whole question by cross-attention and comes before every answer token.
+    """
+    rows = [_closed_ids(tokenizer, prompt, max_length) for prompt in prompts]
+    ids, mask = pad(rows, _pad_id(tokenizer), side)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    query = torch.zeros(len(rows), dtype=torch.long) if query_in_decoder else last_token(mask)
+    if targets is None:
+        inputs["decoder_input_ids"] = torch.full((len(rows), 1), decoder_start, dtype=torch.long)
+        return EncodedBatch(inputs=inputs, query=query)
+    end = tokenizer.eos_token_id
+    answers = [
+        _with_end(tokenizer(text_target=target, add_special_tokens=False)["input_ids"], end, max_target_length)
+        for target in targets
+    ]
+    return seq2seq_batch(inputs, query, answers, end=end, pad_id=_pad_id(tokenizer), decoder_start=decoder_start)
+
+
+def seq2seq_batch(
+    inputs: dict[str, Tensor],
+    query: Tensor,
+    answers: Sequence[Sequence[int]],
+    *,
+    end: int | None,
+    pad_id: int,
+    decoder_start: int,
+) -> EncodedBatch:
+    """Adds labels and the decoder inputs, which are the labels shifted right, to encoded questions."""
+    labels, given = pad(answers, pad_id, "right")
+    decoder_inputs = torch.cat([torch.full((len(answers), 1), decoder_start), labels[:, :-1]], dim=1)
+    labels = labels.masked_fill(given == 0, IGNORED)
+    return EncodedBatch(
+        inputs={**inputs, "decoder_input_ids": decoder_inputs},
+        query=query,
+        labels=labels,
+        target_ids=tuple(tuple(answer) for answer in answers),
+        content=(given == 1) & (labels != (IGNORED if end is None else end)),
+    )
+
+
+def encode_causal(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str] | None = None,
+    *,
+    side: PaddingSide = "right",
+    max_length: int | None = None,
+    end_token: bool = True,
+    prefix_length: int | None = None,
+) -> EncodedBatch:
+    """Encodes prompts, and targets after them, for a causal language model.
+
+    A prompt and its target are joined by one space (none after a line break) and tokenised together where the prompt's
+    tokens stay what they are; the space always belongs to the target, as byte-pair tokenizers want it.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        prompts: B texts. An empty one makes its target running text.
+        targets: B texts that follow them, or None.
+        side: Where padding goes; left for generation.
+        max_length: Longest sequence in tokens; cut at the prompt's start, for running text at its end.
+        end_token: Whether the target is followed by the end token.
+        prefix_length: For running text, how many tokens are read as its prompt; they are not scored. None scores
+            everything after the first token and queries the last token, as the official GRACE code does (protocol 8).
+
+    Returns:
+        The batch; the query is the last prompt token.
+    """
+    rows: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    query_offsets: list[int] = []
+    for i, prompt in enumerate(prompts):
+        if targets is None:
+            ids = _trim_left(_open_ids(tokenizer, prompt.rstrip(" ")), max_length)
+            rows.append(ids)
+            prompt_lengths.append(len(ids))
+            query_offsets.append(len(ids) - 1)
+            continue
+        if not prompt.strip():
+            text_ids = _open_ids(tokenizer, targets[i])[:max_length]
+            cut = min(prefix_length or 1, max(1, len(text_ids) - 1))
+            rows.append(text_ids)
+            prompt_lengths.append(cut)
+            query_offsets.append(len(text_ids) - 1 if prefix_length is None else cut - 1)
+            continue
+        prompt_ids, target_ids = split_causal(tokenizer, prompt, targets[i])
+        if end_token and tokenizer.eos_token_id is not None:
+            target_ids = [*target_ids, tokenizer.eos_token_id]
+        prompt_ids = _trim_left(prompt_ids, None if max_length is None else max(1, max_length - len(target_ids)))
+        rows.append(prompt_ids + target_ids)
+        prompt_lengths.append(len(prompt_ids))
+        query_offsets.append(len(prompt_ids) - 1)
+    return causal_batch(
+        rows,
+        prompt_lengths,
+        query_offsets,
+        pad_id=_pad_id(tokenizer),
+        end=tokenizer.eos_token_id if end_token else None,
+        side=side,
+        labelled=targets is not None,
+    )
+
+
+def causal_batch(
+    rows: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    query_offsets: Sequence[int],
+    *,
+    pad_id: int,
+    end: int | None,
+    side: PaddingSide = "right",
+    labelled: bool = True,
+) -> EncodedBatch:
+    """Pads whole sequences and aligns their labels: the logits at t are scored against the token at t + 1."""
+    ids, mask = pad(rows, pad_id, side)
+    starts = torch.tensor([ids.shape[1] - len(row) if side == "left" else 0 for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if side == "left":
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    query = starts + torch.tensor(query_offsets)
+    if not labelled:
+        return EncodedBatch(inputs=inputs, query=query)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (row, n_prompt) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        first = int(starts[i]) + n_prompt - 1
+        labels[i, first : first + len(row) - n_prompt] = torch.tensor(row[n_prompt:], dtype=torch.long)
+    return EncodedBatch(
+        inputs=inputs,
+        query=query,
+        labels=labels,
+        target_ids=tuple(tuple(row[n:]) for row, n in zip(rows, prompt_lengths, strict=True)),
+        content=(labels != IGNORED) & (labels != (IGNORED if end is None else end)),
+    )
+
+
+def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """Returns the token ids of a prompt and of the target that follows it, without an end token."""
+    stem = prompt.rstrip(" ")
+    prompt_ids = _open_ids(tokenizer, stem)
+    text = target if stem.endswith("\n") or target.startswith("\n") else " " + target.lstrip(" ")
+    joint = _open_ids(tokenizer, stem + text)
+    if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
+        return prompt_ids, joint[len(prompt_ids) :]
+    # The tokenizer merged across the seam; generation starts from the prompt alone, so its own tokens are kept.
+    return prompt_ids, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _open_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that will be continued, so without the end token some tokenizers add."""
+    ids = list(tokenizer(text)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids or [_begin_id(tokenizer)]
+
+
+def _closed_ids(tokenizer: Any, text: str, max_length: int | None) -> list[int]:
+    """Token ids of a whole input, with every special token the tokenizer adds."""
+    limits = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    return list(tokenizer(text, **limits)["input_ids"]) or [_begin_id(tokenizer)]
+
+
+def _begin_id(tokenizer: Any) -> int:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def _pad_id(tokenizer: Any) -> int:
+    value = getattr(tokenizer, "pad_token_id", None)
+    return _begin_id(tokenizer) if value is None else int(value)
+
+
+def _with_end(ids: Sequence[int], end: int | None, max_length: int | None) -> list[int]:
+    room = None if max_length is None else max_length - (end is not None)
+    return [*ids[:room], *([] if end is None else [end])]
+
+
+def _trim_left(ids: list[int], max_length: int | None) -> list[int]:
+    return ids if max_length is None else ids[-max_length:]

@@ -1,0 +1,27 @@
+"""The errors a user can cause, each told in one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake of the user's: the command line prints it as one line and exits with code 2.
+
+    The message names what is wrong and where (file, line and field, or the option), and what would be right.
+    """
+
+
+class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, not a defect
+    """An editor could not carry out one edit; the run records the reason and goes on."""
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Returns `"; did you mean 'x'?"` for the candidate closest to `word`, or an empty string.
+
+    >>> did_you_mean("grce", ["grace", "ft"])
+    "; did you mean 'grace'?"
+    >>> did_you_mean("zzz", ["grace", "ft"])
+    ''
+    """
+    close = get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,1 @@
+"""Loggers: views of a run, each a subclass of Avalanche's `BaseLogger`."""

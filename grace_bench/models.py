@@ -1,0 +1,420 @@
+"""Editable models: a network, its tokenizer, the layer to edit, and the way editors act on that layer."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from grace_bench.encoding import EncodedBatch
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.tasks import Task, get_task
+from grace_bench.types import TaskName
+from grace_bench.zoo import published_layer, resolve_model
+
+Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
+TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+
+_TINY_MODEL_PARAMETERS = 20_000_000
+
+
+@dataclass
+class QueryState:
+    """What is known of the forward pass in progress, and what the editor's hook noted during it.
+
+    Attributes:
+        query: (B,) positions in the edited layer's sequence, None outside the harness.
+        step: 0 while the prompt is read, n at the n-th token generated after it.
+        entry: (B,) long, the codebook entry that answered each row, -1 for none.
+        distance: (B,) distance of each row's query to the nearest entry.
+        contested: (B,) bool, whether the query lies in balls of two different labels.
+        memo: What an editor keeps from the prompt for the tokens generated after it.
+    """
+
+    query: Tensor | None = None
+    step: int = -1
+    entry: Tensor | None = None
+    distance: Tensor | None = None
+    contested: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of the edited layer, as an editor sees it.
+
+    Attributes:
+        input: (B, T, D_in) activations that enter the layer.
+        output: (B, T, D_out) activations that leave it.
+        position: (B,) long, each row's query position; meaningful at step 0.
+        state: The state of the forward pass the call belongs to.
+    """
+
+    input: Tensor
+    output: Tensor
+    position: Tensor
+    state: QueryState
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the call reads the prompt, rather than a token generated after it."""
+        return self.state.step == 0
+
+    @property
+    def query(self) -> Tensor:
+        """(B, D_in) the activations at the query positions."""
+        return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    @property
+    def output_at_query(self) -> Tensor:
+        """(B, D_out) what the layer gives at the query positions."""
+        return self.output[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    def replace(self, values: Tensor, rows: Tensor, where: Replacement) -> Tensor:
+        """Returns the output with `values` written over it in some rows.
+
+        Args:
+            values: (B, D_out) one value a row.
+            rows: (B,) bool, which rows are written.
+            where: The query position, every position, or those before the query (GRACE, section 3.3). Tokens generated
+                after the prompt are only reached by `replace_all`.
+        """
+        steps = torch.arange(self.output.shape[1], device=self.output.device)
+        if where == "replace_all":
+            mask = torch.ones_like(self.output[..., 0], dtype=torch.bool)
+        elif not self.is_prompt:
+            return self.output
+        elif where == "replace_last":
+            mask = steps == self.position[:, None]
+        else:
+            mask = steps < self.position[:, None]
+        mask = mask & rows[:, None]
+        return torch.where(mask[..., None], values[:, None].to(self.output.dtype), self.output)
+
+
+class EditableModel(nn.Module):
+    """A model whose answers can be edited at one layer.
+
+    The wrapped module stays in eval mode, on its device and in its dtype: `train()` and `to()` do nothing, because
+    Avalanche calls both before every experience while editing and evaluating happen with dropout off.
+
+    Args:
+        module: The network. Its forward pass takes what `encode` gives and returns logits, or an object with `logits`.
+        layer: Dotted path of the module to edit, such as `transformer.h.8.mlp.c_fc`.
+        task: The task, by name or as a `Task`.
+        tokenizer: A Hugging Face tokenizer; None if `encode` is given.
+        encode: For models without a tokenizer: turns B texts into the keyword arguments of the forward pass.
+        name: The name that results carry.
+
+    Raises:
+        UserError: If there is no such layer, with the closest one that exists.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        layer: str,
+        task: TaskName | Task,
+        tokenizer: Any = None,
+        encode: TextEncoder | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.layer_name = layer
+        self.task: Task = get_task(task) if isinstance(task, str) else task
+        self.tokenizer = tokenizer
+        self.encode = encode
+        self.name = name or type(module).__name__
+        self._layer = _find_layer(module, layer)
+        self._state = QueryState()
+        self.last_state = self._state
+        """The state of the last forward pass that ended."""
+        self._layer.register_forward_pre_hook(self._count_call)
+        module.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layer: str | None = None,
+        task: TaskName | Task,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "auto",
+        tokenizer: bool = True,
+    ) -> Self:
+        """Loads a Hugging Face model by short name, hub id or folder.
+
+        Args:
+            name_or_path: A short name (`grace-bench list models`), a hub id, or a folder.
+            layer: Dotted path of the layer to edit; None for the published one where there is one.
+            task: What the model is used for; decides the head that is loaded.
+            dtype: `float32`, `bfloat16` or `float16`.
+            device: `cpu`, `cuda`, `mps`, or `auto` for the fastest that is there.
+            tokenizer: Whether to load the tokenizer; without it the model takes token ids only.
+
+        Raises:
+            UserError: If the model cannot be found or loaded, or the layer is missing or unknown.
+        """
+        chosen = get_task(task) if isinstance(task, str) else task
+        source = resolve_model(str(name_or_path))
+        target = pick_device(device)
+        precision = _pick_dtype(dtype)
+        custom = source.stream.load_model(Path(source.path)) if source.stream else None
+        if custom is not None:
+            module, encode = custom
+        else:
+            module, encode = _load_module(source.path, chosen, precision), None
+        return cls(
+            module.to(device=target, dtype=precision),
+            layer=layer or getattr(source.stream, "default_layer", None) or published_layer(module),
+            task=chosen,
+            tokenizer=_load_tokenizer(source.path) if tokenizer and custom is None else None,
+            encode=encode,
+            name=source.name,
+        )
+
+    @property
+    def layer(self) -> nn.Module:
+        """The module that is edited."""
+        return self._layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration, or None for another module."""
+        return getattr(self.module, "config", None)
+
+    @cached_property
+    def layer_in_decoder(self) -> bool:
+        """Whether the edited layer belongs to the decoder of an encoder-decoder model."""
+        if not getattr(self.config, "is_encoder_decoder", False):
+            return False
+        return all(part is not self._layer for part in self.module.get_encoder().modules())  # type: ignore[operator]
+
+    @cached_property
+    def max_length(self) -> int | None:
+        """The longest input in tokens, where the architecture has a limit."""
+        for attribute in ("max_position_embeddings", "n_positions"):
+            limit = getattr(self.config, attribute, None)
+            # T5 keeps an n_positions that its relative attention does not obey.
+            if isinstance(limit, int) and not hasattr(self.config, "relative_attention_num_buckets"):
+                return limit - 2 if self.config.model_type in {"roberta", "xlm-roberta", "camembert"} else limit
+        return None
+
+    @cached_property
+    def takes_position_ids(self) -> bool:
+        """Whether the forward pass accepts explicit positions, which left padding needs."""
+        return "position_ids" in inspect.signature(self.module.forward).parameters
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing: the module stays in eval mode."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Does nothing: device and dtype are fixed when the model is made."""
+        return self
+
+    def logits(self, batch: EncodedBatch) -> Tensor:
+        """Runs the model on a batch and returns its logits, (B, C) or (B, T, V)."""
+        inputs = batch.inputs
+        if "position_ids" in inputs and not self.takes_position_ids:
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+        with self.querying(batch.query):
+            outputs = self.module(**inputs)
+        return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+    @contextmanager
+    def repeated(self, batch: EncodedBatch) -> Iterator[Callable[[], Tensor]]:
+        """Gives a function that returns the batch's logits, to be called many times.
+
+        Between two calls only what the edited layer gives may change; an engine may rely on it.
+        """
+        yield partial(self.logits, batch)
+
+    @contextmanager
+    def querying(self, query: Tensor | None) -> Iterator[QueryState]:
+        """Tells the edited layer where the rows of the forward passes inside are queried."""
+        outer, self._state = self._state, QueryState(query=query)
+        try:
+            yield self._state
+        finally:
+            self.last_state, self._state = self._state, outer
+
+    @torch.no_grad()
+    def layer_call(self, batch: EncodedBatch) -> LayerCall:
+        """Runs a batch and returns what entered and left the layer itself, before any editor changed it."""
+        seen: list[LayerCall] = []
+
+        def observe(call: LayerCall) -> Tensor:
+            seen.append(call)
+            return call.output
+
+        handle = self.intercept(observe, first=True)
+        try:
+            self.logits(batch)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def intercept(self, answer: Callable[[LayerCall], Tensor], *, first: bool = False) -> Any:
+        """Lets `answer` decide what the edited layer gives.
+
+        Args:
+            answer: Takes a `LayerCall` and returns its (B, T, D_out) output, changed or not.
+            first: Whether it comes before the interceptors that are already there.
+
+        Returns:
+            A handle; `handle.remove()` gives the layer back.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            given = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+            first = output[0] if isinstance(output, tuple) else output
+            state = self._state
+            n_rows = len(first) if state.query is None else len(state.query)
+            inputs, outputs = _as_sequence(given, n_rows), _as_sequence(first, n_rows)
+            length = outputs.shape[1]
+            position = (
+                torch.full((n_rows,), length - 1, device=outputs.device)
+                if state.query is None
+                else torch.where(state.query < 0, state.query + length, state.query).clamp(max=length - 1)
+            )
+            changed = answer(LayerCall(inputs, outputs, position, state)).reshape(first.shape)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return self._layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
+
+    def _count_call(self, *_: Any) -> None:
+        if self._state.query is None:
+            # Called from outside the harness: every call is a prompt, read up to its last position.
+            self._state = QueryState()
+        self._state.step += 1
+
+    def encode_batch(
+        self, prompts: Sequence[str], targets: Sequence[str | int] | None = None, *, side: Any = None
+    ) -> EncodedBatch:
+        """Encodes prompts, and targets if given, as the task wants them, on the model's device."""
+        return self.task.encode(self, prompts, targets, side=side).to(self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and buffers, taken when first asked for and kept; the name of the unedited model."""
+        return hash_tensors(self.module.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 of named tensors: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Returns the device by name; `auto` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: If torch does not know the device or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
+    """Returns how many threads torch should use: one for tiny models, which spend more on handing work out."""
+    if threads != "auto":
+        return threads
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if n_parameters < _TINY_MODEL_PARAMETERS else torch.get_num_threads()
+
+
+def _pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in known:
+        raise UserError(f"dtype={dtype!r} is not known{did_you_mean(dtype, known)} (there are: {', '.join(known)})")
+    return known[dtype]
+
+
+def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with _loading(path):
+        model = getattr(transformers, task.auto_class).from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    # A checkpoint's own sampling settings would make answers differ between models for no reason of theirs.
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        do_sample=False,
+        num_beams=1,
+    )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _load_tokenizer(path: str) -> Any:
+    import transformers
+
+    with _loading(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"model={path}: cannot be loaded ({reason}); without a network, give the path of a downloaded folder"
+        ) from error
+
+
+def _find_layer(module: nn.Module, path: str) -> nn.Module:
+    layers = dict(module.named_modules())
+    if path in layers and path:
+        return layers[path]
+    if path.endswith((".weight", ".bias")):
+        raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
+    raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
+
+
+def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:
+    """Views a layer's activations as (B, T, D); a layer outside a sequence has T = 1."""
+    if tensor.dim() == 3:
+        return tensor
+    return tensor.reshape(n_rows, -1, tensor.shape[-1])

@@ -1,0 +1,164 @@
+"""One registry for editors, streams and metrics.
+
+The names in a folder are read from its source text, so listing them imports nothing. A class is imported when it is
+asked for. Packages outside the repository register through entry points of the groups `grace_bench.editors`,
+`grace_bench.streams` and `grace_bench.metrics`.
+"""
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from grace_bench.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a registered class before it is imported.
+
+    Attributes:
+        name: The registered name, as typed on the command line.
+        module: The dotted module that defines the class.
+        class_name: The class in that module.
+        summary: The first line of the class's docstring, or the distribution's summary for an entry point.
+        origin: `grace_bench`, or the name of the distribution that brings it.
+    """
+
+    name: str
+    module: str
+    class_name: str
+    summary: str
+    origin: str
+
+
+class Registry(Generic[T]):
+    """Named classes of one kind.
+
+    Args:
+        kind: What the classes are, in the singular, for messages (`editor`).
+        package: The package whose modules register classes; also the entry-point group.
+        base: `module:Class` that every registered class must subclass.
+    """
+
+    def __init__(self, kind: str, package: str, base: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._base = base
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Returns a class decorator that registers the class as `name`.
+
+        Raises:
+            TypeError: If the class is not a subclass of the registry's base or has no docstring.
+            ValueError: If another class already has the name.
+        """
+
+        def decorate(cls: type[T]) -> type[T]:
+            base_module, base_name = self._base.split(":")
+            base = getattr(importlib.import_module(base_module), base_name)
+            if not issubclass(cls, base):
+                raise TypeError(f"{self.kind} {name!r}: {cls.__qualname__} is not a subclass of {base_name}")
+            if not cls.__doc__:
+                raise TypeError(f"{self.kind} {name!r}: {cls.__qualname__} needs a docstring")
+            known = self._classes.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
+                raise ValueError(f"{self.kind} {name!r} is already registered by {known.__module__}")
+            cls.registered_name = name  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def entries(self) -> dict[str, Entry]:
+        """Returns every entry by name, the package's own first, each group in alphabetical order."""
+        own = dict(_scan_package(self.package, f"register_{self.kind}"))
+        for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
+            if point.name in own:
+                continue
+            module, _, class_name = point.value.partition(":")
+            distribution = point.dist
+            own[point.name] = Entry(
+                name=point.name,
+                module=module,
+                class_name=class_name,
+                summary=(distribution.metadata["Summary"] or "") if distribution else "",
+                origin=distribution.name if distribution else "entry point",
+            )
+        return own
+
+    def get(self, name: str) -> type[T]:
+        """Imports and returns the class registered as `name`.
+
+        Raises:
+            UserError: If there is no such name, with the closest one that exists.
+        """
+        if name in self._classes:
+            return self._classes[name]
+        entry = self.entries().get(name)
+        if entry is None:
+            names = [*self.entries(), *self._classes]
+            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+        cls = getattr(importlib.import_module(entry.module), entry.class_name)
+        if name not in self._classes:
+            self.register(name)(cls)
+        return self._classes[name]
+
+    def by_class_name(self, class_name: str) -> type[T]:
+        """Imports and returns the package's own class of that name, for `from grace_bench.editors import Grace`.
+
+        Raises:
+            AttributeError: If the package registers no such class.
+        """
+        for entry in _scan_package(self.package, f"register_{self.kind}").values():
+            if entry.class_name == class_name:
+                return self.get(entry.name)
+        raise AttributeError(f"module {self.package!r} has no attribute {class_name!r}")
+
+
+@cache
+def _scan_package(package: str, decorator: str) -> dict[str, Entry]:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    found = {}
+    for folder in spec.submodule_search_locations:
+        for path in sorted(Path(folder).glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and (name := _registered_name(node, decorator)):
+                    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+                    found[name] = Entry(name, f"{package}.{path.stem}", node.name, summary, "grace_bench")
+    return dict(sorted(found.items()))
+
+
+def _registered_name(node: ast.ClassDef, decorator: str) -> str | None:
+    for call in node.decorator_list:
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id == decorator
+            and isinstance(call.args[0], ast.Constant)
+        ):
+            return str(call.args[0].value)
+    return None
+
+
+EDITORS: Registry[Any] = Registry("editor", "grace_bench.editors", "grace_bench.strategy:EditorStrategy")
+STREAMS: Registry[Any] = Registry("stream", "grace_bench.streams", "grace_bench.types:EditStream")
+METRICS: Registry[Any] = Registry("metric", "grace_bench.metrics", "grace_bench.metric:EditMetric")
+
+register_editor = EDITORS.register
+register_stream = STREAMS.register
+register_metric = METRICS.register

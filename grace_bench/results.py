@@ -1,0 +1,180 @@
+"""The validated records that a run leaves on disk."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+
+from grace_bench.errors import UserError
+
+SCHEMA_VERSION = 1
+
+# JSON has no NaN: a score that is not a number is written as null, and counted beside it.
+JsonFloat = Annotated[
+    float | None,
+    PlainSerializer(lambda x: None if x is None or not math.isfinite(x) else x, when_used="json"),
+]
+
+
+class EditRecord(BaseModel):
+    """One candidate: a line of `edits.jsonl`.
+
+    Attributes:
+        index: Position in the run's order, from 0.
+        id: The request's id.
+        was_error: Whether the model, as edited so far, got it wrong; None where every candidate is an error.
+        edited: Whether it was edited.
+        n_edits: Edits made so far, this one included.
+        before_text, after_text: The answer before and after the edit.
+        score_before, score_after: The main score before and after; after is None if it was not edited.
+        loss: Loss at the edit's last step.
+        steps: Gradient steps taken.
+        seconds: Time the edit took, scoring excluded.
+        failed: Why the edit could not be made.
+        op, key, distance, n_keys: What the codebook did, for editors that have one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    index: int
+    id: str
+    was_error: bool | None
+    edited: bool
+    n_edits: int
+    before_text: str
+    after_text: str | None = None
+    score_before: JsonFloat
+    score_after: JsonFloat = None
+    loss: JsonFloat = None
+    steps: int = 0
+    seconds: float = 0.0
+    failed: str | None = None
+    op: str | None = None
+    key: int | None = None
+    distance: JsonFloat = None
+    n_keys: int | None = None
+
+
+class StreamInfo(BaseModel):
+    """The stream of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    task: str
+    fingerprint: str
+    n_candidates: int
+    source: str
+    revision: str
+    license: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelInfo(BaseModel):
+    """The model of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    path: str
+    fingerprint: str
+    layer: str
+    dtype: str
+    n_parameters: int
+
+
+class EditorInfo(BaseModel):
+    """The editor of a run, with its settings."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class Protocol(BaseModel):
+    """What was scored, when, how decoded and where queried. Results of two protocols are never ranked together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = 1
+    split: str
+    main_score: str
+    higher_is_better: bool
+    max_edits: int | None
+    eval_every: int
+    max_upstream: int | None
+    max_holdout: int | None
+    max_new_tokens: int
+    decoding: Literal["greedy"] = "greedy"
+    query: str
+    prefix_length: int
+    tuning_budget: str | None = None
+
+
+class Cost(BaseModel):
+    """What a run cost.
+
+    Attributes:
+        seconds_per_edit_p50, seconds_per_edit_p95: Quantiles of the time an edit took.
+        edit_seconds, eval_seconds: Time in editing, and in scoring candidates and streams.
+        peak_rss_mb, peak_gpu_mb: Peak memory of the process, and of torch on the GPU.
+        extra_parameters: How many numbers the editor adds to the model.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    seconds_per_edit_p50: float | None
+    seconds_per_edit_p95: float | None
+    edit_seconds: float
+    eval_seconds: float
+    peak_rss_mb: float
+    peak_gpu_mb: float | None
+    extra_parameters: int
+
+
+class RunResult(BaseModel):
+    """The record of one run: `result.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    status: Literal["finished"] = "finished"
+    stream: StreamInfo
+    model: ModelInfo
+    editor: EditorInfo
+    protocol: Protocol
+    seed: int
+    before: dict[str, JsonFloat]
+    metrics: dict[str, JsonFloat]
+    cost: Cost
+    environment: dict[str, Any]
+
+
+def read_result(path: Path) -> RunResult:
+    """Reads a `result.json`.
+
+    Raises:
+        UserError: If it is missing, broken or of another schema version, naming the file and the field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    try:
+        result = RunResult.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error)}") from error
+    if result.schema_version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {result.schema_version}, this grace-bench reads {SCHEMA_VERSION}")
+    return result
+
+
+def first_error(error: ValidationError) -> str:
+    """Returns pydantic's first complaint as `field 'x.y': message`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"field '{where}': {first['msg']}" if where else first["msg"]

@@ -1,0 +1,326 @@
+"""The run loop: candidates in, edits, evaluations, one result out (protocol, section 3 of the design notes)."""
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from grace_bench.benchmark import EditBenchmark, eval_stream
+from grace_bench.errors import UserError
+from grace_bench.results import Cost, EditRecord
+from grace_bench.strategy import EditorStrategy, EditOutcome
+from grace_bench.tasks import ItemScore
+from grace_bench.types import EditRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When a run edits and evaluates.
+
+    Attributes:
+        max_edits: Stop at exactly this many edits; None for the whole stream.
+        eval_every: Evaluate after every so many edits, beside the start and the end.
+        max_upstream: The most upstream requests scored, spread evenly over the stream; None for all.
+    """
+
+    max_edits: int | None = None
+    eval_every: int = 50
+    max_upstream: int | None = 500
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_edits", 1), ("eval_every", 1), ("max_upstream", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+
+
+@dataclass
+class Pending:
+    """An edit whose score after is still to come."""
+
+    request: EditRequest
+    before: ItemScore
+    index: int
+    outcome: EditOutcome
+    seconds: float
+    n_edits: int
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        index: The next candidate.
+        edited: Indices of the edited requests that ERR is taken over.
+        n_superseded: Edited requests whose input was edited again with another target.
+        n_failed: Edits the editor could not make.
+        edit_times: Seconds each edit took.
+        eval_seconds: Seconds spent scoring.
+        last_evaluation: The clock of the newest evaluation.
+    """
+
+    index: int = 0
+    edited: list[int] = field(default_factory=list)
+    n_superseded: int = 0
+    n_failed: int = 0
+    edit_times: list[float] = field(default_factory=list)
+    eval_seconds: float = 0.0
+    last_evaluation: int | None = None
+
+
+class Run:
+    """One editor on one benchmark: everything that changes while it goes on lives in `state_dict`.
+
+    Args:
+        benchmark: The streams; targets that stand for the unedited model's answer are filled in here.
+        strategy: The editor, with its metrics and loggers.
+        schedule: When to edit and evaluate.
+    """
+
+    def __init__(self, benchmark: EditBenchmark, strategy: EditorStrategy, schedule: Schedule) -> None:
+        self.strategy = strategy
+        self.schedule = schedule
+        self.benchmark = _thinned(benchmark, schedule.max_upstream).answered_by(
+            lambda prompts: _answers(strategy, prompts)
+        )
+        self.position = Position()
+        self.before: dict[str, float] = {}
+        self._pending: list[Pending] = []
+        self._by_prompt: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Goes on from where the run stands to its end."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[int]:
+        """Goes on candidate by candidate, yielding the index of the next; between two, `state_dict` is complete."""
+        requests = self.benchmark.data.edits
+        if self.position.last_evaluation is None:
+            self.evaluate()
+            self.before = dict(self.metrics())
+        yield self.position.index
+        while self.position.index < len(requests) and not self._is_full():
+            self._candidate(self.position.index)
+            self.position.index += 1
+            if self.strategy.n_edits % self.schedule.eval_every == 0:
+                self.evaluate()
+            yield self.position.index
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        """Scores every evaluation stream at this clock, unless that was done already."""
+        if self.position.last_evaluation == self.strategy.n_edits:
+            return
+        self._settle()
+        started = time.perf_counter()
+        self.strategy.eval([experience for stream in self._eval_streams() for experience in stream])
+        self.position.eval_seconds += time.perf_counter() - started
+        self.position.last_evaluation = self.strategy.n_edits
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the last value of every metric, and the counts of the run."""
+        evaluator = self.strategy.evaluator
+        values = {} if evaluator is None else {name: _number(v) for name, v in evaluator.get_last_metrics().items()}
+        return {
+            **values,
+            "n_edits": self.strategy.n_edits,
+            "n_candidates": self.position.index,
+            "n_superseded": self.position.n_superseded,
+            "n_failed": self.position.n_failed,
+        }
+
+    def cost(self) -> Cost:
+        """Returns what the run cost so far."""
+        times = self.position.edit_times
+        quantiles = np.quantile(times, [0.5, 0.95]).tolist() if times else [None, None]
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return Cost(
+            seconds_per_edit_p50=quantiles[0],
+            seconds_per_edit_p95=quantiles[1],
+            edit_seconds=sum(times),
+            eval_seconds=self.position.eval_seconds,
+            # Linux counts kilobytes, macOS bytes.
+            peak_rss_mb=rss / (1024 if sys.platform != "darwin" else 1024**2),
+            peak_gpu_mb=torch.cuda.max_memory_allocated() / 1024**2 if torch.cuda.is_available() else None,
+            extra_parameters=self.strategy.extra_parameters,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that is needed to go on: editor, position, metrics and random generators."""
+        evaluator = self.strategy.evaluator
+        return {
+            "editor": self.strategy.state_dict(),
+            "position": {**vars(self.position), "edited": list(self.position.edited)},
+            "before": dict(self.before),
+            "metrics": {
+                metric.registered_name: metric.state_dict() for metric in (evaluator.metrics if evaluator else [])
+            },
+            "last_metrics": dict(evaluator.last_metric_results) if evaluator else {},
+            "random": _random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, on a run made from the same configuration."""
+        self.strategy.load_state_dict(state["editor"])
+        self.position = Position(**{**state["position"], "edited": list(state["position"]["edited"])})
+        self.before = dict(state["before"])
+        if self.strategy.evaluator is not None:
+            for metric in self.strategy.evaluator.metrics:
+                metric.load_state_dict(state["metrics"][metric.registered_name])
+            self.strategy.evaluator.last_metric_results = dict(state["last_metrics"])
+        self._by_prompt = {self.benchmark.data.edits[index].prompt: index for index in self.position.edited}
+        _load_random_state(state["random"])
+
+    def _is_full(self) -> bool:
+        return self.schedule.max_edits is not None and self.strategy.n_edits >= self.schedule.max_edits
+
+    def _candidate(self, index: int) -> None:
+        request = self.benchmark.data.edits[index]
+        with self._scoring():
+            before = self.strategy.model.task.score(self.strategy.model, [request])[0]
+        if before.correct:
+            self.strategy.observe_candidate(
+                request,
+                self._record(Pending(request, before, index, EditOutcome(), 0.0, self.strategy.n_edits), None),
+            )
+            return
+        experience = self.benchmark.streams["edits"][index]
+        started = time.perf_counter()
+        self.strategy.train(experience, eval_streams=[])
+        self._pending.append(
+            Pending(
+                request,
+                before,
+                index,
+                self.strategy.outcome,
+                time.perf_counter() - started,
+                self.strategy.n_edits,
+            )
+        )
+        self._supersede(request, index)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Finishes pending edits and tells of them in stream order, the time of finishing shared equally."""
+        if not self._pending:
+            return
+        started = time.perf_counter()
+        self.strategy.flush()
+        share = (time.perf_counter() - started) / len(self._pending)
+        for pending in self._pending:
+            with self._scoring():
+                after = self.strategy.model.task.score(self.strategy.model, [pending.request])[0]
+            pending.seconds += share
+            self.position.edit_times.append(pending.seconds)
+            self.position.n_failed += pending.outcome.failed is not None
+            self.strategy.observe_candidate(pending.request, self._record(pending, after))
+        self._pending = []
+
+    def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
+        outcome, before = pending.outcome, pending.before
+        return EditRecord(
+            index=pending.index,
+            id=pending.request.id,
+            was_error=None if before.correct is None else not before.correct,
+            edited=after is not None,
+            n_edits=pending.n_edits,
+            before_text=before.text,
+            after_text=None if after is None else after.text,
+            score_before=before.score,
+            score_after=None if after is None else after.score,
+            loss=outcome.loss,
+            steps=outcome.steps,
+            seconds=pending.seconds,
+            failed=outcome.failed,
+            op=outcome.op,
+            key=outcome.key,
+            distance=outcome.distance,
+            n_keys=outcome.n_keys,
+        )
+
+    def _supersede(self, request: EditRequest, index: int) -> None:
+        earlier = self._by_prompt.get(request.prompt)
+        if earlier is not None and self.benchmark.data.edits[earlier].target != request.target:
+            self.position.edited.remove(earlier)
+            self.position.n_superseded += 1
+        self._by_prompt[request.prompt] = index
+        self.position.edited.append(index)
+
+    def _eval_streams(self) -> Iterator[Any]:
+        data = self.benchmark.data
+        edited = [data.edits[index] for index in self.position.edited]
+        facts = {request.fact for request in edited}
+        roles: tuple[tuple[str, Sequence[EditRequest]], ...] = (
+            ("upstream", data.upstream),
+            ("edited", edited),
+            (
+                "holdout",
+                [r for r in data.holdout if r.fact in facts or (edited and "fact" not in r.metadata)],
+            ),
+            ("accurate", data.accurate),
+            ("locality", self._probes("locality", edited)),
+            ("portability", self._probes("portability", edited)),
+        )
+        yield from (eval_stream(name, requests) for name, requests in roles if requests)
+
+    def _probes(self, kind: str, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        if kind not in self.benchmark.streams:
+            return ()
+        ids = {request.id for request in edited}
+        (experience,) = self.benchmark.streams[kind]
+        return [request for request in experience.requests if request.metadata["edit"] in ids]
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.position.eval_seconds += time.perf_counter() - started
+
+
+def _thinned(benchmark: EditBenchmark, most: int | None) -> EditBenchmark:
+    upstream = benchmark.data.upstream
+    if most is None or len(upstream) <= most:
+        return benchmark
+    chosen = tuple(upstream[i * len(upstream) // most] for i in range(most))
+    return benchmark.with_data(upstream=chosen)
+
+
+def _answers(strategy: EditorStrategy, prompts: Sequence[str]) -> list[str | int]:
+    task, size = strategy.model.task, strategy.model.task.batch_size
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, str | int] = {}
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
+        answers.update(zip(chunk, task.answers(strategy.model, [prompts[i] for i in chunk]), strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int) else float(value)
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+
+
+def _load_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

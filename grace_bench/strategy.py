@@ -1,0 +1,333 @@
+"""`EditorStrategy`: what an editor is, on Avalanche's `BaseTemplate`."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from avalanche.training.templates.base import BaseTemplate
+from avalanche.training.utils import trigger_plugins
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grace_bench.benchmark import EditExperience, EvalExperience
+from grace_bench.encoding import EncodedBatch
+from grace_bench.errors import UserError
+from grace_bench.models import EditableModel
+from grace_bench.results import EditRecord
+from grace_bench.tasks import ItemScore
+from grace_bench.types import EditRequest
+
+State = dict[str, Tensor | int | float | str | list[Any] | dict[str, Any] | None]
+"""What a `state_dict` holds: tensors and JSON values."""
+
+_EXPERIENCE_CALLBACKS = {
+    f"{when}_{what}"
+    for when in ("before", "after")
+    for what in ("training", "training_exp", "eval", "eval_exp", "candidate")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditBatch:
+    """What an editor may know of the requests it edits.
+
+    Attributes:
+        prompts: B input texts.
+        targets: B wanted answers.
+        subjects: B subjects if the editor declares `needs_subject`, else None.
+        encoded: The prompts with their targets as tensors.
+    """
+
+    prompts: tuple[str, ...]
+    targets: tuple[str | int, ...]
+    encoded: EncodedBatch
+    subjects: tuple[str | None, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOutcome:
+    """What an edit did. Editors fill in what they know.
+
+    Attributes:
+        op: What happened to the codebook: `add`, `expand`, `split`, `hit` or `relabel`.
+        key: Index of the entry that answers the request now.
+        distance: Distance of the request's query to the nearest entry before the edit.
+        n_keys: Entries after the edit.
+        loss_first: Loss at the first step.
+        loss: Loss at the last step.
+        steps: Gradient steps taken.
+        failed: Why the edit could not be made; None if it was.
+    """
+
+    op: str | None = None
+    key: int | None = None
+    distance: float | None = None
+    n_keys: int | None = None
+    loss_first: float | None = None
+    loss: float | None = None
+    steps: int = 0
+    failed: str | None = None
+
+
+class EditorStrategy(BaseTemplate, ABC):
+    """A lifelong model editor: consumes requests one at a time and changes what the model answers.
+
+    A subclass implements `edit`, keeps all that changes in `state_dict`, and takes back what it did in `rollback`.
+    Its constructor takes keyword arguments only; each becomes an option `editor.<name>=` on the command line.
+
+    Args:
+        model: The model to edit.
+        plugins: Avalanche plugins that live on experience-level callbacks.
+        evaluator: Avalanche's evaluation plugin, with metrics and loggers.
+
+    Attributes:
+        needs_subject: Whether `edit` reads the subject of a request.
+        needs_replay: Whether it keeps earlier requests.
+        needs_meta_training: Whether it must be trained before its first edit.
+        freezes_weights: Whether the model's own weights never change.
+        supported_tasks: The tasks it works on.
+
+    Raises:
+        UserError: If the model's task is not supported, or a plugin needs a training loop that editing does not have.
+    """
+
+    registered_name: ClassVar[str]
+    needs_subject: ClassVar[bool] = False
+    needs_replay: ClassVar[bool] = False
+    needs_meta_training: ClassVar[bool] = False
+    freezes_weights: ClassVar[bool] = True
+    supported_tasks: ClassVar[tuple[str, ...]] = ("classification", "qa", "completion", "language_modelling")
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        name = getattr(self, "registered_name", type(self).__name__)
+        if model.task.name not in self.supported_tasks:
+            raise UserError(
+                f"editor '{name}' does not work on {model.task.name} (it does on {', '.join(self.supported_tasks)})"
+            )
+        everything = [*plugins, *([] if evaluator is None else [evaluator])]
+        for plugin in everything:
+            _refuse_sgd_plugin(plugin)
+        super().__init__(model=model, device=model.device, plugins=everything)
+        self.model: EditableModel = model
+        self.evaluator = evaluator
+        self.n_edits = 0
+        """The clock: edits made so far."""
+        self.scores: list[ItemScore] = []
+        """The scores of the evaluation experience at hand, for metric plugins."""
+        self.record: EditRecord | None = None
+        """The candidate at hand, for metric plugins and loggers, during `after_candidate`."""
+        self.request: EditRequest | None = None
+        """The request of that candidate, with all its fields."""
+        self.outcome = EditOutcome()
+        """What the last edit did."""
+        self._untouched = (
+            {} if self.freezes_weights else {k: v.detach().clone() for k, v in model.layer.state_dict().items()}
+        )
+
+    @abstractmethod
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        """Makes the model answer each request of the batch with its target.
+
+        Values that only the answers depend on may be left pending until `flush`.
+        """
+
+    def flush(self) -> None:
+        """Finishes what `edit` left pending."""
+
+    def rollback(self) -> None:
+        """Undoes every edit: the model answers as it did before the first one, bit for bit."""
+        if self._untouched:
+            self.model.layer.load_state_dict(self._untouched)
+        self.n_edits = 0
+
+    def detach(self) -> None:
+        """Undoes every edit and lets go of the model."""
+        self.rollback()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def state_dict(self) -> State:
+        """Returns all that is needed to go on editing: tensors and JSON values."""
+        return {"n_edits": self.n_edits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`."""
+        self.n_edits = int(state["n_edits"])
+
+    def answering_state(self) -> State:
+        """Returns only what answering needs, for `save_pretrained`."""
+        return self.state_dict()
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the constructor arguments that rebuild this editor, model and plugins aside."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Saves what answering needs as `editor.safetensors` and `editor.json`.
+
+        Args:
+            folder: Made if it is not there.
+        """
+        self.flush()
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors, values = split_state(self.answering_state())
+        save_file(tensors, path / "editor.safetensors")
+        header = {
+            "editor": self.registered_name,
+            "settings": self.settings(),
+            "model": self.model.name,
+            "model_fingerprint": self.model.fingerprint,
+            "layer": self.model.layer_name,
+            "task": self.model.task.name,
+            "state": values,
+        }
+        (path / "editor.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, model: EditableModel) -> Self:
+        """Loads a saved editor onto the model it was saved for.
+
+        Raises:
+            UserError: If the files are missing or broken, or were saved for other weights or another layer.
+        """
+        path = Path(folder)
+        try:
+            header = json.loads((path / "editor.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "editor.safetensors", device=str(model.device))
+        except Exception as error:
+            raise UserError(f"{path}: no saved editor can be read here ({error})") from error
+        if header["editor"] != cls.registered_name:
+            raise UserError(f"{path}: holds editor '{header['editor']}', not '{cls.registered_name}'")
+        if header["model_fingerprint"] != model.fingerprint:
+            raise UserError(f"{path}: was saved for other weights than those of model {model.name}")
+        if header["layer"] != model.layer_name:
+            raise UserError(f"{path}: was saved for layer {header['layer']}, not {model.layer_name}")
+        editor = cls(model=model, **header["settings"])
+        editor.load_state_dict({**header["state"], **tensors})
+        return editor
+
+    @property
+    def extra_parameters(self) -> int:
+        """How many numbers the editor adds to the model."""
+        tensors, _ = split_state(self.answering_state())
+        return sum(tensor.numel() for tensor in tensors.values())
+
+    def edit_text(self, prompt: str, target: str | int, *, subject: str | None = None) -> EditOutcome:
+        """Edits one request given as text and finishes it.
+
+        Args:
+            prompt: The input text.
+            target: The wanted answer, or a label id.
+            subject: The entity the prompt is about, for editors that need one.
+        """
+        batch = EditBatch(
+            prompts=(prompt,),
+            targets=(target,),
+            subjects=(subject,) if self.needs_subject else None,
+            encoded=self.model.encode_batch([prompt], [target]),
+        )
+        outcome = self.edit(batch)
+        self.flush()
+        self.n_edits += 1
+        return outcome
+
+    def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
+        """Tells metric plugins and loggers of a candidate whose record is complete: callback `after_candidate`."""
+        self.request, self.record = request, record
+        trigger_plugins(self, "after_candidate")
+        self.request = self.record = None
+
+    def _train_exp(self, experience: Any, eval_streams: Any, **kwargs: Any) -> None:
+        visible = cast(EditExperience, experience).for_editor(needs_subject=self.needs_subject)
+        self.experience = visible
+        self.outcome = self.edit(
+            EditBatch(
+                prompts=(visible.prompt,),
+                targets=(visible.target,),
+                subjects=(visible.subject,) if self.needs_subject else None,
+                encoded=self.model.encode_batch([visible.prompt], [visible.target]),
+            )
+        )
+        self.n_edits += 1
+
+    def _eval_exp(self, **kwargs: Any) -> None:
+        experience = cast(EvalExperience, self.experience)
+        self.scores = self.model.task.score(self.model, experience.requests)
+
+    def _eval_cleanup(self) -> None:
+        super()._eval_cleanup()
+        self.scores = []
+
+
+@contextmanager
+def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Lets gradients reach some parameters of a frozen model, for as long as the context lasts."""
+    chosen = list(parameters)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield chosen
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits a state into what goes to safetensors and what goes to JSON."""
+    tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
+
+
+def _refuse_sgd_plugin(plugin: Any) -> None:
+    """Raises if a plugin, metric or logger depends on callbacks of an SGD loop, which editing does not have."""
+    if isinstance(plugin, EvaluationPlugin):
+        for part in [*plugin.metrics, *plugin.loggers]:
+            _refuse_sgd_plugin(part)
+        return
+    from avalanche.logging import BaseLogger
+
+    # Text and CSV loggers print at the end of an epoch, which they can do without.
+    spare = {"after_training_epoch"} if isinstance(plugin, BaseLogger) else set()
+    needed = sorted(
+        name for name in _own_callbacks(type(plugin)) if name not in _EXPERIENCE_CALLBACKS and name not in spare
+    )
+    if needed:
+        raise UserError(
+            f"Avalanche plugin {type(plugin).__name__} needs an SGD training loop ({', '.join(needed)}), which editing "
+            f"does not have; plugins that use experience-level callbacks work"
+        )
+
+
+def _own_callbacks(cls: type) -> set[str]:
+    """Names of the callbacks a class implements itself rather than inheriting Avalanche's empty ones."""
+    from avalanche.core import BasePlugin, BaseSGDPlugin, SupervisedPlugin
+    from avalanche.evaluation import PluginMetric
+    from avalanche.logging import BaseLogger
+    from avalanche.training.plugins import SupervisedPlugin as TrainingPlugin
+
+    empty = {BasePlugin, BaseSGDPlugin, SupervisedPlugin, TrainingPlugin, PluginMetric, BaseLogger, object}
+    return {
+        name
+        for base in cls.__mro__
+        if base not in empty
+        for name in vars(base)
+        if name.startswith(("before_", "after_"))
+    }

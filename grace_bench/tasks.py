@@ -1,0 +1,398 @@
+"""Tasks: everything in which classification, question answering, completion and language modelling differ.
+
+A task encodes text, defines the loss, says what an error is and scores answers. Nothing else in the harness branches on
+the kind of model.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from grace_bench import encoding
+from grace_bench.encoding import IGNORED, EncodedBatch, PaddingSide
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.scores import exact_match, reference_f1, token_f1
+from grace_bench.types import EditRequest, TaskName
+
+if TYPE_CHECKING:
+    from grace_bench.models import EditableModel, QueryState
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemScore:
+    """What the model answered to one request and how good it was.
+
+    Attributes:
+        score: The task's main score.
+        text: The answer as text; empty for language modelling.
+        correct: Whether the answer counts as right (protocol 1); None where every candidate is an error.
+        others: The task's other scores by name.
+        n_tokens: Scored tokens, for the token-weighted perplexity.
+        entry: The codebook entry that answered, -1 for none; None for editors without a codebook.
+        distance: Distance of the query to the nearest entry.
+        contested: Whether the query lies in balls of two different labels.
+    """
+
+    score: float
+    text: str = ""
+    correct: bool | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    n_tokens: int = 1
+    entry: int | None = None
+    distance: float | None = None
+    contested: bool | None = None
+
+
+class Task(ABC):
+    """One way of using a model.
+
+    Args:
+        max_new_tokens: The longest free answer.
+        query: `prefix` queries running text after `prefix_length` tokens and scores the rest; `last_token` queries its
+            last token and scores everything, as the official GRACE code does (protocol 8).
+        prefix_length: Tokens of running text that are read and not scored.
+        batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
+    """
+
+    name: ClassVar[TaskName]
+    auto_class: ClassVar[str]
+    """The transformers class that loads a model for this task."""
+    main_score: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    other_scores: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, *, max_new_tokens: int = 16, query: str = "prefix", prefix_length: int = 8, batch_size: int = 64
+    ) -> None:
+        if query not in ("prefix", "last_token"):
+            raise UserError(f"protocol.query={query!r} is not known (there are: prefix, last_token)")
+        self.max_new_tokens = max_new_tokens
+        self.query = query
+        self.prefix_length = prefix_length
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def encode(
+        self,
+        model: "EditableModel",
+        prompts: Sequence[str],
+        targets: Sequence[str | int] | None = None,
+        *,
+        side: PaddingSide | None = None,
+    ) -> EncodedBatch:
+        """Encodes prompts, with targets for loss and teacher-forced scores, without for answering."""
+
+    @abstractmethod
+    def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Scores the model's answers to requests of like length, in one batch."""
+
+    def loss(self, logits: Tensor, batch: EncodedBatch) -> Tensor:
+        """Returns the mean cross-entropy over the batch's labels, in float32."""
+        assert batch.labels is not None
+        return functional.cross_entropy(logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED)
+
+    def answered(self, logits: Tensor, batch: EncodedBatch) -> bool:
+        """Whether every labelled position already gets its label, so that training may stop."""
+        assert batch.labels is not None
+        wrong = (logits.argmax(dim=-1) != batch.labels) & (batch.labels != IGNORED)
+        return not bool(wrong.any())
+
+    @torch.no_grad()
+    def score(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Scores the model's answers to requests, in the order given; batches hold inputs of like length."""
+        results: list[ItemScore | None] = [None] * len(requests)
+        lengths = [len(request.prompt) + len(str(request.target)) for request in requests]
+        order = sorted(range(len(requests)), key=lengths.__getitem__)
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            for index, item in zip(chunk, self.score_batch(model, [requests[i] for i in chunk]), strict=True):
+                results[index] = item
+        return [item for item in results if item is not None]
+
+    def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
+        """Returns the mean of the main score under "" and of every other score under its name, NaN left out.
+
+        The number of items whose main score is NaN stands under `n_nan` if there are any (protocol 4).
+        """
+        finite = [item for item in items if not math.isnan(item.score)]
+        means = {"": fmean(item.score for item in finite) if finite else math.nan}
+        for name in self.other_scores:
+            means[name] = fmean(item.others[name] for item in finite) if finite else math.nan
+        if len(finite) < len(items):
+            means["n_nan"] = float(len(items) - len(finite))
+        return means
+
+    def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:
+        """Returns the model's own answers as targets: label ids, or free text.
+
+        Raises:
+            UserError: For a task whose targets are texts that no model answers.
+        """
+        raise UserError(f"task {self.name} has no answers to ask a model for")
+
+    def text_of(self, target: str | int, label_names: Sequence[str] = ()) -> str:
+        """Returns a target as people read it."""
+        if isinstance(target, int) and target < len(label_names):
+            return label_names[target]
+        return str(target)
+
+
+class Classification(Task):
+    """One label a text; scored by accuracy."""
+
+    name = "classification"
+    auto_class = "AutoModelForSequenceClassification"
+    main_score = "accuracy"
+
+    def encode(  # noqa: D102
+        self,
+        model: "EditableModel",
+        prompts: Sequence[str],
+        targets: Sequence[str | int] | None = None,
+        *,
+        side: PaddingSide | None = None,
+    ) -> EncodedBatch:
+        labels = None if targets is None else [int(target) for target in targets]
+        if model.encode is not None:
+            return EncodedBatch(
+                inputs=model.encode(prompts),
+                query=torch.full((len(prompts),), -1),
+                labels=None if labels is None else torch.tensor(labels),
+                target_ids=() if labels is None else tuple((label,) for label in labels),
+            )
+        return encoding.encode_classification(
+            model.tokenizer, prompts, labels, side=side or "right", max_length=model.max_length
+        )
+
+    def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
+        chosen = self._labels(model, [request.prompt for request in requests])
+        noted = _noted(model.last_state, len(requests))
+        return [
+            ItemScore(score=float(label == request.target), text=str(label), correct=label == request.target, **note)
+            for request, label, note in zip(requests, chosen, noted, strict=True)
+        ]
+
+    def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
+        return [*self._labels(model, prompts)]
+
+    def _labels(self, model: "EditableModel", prompts: Sequence[str]) -> list[int]:
+        return [int(label) for label in model.logits(model.encode_batch(prompts)).argmax(dim=-1)]
+
+
+class _Generating(Task):
+    """Tasks whose answers are generated freely and compared as text."""
+
+    main_score = "f1"
+    other_scores = ("exact_match", "token_accuracy", "reference_f1")
+
+    def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
+        generated = self.generate(model, [request.prompt for request in requests])
+        noted = _noted(model.last_state, len(requests))
+        batch = model.encode_batch(
+            [request.prompt for request in requests], [str(request.target) for request in requests]
+        )
+        assert batch.content is not None
+        hits = (model.logits(batch).argmax(dim=-1) == batch.labels) & batch.content
+        accuracies = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
+        items = []
+        for i, (request, (text, ids)) in enumerate(zip(requests, generated, strict=True)):
+            accepted = [str(request.target), *request.answers]
+            match = exact_match(text, accepted)
+            items.append(
+                ItemScore(
+                    score=token_f1(text, accepted),
+                    text=text,
+                    correct=match == 1.0,
+                    others={
+                        "exact_match": match,
+                        "token_accuracy": accuracies[i],
+                        "reference_f1": reference_f1(ids, batch.target_ids[i]),
+                    },
+                    **noted[i],
+                )
+            )
+        return items
+
+    def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:
+        return [text for text, _ in self.generate(model, prompts)]
+
+    @torch.no_grad()
+    def generate(self, model: "EditableModel", prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
+        """Answers prompts greedily to the end token or a newline, at most `max_new_tokens` (protocol 5).
+
+        Returns:
+            For each prompt the text, up to the newline, and the generated token ids with the end token.
+        """
+        batch = self.encode(model, prompts, side=self._generation_side).to(model.device)
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        tokenizer = model.tokenizer
+        stops = [tokenizer.eos_token_id, *_newline_ids(tokenizer)]
+        with model.querying(batch.query):
+            output = model.module.generate(  # type: ignore[operator]
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        results = []
+        for row in output[:, self._n_given(inputs) :].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+            ids = row[:end]
+            results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids))
+        return results
+
+    _generation_side: ClassVar[PaddingSide]
+
+    @abstractmethod
+    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
+        """Returns how many tokens of a generated row were given."""
+
+
+class QuestionAnswering(_Generating):
+    """Short answers of an encoder-decoder model; scored by SQuAD token F1 on free generation."""
+
+    name = "qa"
+    auto_class = "AutoModelForSeq2SeqLM"
+    _generation_side = "right"
+
+    def encode(  # noqa: D102
+        self,
+        model: "EditableModel",
+        prompts: Sequence[str],
+        targets: Sequence[str | int] | None = None,
+        *,
+        side: PaddingSide | None = None,
+    ) -> EncodedBatch:
+        return encoding.encode_seq2seq(
+            model.tokenizer,
+            prompts,
+            None if targets is None else [str(target) for target in targets],
+            side=side or "right",
+            max_length=model.max_length,
+            decoder_start=model.config.decoder_start_token_id,
+            query_in_decoder=model.layer_in_decoder,
+        )
+
+    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
+        return 1
+
+
+class Completion(_Generating):
+    """The continuation of a prompt by a causal language model; scored by SQuAD token F1 on free generation."""
+
+    name = "completion"
+    auto_class = "AutoModelForCausalLM"
+    _generation_side = "left"
+
+    def encode(  # noqa: D102
+        self,
+        model: "EditableModel",
+        prompts: Sequence[str],
+        targets: Sequence[str | int] | None = None,
+        *,
+        side: PaddingSide | None = None,
+    ) -> EncodedBatch:
+        return encoding.encode_causal(
+            model.tokenizer,
+            prompts,
+            None if targets is None else [str(target) for target in targets],
+            side=side or "right",
+            max_length=model.max_length,
+        )
+
+    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
+        return inputs["input_ids"].shape[1]
+
+
+class LanguageModelling(Task):
+    """Sentences that follow a text, or running text; scored by perplexity, the mean over texts.
+
+    A sentence that is edited into running text is not followed by an end token, in training or in scoring.
+    """
+
+    name = "language_modelling"
+    auto_class = "AutoModelForCausalLM"
+    main_score = "perplexity"
+    higher_is_better = False
+
+    def encode(  # noqa: D102
+        self,
+        model: "EditableModel",
+        prompts: Sequence[str],
+        targets: Sequence[str | int] | None = None,
+        *,
+        side: PaddingSide | None = None,
+    ) -> EncodedBatch:
+        return encoding.encode_causal(
+            model.tokenizer,
+            prompts,
+            None if targets is None else [str(target) for target in targets],
+            side=side or "right",
+            max_length=model.max_length,
+            end_token=False,
+            prefix_length=self.prefix_length if self.query == "prefix" else None,
+        )
+
+    def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
+        batch = model.encode_batch(
+            [request.prompt for request in requests], [str(request.target) for request in requests]
+        )
+        assert batch.labels is not None
+        logits = model.logits(batch)
+        losses = functional.cross_entropy(
+            logits.float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
+        )
+        counts = (batch.labels != IGNORED).sum(dim=1)
+        totals = losses.double().sum(dim=1)
+        noted = _noted(model.last_state, len(requests))
+        return [
+            ItemScore(score=math.exp(min(total / count, 700.0)) if count else math.nan, n_tokens=count, **note)
+            for total, count, note in zip(totals.tolist(), counts.tolist(), noted, strict=True)
+        ]
+
+    def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
+        """Adds `perplexity_weighted`, the perplexity of all tokens together."""
+        means = super().aggregate(items)
+        finite = [item for item in items if not math.isnan(item.score)]
+        n_tokens = sum(item.n_tokens for item in finite)
+        nll = sum(math.log(item.score) * item.n_tokens for item in finite)
+        means["perplexity_weighted"] = math.exp(nll / n_tokens) if n_tokens else math.nan
+        return means
+
+
+_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, QuestionAnswering, Completion, LanguageModelling)
+}
+
+
+def get_task(name: str, **settings: Any) -> Task:
+    """Returns the task of that name.
+
+    Raises:
+        UserError: If there is none, with the closest one that exists.
+    """
+    if name not in _TASKS:
+        raise UserError(f"no task {name!r}{did_you_mean(name, _TASKS)} (there are: {', '.join(_TASKS)})")
+    return _TASKS[name](**settings)
+
+
+def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:
+    """What the editor's hook noted of each row during the last forward pass."""
+    if state.entry is None or state.distance is None or state.contested is None:
+        return [{}] * n_rows
+    columns = zip(state.entry.tolist(), state.distance.tolist(), state.contested.tolist(), strict=True)
+    return [{"entry": entry, "distance": distance, "contested": contested} for entry, distance, contested in columns]
+
+
+@lru_cache(maxsize=8)
+def _newline_ids(tokenizer: Any) -> tuple[int, ...]:
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return tuple(i for i, text in enumerate(texts) if "\n" in text)

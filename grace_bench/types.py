@@ -1,0 +1,162 @@
+"""The harness's types: what a request is, what a stream holds, what it says of itself."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+TaskName = Literal["classification", "qa", "completion", "language_modelling"]
+Text = Annotated[str, StringConstraints(strip_whitespace=False)]
+
+
+class Probe(BaseModel):
+    """A question put beside an edit, to see what else it changed.
+
+    Attributes:
+        prompt: The input text.
+        target: The right answer; None stands for whatever the unedited model answers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[str, StringConstraints(min_length=1)]
+    target: str | int | None = None
+
+
+class EditRequest(BaseModel):
+    """One error to fix: for this prompt the model should give this target.
+
+    Attributes:
+        id: Unique within its stream.
+        prompt: The input text; empty only for running text, whose target is the whole text.
+        target: The wanted answer, or the label id for classification.
+        answers: Other accepted answers, beside the target.
+        subject: The entity the prompt is about, for editors that need one; occurs in the prompt.
+        rephrases: The same question in other words; evaluation only.
+        locality: Questions whose answers must not change; evaluation only.
+        portability: Questions whose answers follow from the edit; evaluation only.
+        metadata: Anything else. `fact` names the fact that edits and holdout requests share.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Annotated[str, StringConstraints(min_length=1)]
+    prompt: Text
+    target: str | int
+    answers: tuple[str, ...] = ()
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def fact(self) -> str:
+        """The fact the request is about: `metadata["fact"]`, else the request's own id."""
+        return str(self.metadata.get("fact", self.id))
+
+
+class StreamMetadata(BaseModel):
+    """Where a stream comes from.
+
+    Attributes:
+        source: The data set, or what it was derived from.
+        revision: The version, commit or date of the source.
+        license: The licence of the data.
+        citation: How to cite it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Annotated[str, StringConstraints(min_length=1)]
+    revision: Annotated[str, StringConstraints(min_length=1)]
+    license: Annotated[str, StringConstraints(min_length=1)]
+    citation: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamData:
+    """The requests of a benchmark, by role (protocol, section "Streams").
+
+    Attributes:
+        edits: Candidates for editing, before the run's seed orders them.
+        upstream: What the model knew and must keep.
+        holdout: The edited facts in other words.
+        validation: Candidates for tuning; shares no fact with `edits`.
+        train: Requests for meta-training; shares no fact with `edits` or `validation`.
+        accurate: What was right about the edited inputs and must stay so.
+        label_names: The names of the label ids, for classification.
+    """
+
+    edits: tuple[EditRequest, ...]
+    upstream: tuple[EditRequest, ...] = ()
+    holdout: tuple[EditRequest, ...] = ()
+    validation: tuple[EditRequest, ...] = ()
+    train: tuple[EditRequest, ...] = ()
+    accurate: tuple[EditRequest, ...] = ()
+    label_names: tuple[str, ...] = field(default=())
+
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what, done, total)`, called as a long step goes on."""
+
+
+class EditStream(ABC):
+    """A source of edit requests, registered with `@register_stream("name")`.
+
+    The constructor takes keyword arguments only; each becomes an option `stream.<name>=` on the command line.
+
+    Attributes:
+        task: What the model does with a prompt.
+        metadata: Source, revision, licence and citation.
+        max_new_tokens: The longest answer that free generation may give.
+        default_model: Short name of the model used when none is given; None if the user must name one.
+        default_layer: The layer of that model that is edited unless another is named.
+    """
+
+    registered_name: ClassVar[str]
+    task: TaskName
+    metadata: ClassVar[StreamMetadata]
+    max_new_tokens: int = 16
+    default_model: ClassVar[str | None] = None
+    default_layer: ClassVar[str | None] = None
+
+    @abstractmethod
+    def load(self) -> StreamData:
+        """Returns all requests, in the same order every time.
+
+        Raises:
+            UserError: If the data cannot be read, naming the file, the line and the field.
+        """
+
+    @classmethod
+    def load_model(cls, folder: Path) -> tuple[Any, Any] | None:
+        """Loads a checkpoint of the stream's own kind of model.
+
+        Returns:
+            The `nn.Module` and the function that turns B prompts into its keyword arguments; None if the folder holds
+            an ordinary Hugging Face model.
+        """
+        return None
+
+    @classmethod
+    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
+        """Trains the stream's default model from nothing and saves it to `out_dir`.
+
+        Args:
+            out_dir: Receives `config.json`, `model.safetensors` (float16) and the tokenizer.
+            seed: Seeds initialisation, data order and dropout.
+            progress: Called as training goes on.
+
+        Returns:
+            The figures of the saved and reloaded model, by name.
+
+        Raises:
+            UserError: If the stream has no model of its own.
+        """
+        from grace_bench.errors import UserError
+
+        raise UserError(f"stream '{cls.registered_name}' has no model of its own to pretrain")

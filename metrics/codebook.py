@@ -1,0 +1,74 @@
+"""How a codebook grows, and where its balls overlap: GRACE's known weakness."""
+
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+
+from grace_bench.metric import EditMetric
+from grace_bench.registry import register_metric
+from grace_bench.strategy import EditorStrategy
+
+
+class _CodebookMetric(EditMetric):
+    """A metric of editors that have a codebook; silent for the others."""
+
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
+        """Returns values by suffix."""
+        raise NotImplementedError
+
+    def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
+        """Emits the values of the codebook as it stands."""
+        codebook = getattr(strategy, "codebook", None)
+        if codebook is None:
+            return None
+        return [self.value(strategy, value, suffix) for suffix, value in self.measure(codebook, strategy).items()]
+
+
+@register_metric("n_keys")
+class Keys(_CodebookMetric):
+    """n_keys: entries in the codebook, with the smallest, median and largest deferral radius."""
+
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+        values: dict[str, float] = {"": len(codebook)}
+        if len(codebook):
+            radii = codebook.radii
+            values |= {
+                "radius_min": float(radii.min()),
+                "radius_median": float(radii.median()),
+                "radius_max": float(radii.max()),
+            }
+        return values
+
+
+@register_metric("edits_per_key")
+class EditsPerKey(_CodebookMetric):
+    """edits_per_key: how many edits share an entry on average."""
+
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+        return {"": strategy.n_edits / len(codebook)} if len(codebook) else {}
+
+
+@register_metric("codebook_overlap")
+class CodebookOverlap(_CodebookMetric):
+    """codebook_overlap: share of pairs of entries with different labels whose balls intersect.
+
+    `codebook_overlap/queries` is the share of evaluation queries that fall into two such balls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._contested: list[bool] = []
+
+    def before_eval(self, strategy: EditorStrategy) -> None:
+        """Starts counting anew."""
+        self._contested = []
+
+    def after_eval_exp(self, strategy: EditorStrategy) -> None:
+        """Counts the queries that fall into two balls."""
+        self._contested += [item.contested for item in strategy.scores if item.contested is not None]
+
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+        values = {"": codebook.overlap()}
+        if self._contested:
+            values["queries"] = sum(self._contested) / len(self._contested)
+        return values

@@ -1,0 +1,68 @@
+"""Edit success: whether an edit did what was asked, at the time."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+
+from grace_bench.metric import EditMetric
+from grace_bench.registry import register_metric
+from grace_bench.strategy import EditorStrategy
+
+
+class RunningMean:
+    """The mean of the numbers seen so far, NaN left out and counted.
+
+    >>> mean = RunningMean()
+    >>> mean.update(1.0); mean.update(0.0); mean.update(float("nan"))
+    >>> mean.compute(), mean.n_nan
+    (0.5, 1)
+    """
+
+    def __init__(self) -> None:
+        self.total, self.count, self.n_nan = 0.0, 0, 0
+
+    def update(self, value: float) -> None:
+        """Takes in one number."""
+        if math.isnan(value):
+            self.n_nan += 1
+        else:
+            self.total += value
+            self.count += 1
+
+    def compute(self) -> float:
+        """Returns the mean; NaN before the first number."""
+        return self.total / self.count if self.count else math.nan
+
+
+@register_metric("ES")
+class EditSuccess(EditMetric):
+    """ES: the mean, over all edits so far, of the main score right after the edit (section 4.2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mean = RunningMean()
+
+    def after_candidate(self, strategy: EditorStrategy) -> list[MetricValue] | None:
+        """Takes in an edit's score and emits the mean."""
+        record = strategy.record
+        if record is None or not record.edited:
+            return None
+        self._mean.update(math.nan if record.score_after is None else record.score_after)
+        values = [self.value(strategy, self._mean.compute())]
+        if self._mean.n_nan:
+            values.append(self.value(strategy, self._mean.n_nan, "n_nan"))
+        return values
+
+    def result(self) -> float | None:  # noqa: D102
+        return self._mean.compute() if self._mean.count else None
+
+    def reset(self) -> None:  # noqa: D102
+        self._mean = RunningMean()
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"total": self._mean.total, "count": self._mean.count, "n_nan": self._mean.n_nan}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._mean.total, self._mean.count, self._mean.n_nan = state["total"], state["count"], state["n_nan"]

@@ -1,0 +1,12 @@
+"""Edit streams, one module a stream. Write one with `EditStream`, `StreamData` and `@register_stream`."""
+
+from typing import Any
+
+from grace_bench.registry import STREAMS, register_stream
+from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata
+
+__all__ = ["EditRequest", "EditStream", "Probe", "StreamData", "StreamMetadata", "register_stream"]
+
+
+def __getattr__(name: str) -> Any:
+    return STREAMS.by_class_name(name)

@@ -1,0 +1,258 @@
+"""Training the small default models of the embedded streams from nothing.
+
+The three families share everything but how an example is made: `Example` holds token ids and either a label
+sequence (seq2seq, causal) or one class, so that one collation and one loop serve T5, BERT and GPT-2.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grace_bench.types import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+IGNORED = -100
+TRAINING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        input_ids: The tokens the model reads.
+        labels: The tokens it should give, or one class id.
+    """
+
+    input_ids: list[int]
+    labels: list[int] | int
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, family: Literal["t5", "bert", "gpt2"], vocab_size: int
+) -> "PreTrainedTokenizerFast":
+    """Trains a small tokenizer with the special tokens and the post-processing of its family.
+
+    `t5` is BPE over words that carry a leading `▁`, and ends every sequence with `</s>`; `bert` is
+    lower-cased WordPiece between `[CLS]` and `[SEP]`; `gpt2` is byte-level BPE and adds nothing. Special
+    tokens come first, in the order in which their family has them (T5: pad 0, end 1, unknown 2).
+
+    Args:
+        texts: What to learn the vocabulary from.
+        family: The convention to follow.
+        vocab_size: The upper limit of the vocabulary, special tokens included.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    options: dict[str, Any]
+    trainer: trainers.Trainer
+    if family == "t5":
+        options = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+        )
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False
+        )
+        template, ends = "$A </s>", ["</s>"]
+    elif family == "bert":
+        options = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        }
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False
+        )
+        template, ends = "[CLS] $A [SEP]", ["[CLS]", "[SEP]"]
+    else:
+        end = "<|endoftext|>"
+        options = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": end}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[end],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        template, ends = "", []
+    tokenizer.train_from_iterator(texts, trainer)
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(end, tokenizer.token_to_id(end)) for end in ends]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+
+
+def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, "torch.Tensor"]:
+    """Pads examples on the right into one batch.
+
+    Returns:
+        `input_ids` and `attention_mask` of shape (batch, longest), and `labels`: of shape
+        (batch, longest label sequence), padded with -100, or of shape (batch,) for class ids.
+    """
+    import torch
+
+    def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+
+    inputs = [example.input_ids for example in examples]
+    sequences = [example.labels for example in examples if isinstance(example.labels, list)]
+    return {
+        "input_ids": padded(inputs, pad_id),
+        "attention_mask": padded([[1] * len(row) for row in inputs], 0),
+        "labels": padded(sequences, IGNORED) if sequences else torch.tensor([e.labels for e in examples]),
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch inside the block, on at most two threads, and leaves both as they were.
+
+    More threads make models of this size several times slower, and a training repeats itself only on the
+    same number of threads.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(TRAINING_THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def train(
+    model: "PreTrainedModel",
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    weight_decay: float = 0.01,
+    warmup: float = 0.05,
+    progress: Progress | None = None,
+) -> None:
+    """Trains a model in place with AdamW, a linear warm-up and linear decay; leaves it in eval mode.
+
+    Args:
+        model: Any Hugging Face model that returns a loss when given labels.
+        examples: What to learn.
+        pad_id: The padding token.
+        epochs: Passes over the examples.
+        batch_size: Examples a step.
+        learning_rate: The rate at the end of the warm-up.
+        seed: Seeds the order of the examples; torch is seeded by `seeded`.
+        weight_decay: AdamW's, on matrices only.
+        warmup: The share of the steps that warm up.
+        progress: Called after every step as `progress("training", done, total)`.
+    """
+    import torch
+
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+    steps_per_epoch = -(-len(examples) // batch_size)
+    total = epochs * steps_per_epoch
+    warm_steps = max(1, round(warmup * total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_steps, (total - step) / max(1, total - warm_steps))
+    )
+    order = random.Random(seed)
+    model.train()
+    done = 0
+    for _ in range(epochs):
+        for batch in _batches(examples, batch_size, order):
+            loss = model(**collate(batch, pad_id=pad_id)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if progress is not None:
+                progress("training", done, total)
+    model.eval()
+
+
+def _batches(examples: Sequence[Example], batch_size: int, order: random.Random) -> list[list[Example]]:
+    """Deals the examples into batches in random order, those of like lengths together to save padding."""
+    shuffled = order.sample(examples, len(examples))
+    by_length = sorted(shuffled, key=lambda example: len(example.input_ids))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    return order.sample(batches, len(batches))
+
+
+def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", out_dir: Path) -> None:
+    """Saves a model in float16 with its tokenizer, so that `AutoModel….from_pretrained` loads it as float32.
+
+    The configuration says float32 because the half precision is only how the weights are stored. The model is
+    halved in place.
+    """
+    import torch
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(out_dir)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def finish(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    out_dir: Path,
+    measure: Callable[["PreTrainedModel", "PreTrainedTokenizerFast"], dict[str, float]],
+) -> dict[str, float]:
+    """Saves a trained model, loads it again as float32, measures that, and writes the figures beside it.
+
+    Args:
+        model: The trained model.
+        tokenizer: Its tokenizer.
+        out_dir: Where both go, and `figures.json`.
+        measure: Takes the reloaded model, in eval mode, and tokenizer, and returns figures by name.
+
+    Returns:
+        What `measure` returned.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    save(model, tokenizer, out_dir)
+    reloaded = type(model).from_pretrained(out_dir, dtype=torch.float32).eval()
+    figures = measure(reloaded, AutoTokenizer.from_pretrained(out_dir))
+    (out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures

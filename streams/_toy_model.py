@@ -1,0 +1,22 @@
+"""The classifier of points in the plane, apart from `toy.py` so that reading the stream imports no torch."""
+
+from torch import Tensor, nn
+
+
+class PointClassifier(nn.Module):
+    """A perceptron of two hidden layers and two classes.
+
+    Args:
+        hidden_size: The width of both hidden layers.
+    """
+
+    def __init__(self, *, hidden_size: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, hidden_size)
+        self.second = nn.Linear(hidden_size, hidden_size)
+        self.head = nn.Linear(hidden_size, 2)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Returns logits of shape (B, 2) for points of shape (B, 2)."""
+        logits: Tensor = self.head(self.second(self.first(points).relu()).relu())
+        return logits

@@ -1,0 +1,151 @@
+"""CounterFact in EasyEdit's format, on made-up records and on the real files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grace_bench.errors import UserError
+from grace_bench.streams import Probe
+from grace_bench.streams.counterfact import CounterFact
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
+
+
+def record(number: int, /, **changes: Any) -> dict[str, Any]:
+    made = {
+        "case_id": number,
+        "prompt": f"The mother tongue of Person{number} is",
+        "target_new": "English",
+        "subject": f"Person{number}",
+        "ground_truth": "French",
+        "rephrase_prompt": f"Person{number} grew up speaking",
+        "locality_prompt": f"Neighbour{number} is a native speaker of",
+        "locality_ground_truth": "Dutch",
+        **changes,
+    }
+    return {name: value for name, value in made.items() if value is not ...}
+
+
+def lines(folder: Path, *records: dict[str, Any]) -> str:
+    path = folder / "counterfact.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def error_of(path: str) -> str:
+    with pytest.raises(UserError) as caught:
+        CounterFact(path=path).load()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_edit_is_the_counterfactual_and_not_the_truth(tmp_path: Path) -> None:
+    (request,) = CounterFact(path=lines(tmp_path, record(7))).load().edits
+    assert (request.id, request.target, request.subject) == ("7", "English", "Person7")
+    assert request.prompt == "The mother tongue of Person7 is"
+    assert request.metadata["ground_truth"] == "French"
+
+
+def test_what_must_be_kept_is_the_unedited_models_answer(tmp_path: Path) -> None:
+    data = CounterFact(path=lines(tmp_path, record(7))).load()
+    assert data.edits[0].locality == (Probe(prompt="Neighbour7 is a native speaker of", target=None),)
+    (upstream,) = data.upstream
+    assert upstream.prompt == "Neighbour7 is a native speaker of"
+    assert upstream.metadata["target_from_model"] is True
+
+
+def test_upstream_asks_each_prompt_once_and_none_that_is_edited(tmp_path: Path) -> None:
+    shared = "Somebody is a native speaker of"
+    edited = record(3)["prompt"]
+    path = lines(
+        tmp_path,
+        record(1, locality_prompt=shared),
+        record(2, locality_prompt=shared),
+        record(3, locality_prompt=edited),
+    )
+    assert [request.prompt for request in CounterFact(path=path).load().upstream] == [shared]
+
+
+def test_a_rephrase_in_the_prompts_own_words_is_no_holdout(tmp_path: Path) -> None:
+    path = lines(tmp_path, record(1), record(2, rephrase_prompt=record(2)["prompt"]))
+    assert [(r.prompt, r.fact, r.target) for r in CounterFact(path=path).load().holdout] == [
+        ("Person1 grew up speaking", "1", "English")
+    ]
+
+
+def test_rephrases_locality_and_truth_may_be_absent_and_further_fields_are_ignored(tmp_path: Path) -> None:
+    names = ("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
+    bare = record(1, **dict.fromkeys(names, ...), requested_rewrite={"relation_id": "P103"})
+    data = CounterFact(path=lines(tmp_path, bare)).load()
+    assert (len(data.edits), data.upstream, data.holdout) == (1, (), ())
+
+
+def test_portability_is_read_where_given(tmp_path: Path) -> None:
+    portability = {
+        "Recalled Relation": "(…)",
+        "New Question": "Person1's first word was in",
+        "New Answer": "English",
+    }
+    (request,) = CounterFact(path=lines(tmp_path, record(1, portability=portability))).load().edits
+    assert request.portability == (Probe(prompt="Person1's first word was in", target="English"),)
+    del portability["New Answer"]
+    path = lines(tmp_path, record(1, portability=portability))
+    assert error_of(path) == f"{path}:1: field 'portability.New Answer': is missing"
+
+
+def test_an_array_gives_the_same_data_as_lines(tmp_path: Path) -> None:
+    records = [record(number) for number in range(5)]
+    array = tmp_path / "counterfact.json"
+    array.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    assert CounterFact(path=str(array)).load() == CounterFact(path=lines(tmp_path, *records)).load()
+    records[3]["prompt"] = ""
+    array.write_text(json.dumps(records), encoding="utf-8")
+    assert error_of(str(array)) == f"{array}: record 4: field 'prompt': is empty"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": ...}, "field 'prompt': is missing"),
+        ({"target_new": "  "}, "field 'target_new': is empty"),
+        ({"target_new": {"str": "English"}}, "field 'target_new': should be text, not an object"),
+        ({"subject": "Person9"}, "field 'subject': does not occur in the prompt, letter by letter"),
+        ({"case_id": 1.5}, "field 'case_id': should be a whole number, not the number 1.5 or should be text"),
+        ({"case_id": 0}, "field 'case_id': '0' was used before, at "),
+        (
+            {"locality_ground_truth": ...},
+            "field 'locality_ground_truth': is missing, while 'locality_prompt' is",
+        ),
+        ({"locality_prompt": ...}, "field 'locality_prompt': is missing, while 'locality_ground_truth' is"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = lines(tmp_path, record(0), record(1, **change))
+    assert error_of(path).startswith(f"{path}:2: {says}")
+
+
+def test_a_missing_path_is_named_by_its_option() -> None:
+    with pytest.raises(UserError, match=r"stream\.path="):
+        CounterFact()
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "count"), [("counterfact_edit.jsonl", 1000), ("counterfact_val.jsonl", 400)]
+)
+def test_the_real_files_are_read_whole(name: str, count: int) -> None:
+    raw = [json.loads(line) for line in (SHARED / name).read_bytes().split(b"\n") if line]
+    data = CounterFact(path=str(SHARED / name)).load()
+    assert len(data.edits) == count == len(raw)
+    for request, source in zip(data.edits, raw, strict=True):
+        assert (request.prompt, request.target) == (source["prompt"], source["target_new"])
+        assert request.subject == source["subject"]
+    prompts = {source["prompt"] for source in raw}
+    assert {request.prompt for request in data.upstream} == {r["locality_prompt"] for r in raw} - prompts
+    assert len({request.prompt for request in data.upstream}) == len(data.upstream)
+    assert len(data.holdout) == sum(r["rephrase_prompt"] != r["prompt"] for r in raw)
+    facts = {request.fact: request.target for request in data.edits}
+    assert all(facts[request.fact] == request.target for request in data.holdout)

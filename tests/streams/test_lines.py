@@ -1,0 +1,177 @@
+"""The reader of records: what it forgives, and the one line it gives for anything else."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from grace_bench.errors import UserError
+from grace_bench.streams._lines import read_records
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    number: int = 0
+    either: str | int = ""
+    inner: tuple[Inner, ...] = ()
+
+
+def write(folder: Path, content: str | bytes) -> str:
+    path = folder / "records.jsonl"
+    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return str(path)
+
+
+def error_of(path: str, *, array: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        read_records(path, Schema, id_field="id", array=array)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def ids(path: str, *, array: bool = False) -> list[tuple[str, str]]:
+    return [
+        (r.place.removeprefix(path), r.value.id)
+        for r in read_records(path, Schema, id_field="id", array=array)
+    ]
+
+
+def test_bom_windows_line_ends_blank_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
+    path = write(tmp_path, b'\xef\xbb\xbf{"id": "a"}\r\n\r\n   \n{"id": "b"}')
+    assert ids(path) == [(":1", "a"), (":4", "b")]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1c", "\x0c"])
+def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
+    record = json.dumps({"id": f"a{separator}b"}, ensure_ascii=separator < "\x20")
+    path = write(tmp_path, f"{record}\n{{}}\n")
+    assert error_of(path).startswith(f"{path}:2: field 'id'")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"id": "x"', "is not JSON"),
+        ("{'id': 'x'}", "is not JSON"),
+        ('{"id": "x"} {"id": "y"}', "is not JSON"),
+        ('{"id": "x", "number": NaN}', "NaN is no JSON number"),
+        ('["x"]', "should be a JSON object, not a list"),
+        ("null", "should be a JSON object, not null"),
+        ("{}", "field 'id': is missing"),
+        ('{"id": 3}', "field 'id': should be text, not the number 3"),
+        ('{"id": null}', "field 'id': should be text, not null"),
+        ('{"id": "x", "number": "3"}', "field 'number': should be a whole number, not text"),
+        ('{"id": "x", "number": true}', "field 'number': should be a whole number, not true or false"),
+        ('{"id": "x", "number": 3.0}', "field 'number': should be a whole number"),
+        (
+            '{"id": "x", "either": []}',
+            "field 'either': should be text, not a list or should be a whole number, not a list",
+        ),
+        ('{"id": "x", "numbr": 3}', "field 'numbr': is not a known field; did you mean 'number'?"),
+        ('{"id": "x", "inner": [{"prompt": "p"}, {}]}', "field 'inner[1].prompt': is missing"),
+        ('{"id": "x", "inner": [{"prompt": "p", "a": 1}]}', "field 'inner[0].a': is not a known field"),
+        ('{"id": "x", "number": 1, "number": 2}', "field 'number': is given twice"),
+        ('{"id": "x\\u0000y"}', "field 'id': holds a NUL character"),
+        ('{"id": "x\0y"}', "NUL"),
+        ('{"id": "x\\ud800"}', "field 'id': holds half of a surrogate pair"),
+        ('{"id": "x", "inner": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"id": "x", "number": ' + "9" * 5000 + "}", "is not JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said_with_file_line_and_field(
+    tmp_path: Path, line: str, says: str
+) -> None:
+    path = write(tmp_path, f'{{"id": "fine"}}\n\n{line}\n{{"id": "later"}}\n')
+    message = error_of(path)
+    assert message.startswith(f"{path}:3: ")
+    assert says in message
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"id": "a"}\n{"id": "caf\xe9"}\n')
+    assert error_of(path) == f"{path}:2: is not UTF-8 (byte 12 is 0xe9)"
+
+
+def test_an_id_that_comes_back_is_named_with_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a"}\n{"id": "b"}\n\n{"id": "a"}\n')
+    assert error_of(path) == f"{path}:4: field 'id': 'a' was used before, at {path}:1"
+
+
+@pytest.mark.parametrize("content", ["", "\n \r\n", "\ufeff"])
+def test_a_file_without_records_is_an_error(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path, content)
+    assert error_of(path) == f"{path}: holds no records"
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    assert error_of(str(tmp_path / "none.jsonl")) == f"{tmp_path / 'none.jsonl'}: no such file"
+    assert error_of(str(tmp_path)) == f"{tmp_path}: is a folder, not a file"
+
+
+def test_an_array_is_read_where_allowed_and_its_records_are_counted_from_one(tmp_path: Path) -> None:
+    path = write(tmp_path, '\ufeff\r\n [\n {"id": "a"},\n {"id": "b"}]\n')
+    assert ids(path, array=True) == [(": record 1", "a"), (": record 2", "b")]
+    assert error_of(path).startswith(f"{path}:2: ")
+    damaged = write(tmp_path, '[{"id": "a"}, {"id": 5}]')
+    assert (
+        error_of(damaged, array=True) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
+    )
+
+
+def test_broken_json_in_an_array_is_named_with_the_line_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, '\n[\n{"id": "a"},\n{"id": b}\n]\n')
+    assert error_of(path, array=True).startswith(f"{path}:4: is not JSON")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+keys = st.sampled_from(["id", "number", "either", "inner", "prompt"]) | st.text(max_size=4)
+any_line = (
+    st.dictionaries(keys, json_values, max_size=4).map(json.dumps) | json_values.map(json.dumps) | st.text()
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(any_line.map(lambda line: line.encode("utf-8", "replace")) | st.binary(), max_size=4),
+    array=st.booleans(),
+)
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(
+    tmp_path: Path, lines: list[bytes], array: bool
+) -> None:
+    path = write(tmp_path, b"\n".join(lines))
+    try:
+        records = read_records(path, Schema, id_field="id", array=array)
+    except UserError as error:
+        message = str(error)
+    else:
+        assert len({record.value.id for record in records}) == len(records) > 0
+        return
+    assert message.startswith(path)
+    assert len(message.splitlines()) == 1
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damaged_line_is_named(tmp_path: Path, data: st.DataObject) -> None:
+    lines = [json.dumps({"id": str(index), "number": index}).encode() for index in range(6)]
+    number = data.draw(st.integers(0, 5))
+    cut = data.draw(st.integers(1, len(lines[number]) - 1))
+    lines[number] = lines[number][:cut]
+    path = write(tmp_path, b"\n".join(lines))
+    assert error_of(path).startswith(f"{path}:{number + 1}: ")
