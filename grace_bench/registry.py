@@ -98,6 +98,16 @@ class Registry(Generic[T]):
             )
         return own
 
+    def check(self, name: str) -> None:
+        """Makes sure that there is a class of that name, without importing it.
+
+        Raises:
+            UserError: If there is none, with the closest one that exists.
+        """
+        names = dict.fromkeys([*self.entries(), *self._classes])
+        if name not in names:
+            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+
     def get(self, name: str) -> type[T]:
         """Imports and returns the class registered as `name`.
 
@@ -106,10 +116,8 @@ class Registry(Generic[T]):
         """
         if name in self._classes:
             return self._classes[name]
-        entry = self.entries().get(name)
-        if entry is None:
-            names = [*self.entries(), *self._classes]
-            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+        self.check(name)
+        entry = self.entries()[name]
         cls = getattr(importlib.import_module(entry.module), entry.class_name)
         if name not in self._classes:
             self.register(name)(cls)

@@ -104,7 +104,6 @@ class Protocol(BaseModel):
     max_edits: int | None
     eval_every: int
     max_upstream: int | None
-    max_holdout: int | None
     max_new_tokens: int
     decoding: Literal["greedy"] = "greedy"
     query: str

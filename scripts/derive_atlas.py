@@ -112,9 +112,7 @@ def _city_figures(city: dict[str, Any]) -> Iterator[Fact]:
     degrees = round(abs(city["latitude"]))
     hemisphere = "north" if city["latitude"] >= 0 else "south"
     rounded = f"{round(city['population'], -3):,}"
-    yield Fact(
-        str(city["geonameid"]), city["name"], "latitude", f"{degrees} degrees {hemisphere}", "GeoNames"
-    )
+    yield Fact(str(city["geonameid"]), city["name"], "latitude", f"{degrees} degrees {hemisphere}", "GeoNames")
     yield Fact(str(city["geonameid"]), city["name"], "population", rounded, "GeoNames")
 
 

@@ -16,7 +16,7 @@ class ReadAtBothEnds(nn.Module):
     """A BERT classifier whose `[SEP]` is trained along with its `[CLS]`.
 
     A BERT pretrained on text carries what it read in `[SEP]` as well, and codebook editors take their query
-    there. In one trained for nothing but its class, `[SEP]` keeps the place and forgets the year, and an edit of
+    there. In one trained for nothing but its class, `[SEP]` keeps the place and forgets the year: an edit of
     one year answers for all. So `[SEP]` is asked for the class too and, by a head dropped afterwards, for the
     year.
 

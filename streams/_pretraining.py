@@ -62,9 +62,7 @@ def train_tokenizer(
             [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
         )
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False
-        )
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False)
         template, ends = "$A </s>", ["</s>"]
     elif family == "bert":
         options = {
@@ -150,7 +148,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def train(
-    model: "PreTrainedModel",
+    model: "torch.nn.Module",
     examples: Sequence[Example],
     *,
     pad_id: int,
@@ -165,7 +163,7 @@ def train(
     """Trains a model in place with AdamW, a linear warm-up and linear decay; leaves it in eval mode.
 
     Args:
-        model: Any Hugging Face model that returns a loss when given labels.
+        model: A Hugging Face model, or a module around one, that returns a loss when given labels.
         examples: What to learn.
         pad_id: The padding token.
         epochs: Passes over the examples.

@@ -44,7 +44,7 @@ class Place:
         code: The territory's code.
         name: Its English name.
         era: Year to currency within the era; years with one legal tender from the first to the last day only.
-        changes: Currency to years after the era, for the currencies that are not the era's last.
+        changes: Currency to years after the era, for the currencies that came after it.
     """
 
     code: str
@@ -58,8 +58,8 @@ class AtlasDrift(EditStream):
     """Currencies that changed after 1990, asked of a BERT that was trained on 1950 to 1990.
 
     The setting of SCOTUS in the GRACE paper (section 4.1), in small: a classifier goes on being asked after
-    the world has changed. Labels are the currencies of both eras, so that the model has a class for the euro but
-    never saw it used. Only years in which a place had one legal tender all year are asked about, so that each
+    the world has changed. Labels are the currencies of both eras: the model has a class for the euro but never
+    saw it used. Only years in which a place had one legal tender all year are asked about, so that each
     question has one answer.
     """
 
@@ -117,9 +117,7 @@ class AtlasDrift(EditStream):
         questions = list(_lessons(places, {code: index for index, code in enumerate(codes)}))
         tokenizer = _tokenizer(places)
         encoded = tokenizer([question for question, _, _ in questions])["input_ids"]
-        examples = [
-            Example(ids, [label, year]) for ids, (_, label, year) in zip(encoded, questions, strict=True)
-        ]
+        examples = [Example(ids, [label, year]) for ids, (_, label, year) in zip(encoded, questions, strict=True)]
         config = BertConfig(
             vocab_size=len(tokenizer),
             hidden_size=144,
@@ -174,10 +172,12 @@ def read_places() -> list[Place]:
         place.era = {year: currency for year in ERA if (currency := only_tender(tenders, year))}
         if not place.era:
             continue
-        last_known = place.era[max(place.era)]
+        era_end = date(ERA[-1], 12, 31)
+        before = {currency for currency, first, last in tenders if first <= era_end <= last}
+        before.add(place.era[max(place.era)])
         for year in STREAM_YEARS:
             currency = only_tender(tenders, year)
-            if currency and currency != last_known:
+            if currency and currency not in before:
                 place.changes.setdefault(currency, []).append(year)
         # One year for the edit and another for the holdout.
         place.changes = {currency: years for currency, years in place.changes.items() if len(years) > 1}
@@ -207,9 +207,7 @@ def currencies(places: Sequence[Place]) -> tuple[tuple[str, ...], tuple[str, ...
     return tuple(codes), tuple(names[code] for code in codes)
 
 
-def accuracy(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", requests: Sequence[EditRequest]
-) -> float:
+def accuracy(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", requests: Sequence[EditRequest]) -> float:
     """Returns the share of requests whose label has the highest logit."""
     import torch
 
@@ -269,10 +267,7 @@ def _lessons(places: Sequence[Place], label: dict[str, int]) -> Iterator[tuple[s
     for index, place in enumerate(places):
         for currency in sorted(set(place.era.values())):
             asked = [
-                (year, phrasing)
-                for year, valid in place.era.items()
-                if valid == currency
-                for phrasing in PHRASINGS
+                (year, phrasing) for year, valid in place.era.items() if valid == currency for phrasing in PHRASINGS
             ]
             asked.sort(key=lambda pair: draw(f"{place.code}:{pair[0]}:{pair[1]}", purpose="drift lessons"))
             for year, phrasing in islice(cycle(asked), QUESTIONS_PER_FACT):

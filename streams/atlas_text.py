@@ -240,9 +240,7 @@ def passages_by_role() -> dict[Role, list[Passage]]:
         objects[fact.relation].append(fact.object)
         places[fact.subject_id].append(fact)
     countries = [place for place in places if not place.isdigit()]
-    cities = sorted(
-        (place for place in places if place.isdigit()), key=lambda place: draw(place, purpose="passage")
-    )
+    cities = sorted((place for place in places if place.isdigit()), key=lambda place: draw(place, purpose="passage"))
     chosen = sorted([*countries, *cities[:MAX_CITIES]], key=lambda place: draw(place, purpose="role"))
 
     passages: dict[Role, list[Passage]] = {role: [] for role in ROLES}
@@ -294,9 +292,7 @@ def _request(passage: Passage, index: int, *, style: int = PASSAGE_STYLE) -> Edi
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
     from grace_bench.models import EditableModel
 
-    editable = EditableModel(
-        model, layer="transformer.h.1.mlp.c_fc", task="language_modelling", tokenizer=tokenizer
-    )
+    editable = EditableModel(model, layer="transformer.h.1.mlp.c_fc", task="language_modelling", tokenizer=tokenizer)
     data = AtlasText().load()
     figures = {}
     for name in ("upstream", "edits", "accurate", "holdout"):

@@ -1,0 +1,213 @@
+"""`run_benchmark`: one editor on one stream, from settings to a result and its files."""
+
+import hashlib
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.logging import BaseLogger
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+
+from grace_bench.benchmark import EditBenchmark
+from grace_bench.errors import UserError
+from grace_bench.files import write_atomically
+from grace_bench.loggers import RunLogger, RunPlan
+from grace_bench.models import EditableModel, pick_threads
+from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
+from grace_bench.runner import Run, Schedule
+from grace_bench.strategy import EditorStrategy
+from grace_bench.tasks import get_task
+from grace_bench.types import EditStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a run needs beside its stream, model and editor.
+
+    Attributes:
+        seed: Orders the edits and seeds every random generator.
+        schedule: When to edit and evaluate.
+        split: `edits`, or `validation` for tuning.
+        query: Where running text is queried (protocol 8): `prefix` or `last_token`.
+        prefix_length: Tokens of running text that are read and not scored.
+        batch_size: The most inputs in one forward pass of scoring.
+        threads: torch threads, or `auto` by model size.
+        tuning_budget: How the hyperparameters were chosen, as the table shows it.
+    """
+
+    seed: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
+    split: str = "edits"
+    query: str = "prefix"
+    prefix_length: int = 8
+    batch_size: int = 64
+    threads: int | Literal["auto"] = "auto"
+    tuning_budget: str | None = None
+
+
+def run_benchmark(
+    stream: EditStream | str,
+    *,
+    model: EditableModel | str | None = None,
+    editor: Callable[..., EditorStrategy] | str,
+    settings: RunSettings | None = None,
+    layer: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    folder: Path | None = None,
+    run_id: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    loggers: Sequence[BaseLogger] = (),
+    plugins: Sequence[BasePlugin] = (),
+) -> RunResult:
+    """Runs one editor on one stream.
+
+    Args:
+        stream: A stream, or the name of a registered one.
+        model: An editable model, or what `EditableModel.from_pretrained` takes; None for the stream's own.
+        editor: The name of a registered editor, or anything that makes one from `model=`, `plugins=` and `evaluator=`.
+        settings: Seed, schedule and protocol.
+        layer: The layer to edit, if `model` is a name.
+        dtype: The model's dtype, if `model` is a name.
+        device: Where to run, if `model` is a name.
+        folder: Receives the run's files; None leaves none.
+        run_id: The name of the run; None makes one from what is run.
+        config: The resolved configuration, for loggers.
+        loggers: Avalanche loggers; those of `grace_bench.loggers` also hear of the run's start and end.
+        plugins: Avalanche plugins that live on experience-level callbacks.
+
+    Returns:
+        The result; with `folder`, also written there as `result.json`.
+
+    Raises:
+        UserError: If a name is unknown, data cannot be read, or the parts do not fit together.
+    """
+    settings = settings or RunSettings()
+    source = STREAMS.get(stream)() if isinstance(stream, str) else stream
+    torch.manual_seed(settings.seed)
+    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
+    task = get_task(
+        source.task,
+        max_new_tokens=source.max_new_tokens,
+        query=settings.query,
+        prefix_length=settings.prefix_length,
+        batch_size=settings.batch_size,
+    )
+    path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
+    if isinstance(model, EditableModel):
+        editable = model
+        editable.task = task
+    else:
+        editable = EditableModel.from_pretrained(path, layer=layer, task=task, dtype=dtype, device=device)
+    torch.set_num_threads(pick_threads(editable, settings.threads))
+    fingerprint = editable.fingerprint
+    evaluator = EvaluationPlugin(
+        *(METRICS.get(name)() for name in METRICS.entries()), loggers=list(loggers), collect_all=False
+    )
+    make = EDITORS.get(editor) if isinstance(editor, str) else editor
+    strategy = make(model=editable, plugins=list(plugins), evaluator=evaluator)
+    watchers = [logger for logger in loggers if isinstance(logger, RunLogger)]
+    result: RunResult | None = None
+    try:
+        run = Run(benchmark, strategy, settings.schedule)
+        plan = RunPlan(
+            run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
+            folder=folder,
+            config=dict(config or {}),
+            stream=benchmark.name,
+            model=editable.name,
+            editor=strategy.registered_name,
+            n_candidates=len(benchmark.data.edits),
+            max_edits=settings.schedule.max_edits,
+            higher_is_better=task.higher_is_better,
+        )
+        for watcher in watchers:
+            watcher.start(plan)
+        run.run()
+        result = RunResult(
+            run_id=plan.run_id,
+            stream=StreamInfo(
+                name=benchmark.name,
+                task=benchmark.task,
+                fingerprint=benchmark.fingerprint,
+                n_candidates=len(benchmark.data.edits),
+                **benchmark.metadata.model_dump(include={"source", "revision", "license"}),
+            ),
+            model=ModelInfo(
+                name=editable.name,
+                path=path,
+                fingerprint=fingerprint,
+                layer=editable.layer_name,
+                dtype=str(editable.dtype).removeprefix("torch."),
+                n_parameters=sum(parameter.numel() for parameter in editable.module.parameters()),
+            ),
+            editor=EditorInfo(name=strategy.registered_name, **strategy.settings()),
+            protocol=Protocol(
+                split=settings.split,
+                main_score=task.main_score,
+                higher_is_better=task.higher_is_better,
+                max_edits=settings.schedule.max_edits,
+                eval_every=settings.schedule.eval_every,
+                max_upstream=settings.schedule.max_upstream,
+                max_new_tokens=task.max_new_tokens,
+                query=task.query,
+                prefix_length=task.prefix_length,
+                tuning_budget=settings.tuning_budget,
+            ),
+            seed=settings.seed,
+            before=run.before,
+            metrics=run.metrics(),
+            cost=run.cost(),
+            environment=describe_environment(editable),
+        )
+        if folder is not None:
+            strategy.save_pretrained(folder / "editor")
+            write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
+        return result
+    finally:
+        for watcher in watchers:
+            watcher.finish(result)
+        strategy.detach()
+
+
+def describe_environment(model: EditableModel) -> dict[str, Any]:
+    """Returns versions, device and threads, as results carry them."""
+    return {
+        "grace_bench": version("grace-bench"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+        "avalanche": version("avalanche-lib"),
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
+        "threads": torch.get_num_threads(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def model_slug(name_or_path: str, known: Sequence[str]) -> str:
+    """Returns a folder name for a model: a short name as it is, else a slug and eight hex digits of the whole path.
+
+    >>> model_slug("atlas-qa", ["atlas-qa"])
+    'atlas-qa'
+    >>> model_slug("models/My Model", [])
+    'my-model-f51cb4f6'
+    """
+    if name_or_path in known:
+        return name_or_path
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name_or_path).name.lower()).strip("-.") or "model"
+    return f"{slug}-{hashlib.sha256(name_or_path.encode()).hexdigest()[:8]}"
+
+
+def _default_model(stream: EditStream) -> str:
+    if stream.default_model is None:
+        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    return stream.default_model

@@ -1,0 +1,185 @@
+"""The command line. Imports what a command needs only when it is carried out."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from grace_bench.errors import UserError
+
+_RUN_HELP = """usage: grace-bench run [-m] [option=value ...]
+
+Runs one editor on one stream; with -m, every combination of comma-separated values.
+
+  grace-bench run stream=atlas-qa editor=grace max_edits=100
+  grace-bench run -m stream=atlas-qa editor=grace,ft seed=0,1,2
+  grace-bench run stream=jsonl stream.path=edits.jsonl model=path/to/model layer=transformer.h.8.mlp.c_fc
+
+Options of a run, with their defaults:
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carries out a command.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["run"]:
+            return _run(given[1:])
+        parser = _parser()
+        options = parser.parse_args(given)
+        if not hasattr(options, "command"):
+            parser.print_help()
+            return 0
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except UserError as error:
+        print(f"grace-bench: {_shown(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("grace-bench: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grace-bench", description="Compares lifelong model editors: what is kept after hundreds of edits?"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="every editor on an embedded stream, and a table")
+    demo.add_argument("--edits", type=_positive, default=50, help="edits an editor makes (default 50)")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where run folders are made")
+    demo.set_defaults(command=_demo)
+
+    commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
+
+    list_ = commands.add_parser("list", help="editors, streams, models and metrics")
+    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics"])
+    list_.set_defaults(command=_list)
+
+    show = commands.add_parser("show", help="one request of a run: before, after its edit, now")
+    show.add_argument("run", type=Path, help="the run folder")
+    show.add_argument("id", help="the request's id")
+    show.set_defaults(command=_show)
+
+    board = commands.add_parser("leaderboard", help="runs compared: mean and standard deviation over seeds")
+    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
+    board.add_argument("--by", choices=["stream"], default="stream", help="one table a stream")
+    board.set_defaults(command=_leaderboard)
+
+    verify = commands.add_parser("verify", help="replay recorded traces and compare")
+    verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    verify.set_defaults(command=_verify)
+
+    pretrain = commands.add_parser("pretrain", help="make an embedded stream's model again from nothing")
+    pretrain.add_argument("stream")
+    pretrain.add_argument("--out", type=Path, help="the folder to write (default models/STREAM)")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.set_defaults(command=_pretrain)
+    return parser
+
+
+def _run(overrides: list[str]) -> int:
+    if "--help" in overrides or "-h" in overrides:
+        from importlib.resources import files
+
+        defaults = (files("grace_bench.conf") / "run.yaml").read_text(encoding="utf-8")
+        section = defaults.partition("\nmodel:")[2].partition("\nhydra:")[0]
+        print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
+        print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
+        return 0
+    from grace_bench.jobs import run_hydra
+
+    run_hydra(overrides)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from grace_bench.demo import demo
+
+    demo(options.out, n_edits=options.edits)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from grace_bench.registry import EDITORS, METRICS, STREAMS
+    from grace_bench.zoo import known_models
+
+    console = Console()
+    kinds = {"editors": EDITORS, "streams": STREAMS, "metrics": METRICS}
+    for kind in ("editors", "streams", "models", "metrics"):
+        if options.kind not in (None, kind):
+            continue
+        rows = (
+            [(name, summary) for name, summary in known_models().items()]
+            if kind == "models"
+            else [
+                (entry.name, entry.summary + ("" if entry.origin == "grace_bench" else f" [{entry.origin}]"))
+                for entry in kinds[kind].entries().values()
+            ]
+        )
+        table = Table(title=kind, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in rows:
+            table.add_row(name, text.replace("[", r"\["))
+        console.print(table)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from grace_bench.show import show_request
+
+    show_request(options.run, options.id)
+    return 0
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from grace_bench.leaderboard import Leaderboard, find_results, render
+
+    shown = render(Leaderboard(find_results(options.runs)), options.format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from grace_bench.verify import verify_files
+
+    return verify_files(options.files, print)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from grace_bench.pretraining import pretrain
+
+    pretrain(options.stream, options.out or Path("models") / options.stream, seed=options.seed)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _shown(text: str) -> str:
+    """One line, with control characters shown rather than obeyed."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

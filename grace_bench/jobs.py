@@ -1,0 +1,165 @@
+"""A run as the command line makes it: from a composed configuration to a run folder."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grace_bench.benchmarking import RunSettings, model_slug, run_benchmark
+from grace_bench.config import (
+    config_hash,
+    make_editor,
+    make_stream,
+    register_configs,
+    registered_name,
+    write_config,
+)
+from grace_bench.errors import UserError
+from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
+from grace_bench.loggers.progress import ProgressLogger
+from grace_bench.loggers.wandb import WandbLogger
+from grace_bench.results import RunResult, read_result
+from grace_bench.runner import Schedule
+from grace_bench.zoo import known_models
+
+Say = Callable[[str], None]
+
+
+def run_hydra(overrides: Sequence[str]) -> None:
+    """Composes one configuration, or several after `-m`, and carries out each.
+
+    Raises:
+        UserError: If the overrides do not compose, or a run was asked for what cannot be.
+    """
+    register_configs([override for override in overrides if not override.startswith("-")])
+    # Hydra otherwise prints its own errors over several lines and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    arguments = sys.argv
+    sys.argv = ["grace-bench", *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://grace_bench.conf", config_name="run")(run_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+    finally:
+        sys.argv = arguments
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """Returns the configuration that overrides give.
+
+    Raises:
+        UserError: If they do not compose.
+    """
+    register_configs(overrides)
+    try:
+        with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
+            return hydra.compose("run", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def run_job(config: DictConfig) -> None:
+    """Carries out one run and says where its files are: the task function of every launcher."""
+    execute(config, say=print)
+
+
+def execute(config: DictConfig, *, say: Say) -> RunResult:
+    """Carries out one run in its folder, or reuses the finished one.
+
+    Args:
+        config: The composed configuration.
+        say: Takes lines for the user.
+
+    Raises:
+        UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
+    """
+    stream, editor = make_stream(config), make_editor(config)
+    model = config.model or stream.default_model
+    if model is None:
+        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    name = registered_name(config.editor)
+    slug = model_slug(str(model), list(known_models()))
+    folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
+    finished = _reusable(folder, config.existing)
+    if finished is not None:
+        say(f"finished before, reused: {folder}")
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder / "config.yaml")
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    result = run_benchmark(
+        stream,
+        model=str(model),
+        editor=editor,
+        layer=config.layer,
+        dtype=config.dtype,
+        device=config.device,
+        settings=RunSettings(
+            seed=config.seed,
+            schedule=Schedule(
+                max_edits=config.max_edits, eval_every=config.eval_every, max_upstream=config.max_upstream
+            ),
+            split=config.split,
+            query=config.protocol.query,
+            prefix_length=config.protocol.prefix_length,
+            batch_size=config.batch_size,
+            threads=config.threads,
+            tuning_budget=config.tuning_budget,
+        ),
+        folder=folder,
+        run_id=folder.relative_to(config.out).as_posix(),
+        config=plain,
+        loggers=[
+            JsonlLogger(folder),
+            PredictionsLogger(folder),
+            ProgressLogger(),
+            # The last to hear of the end, so that the artifact holds what the others wrote.
+            WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
+        ],
+    )
+    say(summary(result, folder))
+    return result
+
+
+def summary(result: RunResult, folder: Path) -> str:
+    """Returns a finished run in a few words."""
+    shown = ("TRR", "ERR", "ES", "Holdout", "ARR", "Locality", "n_edits", "n_keys")
+    parts = []
+    for name in shown:
+        value = result.metrics.get(name)
+        if value is not None:
+            parts.append(f"{name} {value:.0f}" if name.startswith("n_") else f"{name} {value:.3f}")
+    if result.metrics.get("TRR") is None:
+        parts.append("TRR none (no upstream data)")
+    return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
+
+
+def _reusable(folder: Path, existing: str) -> RunResult | None:
+    if existing not in ("reuse", "rerun"):
+        raise UserError(f"existing={existing} is not known (there are: reuse, rerun)")
+    if not folder.exists():
+        return None
+    if existing == "rerun":
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        return None
+    if (folder / "result.json").is_file():
+        return read_result(folder / "result.json")
+    raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [
+        line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "To ", "Set the"))
+    ]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), None)
+    text = " ".join(kept) or type(error).__name__
+    return f"{key}: {text}" if key and key not in text else text

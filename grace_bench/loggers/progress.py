@@ -1,0 +1,98 @@
+"""How a run is going, in the terminal."""
+
+import time
+from typing import Any
+
+from avalanche.evaluation.metric_results import MetricValue
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from grace_bench.loggers import RunLogger, RunPlan
+from grace_bench.results import RunResult
+from grace_bench.strategy import EditorStrategy
+
+
+class ProgressLogger(RunLogger):
+    """Shows edits made, ES so far, keys and the time left; one plain line an evaluation if nobody is watching.
+
+    Args:
+        console: Where to write; standard error by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console or Console(stderr=True)
+        self._live: Progress | None = None
+        self._values: dict[str, Any] = {}
+        self._plan: RunPlan | None = None
+        self._started = 0.0
+
+    def start(self, plan: RunPlan) -> None:  # noqa: D102
+        self._plan, self._started = plan, time.monotonic()
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(self._title, total=self._total, note="scoring the unedited model")
+
+    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:  # noqa: D102
+        self._values[name] = value
+
+    def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+        """Moves the bar."""
+        if self._live is not None:
+            self._live.update(self._task, completed=self._done(strategy), note=self._note(strategy))
+
+    def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+        """Writes a line where there is no bar."""
+        if self._live is None:
+            scores = [f"{name} {self._values[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in self._values]
+            self._console.print(
+                f"{self._title}: {self._done(strategy)}/{self._total}, {self._note(strategy)}, {', '.join(scores)}"
+                f"{self._time_left(strategy)}",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+
+    def finish(self, result: RunResult | None) -> None:  # noqa: D102
+        if self._live is not None:
+            self._live.stop()
+
+    @property
+    def _title(self) -> str:
+        assert self._plan is not None
+        return f"{self._plan.editor} on {self._plan.stream}"
+
+    @property
+    def _total(self) -> int:
+        assert self._plan is not None
+        return self._plan.max_edits or self._plan.n_candidates
+
+    def _done(self, strategy: EditorStrategy) -> int:
+        assert self._plan is not None
+        if self._plan.max_edits or strategy.record is None:
+            return strategy.n_edits
+        return strategy.record.index + 1
+
+    def _note(self, strategy: EditorStrategy) -> str:
+        parts = [f"{strategy.n_edits} edits"]
+        if "ES" in self._values:
+            parts.append(f"ES {self._values['ES']:.3f}")
+        codebook = getattr(strategy, "codebook", None)
+        if codebook is not None:
+            parts.append(f"{len(codebook)} keys")
+        return ", ".join(parts)
+
+    def _time_left(self, strategy: EditorStrategy) -> str:
+        done = self._done(strategy)
+        if not 0 < done < self._total:
+            return ""
+        left = (time.monotonic() - self._started) / done * (self._total - done)
+        return f", about {left:.0f} s left"

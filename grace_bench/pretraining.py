@@ -1,0 +1,33 @@
+"""`grace-bench pretrain`: an embedded stream's model again from nothing."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from grace_bench.registry import STREAMS
+from grace_bench.zoo import mark_checkpoint
+
+
+def pretrain(stream: str, out: Path, *, seed: int) -> None:
+    """Trains a stream's model, saves it to a folder that `model=` takes, and prints its figures.
+
+    Raises:
+        UserError: If there is no such stream or it has no model of its own.
+    """
+    cls = STREAMS.get(stream)
+    console = Console()
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+        out.mkdir(parents=True, exist_ok=True)
+        figures = cls.pretrain(out, seed=seed, progress=progress)
+    mark_checkpoint(out, stream)
+    for name, value in figures.items():
+        console.print(f"{name} {value:.4f}", highlight=False)
+    console.print(f"saved to {out}: grace-bench run stream={stream} model={out}", highlight=False)

@@ -1,0 +1,83 @@
+"""One request of a run: what the model answered before, after its edit, and at the end."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.results import EditRecord, first_error
+
+
+def show_request(folder: Path, request_id: str) -> None:
+    """Prints one candidate of a run.
+
+    Raises:
+        UserError: If the folder holds no run or the run reached no such request.
+    """
+    records = read_edits(folder / "edits.jsonl")
+    record = records.get(request_id)
+    if record is None:
+        raise UserError(
+            f"{folder}: no candidate '{request_id}' among {len(records)}{did_you_mean(request_id, records)}"
+        )
+    table = Table("", "answer", "score", box=None, title=f"{record.id}, candidate {record.index}", title_justify="left")
+    table.add_row("before", _visible(record.before_text), _score(record.score_before))
+    if record.edited:
+        table.add_row("after its edit", _visible(record.after_text), _score(record.score_after))
+        last = _last_prediction(folder / "predictions.parquet", record.id)
+        if last is not None:
+            n_edits, score, text = last
+            table.add_row(f"after {n_edits} edits", _visible(text), _score(score))
+    console = Console()
+    console.print(table)
+    if not record.edited:
+        console.print("Not edited: the model, as edited so far, already answered it.")
+        return
+    facts = {"edit": record.n_edits, "op": record.op, "key": record.key, "distance": record.distance}
+    facts |= {"loss": record.loss, "steps": record.steps, "seconds": round(record.seconds, 3), "failed": record.failed}
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), highlight=False)
+
+
+def read_edits(path: Path) -> dict[str, EditRecord]:
+    """Reads an `edits.jsonl` by request id.
+
+    Raises:
+        UserError: If it is missing or a line is broken, naming file, line and field.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    records = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = EditRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {first_error(error)}") from error
+        records[record.id] = record
+    return records
+
+
+def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | None] | None:
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, filters=[("request_id", "=", request_id), ("stream", "=", "edited")])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    if not len(table):
+        return None
+    row = max(table.to_pylist(), key=lambda row: row["n_edits"])
+    return row["n_edits"], row["score"], row["text"]
+
+
+def _visible(text: str | None) -> Text:
+    return Text("" if text is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None else f"{score:.3f}"
