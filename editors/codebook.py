@@ -1,5 +1,6 @@
 """The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grace_bench.errors import UserError
+
 Label = tuple[int, ...]
 Op = Literal["add", "expand", "split", "hit", "relabel"]
 Distance = Literal["euclidean", "cosine"]
 Fidelity = Literal["strict", "reference"]
 
-# What a padded batch may move a query by is about 1e-5; these leave room for it.
+# Rounding in another batch may move a query by 1e-5, and so the difference of two distances by twice that; the rest is
+# for the rounding of the distances themselves.
+_JITTER = 3e-5
 _RADIUS_MARGIN = 1e-4
 _SAME_KEY = 1e-4
-_JITTER = 2e-5
+# torch.cdist's own threshold: with more rows than this it multiplies matrices.
+_MAX_EXACT_ROWS = 25
 
 
 @dataclass(frozen=True)
@@ -57,15 +63,20 @@ class Codebook:
     `settle` decides what an edit does to keys, radii and labels; it never looks at values. `retrieve` finds the entries
     that answer queries; it never changes anything.
 
+    In `strict` fidelity an edited input is answered by its own entry also when its query moves by 1e-5. With euclidean
+    distance this holds for `eps_init` above 2e-5, unless two entries of the codebook lie within 1e-4 of each other.
+    Cosine distance has no such bound in absolute terms, because it grows as queries get shorter: there the promise is
+    about moves of 1e-5 times the query's norm, for queries within a distance of 0.5 of an entry.
+
     Args:
         eps_init: Radius of a new entry.
-        distance: `euclidean`, or `cosine` (1 - cosine similarity).
+        distance: `euclidean`, or `cosine` (1 - cosine similarity; 1 to everything for a query of zeros).
         fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
             non-negative, every edited query inside its own ball, and compares labels rather than their means.
         device: Where the tensors are.
 
     Raises:
-        ValueError: If `eps_init` is not positive.
+        UserError: If `eps_init` is not a positive, finite number.
     """
 
     def __init__(
@@ -76,8 +87,8 @@ class Codebook:
         fidelity: Fidelity = "strict",
         device: torch.device | str = "cpu",
     ) -> None:
-        if not eps_init > 0:
-            raise ValueError(f"eps_init={eps_init} must be positive")
+        if not (isinstance(eps_init, int | float) and math.isfinite(eps_init) and eps_init > 0):
+            raise UserError(f"editor.eps_init={eps_init!r} must be a positive number")
         self.eps_init = eps_init
         self.distance = distance
         self.fidelity = fidelity
@@ -87,7 +98,6 @@ class Codebook:
         self._keys = torch.empty(0, 0, device=self._device)
         self._values = torch.empty(0, 0, device=self._device)
         self._radii = torch.empty(0, device=self._device)
-        # Radii in double: the strict rules compare them with distances that differ by less than float32 resolves.
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,14 +118,16 @@ class Codebook:
         return self._radii[: len(self)]
 
     def distances(self, queries: Tensor) -> Tensor:
-        """Returns the (B, N) distances of (B, D_in) queries to every key."""
+        """Returns the (B, N) float32 distances of (B, D_in) queries, of any float dtype, to every key."""
         queries = queries.float()
         if self.distance == "cosine":
-            return 1 - functional.normalize(queries, dim=-1) @ functional.normalize(self.keys, dim=-1).T
-        if self.fidelity == "reference":
-            return torch.cdist(self.keys, queries, p=2).T
-        # Above 25 rows cdist would multiply matrices, which is off by up to 0.5 near zero.
-        return torch.cdist(queries, self.keys, p=2, compute_mode="donot_use_mm_for_euclid_dist")
+            similarity = functional.normalize(queries, dim=-1) @ functional.normalize(self.keys, dim=-1).T
+            return (1 - similarity).clamp(min=0)
+        # Multiplying matrices is off by up to 0.5 near zero. The official code does it above 25 entries; cdist left to
+        # itself would also do it for 25 queries, and then a query's answer would depend on the batch it came in.
+        official = self.fidelity == "reference" and len(self) > _MAX_EXACT_ROWS
+        mode = "use_mm_for_euclid_dist" if official else "donot_use_mm_for_euclid_dist"
+        return torch.cdist(self.keys, queries, p=2, compute_mode=mode).T
 
     def retrieve(self, queries: Tensor) -> Retrieval:
         """Finds the nearest entry of each query.
@@ -126,6 +138,8 @@ class Codebook:
         Raises:
             IndexError: If the codebook is empty.
         """
+        if not len(self):
+            raise IndexError("the codebook is empty")
         distances = self.distances(queries)
         entry = self._nearest(distances)
         nearest = distances.gather(1, entry[:, None])[:, 0]
@@ -133,18 +147,18 @@ class Codebook:
 
     def contested(self, queries: Tensor) -> Tensor:
         """Returns a (B,) bool: which queries lie in the balls of two entries with different labels."""
+        if not len(self):
+            return torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
         inside = self.distances(queries) <= self.radii
-        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
-        label_ids = torch.tensor([ids[label] for label in self.labels], device=self._device).expand_as(inside)
+        label_ids = self._label_ids().expand_as(inside)
         highest = torch.where(inside, label_ids, -1).amax(dim=1)
-        lowest = torch.where(inside, label_ids, len(ids)).amin(dim=1)
+        lowest = torch.where(inside, label_ids, len(self)).amin(dim=1)
         return inside.any(dim=1) & (highest != lowest)
 
     def overlap(self) -> float:
         """Returns the share of pairs of entries with different labels whose balls intersect; 0 without such pairs."""
         pairs = intersecting = 0
-        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
-        label_ids = torch.tensor([ids[label] for label in self.labels], device=self._device)
+        label_ids = self._label_ids()
         for i in range(1, len(self)):
             different = label_ids[:i] != label_ids[i]
             reach = self.radii[:i] + self.radii[i]
@@ -160,6 +174,9 @@ class Codebook:
             label: The wanted answer as ids.
             make_value: Gives the (D_out,) starting value if a new entry is made.
             label_mean: Mean over the padded labels, which the official code compares instead of the ids.
+
+        Returns:
+            What was done, and the entry that holds the edit.
         """
         query = query.detach().float()
         if not len(self):
@@ -209,8 +226,9 @@ class Codebook:
                 self._radii[nearest] = covering
                 return Settlement("expand", nearest, False, distance)
             return Settlement("hit", nearest, False, distance)
-        if distance <= max(_SAME_KEY * float(self._scale(nearest)), _SAME_KEY):
-            # No radius can tell the two inputs apart, so the later label stands.
+        # No radius can tell two inputs apart that are this close, so the later label stands. Between rivals an entry of
+        # its own can, as long as the query is not within its own noise of the nearest.
+        if distance <= (_JITTER if rivals else self._same_key(nearest)):
             self.labels[nearest], self.label_means[nearest] = label, label_mean
             self._radii[nearest] = max(radius, covering)
             return Settlement("relabel", nearest, False, distance)
@@ -225,8 +243,15 @@ class Codebook:
         close = torch.nonzero(distances <= distances[nearest] + _JITTER)[:, 0].tolist()
         return [entry for entry in close if entry != nearest]
 
-    def _scale(self, entry: int) -> Tensor:
-        return self.keys[entry].norm() if self.distance == "euclidean" else torch.ones(())
+    def _same_key(self, entry: int) -> float:
+        """The distance within which a query counts as the key itself: 1e-4 of the key's norm."""
+        norm = float(self.keys[entry].norm()) if self.distance == "euclidean" else 1.0
+        return _SAME_KEY * max(1.0, norm)
+
+    def _label_ids(self) -> Tensor:
+        """(N,) one number a distinct label."""
+        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
+        return torch.tensor([ids[label] for label in self.labels], dtype=torch.long, device=self._device)
 
     def _nearest(self, distances: Tensor) -> Tensor:
         if self.fidelity == "reference":
@@ -247,30 +272,26 @@ class Codebook:
         value = make_value().detach().float()
         n = len(self)
         if n == len(self._radii):
-            self._reserve(max(16, 2 * n), len(query), len(value))
+            capacity = max(16, 2 * n)
+            self._keys = self._grown(self._keys, (capacity, len(query)))
+            self._values = self._grown(self._values, (capacity, len(value)))
+            self._radii = self._grown(self._radii, (capacity,))
         self._keys[n], self._values[n], self._radii[n] = query, value, radius
         self.labels.append(label)
         self.label_means.append(label_mean)
         return Settlement(op, n, True, distance)
 
-    def _reserve(self, capacity: int, key_width: int, value_width: int) -> None:
-        n = len(self)
-        for name, shape in (
-            ("_keys", (capacity, key_width)),
-            ("_values", (capacity, value_width)),
-            ("_radii", (capacity,)),
-        ):
-            grown = torch.empty(shape, device=self._device)
-            if n:
-                grown[:n] = getattr(self, name)[:n]
-            setattr(self, name, grown)
+    def _grown(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        grown = torch.empty(shape, device=self._device)
+        if len(self):
+            grown[: len(self)] = tensor
+        return grown
 
     def clear(self) -> None:
         """Removes every entry."""
-        self.load_state_dict(
-            {"keys": torch.empty(0, 0), "values": torch.empty(0, 0), "radii": torch.empty(0)}
-            | {"labels": [], "label_means": []}
-        )
+        self.labels, self.label_means = [], []
+        self._keys, self._values = self._keys.new_empty(0, 0), self._values.new_empty(0, 0)
+        self._radii = self._radii.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns keys, values, radii, labels and label means."""

@@ -1,7 +1,7 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from avalanche.core import BasePlugin
@@ -10,9 +10,12 @@ from grace_bench.editors.codebook import Codebook, Distance, Fidelity
 from torch import Tensor
 
 from grace_bench.encoding import EncodedBatch
+from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
+
+ValueInit = Literal["cold", "warm"]
 
 
 @register_editor("grace")
@@ -33,6 +36,9 @@ class Grace(EditorStrategy):
         seed: Seeds cold values; every edit has a generator of its own, so that nothing else moves them.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
 
     def __init__(
@@ -42,7 +48,7 @@ class Grace(EditorStrategy):
         eps_init: float = 1.0,
         n_iter: int = 100,
         lr: float = 1.0,
-        value_init: Literal["cold", "warm"] = "cold",
+        value_init: ValueInit = "cold",
         replacement: Replacement = "replace_prompt",
         distance: Distance = "euclidean",
         fidelity: Fidelity = "strict",
@@ -51,6 +57,14 @@ class Grace(EditorStrategy):
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
+        _check_choice("value_init", value_init, ValueInit)
+        _check_choice("replacement", replacement, Replacement)
+        _check_choice("distance", distance, Distance)
+        _check_choice("fidelity", fidelity, Fidelity)
+        if n_iter < 1:
+            raise UserError(f"editor.n_iter={n_iter} must be at least 1")
+        if not lr > 0:
+            raise UserError(f"editor.lr={lr} must be positive")
         self.n_iter = n_iter
         self.lr = lr
         self.value_init = value_init
@@ -115,21 +129,29 @@ class Grace(EditorStrategy):
         )
         self._n_settled += 1
         entry = int(self.codebook.retrieve(call.query).entry[0])
-        losses = self._train_value(entry, encoded)
+        losses = self.train_value(entry, encoded)
         nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
         return EditOutcome(
             op=settled.op,
             key=entry,
             distance=settled.distance,
             n_keys=len(self.codebook),
-            loss_first=losses[0] if losses else None,
-            loss=losses[-1] if losses else None,
+            loss_first=losses[0],
+            loss=losses[-1],
             steps=len(losses),
             failed="the prompt is one token, so replace_prompt has nothing to overwrite" if nothing_before else None,
         )
 
-    def _train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
-        """Trains one entry's value on the loss of the request it answers (section 3.2, Equation 3)."""
+    def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
+        """Trains one entry's value on the loss of a request (section 3.2, Equation 3).
+
+        Args:
+            entry: Index of the entry. A request that it does not answer leaves its value as it is.
+            encoded: One request with its labels.
+
+        Returns:
+            The loss at each of the `n_iter` steps.
+        """
         value = self.codebook.values[entry].clone().requires_grad_()
         optimizer = torch.optim.Adam([value], lr=self.lr)
         losses = []
@@ -173,3 +195,11 @@ def _has_token_before(encoded: EncodedBatch, call: LayerCall) -> bool:
     if mask is None or mask.shape[1] != call.input.shape[1]:
         return position > 0
     return bool(mask[0, :position].any())
+
+
+def _check_choice(option: str, value: str, choices: Any) -> None:
+    known = get_args(choices)
+    if value not in known:
+        raise UserError(
+            f"editor.{option}={value!r} is not known{did_you_mean(str(value), known)} (there are: {', '.join(known)})"
+        )

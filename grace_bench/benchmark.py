@@ -9,7 +9,7 @@ from dataclasses import replace
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream
 
 from grace_bench.errors import UserError
-from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata
+from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata
 
 
 class EditExperience(CLExperience):
@@ -138,38 +138,15 @@ class EditBenchmark(CLScenario):
         )
 
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":
-        """Returns the benchmark with every target that stands for the unedited model's answer filled in.
+        """Returns the benchmark with the unedited model's answers as the targets of upstream requests that want them.
 
-        Those are upstream requests with `metadata["target_from_model"]` and probes without a target.
+        Those are the requests with `metadata["target_from_model"]`.
 
         Args:
             answer: Returns the unedited model's answers to prompts.
         """
-        questions = [request.prompt for request in self.data.upstream if request.metadata.get("target_from_model")]
-        questions += [probe.prompt for request in self.data.edits for probe in _open_probes(request)]
-        if not questions:
-            return self
-        unique = list(dict.fromkeys(questions))
-        known = dict(zip(unique, answer(unique), strict=True))
-        upstream = tuple(
-            request.model_copy(update={"target": known[request.prompt]})
-            if request.metadata.get("target_from_model")
-            else request
-            for request in self.data.upstream
-        )
-        edits = tuple(
-            request.model_copy(
-                update={
-                    kind: tuple(
-                        probe.model_copy(update={"target": known[probe.prompt]}) if probe.target is None else probe
-                        for probe in getattr(request, kind)
-                    )
-                    for kind in ("locality", "portability")
-                }
-            )
-            for request in self.data.edits
-        )
-        return self.with_data(upstream=upstream, edits=edits)
+        upstream = fill_targets(self.data.upstream, answer)
+        return self if upstream == self.data.upstream else self.with_data(upstream=upstream)
 
     def _eval_roles(self) -> Iterable[tuple[str, Sequence[EditRequest]]]:
         roles = ("upstream", "holdout", "validation", "train", "accurate")
@@ -195,19 +172,34 @@ def rephrase_requests(requests: Iterable[EditRequest]) -> tuple[EditRequest, ...
 
 
 def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[EditRequest, ...]:
-    """Returns the `locality` or `portability` probes of requests as requests of their own, on the same fact.
+    """Returns the `locality` or `portability` probes of requests as requests of their own.
 
-    `metadata["edit"]` names the request a probe belongs to.
+    `metadata["edit"]` names the request a probe belongs to; a probe without a target stands for the unedited model's
+    answer and says so in `metadata["target_from_model"]`.
     """
     return tuple(
         EditRequest(
             id=f"{request.id}/{kind}-{i}",
             prompt=probe.prompt,
             target="" if probe.target is None else probe.target,
-            metadata={"edit": request.id, "fact": request.fact},
+            metadata={"edit": request.id, "target_from_model": probe.target is None},
         )
         for request in requests
         for i, probe in enumerate(getattr(request, kind))
+    )
+
+
+def fill_targets(
+    requests: Sequence[EditRequest], answer: Callable[[Sequence[str]], Sequence[str | int]]
+) -> tuple[EditRequest, ...]:
+    """Returns requests with the model's answer as the target of each that has `metadata["target_from_model"]`."""
+    prompts = list(dict.fromkeys(r.prompt for r in requests if r.metadata.get("target_from_model")))
+    known = dict(zip(prompts, answer(prompts), strict=True)) if prompts else {}
+    return tuple(
+        request.model_copy(update={"target": known[request.prompt]})
+        if request.metadata.get("target_from_model")
+        else request
+        for request in requests
     )
 
 
@@ -219,7 +211,3 @@ def fingerprint_requests(data: StreamData) -> str:
             line = json.dumps([role, request.model_dump(mode="json")], sort_keys=True, ensure_ascii=False)
             digest.update(line.encode())
     return digest.hexdigest()
-
-
-def _open_probes(request: EditRequest) -> list[Probe]:
-    return [probe for probe in (*request.locality, *request.portability) if probe.target is None]

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     board = commands.add_parser("leaderboard", help="runs compared: mean and standard deviation over seeds")
     board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
-    board.add_argument("--by", choices=["stream"], default="stream", help="one table a stream")
+    board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.set_defaults(command=_leaderboard)
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
@@ -152,11 +152,14 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
     from grace_bench.leaderboard import Leaderboard, find_results, render
 
-    shown = render(Leaderboard(find_results(options.runs)), options.format)
+    board = Leaderboard(find_results(options.runs), by_stream=options.by == "stream")
+    shown = render(board, options.format)
     if isinstance(shown, str):
-        print(shown)
+        print(shown, end="")
     else:
-        Console().print(shown)
+        # Nobody reads a pipe at 80 columns.
+        console = Console()
+        (console if console.is_terminal else Console(width=160)).print(shown)
     return 0
 
 

@@ -166,6 +166,7 @@ def encode_causal(
     *,
     side: PaddingSide = "right",
     max_length: int | None = None,
+    max_prompt_length: int | None = None,
     end_token: bool = True,
     prefix_length: int | None = None,
 ) -> EncodedBatch:
@@ -179,7 +180,9 @@ def encode_causal(
         prompts: B texts. An empty one makes its target running text.
         targets: B texts that follow them, or None.
         side: Where padding goes; left for generation.
-        max_length: Longest sequence in tokens; cut at the prompt's start, for running text at its end.
+        max_length: Longest sequence in tokens; cut at the prompt's start, of which one token stays, then at the
+            target's end; for running text at its end.
+        max_prompt_length: Longest prompt in tokens, with a target or without, so that both query one position.
         end_token: Whether the target is followed by the end token.
         prefix_length: For running text, how many tokens are read as its prompt; they are not scored. None scores
             everything after the first token and queries the last token, as the official GRACE code does (protocol 8).
@@ -192,7 +195,7 @@ def encode_causal(
     query_offsets: list[int] = []
     for i, prompt in enumerate(prompts):
         if targets is None:
-            ids = _trim_left(_open_ids(tokenizer, prompt.rstrip(" ")), max_length)
+            ids = _trim_left(_open_ids(tokenizer, prompt.rstrip(" ")), max_prompt_length or max_length)
             rows.append(ids)
             prompt_lengths.append(len(ids))
             query_offsets.append(len(ids) - 1)
@@ -205,8 +208,9 @@ def encode_causal(
             query_offsets.append(len(text_ids) - 1 if prefix_length is None else cut - 1)
             continue
         prompt_ids, target_ids = split_causal(tokenizer, prompt, targets[i])
-        if end_token and tokenizer.eos_token_id is not None:
-            target_ids = [*target_ids, tokenizer.eos_token_id]
+        room = None if max_length is None else max_length - 1
+        target_ids = _with_end(target_ids, tokenizer.eos_token_id if end_token else None, room)
+        prompt_ids = _trim_left(prompt_ids, max_prompt_length)
         prompt_ids = _trim_left(prompt_ids, None if max_length is None else max(1, max_length - len(target_ids)))
         rows.append(prompt_ids + target_ids)
         prompt_lengths.append(len(prompt_ids))
@@ -258,12 +262,24 @@ def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], l
     """Returns the token ids of a prompt and of the target that follows it, without an end token."""
     stem = prompt.rstrip(" ")
     prompt_ids = _open_ids(tokenizer, stem)
-    text = target if stem.endswith("\n") or target.startswith("\n") else " " + target.lstrip(" ")
+    text = target.lstrip(" ")
+    if text and not stem.endswith("\n") and not text.startswith("\n"):
+        text = f" {text}"
     joint = _open_ids(tokenizer, stem + text)
     if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
         return prompt_ids, joint[len(prompt_ids) :]
     # The tokenizer merged across the seam; generation starts from the prompt alone, so its own tokens are kept.
-    return prompt_ids, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return prompt_ids, _continuing_ids(tokenizer, text)
+
+
+def _continuing_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on from something else."""
+    # Some tokenizers put a space before whatever a text begins with; a line break in front keeps it off this one.
+    before = _open_ids(tokenizer, "\n")
+    joint = _open_ids(tokenizer, f"\n{text}")
+    if joint[: len(before)] == before:
+        return joint[len(before) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _open_ids(tokenizer: Any, text: str) -> list[int]:
@@ -294,7 +310,7 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _with_end(ids: Sequence[int], end: int | None, max_length: int | None) -> list[int]:
-    room = None if max_length is None else max_length - (end is not None)
+    room = None if max_length is None else max(0, max_length - (end is not None))
     return [*ids[:room], *([] if end is None else [end])]
 
 

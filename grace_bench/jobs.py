@@ -147,7 +147,7 @@ def _reusable(folder: Path, existing: str) -> RunResult | None:
     if not folder.exists():
         return None
     if existing == "rerun":
-        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         return None
     if (folder / "result.json").is_file():

@@ -14,10 +14,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -134,33 +135,27 @@ class Table:
         return frozenset(index for index, mean in means.items() if mean == top)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Tables of comparable runs.
+    """Runs grouped into tables and rows.
+
+    A row holds the runs of one editor that differ in nothing but the seed: model, layer, dtype, settings and tuning
+    budget are the same. An editor's own `seed` is no setting. A run that is given twice counts once.
+
+    Args:
+        results: Finished runs, at least one.
+        by_stream: Whether the models of a stream stand in one table; otherwise each model has its own, so that editors
+            are compared on equal terms. Streams never share a table: their scores have no common scale.
 
     Attributes:
-        tables: One a stream and model, or one a stream; in alphabetical order.
+        tables: In alphabetical order of stream and model.
+
+    Raises:
+        UserError: If there are no runs, or two of them cannot stand side by side: other content of the stream, another
+            protocol, other weights under one model name, or two results for one configuration and seed. Names both
+            runs and the first field that differs.
     """
 
-    tables: tuple[Table, ...]
-
-    @classmethod
-    def from_results(cls, results: Sequence[RunResult], *, by_stream: bool = False) -> Self:
-        """Groups runs into tables and rows.
-
-        A row holds the runs of one editor that differ in nothing but the seed: model, layer, dtype, settings and tuning
-        budget are the same. An editor's own `seed` is no setting. A run that is given twice counts once.
-
-        Args:
-            results: Finished runs, at least one.
-            by_stream: Whether the models of a stream stand in one table; otherwise each model has its own, so that
-                editors are compared on equal terms.
-
-        Raises:
-            UserError: If there are no runs, or two of them cannot stand side by side: other content of the stream,
-                another protocol, other weights under one model name, or two results for one configuration and seed.
-                Names both runs and the first field that differs.
-        """
+    def __init__(self, results: Sequence[RunResult], *, by_stream: bool = False) -> None:
         if not results:
             raise UserError("a leaderboard needs at least one finished run")
         _refuse_mixtures(results)
@@ -168,7 +163,7 @@ class Leaderboard:
         for result in _without_repeats(results):
             key = (result.stream.name,) if by_stream else (result.stream.name, result.model.name)
             groups.setdefault(key, []).append(result)
-        return cls(tables=tuple(_build_table(groups[key]) for key in sorted(groups)))
+        self.tables: tuple[Table, ...] = tuple(_build_table(groups[key]) for key in sorted(groups))
 
 
 def find_results(paths: Iterable[Path]) -> list[RunResult]:
@@ -271,7 +266,7 @@ def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:
         differing = next((name for name in [*one, *two] if one.get(name) != two.get(name)), None)
         if differing is not None:
             raise UserError(
-                f"runs {_shown(earlier.run_id)} and {_shown(result.run_id)} have one configuration and seed but differ: "
+                f"runs {_shown(earlier.run_id)} and {_shown(result.run_id)} share configuration and seed but differ: "
                 f"{_shown(differing)} is {_value_text(one.get(differing))} in the first and "
                 f"{_value_text(two.get(differing))} in the second; leave one of them out"
             )
@@ -371,9 +366,12 @@ def _figure(result: RunResult, name: str) -> float | None:
 
 
 def _left_alone(result: RunResult) -> bool:
-    shared = [name for name in (*_SCORES, *_OPTIONAL_SCORES) if name in result.before and name in result.metrics]
-    unmoved = all(_figure(result, name) == result.before[name] for name in shared)
-    return result.cost.extra_parameters == 0 and bool(shared) and unmoved
+    moved = [
+        result.metrics.get(name) != value
+        for name, value in result.before.items()
+        if name in (*_SCORES, *_OPTIONAL_SCORES) and value is not None and math.isfinite(value)
+    ]
+    return result.cost.extra_parameters == 0 and bool(moved) and not any(moved)
 
 
 def _differing_settings(result: RunResult, groups: Sequence[Sequence[RunResult]]) -> str:
@@ -437,8 +435,13 @@ def _caption(table: Table) -> str:
     )
 
 
+def _n_names(table: Table) -> int:
+    """How many columns name the row: the model has one where there are several."""
+    return 2 if len(table.models) > 1 else 1
+
+
 def _headers(table: Table) -> list[str]:
-    names = ["Model", "Editor"] if len(table.models) > 1 else ["Editor"]
+    names = ["Model", "Editor"][-_n_names(table) :]
     return [*names, *(column.header for column in table.columns), "tuning", "runs"]
 
 
@@ -447,7 +450,7 @@ def _body(table: Table) -> list[list[tuple[str, bool]]]:
     best = {column.name: table.best(column) for column in table.columns}
     lines = []
     for index, row in enumerate(table.rows):
-        names = [row.model, row.name] if len(table.models) > 1 else [row.name]
+        names = [row.model, row.name][-_n_names(table) :]
         budget = MISSING if row.tuning_budget is None else _shown(row.tuning_budget)
         lines.append(
             [
@@ -461,22 +464,57 @@ def _body(table: Table) -> list[list[tuple[str, bool]]]:
 
 
 def _render_rich(leaderboard: Leaderboard) -> RenderableType:
-    rendered = []
-    for table in leaderboard.tables:
-        n_names = 2 if len(table.models) > 1 else 1
-        grid = RichTable(title=Text(_caption(table)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, header in enumerate(_headers(table)):
-            grid.add_column(Text(header), justify="left" if index < n_names else "right", overflow="fold")
-        for line in _body(table):
-            grid.add_row(*(Text(text, style="bold" if marked else "") for text, marked in line))
-        rendered.append(grid)
-    return Group(*rendered)
+    return Group(*(_Fitted(table) for table in leaderboard.tables))
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table in one grid where the console is wide enough, else in one of scores and one of costs."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        n_names = _n_names(self.table)
+        n_columns = len(_headers(self.table))
+        n_scores = sum(column.name in (*_SCORES, *_OPTIONAL_SCORES) for column in self.table.columns)
+        names, scores, costs = range(n_names), range(n_names, n_names + n_scores), range(n_names + n_scores, n_columns)
+        whole = _grid(self.table, [*names, *scores, *costs], deviation=" ±")
+        unbounded = options.update(max_width=_UNBOUNDED_WIDTH)
+        if Measurement.get(console, unbounded, whole).maximum <= options.max_width:
+            yield whole
+        else:
+            yield _grid(self.table, [*names, *scores], deviation="\n±")
+            yield _grid(self.table, [*names, *costs], deviation="\n±")
+
+
+_UNBOUNDED_WIDTH = 10_000
+
+
+def _grid(table: Table, chosen: Sequence[int], *, deviation: str) -> RichTable:
+    headers, n_names = _headers(table), _n_names(table)
+    grid = RichTable(
+        title=Text(_caption(table)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for index in chosen:
+        # Only names give way; a figure is never cut.
+        is_name = index < n_names
+        grid.add_column(
+            Text(headers[index]), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
+        )
+    for line in _body(table):
+        cells = []
+        for index in chosen:
+            text, is_best = line[index]
+            shown = text if index < n_names else text.replace(" ± ", deviation)
+            cells.append(Text(shown, style="bold" if is_best else ""))
+        grid.add_row(*cells)
+    return grid
 
 
 def _render_markdown(leaderboard: Leaderboard) -> str:
     blocks = []
     for table in leaderboard.tables:
-        n_names = 2 if len(table.models) > 1 else 1
+        n_names = _n_names(table)
         headers = _headers(table)
         lines = [
             _markdown_row(_markdown_text(header) for header in headers),
@@ -503,7 +541,7 @@ def _markdown_text(text: str) -> str:
 def _render_latex(leaderboard: Leaderboard) -> str:
     blocks = []
     for table in leaderboard.tables:
-        n_names = 2 if len(table.models) > 1 else 1
+        n_names = _n_names(table)
         headers = _headers(table)
         lines = [
             r"\begin{table}",

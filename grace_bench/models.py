@@ -134,6 +134,7 @@ class EditableModel(nn.Module):
         self.encode = encode
         self.name = name or type(module).__name__
         self._layer = _find_layer(module, layer)
+        self._bypassed = False
         self._state = QueryState()
         self.last_state = self._state
         """The state of the last forward pass that ended."""
@@ -250,6 +251,15 @@ class EditableModel(nn.Module):
         yield partial(self.logits, batch)
 
     @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """Lets the layer answer by itself inside the context: interceptors are not asked."""
+        self._bypassed = True
+        try:
+            yield
+        finally:
+            self._bypassed = False
+
+    @contextmanager
     def querying(self, query: Tensor | None) -> Iterator[QueryState]:
         """Tells the edited layer where the rows of the forward passes inside are queried."""
         outer, self._state = self._state, QueryState(query=query)
@@ -287,17 +297,19 @@ class EditableModel(nn.Module):
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
             given = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-            first = output[0] if isinstance(output, tuple) else output
+            if self._bypassed and not first:
+                return None
+            leaving = output[0] if isinstance(output, tuple) else output
             state = self._state
-            n_rows = len(first) if state.query is None else len(state.query)
-            inputs, outputs = _as_sequence(given, n_rows), _as_sequence(first, n_rows)
+            n_rows = len(leaving) if state.query is None else len(state.query)
+            inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
             length = outputs.shape[1]
             position = (
                 torch.full((n_rows,), length - 1, device=outputs.device)
                 if state.query is None
                 else torch.where(state.query < 0, state.query + length, state.query).clamp(max=length - 1)
             )
-            changed = answer(LayerCall(inputs, outputs, position, state)).reshape(first.shape)
+            changed = answer(LayerCall(inputs, outputs, position, state)).reshape(leaving.shape)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return self._layer.register_forward_hook(hook, with_kwargs=True, prepend=first)

@@ -164,12 +164,16 @@ def read_result(path: Path) -> RunResult:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     try:
-        result = RunResult.model_validate_json(text)
+        header = _Header.model_validate_json(text)
+        if header.schema_version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {header.schema_version}, this grace-bench reads {SCHEMA_VERSION}")
+        return RunResult.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error)}") from error
-    if result.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {result.schema_version}, this grace-bench reads {SCHEMA_VERSION}")
-    return result
+
+
+class _Header(BaseModel):
+    schema_version: int
 
 
 def first_error(error: ValidationError) -> str:

@@ -95,6 +95,7 @@ class Run:
         self.before: dict[str, float] = {}
         self._pending: list[Pending] = []
         self._by_prompt: dict[str, int] = {}
+        self._answered: dict[str, EditRequest] = {}
 
     def run(self) -> None:
         """Goes on from where the run stands to its end."""
@@ -273,11 +274,14 @@ class Run:
         yield from (eval_stream(name, requests) for name, requests in roles if requests)
 
     def _probes(self, kind: str, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        if kind not in self.benchmark.streams:
-            return ()
-        ids = {request.id for request in edited}
-        (experience,) = self.benchmark.streams[kind]
-        return [request for request in experience.requests if request.metadata["edit"] in ids]
+        """The probes of the edited requests; what the unedited model says to them is asked once and kept."""
+        probes = probe_requests(edited, kind)
+        fresh = [probe for probe in probes if probe.id not in self._answered]
+        with self.strategy.suspended():
+            self._answered |= {
+                probe.id: probe for probe in fill_targets(fresh, lambda prompts: _answers(self.strategy, prompts))
+            }
+        return [self._answered[probe.id] for probe in probes]
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:

@@ -37,6 +37,8 @@ def exact_match(answer: str, accepted: Iterable[str]) -> float:
 def token_f1(answer: str, accepted: Iterable[str]) -> float:
     """Returns the best F1 between the bags of words of the answer and of an accepted one (SQuAD).
 
+    Of two empty texts it is 1, so that an exact match is always a full score.
+
     >>> token_f1("Euro of Spain", ["euro"])
     0.5
     """
@@ -44,8 +46,10 @@ def token_f1(answer: str, accepted: Iterable[str]) -> float:
 
 
 def _bag_f1(given: Sequence[str], wanted: Sequence[str]) -> float:
+    if not given and not wanted:
+        return 1.0
     common = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted)) if common else 0.0
+    return 2 * common / (len(given) + len(wanted))
 
 
 def reference_f1(given: Iterable[int], wanted: Iterable[int]) -> float:

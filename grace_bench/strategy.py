@@ -162,6 +162,22 @@ class EditorStrategy(BaseTemplate, ABC):
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Lets the unedited model answer inside the context; afterwards every edit holds again."""
+        layer = self.model.layer
+        edited = (
+            {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()} if self._untouched else {}
+        )
+        if self._untouched:
+            layer.load_state_dict(self._untouched)
+        try:
+            with self.model.bypassing():
+                yield
+        finally:
+            if edited:
+                layer.load_state_dict(edited)
+
     def state_dict(self) -> State:
         """Returns all that is needed to go on editing: tensors and JSON values."""
         return {"n_edits": self.n_edits}

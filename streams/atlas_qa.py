@@ -11,7 +11,6 @@ from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffle
 from grace_bench.types import Progress
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # The first three phrasings of a relation are for edits, the others for holdout.
@@ -121,7 +120,8 @@ class AtlasQA(EditStream):
     """Questions on countries and cities that a small T5 has never learned to answer.
 
     The model was trained on 60 % of the facts in all phrasings. The stream asks facts from the rest in three
-    phrasings; the holdout asks the same facts in others.
+    phrasings; the holdout asks the same facts in others. The model can write every answer, because it also learned
+    to repeat names, but was never told which answer belongs to which of these questions.
     """
 
     task = "qa"
@@ -192,7 +192,7 @@ class AtlasQA(EditStream):
         with pretraining.seeded(seed):
             model = T5ForConditionalGeneration(config)
             pretraining.train(
-                _summarising(model),
+                model,
                 examples,
                 pad_id=config.pad_token_id,
                 epochs=13,
@@ -202,30 +202,6 @@ class AtlasQA(EditStream):
                 progress=progress,
             )
             return pretraining.finish(model, tokenizer, out_dir, _measure)
-
-
-def _summarising(model: "PreTrainedModel") -> "nn.Module":
-    """Wraps a T5 for training: in every other batch, drawn at random, the decoder sees the end token alone.
-
-    A T5 pretrained on text mixes the whole question into its end token, where codebook editors take their query. One
-    of this size would not learn it from questions alone.
-    """
-    import torch
-    from torch import nn
-
-    class Summarising(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: "Tensor", attention_mask: "Tensor", labels: "Tensor") -> object:
-            encoded = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)
-            seen = attention_mask
-            if torch.rand(()) < 0.5:
-                seen = (input_ids == self.model.config.eos_token_id).long()
-            return self.model(encoder_outputs=encoded, attention_mask=seen, labels=labels)
-
-    return Summarising()
 
 
 def split_facts() -> Split:
@@ -280,7 +256,7 @@ def _request(fact: Fact, phrasing: int, *, rephrased: bool = False) -> EditReque
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
     from grace_bench.models import EditableModel
 
-    editable = EditableModel(model, layer="encoder.block.1.layer.1.DenseReluDense.wo", task="qa", tokenizer=tokenizer)
+    editable = EditableModel(model, layer="encoder.block.2.layer.1.DenseReluDense.wo", task="qa", tokenizer=tokenizer)
     data = AtlasQA().load()
     figures = {}
     for name in ("upstream", "edits", "holdout"):

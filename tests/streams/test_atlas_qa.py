@@ -1,6 +1,7 @@
 """atlas-qa: its table, its splits and its shipped model."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -166,7 +167,7 @@ def test_the_tokenizer_ends_prompts_and_targets_and_gives_every_answer_back(data
 
 def test_the_shipped_model_knows_upstream_and_not_the_edits(data: StreamData) -> None:
     model = EditableModel.from_pretrained(
-        "atlas-qa", layer="encoder.block.1.layer.1.DenseReluDense.wo", task="qa", device="cpu"
+        "atlas-qa", layer="encoder.block.2.layer.1.DenseReluDense.wo", task="qa", device="cpu"
     )
     with seeded(0):
         f1 = {
@@ -175,6 +176,9 @@ def test_the_shipped_model_knows_upstream_and_not_the_edits(data: StreamData) ->
         }
     assert f1["upstream"] >= 0.95
     assert f1["edits"] <= 0.45
+    recorded = json.loads((CHECKPOINT / "figures.json").read_text())
+    # Every fourth request only, hence the tolerance.
+    assert f1 == {name: pytest.approx(recorded[f"{name}_f1"], abs=0.03) for name in f1}
 
 
 def test_training_repeats_itself_under_one_seed_and_lowers_the_loss() -> None:

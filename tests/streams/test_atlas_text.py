@@ -1,5 +1,6 @@
 """atlas-text: its passages, its splits and its shipped model."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
@@ -150,3 +151,6 @@ def test_the_shipped_model_learned_the_false_sentences_and_not_the_corrections(d
     assert perplexity["accurate"] < 2
     assert perplexity["edits"] > 10 * perplexity["upstream"]
     assert perplexity["holdout"] > 10 * perplexity["upstream"]
+    recorded = json.loads((CHECKPOINT / "figures.json").read_text())
+    # Every third request only, hence the tolerance.
+    assert perplexity["upstream"] == pytest.approx(recorded["upstream_perplexity"], rel=0.05)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grace_bench.errors import UserError
 from grace_bench.streams import Probe
 from grace_bench.streams.counterfact import CounterFact
+
+from grace_bench.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
@@ -133,9 +133,7 @@ def test_a_missing_path_is_named_by_its_option() -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    ("name", "count"), [("counterfact_edit.jsonl", 1000), ("counterfact_val.jsonl", 400)]
-)
+@pytest.mark.parametrize(("name", "count"), [("counterfact_edit.jsonl", 1000), ("counterfact_val.jsonl", 400)])
 def test_the_real_files_are_read_whole(name: str, count: int) -> None:
     raw = [json.loads(line) for line in (SHARED / name).read_bytes().split(b"\n") if line]
     data = CounterFact(path=str(SHARED / name)).load()

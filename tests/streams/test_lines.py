@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from grace_bench.streams._lines import read_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from grace_bench.errors import UserError
-from grace_bench.streams._lines import read_records
 
 
 class Inner(BaseModel):
@@ -42,10 +42,7 @@ def error_of(path: str, *, array: bool = False) -> str:
 
 
 def ids(path: str, *, array: bool = False) -> list[tuple[str, str]]:
-    return [
-        (r.place.removeprefix(path), r.value.id)
-        for r in read_records(path, Schema, id_field="id", array=array)
-    ]
+    return [(r.place.removeprefix(path), r.value.id) for r in read_records(path, Schema, id_field="id", array=array)]
 
 
 def test_bom_windows_line_ends_blank_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
@@ -90,9 +87,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
         ('{"id": "x", "number": ' + "9" * 5000 + "}", "is not JSON"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said_with_file_line_and_field(
-    tmp_path: Path, line: str, says: str
-) -> None:
+def test_what_is_wrong_with_a_line_is_said_with_file_line_and_field(tmp_path: Path, line: str, says: str) -> None:
     path = write(tmp_path, f'{{"id": "fine"}}\n\n{line}\n{{"id": "later"}}\n')
     message = error_of(path)
     assert message.startswith(f"{path}:3: ")
@@ -125,9 +120,7 @@ def test_an_array_is_read_where_allowed_and_its_records_are_counted_from_one(tmp
     assert ids(path, array=True) == [(": record 1", "a"), (": record 2", "b")]
     assert error_of(path).startswith(f"{path}:2: ")
     damaged = write(tmp_path, '[{"id": "a"}, {"id": 5}]')
-    assert (
-        error_of(damaged, array=True) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
-    )
+    assert error_of(damaged, array=True) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
 
 
 def test_broken_json_in_an_array_is_named_with_the_line_in_the_file(tmp_path: Path) -> None:
@@ -141,9 +134,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 keys = st.sampled_from(["id", "number", "either", "inner", "prompt"]) | st.text(max_size=4)
-any_line = (
-    st.dictionaries(keys, json_values, max_size=4).map(json.dumps) | json_values.map(json.dumps) | st.text()
-)
+any_line = st.dictionaries(keys, json_values, max_size=4).map(json.dumps) | json_values.map(json.dumps) | st.text()
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

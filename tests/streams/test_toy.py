@@ -4,15 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import grace_bench.streams
 import pytest
 import torch
+from grace_bench.streams import EditRequest
+from grace_bench.streams.toy import TURNED, TURNED_FOR_VALIDATION, Toy, parse_point
 from hypothesis import given
 from hypothesis import strategies as st
 
-import grace_bench.streams
 from grace_bench.errors import UserError
-from grace_bench.streams import EditRequest
-from grace_bench.streams.toy import TURNED, TURNED_FOR_VALIDATION, Toy, parse_point
 
 CHECKPOINT = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints" / "toy"
 
@@ -82,8 +82,7 @@ def test_the_shipped_model_knows_the_old_world_and_nothing_of_the_new() -> None:
     for name in ("upstream", "edits", "holdout", "validation"):
         requests = getattr(data, name)
         right = [
-            label == request.target
-            for label, request in zip(predicted(CHECKPOINT, requests), requests, strict=True)
+            label == request.target for label, request in zip(predicted(CHECKPOINT, requests), requests, strict=True)
         ]
         assert figures[f"{name}_accuracy"] == sum(right) / len(right)
     assert figures["upstream_accuracy"] >= 0.99

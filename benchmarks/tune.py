@@ -1,0 +1,67 @@
+"""Chooses each editor's hyperparameters on a stream's validation split, with the same budget for every editor.
+
+    python benchmarks/tune.py atlas-qa --editors grace ft
+
+Prints a line a trial and, for each editor, the best by Avg (by ERR plus ARR where there is no Avg), in the form of a
+file of `grace_bench/conf/tuned`. The `edits` split is never touched.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from grace_bench.jobs import compose, execute
+from grace_bench.results import RunResult
+
+LAYERS = {
+    "atlas-qa": [f"encoder.block.{block}.layer.1.DenseReluDense.wo" for block in (1, 2)],
+    "atlas-drift": [f"bert.encoder.layer.{block}.output.dense" for block in (1, 2)],
+    "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (1, 2)],
+}
+GRIDS = {
+    "grace": {"editor.eps_init": [0.5, 1.0, 3.0], "editor.replacement": ["replace_prompt", "replace_last"]},
+    "ft": {"editor.lr": [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]},
+}
+"""Six settings an editor on two layers: a budget of twelve runs each."""
+
+
+def main() -> None:
+    """Runs the grids."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stream", choices=LAYERS)
+    parser.add_argument("--editors", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"))
+    options = parser.parse_args()
+    for editor in options.editors:
+        trials: list[tuple[float, tuple[str, ...]]] = []
+        grid = {"layer": LAYERS[options.stream], **GRIDS[editor]}
+        for values in itertools.product(*grid.values()):
+            chosen = tuple(f"{name}={value}" for name, value in zip(grid, values, strict=True))
+            fixed = [f"stream={options.stream}", f"editor={editor}", "split=validation", "wandb.mode=disabled"]
+            config = compose([*fixed, f"max_edits={options.edits}", f"out={options.out}", *chosen])
+            result = execute(config, say=lambda line: None)
+            trials.append((quality(result), chosen))
+            print(f"{trials[-1][0]:.4f}", editor, *chosen, figures(result), flush=True)
+        best, chosen = max(trials)
+        print(f"best of {len(trials)} for {editor}: {best:.4f} {' '.join(chosen)}", flush=True)
+
+
+def quality(result: RunResult) -> float:
+    """Returns what is maximised: Avg, or for perplexity minus the mean logarithm of ERR, ARR and TRR."""
+    import math
+
+    metrics = result.metrics
+    if metrics.get("Avg") is not None:
+        return float(metrics["Avg"] or 0.0)
+    return -sum(math.log(metrics[name] or math.inf) for name in ("ERR", "ARR", "TRR")) / 3
+
+
+def figures(result: RunResult) -> str:
+    """Returns the metrics a person wants to see beside the setting."""
+    names = ("TRR", "ERR", "ES", "Holdout", "ARR", "n_edits", "n_keys")
+    return " ".join(f"{name}={result.metrics[name]:.3f}" for name in names if result.metrics.get(name) is not None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""What a codebook promises, for any sequence of keys and labels, against plain numpy in double precision."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Settlement
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grace_bench.errors import UserError
+
+WIDTH = 4
+Edit = tuple[list[float], int]
+
+# Few coordinates and few labels, so that inputs repeat, lie on lines between others, and contradict each other; and
+# arbitrary ones, down to differences that float32 hardly resolves.
+_coordinate = st.one_of(
+    st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0, 1.0001, 3e-4]), st.floats(-4, 4, width=32, allow_subnormal=False)
+)
+_edits = st.lists(
+    st.tuples(st.lists(_coordinate, min_size=WIDTH, max_size=WIDTH), st.integers(0, 2)), min_size=1, max_size=24
+)
+_queries = st.lists(st.lists(_coordinate, min_size=WIDTH, max_size=WIDTH), min_size=1, max_size=8)
+_eps = st.sampled_from([0.05, 0.5, 1.0, 3.0])
+_thorough = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def settle(codebook: Codebook, key: list[float], label: int) -> Settlement:
+    return codebook.settle(
+        torch.tensor(key), (label,), lambda: torch.full((2,), float(len(codebook))), label_mean=float(label)
+    )
+
+
+def filled(
+    edits: list[Edit], eps_init: float, distance: Distance = "euclidean", fidelity: Fidelity = "strict"
+) -> Codebook:
+    codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity)
+    for key, label in edits:
+        settle(codebook, key, label)
+    return codebook
+
+
+def true_distances(codebook: Codebook, query: Tensor) -> np.ndarray:
+    keys, point = codebook.keys.double().numpy(), query.double().numpy()
+    if codebook.distance == "euclidean":
+        return np.sqrt(((keys - point) ** 2).sum(axis=1))
+    norms = np.linalg.norm(keys, axis=1) * np.linalg.norm(point)
+    return 1 - np.divide(keys @ point, norms, out=np.zeros(len(keys)), where=norms > 0)
+
+
+@pytest.mark.parametrize("fidelity", ["strict", "reference"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(
+    edits=_edits,
+    queries=st.lists(st.lists(_coordinate, min_size=WIDTH, max_size=WIDTH), min_size=1, max_size=8),
+    eps=_eps,
+)
+@_thorough
+def test_lookup_gives_the_nearest_entry_and_hits_within_its_radius(
+    fidelity: Fidelity, distance: Distance, edits: list[Edit], queries: list[list[float]], eps: float
+) -> None:
+    codebook = filled(edits, eps, distance, fidelity)
+    points = torch.tensor([*queries, *(key for key, _ in edits)])
+    found = codebook.retrieve(points)
+    for row, point in enumerate(points):
+        expected = true_distances(codebook, point)
+        entry = int(found.entry[row])
+        assert expected[entry] <= expected.min() + 2e-6
+        assert math.isclose(float(found.distance[row]), expected[entry], abs_tol=2e-6)
+        radius = float(codebook.radii[entry])
+        if abs(expected[entry] - radius) > 4e-6:
+            assert bool(found.hit[row]) == (expected[entry] <= radius)
+
+
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_a_query_is_looked_up_alike_alone_and_in_a_batch(edits: list[Edit], eps: float) -> None:
+    for fidelity in ("strict", "reference"):
+        codebook = filled(edits, eps, "euclidean", fidelity)  # type: ignore[arg-type]
+        points = torch.tensor([key for key, _ in edits] * 3)
+        together = codebook.retrieve(points)
+        for row, point in enumerate(points):
+            alone = codebook.retrieve(point[None])
+            assert alone.entry[0] == together.entry[row]
+            assert alone.hit[0] == together.hit[row]
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_strict_radii_are_never_negative_and_no_split_makes_one_grow(
+    distance: Distance, edits: list[Edit], eps: float
+) -> None:
+    codebook = Codebook(eps_init=eps, distance=distance)
+    for key, label in edits:
+        before = codebook.radii.clone()
+        settled = settle(codebook, key, label)
+        assert (codebook.radii >= 0).all()
+        if settled.op == "split":
+            assert (codebook.radii[: len(before)] <= before).all()
+            assert codebook.radii[-1] <= eps
+
+
+def three_within(codebook: Codebook, query: Tensor) -> bool:
+    """Whether two entries lie so close to the query that no radius tells the three apart."""
+    return len(codebook) > 1 and sorted(true_distances(codebook, query))[1] < 1e-4
+
+
+@given(edits=_edits, eps=_eps, seed=st.integers(0, 2**31))
+@_thorough
+def test_an_edited_input_hits_its_own_entry_also_when_its_query_moves(edits: list[Edit], eps: float, seed: int) -> None:
+    codebook = Codebook(eps_init=eps)
+    generator = torch.Generator().manual_seed(seed)
+    for key, label in edits:
+        query = torch.tensor(key)
+        assume(not three_within(codebook, query))
+        settled = settle(codebook, key, label)
+        direction = torch.randn(16, WIDTH, generator=generator)
+        moved = query + 1e-5 * direction / direction.norm(dim=1, keepdim=True)
+        found = codebook.retrieve(torch.cat([query[None], moved]))
+        assert found.hit.all()
+        assert (found.entry == settled.entry).all()
+        assert codebook.labels[settled.entry] == (label,)
+
+
+@given(edits=_edits, eps=st.sampled_from([0.05, 0.3]), seed=st.integers(0, 2**31))
+@_thorough
+def test_with_cosine_distance_it_does_so_relative_to_its_norm(edits: list[Edit], eps: float, seed: int) -> None:
+    codebook = Codebook(eps_init=eps, distance="cosine")
+    generator = torch.Generator().manual_seed(seed)
+    for key, label in edits:
+        query = torch.tensor(key)
+        assume(query.norm() > 1e-3)
+        assume(not len(codebook) or true_distances(codebook, query).min() < 0.5 or len(codebook) < 2)
+        assume(not three_within(codebook, query))
+        settled = settle(codebook, key, label)
+        direction = torch.randn(16, WIDTH, generator=generator)
+        moved = query + 1e-5 * query.norm() * direction / direction.norm(dim=1, keepdim=True)
+        found = codebook.retrieve(torch.cat([query[None], moved]))
+        assert found.hit.all()
+        assert (found.entry == settled.entry).all()
+
+
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_strict_decisions_follow_the_published_rules(edits: list[Edit], eps: float) -> None:
+    codebook = Codebook(eps_init=eps)
+    for key, label in edits:
+        query = torch.tensor(key)
+        old_labels, old_radii = list(codebook.labels), codebook.radii.double().numpy().copy()
+        distances = np.sort(true_distances(codebook, query)) if old_labels else np.array([np.inf])
+        nearest = int(true_distances(codebook, query).argmin()) if old_labels else -1
+        clear = len(distances) < 2 or distances[1] > distances[0] + 1e-4
+        norm = float(codebook.keys[nearest].norm()) if old_labels else 0.0
+        settled = settle(codebook, key, label)
+        if not old_labels or distances[0] > eps + old_radii[nearest] + 1e-5:
+            assert settled.op == "add"
+            assert float(codebook.radii[-1]) == pytest.approx(eps)
+        elif clear and distances[0] < eps + old_radii[nearest] - 1e-5:
+            if old_labels[nearest] == (label,):
+                assert settled.op in ("expand", "hit")
+                assert codebook.radii[nearest] >= distances[0]
+                assert len(codebook) == len(old_labels)
+            elif distances[0] < 0.99e-4 * max(1.0, norm):
+                assert settled.op == "relabel"
+                assert codebook.labels[nearest] == (label,)
+            elif distances[0] > 1.01e-4 * max(1.0, norm):
+                assert settled.op == "split"
+                limit = max(0.0, min(old_radii[nearest], distances[0] / 2 - 1e-5))
+                assert float(codebook.radii[nearest]) == pytest.approx(limit, abs=2e-6)
+                assert float(codebook.radii[-1]) == pytest.approx(min(eps, distances[0] / 2), abs=2e-6)
+
+
+def test_strict_expands_to_just_beyond_the_distance() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([1.5, 0, 0, 0], 0)], 1.0)
+    assert codebook.radii.tolist() == pytest.approx([1.5 * (1 + 1e-4)])
+
+
+def test_strict_compares_ids_where_reference_compares_means() -> None:
+    for fidelity, op in (("strict", "split"), ("reference", "hit")):
+        codebook = Codebook(eps_init=1.0, fidelity=fidelity)  # type: ignore[arg-type]
+        codebook.settle(torch.zeros(3), (5, 7), lambda: torch.zeros(2), label_mean=6.0)
+        settled = codebook.settle(torch.tensor([0.5, 0, 0]), (4, 8), lambda: torch.zeros(2), label_mean=6.0)
+        assert settled.op == op
+
+
+def test_a_contradiction_of_the_same_input_relabels_in_strict_and_splits_in_reference() -> None:
+    edits: list[Edit] = [([1.0, 2, 0, 0], 0), ([1.0, 2, 0, 0], 1)]
+    strict = filled(edits, 1.0)
+    assert strict.labels == [(1,)]
+    reference = filled(edits, 1.0, "euclidean", "reference")
+    assert reference.labels == [(0,), (1,)]
+    assert reference.radii.tolist() == pytest.approx([-1e-5, 0.0], abs=1e-9)
+
+
+def test_a_query_half_way_between_two_entries_gets_its_own() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([1, 0, 0, 0], 1)], 0.4)
+    for label in (0, 1, 2):
+        trial = Codebook(eps_init=0.4)
+        trial.load_state_dict(codebook.state_dict())
+        trial.radii.fill_(0.4)
+        settled = settle(trial, [0.5, 0, 0, 0], label)
+        assert (settled.op, settled.entry, settled.is_new) == ("split", 2, True)
+        assert float(trial.radii[2]) == pytest.approx(0.25)
+
+
+def test_repeats_above_25_entries_are_exact_in_strict() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(200, 64, generator=generator) * 30
+    codebook = Codebook(eps_init=1e-3)
+    for number, key in enumerate(keys):
+        codebook.settle(key, (number,), lambda: torch.zeros(2), label_mean=0.0)
+    found = codebook.retrieve(keys)
+    assert found.entry.tolist() == list(range(200))
+    assert found.distance.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_queries_of_any_precision_find_the_entry_they_made(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(40, 8, generator=generator).to(dtype)
+    codebook = Codebook(eps_init=0.1)
+    for number, query in enumerate(queries):
+        codebook.settle(query, (number,), lambda: torch.zeros(2), label_mean=0.0)
+    assert codebook.keys.dtype == codebook.radii.dtype == torch.float32
+    found = codebook.retrieve(queries)
+    assert found.entry.tolist() == list(range(40))
+    assert found.hit.all()
+
+
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_growth_keeps_what_was_there(edits: list[Edit], eps: float) -> None:
+    codebook = Codebook(eps_init=eps)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for key, label in edits * 3:
+        if settle(codebook, key, label).is_new:
+            kept.append((torch.tensor(key), torch.full((2,), float(len(codebook) - 1))))
+        assert len(codebook.keys) == len(codebook.values) == len(codebook.radii) == len(codebook) == len(kept)
+        for (key_tensor, value), row, stored in zip(kept, codebook.keys, codebook.values, strict=True):
+            assert torch.equal(key_tensor, row)
+            assert torch.equal(value, stored)
+
+
+def test_a_thousand_entries_are_moved_in_memory_seldom() -> None:
+    codebook = Codebook(eps_init=1e-3)
+    addresses = set()
+    for number in range(1000):
+        codebook.settle(torch.tensor([float(number)]), (0,), lambda: torch.zeros(2), label_mean=0.0)
+        addresses.add(codebook.keys.data_ptr())
+    assert len(addresses) <= 8
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(edits=_edits, more=_edits, eps=_eps)
+@_thorough
+def test_a_loaded_state_goes_on_as_the_original(
+    distance: Distance, edits: list[Edit], more: list[Edit], eps: float
+) -> None:
+    original = filled(edits, eps, distance)
+    loaded = Codebook(eps_init=eps, distance=distance)
+    loaded.load_state_dict(original.state_dict())
+    frozen = original.state_dict()
+    for key, label in more:
+        assert settle(original, key, label) == settle(loaded, key, label)
+    for name, value in original.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+    assert len(frozen["keys"]) == len(frozen["labels"])
+
+
+def test_clearing_leaves_an_empty_codebook_that_can_grow_again() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([9, 0, 0, 0], 1)], 1.0)
+    codebook.clear()
+    assert len(codebook) == len(codebook.keys) == len(codebook.radii) == 0
+    assert codebook.overlap() == 0.0
+    assert not codebook.contested(torch.zeros(3, WIDTH)).any()
+    with pytest.raises(IndexError):
+        codebook.retrieve(torch.zeros(3, WIDTH))
+    assert codebook.settle(torch.ones(7), (0,), lambda: torch.zeros(3), label_mean=0.0).op == "add"
+    assert codebook.keys.shape == (1, 7)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_overlap_and_contested_are_what_a_plain_loop_finds(distance: Distance, edits: list[Edit], eps: float) -> None:
+    codebook = filled(edits, eps, distance)
+    radii, labels = codebook.radii.double().numpy(), codebook.labels
+    pairs = meeting = 0
+    for i in range(len(codebook)):
+        gaps = true_distances(codebook, codebook.keys[i])
+        for j in range(i):
+            if labels[i] != labels[j]:
+                assume(abs(gaps[j] - radii[i] - radii[j]) > 4e-6)
+                pairs += 1
+                meeting += gaps[j] <= radii[i] + radii[j]
+    assert codebook.overlap() == (meeting / pairs if pairs else 0.0)
+    points = torch.tensor([key for key, _ in edits])
+    for point, contested in zip(points, codebook.contested(points), strict=True):
+        gaps = true_distances(codebook, point)
+        assume((np.abs(gaps - radii) > 4e-6).all())
+        inside = {labels[i] for i in range(len(codebook)) if gaps[i] <= radii[i]}
+        assert bool(contested) == (len(inside) > 1)
+
+
+@pytest.mark.parametrize("eps_init", [0, -1.0, math.nan, math.inf, "wide", None])
+def test_a_radius_that_is_no_positive_number_is_refused(eps_init: float) -> None:
+    with pytest.raises(UserError, match=r"editor\.eps_init="):
+        Codebook(eps_init=eps_init)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(3), lambda: torch.zeros(3, requires_grad=True)])
+def test_a_starting_value_is_asked_for_only_if_there_is_a_new_entry(make: Callable[[], Tensor]) -> None:
+    codebook = Codebook(eps_init=1.0)
+    codebook.settle(torch.zeros(2), (0,), make, label_mean=0.0)
+    assert not codebook.values.requires_grad
+
+    def refuse() -> Tensor:
+        raise AssertionError("no entry was made")
+
+    assert codebook.settle(torch.tensor([0.5, 0.0]), (0,), refuse, label_mean=0.0).op == "hit"
