@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream
 
@@ -126,7 +127,7 @@ class EditBenchmark(CLScenario):
             max_new_tokens=stream.max_new_tokens,
         )
 
-    def with_data(self, **roles: tuple[EditRequest, ...]) -> "EditBenchmark":
+    def with_data(self, **roles: Any) -> "EditBenchmark":
         """Returns the benchmark with the requests of some roles replaced."""
         return EditBenchmark(
             name=self.name,

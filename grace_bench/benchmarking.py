@@ -163,8 +163,8 @@ def run_benchmark(
                 tuning_budget=settings.tuning_budget,
             ),
             seed=settings.seed,
-            before=run.before,
-            metrics=run.metrics(),
+            before={**run.before},
+            metrics={**run.metrics()},
             cost=run.cost(),
             environment=describe_environment(editable),
         )

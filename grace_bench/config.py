@@ -97,7 +97,8 @@ def _check_choices(section: str, node: DictConfig) -> None:
     """Checks options that take one of a few words, which a configuration cannot type."""
     target = node.get("_zen_target") if "_zen_target" in node else node["_target_"]
     cls = get_class(target)
-    hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    constructor: Any = cls.__init__  # type: ignore[misc]
+    hints = typing.get_type_hints(inspect.unwrap(constructor))
     for option, hint in hints.items():
         if typing.get_origin(hint) is Literal and option in node:
             choices = [str(choice) for choice in typing.get_args(hint)]

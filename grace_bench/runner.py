@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_bench.benchmark import EditBenchmark, eval_stream
+from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
 from grace_bench.errors import UserError
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome

@@ -549,8 +549,14 @@ class _Rounding:
         if not self._is_open(near, low, high) and not (grew and low[near[0]] == 0):
             return None
         fitting = [entry for entry in near if (self._codebook.label_means[entry] != label_mean) == grew] or near
-        moved = [entry for entry in fitting if previous[entry : entry + 1] != step.epsilons[entry : entry + 1]]
-        entry = step.chosen_key if step.chosen_key in (moved or fitting) else (moved or fitting)[0]
+
+        def evidence(entry: int) -> tuple[bool, bool, bool, int]:
+            after = step.epsilons[entry : entry + 1]
+            halved = grew and bool(after) and abs(step.epsilons[-1] - after[0] - 1e-5) < 2e-6
+            return halved, previous[entry : entry + 1] != after, entry == step.chosen_key, -entry
+
+        entry = max(fitting, key=evidence)
+        moved = evidence(entry)[1]
         radius = float(self._codebook.radii[entry])
         if grew:
             distance = 2 * step.epsilons[-1] if step.epsilons else 0.0

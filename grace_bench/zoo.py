@@ -10,7 +10,7 @@ from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
 
 # Hartvigsen et al. 2023, section 4 and the official configuration: architecture and depth to the edited layer.
-_PUBLISHED_LAYERS = {
+_PUBLISHED_LAYERS: dict[tuple[Any, Any], str] = {
     ("t5", 8): "encoder.block.4.layer.1.DenseReluDense.wo",
     ("bert", 12): "bert.encoder.layer.10.output.dense",
     ("gpt2", 48): "transformer.h.35.mlp.c_fc",

@@ -45,7 +45,7 @@ def tiny(family: str, seed: int = 0) -> EditableModel:
     module: nn.Module
     if family == "gpt2":
         module = GPT2LMHeadModel(
-            GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=32, initializer_range=0.3)
+            GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=VOCABULARY, n_positions=32, initializer_range=0.3)
         )
         task = "completion"
     elif family == "bert":
@@ -57,7 +57,14 @@ def tiny(family: str, seed: int = 0) -> EditableModel:
     else:
         module = T5ForConditionalGeneration(
             T5Config(
-                d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, vocab_size=VOCABULARY, decoder_start_token_id=0
+                d_model=64,
+                d_kv=16,
+                d_ff=64,
+                num_layers=3,
+                num_heads=2,
+                vocab_size=VOCABULARY,
+                decoder_start_token_id=0,
+                tie_word_embeddings=False,
             )
         )
         task = "qa"
@@ -85,7 +92,9 @@ def stream(family: str, n: int, seed: int = 0) -> list[tuple[list[int], list[int
     requests = []
     for i in range(n):
         prompt = torch.randint(1, VOCABULARY, (4 + i % 4,), generator=generator).tolist()
-        target = torch.randint(0 if family == "bert" else 1, 4 if family == "bert" else VOCABULARY, (2,))
+        target = torch.randint(
+            0 if family == "bert" else 1, 4 if family == "bert" else VOCABULARY, (2,), generator=generator
+        )
         requests.append((prompt, target.tolist()[: 1 if family == "bert" else 2]))
     return requests
 
@@ -140,6 +149,8 @@ def test_an_edit_changes_the_answer_to_the_target(family: str, fidelity: str, va
 def test_exactly_the_claimed_positions_are_overwritten(
     family: str, replacement: Replacement, side: PaddingSide
 ) -> None:
+    if family == "bert" and side == "left":
+        pytest.skip("BERT counts positions from the padding, so its own answers change on the left")
     model = tiny(family)
     editor = editor_on(model, replacement=replacement, n_iter=2, eps_init=1e-3)
     prompts, targets = [[5, 9, 3, 7, 2], [8, 4, 6]], [[1, 2], [3, 1]]

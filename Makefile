@@ -1,0 +1,39 @@
+# make demo    an environment in .venv, everything installed, every editor on an embedded stream
+# make test    the same environment, the whole test suite
+# make lint    ruff, and mypy on the installed wheel
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(abspath $(VENV))/bin
+INSTALLED = $(abspath $(VENV))/.installed
+
+# Tiny models run many times slower when every process takes every core.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint install clean
+
+demo: $(INSTALLED)
+	$(BIN)/grace-bench demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/wheel build/site && mkdir -p build/wheel build/site
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/site build/wheel/*.whl
+	cd build/site && $(BIN)/python -m mypy --config-file ../../pyproject.toml -p grace_bench
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)
