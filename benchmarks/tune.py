@@ -16,6 +16,7 @@ from grace_bench.results import RunResult
 LAYERS = {
     "atlas-qa": [f"encoder.block.{block}.layer.1.DenseReluDense.wo" for block in (1, 2)],
     "atlas-drift": [f"bert.encoder.layer.{block}.output.dense" for block in (1, 2)],
+    "toy": ["second"],
     "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (1, 2)],
 }
 GRIDS = {

@@ -143,14 +143,9 @@ class Grace(EditorStrategy):
         )
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
-        """Trains one entry's value on the loss of a request (section 3.2, Equation 3).
+        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3).
 
-        Args:
-            entry: Index of the entry. A request that it does not answer leaves its value as it is.
-            encoded: One request with its labels.
-
-        Returns:
-            The loss at each of the `n_iter` steps.
+        A request that the entry does not answer leaves its value as it is.
         """
         value = self.codebook.values[entry].clone().requires_grad_()
         optimizer = torch.optim.Adam([value], lr=self.lr)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Avalanche imports a solver package that complains on import; nothing here uses it.
+    warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         if given[:1] == ["run"]:
             return _run(given[1:])

@@ -205,11 +205,14 @@ class EditorStrategy(BaseTemplate, ABC):
         path.mkdir(parents=True, exist_ok=True)
         tensors, values = split_state(self.answering_state())
         save_file(tensors, path / "editor.safetensors")
+        with self.suspended():
+            # Taken when first asked for, and then it must be of the unedited weights.
+            fingerprint = self.model.fingerprint
         header = {
             "editor": self.registered_name,
             "settings": self.settings(),
             "model": self.model.name,
-            "model_fingerprint": self.model.fingerprint,
+            "model_fingerprint": fingerprint,
             "layer": self.model.layer_name,
             "task": self.model.task.name,
             "state": values,

@@ -181,6 +181,17 @@ def test_strict_expands_to_just_beyond_the_distance() -> None:
     assert codebook.radii.tolist() == pytest.approx([1.5 * (1 + 1e-4)])
 
 
+@pytest.mark.parametrize("distance", [0.004985, 0.00498, 0.02])
+def test_an_input_at_the_edge_of_a_small_ball_stays_inside_when_it_moves(distance: float) -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([0.01, 0, 0, 0], 1)], 0.5)
+    codebook.radii[1] = 0.0
+    settled = settle(codebook, [0, distance, 0, 0], 0)
+    assert settled.entry == 0
+    found = codebook.retrieve(torch.tensor([[0, distance + 1e-5, 0, 0]]))
+    assert found.hit.all()
+    assert found.entry.tolist() == [0]
+
+
 def test_strict_compares_ids_where_reference_compares_means() -> None:
     for fidelity, op in (("strict", "split"), ("reference", "hit")):
         codebook = Codebook(eps_init=1.0, fidelity=fidelity)  # type: ignore[arg-type]

@@ -1,0 +1,158 @@
+"""What tests of several modules share: one thread, W&B off, and tiny random models that take text."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+# Subprocesses of tests inherit these; tiny models run many times slower when every process takes every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from grace_bench.models import EditableModel
+from grace_bench.tasks import get_task
+from grace_bench.types import EditRequest
+
+WORDS = (
+    "what is the capital river currency of in France Kazakhstan Italy Peru Astana Paris Rome Lima Tiber Seine Ishim "
+    "Euro Sol Tenge"
+).split()
+LAYERS = {
+    "classification": "bert.encoder.layer.1.output.dense",
+    "qa": "encoder.block.0.layer.1.DenseReluDense.wo",
+    "completion": "transformer.h.0.mlp.c_fc",
+    "language_modelling": "transformer.h.0.mlp.c_fc",
+}
+
+
+class MakeModel(Protocol):
+    """Makes a tiny random model for a task; equal arguments give equal weights."""
+
+    def __call__(self, task: str, *, seed: int = 0, **task_settings: Any) -> EditableModel: ...
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _wandb_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """One token a word, space in front; `</s>` ends a T5 or BERT input and pads nothing."""
+    pieces = ["<pad>", "</s>", "<unk>", "<s>", "?", *(f"▁{word}" for word in WORDS), "▁"]
+    unigram = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
+    tokenizer = Tokenizer(unigram)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>"
+    )
+
+
+@pytest.fixture
+def make_model(word_tokenizer: Any) -> MakeModel:
+    """A BERT for classification, a T5 for questions, a GPT-2 for the causal tasks, of some 50,000 weights."""
+
+    def make(task: str, *, seed: int = 0, **task_settings: Any) -> EditableModel:
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        size = len(word_tokenizer)
+        module: nn.Module
+        if task == "classification":
+            module = BertForSequenceClassification(
+                BertConfig(
+                    hidden_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    intermediate_size=64,
+                    vocab_size=size,
+                    max_position_embeddings=32,
+                    num_labels=4,
+                    initializer_range=0.3,
+                )
+            )
+        elif task == "qa":
+            module = T5ForConditionalGeneration(
+                T5Config(
+                    d_model=64,
+                    d_kv=16,
+                    d_ff=64,
+                    num_layers=2,
+                    num_heads=2,
+                    vocab_size=size,
+                    decoder_start_token_id=0,
+                    tie_word_embeddings=False,
+                )
+            )
+        else:
+            module = GPT2LMHeadModel(
+                GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=size, n_positions=48, initializer_range=0.3)
+            )
+        torch.set_rng_state(state)
+        if task != "classification":
+            module.generation_config = GenerationConfig(  # type: ignore[assignment]
+                decoder_start_token_id=getattr(module.config, "decoder_start_token_id", None), do_sample=False
+            )
+        chosen = get_task(task, **{"max_new_tokens": 3, "prefix_length": 2, **task_settings})
+        return EditableModel(module, layer=LAYERS[task], task=chosen, tokenizer=word_tokenizer, name="tiny")
+
+    return make
+
+
+@pytest.fixture
+def make_requests() -> Callable[[str], list[EditRequest]]:
+    """Six requests for a task, with every field that only an evaluation may read."""
+
+    def make(task: str) -> list[EditRequest]:
+        return [_request(task, index) for index in range(len(_FACTS))]
+
+    return make
+
+
+_FACTS: Sequence[tuple[str, str, str, int]] = (
+    ("capital", "Kazakhstan", "Astana", 3),
+    ("river", "Italy", "Tiber", 1),
+    ("currency", "Peru", "Sol", 2),
+    ("capital", "Italy", "Rome", 0),
+    ("river", "France", "Seine", 1),
+    ("currency", "Kazakhstan", "Tenge", 3),
+)
+
+
+def _request(task: str, index: int) -> EditRequest:
+    relation, country, answer, label = _FACTS[index]
+    prompt, rephrase = f"what is the {relation} of {country}", f"the {relation} in {country} is"
+    if task == "language_modelling":
+        prompt, answer = rephrase, f"{answer} of {country} in the {relation}"
+    return EditRequest(
+        id=f"{relation}/{country}",
+        prompt=prompt,
+        target=label if task == "classification" else answer,
+        answers=() if task == "classification" else (answer.upper(),),
+        subject=country,
+        rephrases=(rephrase,),
+        locality=({"prompt": f"what is the {relation} of France", "target": label},)  # type: ignore[arg-type]
+        if task == "classification"
+        else ({"prompt": f"what is the {relation} of France", "target": "Paris"},),  # type: ignore[arg-type]
+        metadata={"fact": f"{relation} of {country}"},
+    )

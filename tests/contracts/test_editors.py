@@ -1,0 +1,302 @@
+"""What every registered editor promises, on every task it says it works on."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import MaskedAttributeError
+from avalanche.core import BasePlugin
+from torch import Tensor
+
+from grace_bench.benchmark import EditExperience
+from grace_bench.errors import UserError
+from grace_bench.models import EditableModel
+from grace_bench.registry import EDITORS
+from grace_bench.strategy import EditorStrategy, EditOutcome
+from grace_bench.tasks import get_task
+from grace_bench.types import EditRequest
+
+MakeModel = Callable[..., EditableModel]
+MakeRequests = Callable[[str], list[EditRequest]]
+
+TASKS = ("classification", "qa", "completion", "language_modelling")
+SUPPORTED = [
+    pytest.param(name, task, id=f"{name}-{task}")
+    for name in EDITORS.entries()
+    for task in EDITORS.get(name).supported_tasks
+]
+UNSUPPORTED = [
+    (name, task)
+    for name in EDITORS.entries()
+    for task in TASKS
+    if task not in EDITORS.get(name).supported_tasks
+]
+each_supported = pytest.mark.parametrize(("name", "task"), SUPPORTED)
+each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
+
+
+def make_editor(name: str, model: EditableModel, **options: Any) -> EditorStrategy:
+    editor: EditorStrategy = EDITORS.get(name)(model=model, **options)
+    return editor
+
+
+def apply(editor: EditorStrategy, requests: list[EditRequest]) -> list[EditOutcome]:
+    return [
+        editor.edit_text(request.prompt, request.target, subject=request.subject)
+        if editor.needs_subject
+        else editor.edit_text(request.prompt, request.target)
+        for request in requests
+    ]
+
+
+def logits_of(model: EditableModel, requests: list[EditRequest]) -> list[Tensor]:
+    """The logits of every request on its own, and of all in one padded batch."""
+    batches = [model.encode_batch([r.prompt], [r.target]) for r in requests]
+    batches.append(model.encode_batch([r.prompt for r in requests], [r.target for r in requests]))
+    with torch.no_grad():
+        return [model.logits(batch).clone() for batch in batches]
+
+
+def loss_of(model: EditableModel, request: EditRequest) -> float:
+    batch = model.encode_batch([request.prompt], [request.target])
+    with torch.no_grad():
+        return float(model.task.loss(model.logits(batch), batch))
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_state(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(value, b[key]) if isinstance(value, Tensor) else value == b[key] for key, value in a.items()
+    )
+
+
+@each_supported
+def test_an_edit_moves_the_answer_towards_the_target(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, request = make_model(task), make_requests(task)[0]
+    before, untouched = loss_of(model, request), logits_of(model, [request])
+    with make_editor(name, model) as editor:
+        (outcome,) = apply(editor, [request])
+        assert editor.n_edits == 1
+        if name == "none":
+            assert same_bits(logits_of(model, [request]), untouched)
+            return
+        assert outcome.failed is None
+        assert outcome.steps > 0
+        assert loss_of(model, request) < before
+
+
+@each_supported
+def test_rollback_and_detach_give_the_unedited_model_back_bit_for_bit(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model(task), make_requests(task)
+    untouched, weights = logits_of(model, requests), copied(model.module.state_dict())
+    editor = make_editor(name, model)
+    apply(editor, requests[:2])
+    edited = logits_of(model, requests)
+    assert same_bits(edited, untouched) == (name == "none")
+    editor.rollback()
+    assert same_bits(logits_of(model, requests), untouched)
+    assert editor.n_edits == 0
+    apply(editor, requests[:2])
+    assert same_bits(logits_of(model, requests), edited), "after a rollback an editor edits as it did at first"
+    editor.detach()
+    assert same_bits(logits_of(model, requests), untouched)
+    assert same_state(model.module.state_dict(), weights)
+
+
+@each_supported
+def test_suspending_lets_the_unedited_model_answer_and_then_every_edit_holds_again(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model(task), make_requests(task)
+    untouched = logits_of(model, requests)
+    with make_editor(name, model) as editor:
+        apply(editor, requests[:2])
+        edited = logits_of(model, requests)
+        with editor.suspended():
+            assert same_bits(logits_of(model, requests), untouched)
+        assert same_bits(logits_of(model, requests), edited)
+
+
+@each_supported
+def test_a_saved_editor_answers_the_same_bits_on_a_fresh_model(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
+) -> None:
+    model, requests = make_model(task), make_requests(task)
+    with make_editor(name, model) as editor:
+        apply(editor, requests[:2])
+        editor.save_pretrained(tmp_path)
+        edited = logits_of(model, requests)
+    fresh = make_model(task)
+    with type(editor).from_pretrained(tmp_path, model=fresh) as loaded:
+        assert same_bits(logits_of(fresh, requests), edited)
+        assert loaded.settings() == editor.settings()
+    assert {path.name for path in tmp_path.iterdir()} == {"editor.json", "editor.safetensors"}
+
+
+@each_editor
+def test_a_saved_editor_refuses_another_model_and_an_empty_folder(
+    name: str, make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
+) -> None:
+    task = EDITORS.get(name).supported_tasks[0]
+    with make_editor(name, make_model(task)) as editor:
+        apply(editor, make_requests(task)[:1])
+        editor.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved for other weights"):
+        type(editor).from_pretrained(tmp_path / "saved", model=make_model(task, seed=1))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no saved editor") as caught:
+        type(editor).from_pretrained(tmp_path / "empty", model=make_model(task))
+    assert "\n" not in str(caught.value)
+
+
+@each_supported
+def test_evaluating_changes_neither_state_nor_weights_nor_the_next_edit(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    requests = make_requests(task)
+    final: list[list[Tensor]] = []
+    for evaluates in (False, True):
+        model = make_model(task)
+        torch.manual_seed(7)
+        with make_editor(name, model) as editor:
+            apply(editor, requests[:2])
+            if evaluates:
+                state, weights = copied(editor.state_dict()), copied(model.module.state_dict())
+                first = model.task.score(model, requests)
+                assert model.task.score(model, requests) == first
+                assert same_state(editor.state_dict(), state)
+                assert same_state(model.module.state_dict(), weights)
+            apply(editor, requests[2:3])
+            final.append(logits_of(model, requests))
+    assert same_bits(*final)
+
+
+@each_supported
+def test_an_editor_goes_on_from_its_state_as_if_it_had_never_stopped(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    requests = make_requests(task)
+    model = make_model(task)
+    with make_editor(name, model) as editor:
+        apply(editor, requests[:2])
+        state = copied(editor.state_dict())
+        apply(editor, requests[2:4])
+        uninterrupted, at_the_end = logits_of(model, requests), copied(editor.state_dict())
+    fresh = make_model(task)
+    torch.manual_seed(123)
+    with make_editor(name, fresh) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.n_edits == 2
+        apply(resumed, requests[2:4])
+        assert same_bits(logits_of(fresh, requests), uninterrupted)
+        assert same_state(resumed.state_dict(), at_the_end)
+        resumed.rollback()
+        assert same_bits(logits_of(fresh, requests), logits_of(make_model(task), requests))
+
+
+@each_supported
+def test_a_state_holds_tensors_and_json_values_only(
+    name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    with make_editor(name, make_model(task)) as editor:
+        apply(editor, make_requests(task)[:1])
+        rest = {key: value for key, value in editor.state_dict().items() if not isinstance(value, Tensor)}
+        assert json.loads(json.dumps(rest)) == rest
+        assert json.loads(json.dumps(editor.settings())) == editor.settings()
+
+
+def masked_fields(experience: EditExperience) -> Iterator[str]:
+    for field in ("prompt", "target", "subject", "request", "current_experience"):
+        try:
+            getattr(experience, field)
+        except MaskedAttributeError:
+            yield field
+
+
+class Spy(BasePlugin):  # type: ignore[type-arg]
+    """Notes what can be read of the experience an editor is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked: list[set[str]] = []
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        self.masked.append(set(masked_fields(strategy.experience)))
+
+
+@each_editor
+def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so(
+    name: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    cls = EDITORS.get(name)
+    task = cls.supported_tasks[0]
+    spy = Spy()
+    seen: list[Any] = []
+
+    class Watched(cls):  # type: ignore[misc, valid-type]
+        """The editor, noting the batches it is given."""
+
+        def edit(self, batch: Any) -> EditOutcome:
+            seen.append(batch)
+            outcome: EditOutcome = super().edit(batch)
+            return outcome
+
+    request = make_requests(task)[0]
+    with Watched(model=make_model(task), plugins=[spy]) as editor:
+        editor.train(EditExperience(request), eval_streams=[])
+        assert editor.n_edits == 1
+    evaluation_only = {"request", "current_experience"}
+    assert spy.masked == [evaluation_only if cls.needs_subject else evaluation_only | {"subject"}]
+    (batch,) = seen
+    assert batch.prompts == (request.prompt,)
+    assert batch.targets == (request.target,)
+    assert batch.subjects == ((request.subject,) if cls.needs_subject else None)
+    assert set(vars(batch)) == {"prompts", "targets", "subjects", "encoded"}
+
+
+@each_editor
+def test_weights_declared_frozen_never_change(name: str, make_model: MakeModel, make_requests: MakeRequests) -> None:
+    task = EDITORS.get(name).supported_tasks[0]
+    model = make_model(task)
+    weights = copied(model.module.state_dict())
+    with make_editor(name, model) as editor:
+        apply(editor, make_requests(task)[:1])
+        assert same_state(model.module.state_dict(), weights) or not editor.freezes_weights
+        assert not any(parameter.requires_grad for parameter in model.module.parameters())
+        assert all(parameter.grad is None for parameter in model.module.parameters())
+        assert not any(module.training for module in model.module.modules())
+
+
+def test_a_task_an_editor_does_not_work_on_is_refused(make_model: MakeModel) -> None:
+    for name, task in UNSUPPORTED:
+        with pytest.raises(UserError, match=f"editor '{name}' does not work on {task}"):
+            make_editor(name, make_model(task))
+
+
+@each_editor
+def test_a_task_taken_off_an_editors_list_is_refused_by_name(name: str, make_model: MakeModel) -> None:
+    class Narrow(EDITORS.get(name)):  # type: ignore[misc]
+        """The editor, for one task only."""
+
+        supported_tasks = ("qa",)
+
+    with pytest.raises(UserError, match=rf"editor '{name}' does not work on completion \(it does on qa\)"):
+        Narrow(model=make_model("completion"))
+
+
+def test_every_task_has_an_editor() -> None:
+    assert {param.values[1] for param in SUPPORTED} == {get_task(task).name for task in TASKS}
