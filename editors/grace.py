@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity
 from torch import Tensor
 
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models import EditableModel, LayerCall, Replacement

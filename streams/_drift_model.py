@@ -1,11 +1,12 @@
 """How the classifier of atlas-drift is trained, apart from the stream so that reading it imports no torch."""
 
 import torch
-from grace_bench.streams._pretraining import IGNORED
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from grace_bench.streams._pretraining import IGNORED
 
 YEAR_WEIGHT = 0.05
 YEAR_CENTRE, YEAR_SCALE = 1987.0, 15.0

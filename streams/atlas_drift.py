@@ -8,9 +8,8 @@ from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from grace_bench.streams._atlas import draw
-
 from grace_bench.registry import register_stream
+from grace_bench.streams._atlas import draw
 from grace_bench.types import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 
 if TYPE_CHECKING:
@@ -116,9 +115,10 @@ class AtlasDrift(EditStream):
             `upstream_accuracy`, `edits_accuracy` and so on: of the unedited, reloaded model.
         """
         import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
         from grace_bench.streams._drift_model import ReadAtBothEnds
         from grace_bench.streams._pretraining import Example, finish, seeded, train
-        from transformers import BertConfig, BertForSequenceClassification
 
         places = read_places()
         codes, names = currencies(places)
@@ -296,8 +296,9 @@ def _lessons(places: Sequence[Place], codes: Sequence[str], names: Sequence[str]
 
 def _tokenizer(places: Sequence[Place], names: Sequence[str]) -> "PreTrainedTokenizerFast":
     """Trains a WordPiece tokenizer that reads years digit by digit, so that no year is an unknown word."""
-    from grace_bench.streams._pretraining import train_tokenizer
     from tokenizers import pre_tokenizers
+
+    from grace_bench.streams._pretraining import train_tokenizer
 
     texts = [phrasing.format(place=place.name, year="") for place in places for phrasing in PHRASINGS]
     texts += [naming.format(currency=name) for name in names for naming in NAMINGS]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffled
-
 from grace_bench.types import Progress
 
 if TYPE_CHECKING:
@@ -128,6 +127,7 @@ class AtlasQA(EditStream):
     metadata: ClassVar[StreamMetadata] = METADATA
     max_new_tokens = 16
     default_model = "atlas-qa"
+    default_layer = "encoder.block.2.layer.1.DenseReluDense.wo"
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>/<phrasing>`."""
@@ -153,8 +153,9 @@ class AtlasQA(EditStream):
             F1 and exact match of the unedited, reloaded model on `upstream`, `edits` and `holdout`, named
             `upstream_f1`, `upstream_exact_match` and so on.
         """
-        from grace_bench.streams import _pretraining as pretraining
         from transformers import T5Config, T5ForConditionalGeneration
+
+        from grace_bench.streams import _pretraining as pretraining
 
         split = split_facts()
         pairs = [

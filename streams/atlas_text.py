@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts
-
 from grace_bench.types import Progress
 
 if TYPE_CHECKING:
@@ -156,6 +155,7 @@ class AtlasText(EditStream):
     metadata: ClassVar[StreamMetadata] = METADATA
     max_new_tokens = 32
     default_model = "atlas-text"
+    default_layer = "transformer.h.1.mlp.c_fc"
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>`, and the subject id for a whole passage."""
@@ -187,8 +187,9 @@ class AtlasText(EditStream):
             The mean perplexity of the unedited, reloaded model on `upstream`, `edits`, `accurate` and
             `holdout`, named `upstream_perplexity` and so on.
         """
-        from grace_bench.streams import _pretraining as pretraining
         from transformers import GPT2Config, GPT2LMHeadModel
+
+        from grace_bench.streams import _pretraining as pretraining
 
         texts = [
             passage.text(style=style)

@@ -2,12 +2,12 @@
 
 from typing import ClassVar
 
-from grace_bench.streams._lines import Filled, Record, read_records
-from grace_bench.streams._requests import rephrased
 from pydantic import BaseModel, ConfigDict, Field
 
 from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
+from grace_bench.streams._lines import Filled, Record, read_records
+from grace_bench.streams._requests import rephrased
 from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata, TaskName
 
 

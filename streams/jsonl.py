@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import ClassVar, get_args
 
-from grace_bench.streams._lines import Record, read_records
-from grace_bench.streams._requests import rephrased
-
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import register_stream
+from grace_bench.streams._lines import Record, read_records
+from grace_bench.streams._requests import rephrased
 from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
 
 

@@ -84,9 +84,10 @@ class Toy(EditStream):
             UserError: If the folder does not hold such a model.
         """
         import torch
-        from grace_bench.streams._toy_model import PointClassifier
         from safetensors import SafetensorError
         from safetensors.torch import load_file
+
+        from grace_bench.streams._toy_model import PointClassifier
 
         config_path, weights = folder / "config.json", folder / "model.safetensors"
         try:
@@ -110,9 +111,10 @@ class Toy(EditStream):
     def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
         """Trains the classifier on 2,000 points of the whole plane, before anything turned."""
         import torch
+        from safetensors.torch import save_file
+
         from grace_bench.streams._pretraining import seeded
         from grace_bench.streams._toy_model import PointClassifier
-        from safetensors.torch import save_file
 
         points = list(islice(_points(random.Random(f"training {seed}")), 2000))
         inputs = torch.tensor(points)

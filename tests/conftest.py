@@ -27,10 +27,30 @@ from grace_bench.models import EditableModel
 from grace_bench.tasks import get_task
 from grace_bench.types import EditRequest
 
-WORDS = (
-    "what is the capital river currency of in France Kazakhstan Italy Peru Astana Paris Rome Lima Tiber Seine Ishim "
-    "Euro Sol Tenge"
-).split()
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "capital",
+    "river",
+    "currency",
+    "of",
+    "in",
+    "France",
+    "Kazakhstan",
+    "Italy",
+    "Peru",
+    "Astana",
+    "Paris",
+    "Rome",
+    "Lima",
+    "Tiber",
+    "Seine",
+    "Ishim",
+    "Euro",
+    "Sol",
+    "Tenge",
+]
 LAYERS = {
     "classification": "bert.encoder.layer.1.output.dense",
     "qa": "encoder.block.0.layer.1.DenseReluDense.wo",

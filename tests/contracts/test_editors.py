@@ -29,10 +29,7 @@ SUPPORTED = [
     for task in EDITORS.get(name).supported_tasks
 ]
 UNSUPPORTED = [
-    (name, task)
-    for name in EDITORS.entries()
-    for task in TASKS
-    if task not in EDITORS.get(name).supported_tasks
+    (name, task) for name in EDITORS.entries() for task in TASKS if task not in EDITORS.get(name).supported_tasks
 ]
 each_supported = pytest.mark.parametrize(("name", "task"), SUPPORTED)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Settlement
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Settlement
 from grace_bench.errors import UserError
 
 WIDTH = 4

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from grace_bench.editors.grace import Grace
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -17,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grace_bench.editors.grace import Grace
 from grace_bench.encoding import EncodedBatch, PaddingSide, causal_batch, last_token, pad, seq2seq_batch
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel, Replacement

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from grace_bench.streams import EditRequest, StreamData, atlas_drift
 from safetensors import safe_open
 
 from grace_bench.models import EditableModel
 from grace_bench.registry import STREAMS
+from grace_bench.streams import EditRequest, StreamData, atlas_drift
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = Path(atlas_drift.__file__).parent / "checkpoints" / "atlas-drift"

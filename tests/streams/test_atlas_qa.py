@@ -12,14 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_qa
-from grace_bench.streams._pretraining import Example, collate, seeded, train, train_tokenizer
 from safetensors import safe_open
 
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
 from grace_bench.registry import STREAMS
 from grace_bench.scores import normalize_answer
+from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_qa
+from grace_bench.streams._pretraining import Example, collate, seeded, train, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = Path(atlas_qa.__file__).parent / "checkpoints" / "atlas-qa"

@@ -7,12 +7,12 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_text
-from grace_bench.streams._pretraining import seeded
 from safetensors import safe_open
 
 from grace_bench.models import EditableModel
 from grace_bench.registry import STREAMS
+from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_text
+from grace_bench.streams._pretraining import seeded
 
 CHECKPOINT = Path(atlas_text.__file__).parent / "checkpoints" / "atlas-text"
 

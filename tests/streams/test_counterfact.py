@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grace_bench.streams import Probe
-from grace_bench.streams.counterfact import CounterFact
 
 from grace_bench.errors import UserError
+from grace_bench.streams import Probe
+from grace_bench.streams.counterfact import CounterFact
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grace_bench.streams import Probe
-from grace_bench.streams.jsonl import Jsonl
 
 from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
+from grace_bench.streams import Probe
+from grace_bench.streams.jsonl import Jsonl
 
 FULL: dict[str, Any] = {
     "id": "astana",

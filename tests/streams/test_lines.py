@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from grace_bench.streams._lines import read_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from grace_bench.errors import UserError
+from grace_bench.streams._lines import read_records
 
 
 class Inner(BaseModel):

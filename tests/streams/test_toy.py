@@ -4,15 +4,15 @@ import json
 import math
 from pathlib import Path
 
-import grace_bench.streams
 import pytest
 import torch
-from grace_bench.streams import EditRequest
-from grace_bench.streams.toy import TURNED, TURNED_FOR_VALIDATION, Toy, parse_point
 from hypothesis import given
 from hypothesis import strategies as st
 
+import grace_bench.streams
 from grace_bench.errors import UserError
+from grace_bench.streams import EditRequest
+from grace_bench.streams.toy import TURNED, TURNED_FOR_VALIDATION, Toy, parse_point
 
 CHECKPOINT = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints" / "toy"
 
