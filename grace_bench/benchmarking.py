@@ -27,6 +27,9 @@ from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
 from grace_bench.types import EditStream
 
+_ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
+"""Scores that a result names also where there is nothing to measure them on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -163,8 +166,8 @@ def run_benchmark(
                 tuning_budget=settings.tuning_budget,
             ),
             seed=settings.seed,
-            before={**run.before},
-            metrics={**run.metrics()},
+            before=_ALWAYS_NAMED | run.before,
+            metrics=_ALWAYS_NAMED | run.metrics(),
             cost=run.cost(),
             environment=describe_environment(editable),
         )

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
 
@@ -68,7 +68,6 @@ class StreamInfo(BaseModel):
     source: str
     revision: str
     license: str
-    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class ModelInfo(BaseModel):

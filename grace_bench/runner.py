@@ -4,8 +4,10 @@ import random
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +96,7 @@ class Run:
         self.position = Position()
         self.before: dict[str, float] = {}
         self._pending: list[Pending] = []
-        self._by_prompt: dict[str, int] = {}
+        self._by_prompt: defaultdict[str, list[int]] = defaultdict(list)
         self._answered: dict[str, EditRequest] = {}
 
     def run(self) -> None:
@@ -159,11 +161,13 @@ class Run:
         """Returns all that is needed to go on: editor, position, metrics and random generators."""
         evaluator = self.strategy.evaluator
         return {
-            "editor": self.strategy.state_dict(),
-            "position": {**vars(self.position), "edited": list(self.position.edited)},
+            # Editors and metrics may hand out what they go on working with; a state stays what it was.
+            "editor": deepcopy(self.strategy.state_dict()),
+            "position": deepcopy(vars(self.position)),
             "before": dict(self.before),
             "metrics": {
-                metric.registered_name: metric.state_dict() for metric in (evaluator.metrics if evaluator else [])
+                metric.registered_name: deepcopy(metric.state_dict())
+                for metric in (evaluator.metrics if evaluator else [])
             },
             "last_metrics": dict(evaluator.last_metric_results) if evaluator else {},
             "random": _random_state(),
@@ -172,13 +176,15 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, on a run made from the same configuration."""
         self.strategy.load_state_dict(state["editor"])
-        self.position = Position(**{**state["position"], "edited": list(state["position"]["edited"])})
+        self.position = Position(**deepcopy(state["position"]))
         self.before = dict(state["before"])
         if self.strategy.evaluator is not None:
             for metric in self.strategy.evaluator.metrics:
                 metric.load_state_dict(state["metrics"][metric.registered_name])
             self.strategy.evaluator.last_metric_results = dict(state["last_metrics"])
-        self._by_prompt = {self.benchmark.data.edits[index].prompt: index for index in self.position.edited}
+        self._by_prompt.clear()
+        for index in self.position.edited:
+            self._by_prompt[self.benchmark.data.edits[index].prompt].append(index)
         _load_random_state(state["random"])
 
     def _is_full(self) -> bool:
@@ -249,11 +255,15 @@ class Run:
         )
 
     def _supersede(self, request: EditRequest, index: int) -> None:
-        earlier = self._by_prompt.get(request.prompt)
-        if earlier is not None and self.benchmark.data.edits[earlier].target != request.target:
-            self.position.edited.remove(earlier)
-            self.position.n_superseded += 1
-        self._by_prompt[request.prompt] = index
+        same_input = self._by_prompt[request.prompt]
+        # Running text has no input of its own: its whole text is the target.
+        if request.prompt.strip():
+            edits = self.benchmark.data.edits
+            for earlier in [i for i in same_input if edits[i].target != request.target]:
+                same_input.remove(earlier)
+                self.position.edited.remove(earlier)
+                self.position.n_superseded += 1
+        same_input.append(index)
         self.position.edited.append(index)
 
     def _eval_streams(self) -> Iterator[Any]:

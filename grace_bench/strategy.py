@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.models import EditableModel
 from grace_bench.results import EditRecord
 from grace_bench.tasks import ItemScore
@@ -141,6 +141,9 @@ class EditorStrategy(BaseTemplate, ABC):
         """Makes the model answer each request of the batch with its target.
 
         Values that only the answers depend on may be left pending until `flush`.
+
+        Raises:
+            EditFailure: If this edit cannot be made; a run records why and goes on.
         """
 
     def flush(self) -> None:
@@ -276,14 +279,16 @@ class EditorStrategy(BaseTemplate, ABC):
     def _train_exp(self, experience: Any, eval_streams: Any, **kwargs: Any) -> None:
         visible = cast(EditExperience, experience).for_editor(needs_subject=self.needs_subject)
         self.experience = visible
-        self.outcome = self.edit(
-            EditBatch(
-                prompts=(visible.prompt,),
-                targets=(visible.target,),
-                subjects=(visible.subject,) if self.needs_subject else None,
-                encoded=self.model.encode_batch([visible.prompt], [visible.target]),
-            )
+        batch = EditBatch(
+            prompts=(visible.prompt,),
+            targets=(visible.target,),
+            subjects=(visible.subject,) if self.needs_subject else None,
+            encoded=self.model.encode_batch([visible.prompt], [visible.target]),
         )
+        try:
+            self.outcome = self.edit(batch)
+        except EditFailure as failure:
+            self.outcome = EditOutcome(failed=str(failure))
         self.n_edits += 1
 
     def _eval_exp(self, **kwargs: Any) -> None:

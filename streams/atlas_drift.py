@@ -295,17 +295,41 @@ def _lessons(places: Sequence[Place], codes: Sequence[str], names: Sequence[str]
 
 
 def _tokenizer(places: Sequence[Place], names: Sequence[str]) -> "PreTrainedTokenizerFast":
-    """Trains a WordPiece tokenizer that reads years digit by digit, so that no year is an unknown word."""
-    from tokenizers import pre_tokenizers
+    """Makes a WordPiece tokenizer of all words of the questions, with years read digit by digit.
 
-    from grace_bench.streams._pretraining import train_tokenizer
+    No year is an unknown word then. The vocabulary is listed, not trained: the trainer of `tokenizers` breaks ties
+    differently from run to run, and no model could be trained twice.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    texts = [phrasing.format(place=place.name, year="") for place in places for phrasing in PHRASINGS]
-    texts += [naming.format(currency=name) for name in names for naming in NAMINGS]
-    digits = " ".join("0123456789")
-    tokenizer = train_tokenizer([*texts, digits], family="bert", vocab_size=1400)
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    return tokenizer
+    texts = [phrasing.format(place=place.name, year="0123456789") for place in places for phrasing in PHRASINGS]
+    texts += [naming.format(currency=name) for name in names for naming in NAMINGS]
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    letters = {letter for word in words for letter in word}
+    pieces = [*special.values(), *sorted(words | letters), *sorted(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(end, vocabulary[end]) for end in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **special,
+    )

@@ -53,9 +53,9 @@ class ProgressLogger(RunLogger):
         """Writes a line where there is no bar."""
         if self._live is None:
             scores = [f"{name} {self._values[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in self._values]
+            parts = [f"{self._done(strategy)}/{self._total}", self._note(strategy), *scores]
             self._console.print(
-                f"{self._title}: {self._done(strategy)}/{self._total}, {self._note(strategy)}, {', '.join(scores)}"
-                f"{self._time_left(strategy)}",
+                f"{self._title}: {', '.join(parts)}{self._time_left(strategy)}",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,

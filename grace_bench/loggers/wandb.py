@@ -1,7 +1,9 @@
 """Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ class WandbLogger(RunLogger):
 
     Args:
         folder: The run folder; `wandb/` is made in it.
-        mode: `auto` is online if someone is logged in, else offline.
+        mode: `auto` is what `WANDB_MODE` says if it is set, else online if someone is logged in, else offline.
         project: The W&B project.
         group: The W&B group; stream and model by default.
     """
@@ -62,9 +64,11 @@ class WandbLogger(RunLogger):
     def _open(self, plan: RunPlan) -> None:
         import wandb
 
-        mode = self._mode
+        mode: Mode | None = self._mode
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            # None leaves it to W&B's own switch.
+            chosen = os.environ.get("WANDB_MODE")
+            mode = None if chosen else "online" if wandb.login(prompt=False, verify=False) else "offline"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=self._project,
@@ -101,10 +105,15 @@ class WandbLogger(RunLogger):
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Carries out an action on W&B; at the first failure says so once and leaves W&B alone from then on."""
+        run = self._run
         try:
             action()
         except Exception as error:
             self._run, self._mode = None, "disabled"
+            if run is not None:
+                # An open run would take in what the next one logs.
+                with suppress(Exception):
+                    run.finish(exit_code=1)
             reason = str(error).strip().splitlines()
             print(
                 f"grace-bench: W&B is off for this run ({reason[0] if reason else type(error).__name__})",

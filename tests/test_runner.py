@@ -1,0 +1,453 @@
+"""The run loop keeps the protocol: who is edited, when it is scored, what counts, and that nothing else moves it."""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+
+from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_benchmark
+from grace_bench.benchmark import EditBenchmark
+from grace_bench.errors import EditFailure, UserError
+from grace_bench.jobs import compose, execute
+from grace_bench.loggers import RunLogger
+from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
+from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results import RunResult, read_result
+from grace_bench.runner import Run
+from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.types import Probe, StreamData, StreamMetadata
+
+# A point is one position, so there is nothing before it to replace.
+GRACE = partial(EDITORS.get("grace"), replacement="replace_last", eps_init=0.3)
+each_editor = pytest.mark.parametrize("editor", [GRACE, EDITORS.get("ft")], ids=["grace", "ft"])
+TURNED = ("(-1.2000, 1.8000)", "(-1.0000, 1.9000)", "(-1.4000, 1.7000)", "(-1.1000, 2.0000)")
+"""Points of the disc that turned: the unedited model says 1, the stream wants 0."""
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_toy(folder: Path, *, editor: Any = GRACE, seed: int = 0, stream: Any = "toy", **schedule: Any) -> RunResult:
+    schedule = {"max_edits": 5, "eval_every": 2, "max_upstream": 40, **schedule}
+    return run_benchmark(
+        stream,
+        model="toy",
+        editor=editor,
+        settings=RunSettings(seed=seed, schedule=Schedule(**schedule)),
+        folder=folder,
+        loggers=[JsonlLogger(folder), PredictionsLogger(folder)],
+    )
+
+
+class Recorder(RunLogger):
+    """Keeps every candidate's record and every evaluation's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self._values: dict[str, Any] = {}
+
+    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
+        self._values[name] = value
+
+    def after_candidate(self, strategy: EditorStrategy, metric_values: Any) -> None:
+        assert strategy.record is not None
+        self.records.append(strategy.record.model_dump(exclude={"seconds"}))
+
+    def after_eval(self, strategy: EditorStrategy, metric_values: Any) -> None:
+        self.evaluations.append({"n_edits": strategy.n_edits, **self._values})
+        self._values = {}
+
+
+def start(data: StreamData, *, editor: Any = GRACE, plugins: Sequence[Any] = (), **schedule: Any) -> Any:
+    """A run over requests in the order given, on the toy model, and what its logger hears."""
+    model = EditableModel.from_pretrained("toy", task="classification")
+    recorder = Recorder()
+    evaluator = EvaluationPlugin(
+        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[recorder], collect_all=False
+    )
+    make = EDITORS.get(editor) if isinstance(editor, str) else editor
+    strategy = make(model=model, evaluator=evaluator, plugins=plugins)
+    benchmark = EditBenchmark(
+        name="points",
+        data=data,
+        task="classification",
+        metadata=StreamMetadata(source="this test", revision="1", license="MIT"),
+        fingerprint="0" * 64,
+        max_new_tokens=1,
+    )
+    return Run(benchmark, strategy, Schedule(**{"eval_every": 1, **schedule})), recorder
+
+
+def point(index: int, target: int = 0, *, name: str | None = None, **fields: Any) -> EditRequest:
+    return EditRequest(id=name or f"p{index}", prompt=TURNED[index], target=target, **fields)
+
+
+def labels(model: EditableModel, prompts: Sequence[str]) -> list[int]:
+    with torch.no_grad():
+        return [int(label) for label in model.logits(model.encode_batch(list(prompts))).argmax(dim=-1)]
+
+
+def unedited_labels(prompts: Sequence[str]) -> list[int]:
+    return labels(EditableModel.from_pretrained("toy", task="classification"), prompts)
+
+
+@each_editor
+def test_a_candidate_the_model_as_edited_so_far_already_answers_is_not_edited(editor: Any) -> None:
+    data = STREAMS.get("toy")().load()
+    run, heard = start(StreamData(edits=data.edits[:15], upstream=data.upstream[:20]), editor=editor, eval_every=50)
+    expected: list[bool] = []
+    steps = run.steps()
+    for index in steps:
+        assert len(heard.records) == index
+        if index < 15:
+            expected.append(labels(run.strategy.model, [data.edits[index].prompt]) != [data.edits[index].target])
+    assert [record["edited"] for record in heard.records] == expected
+    assert [record["was_error"] for record in heard.records] == expected
+    assert 0 < sum(expected) < 15, "one disc turned, so some edits carry over to candidates that follow"
+    for record in heard.records:
+        assert (record["score_after"] is None) == (not record["edited"])
+        assert record["steps"] == 0 or record["edited"]
+    clock = [record["n_edits"] for record in heard.records]
+    assert clock == [sum(expected[: i + 1]) for i in range(15)]
+
+
+def test_a_run_stops_at_exactly_max_edits(tmp_path: Path) -> None:
+    result = run_toy(tmp_path, max_edits=5)
+    records = lines(tmp_path / "edits.jsonl")
+    assert sum(record["edited"] for record in records) == result.metrics["n_edits"] == 5
+    assert records[-1]["edited"]
+    assert len(records) == result.metrics["n_candidates"]
+    assert [record["index"] for record in records] == list(range(len(records)))
+
+
+@pytest.mark.parametrize(("eval_every", "clock"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (50, [0, 5])])
+def test_streams_are_scored_at_the_start_every_eval_every_edits_and_at_the_end_once_each(
+    tmp_path: Path, eval_every: int, clock: list[int]
+) -> None:
+    result = run_toy(tmp_path, max_edits=5, eval_every=eval_every)
+    measured = lines(tmp_path / "metrics.jsonl")
+    assert [line["n_edits"] for line in measured] == clock
+    assert all("TRR" in line for line in measured)
+    assert "ERR" not in measured[0]
+    assert all({"ERR", "Holdout", "ES"} <= line.keys() for line in measured[1:])
+    for name, value in measured[-1].items():
+        assert result.metrics[name] == value
+    assert result.before["TRR"] == measured[0]["TRR"]
+
+
+def test_a_stream_that_ends_before_max_edits_is_scored_at_its_end() -> None:
+    run, heard = start(StreamData(edits=tuple(point(i) for i in range(4))), max_edits=100, eval_every=3)
+    run.run()
+    clock = [values["n_edits"] for values in heard.evaluations]
+    assert clock == sorted(set(clock))
+    assert clock[0] == 0
+    assert clock[-1] == run.strategy.n_edits <= 4
+    assert run.position.index == 4
+
+
+class EveryOther(EDITORS.get("ft")):  # type: ignore[misc]
+    """Takes every other edit for made."""
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        outcome: EditOutcome = super().edit(batch) if self.n_edits % 2 else EditOutcome()
+        return outcome
+
+
+def test_es_is_the_mean_score_right_after_each_edit(tmp_path: Path) -> None:
+    run_toy(tmp_path, editor=EveryOther, max_edits=6)
+    records = lines(tmp_path / "edits.jsonl")
+    for line in lines(tmp_path / "metrics.jsonl")[1:]:
+        so_far = [r["score_after"] for r in records if r["edited"] and r["n_edits"] <= line["n_edits"]]
+        assert len(so_far) == line["n_edits"]
+        assert line["ES"] == fmean(so_far)
+    assert {record["score_after"] for record in records} >= {0.0, 1.0}
+
+
+@each_editor
+def test_metrics_are_the_means_of_the_predictions_beside_them(tmp_path: Path, editor: Any) -> None:
+    run_toy(tmp_path, editor=editor)
+    predictions = pd.read_parquet(tmp_path / "predictions.parquet")
+    measured = lines(tmp_path / "metrics.jsonl")
+    for line in measured:
+        rows = predictions[predictions.n_edits == line["n_edits"]]
+        for name, stream in {"TRR": "upstream", "ERR": "edited", "Holdout": "holdout"}.items():
+            scores = rows[rows.stream == stream].score
+            assert line.get(name) == (pytest.approx(scores.mean(), abs=1e-12) if len(scores) else None)
+        if "ERR" in line:
+            assert line["Avg"] == (line["TRR"] + line["ERR"]) / 2
+            assert len(rows[rows.stream == "edited"]) == line["n_edits"]
+        assert len(rows[rows.stream == "upstream"]) == 40
+    last = max(line["n_edits"] for line in measured)
+    with_text = set(predictions[predictions.text.notna()].n_edits)
+    assert with_text == {0, last}
+
+
+def test_the_unedited_model_is_scored_as_it_is(tmp_path: Path) -> None:
+    run_toy(tmp_path, editor="ft")
+    data = STREAMS.get("toy")().load()
+    targets = {request.id: request for request in data.upstream}
+    rows = pd.read_parquet(tmp_path / "predictions.parquet")
+    rows = rows[(rows.n_edits == 0) & (rows.stream == "upstream")]
+    expected = unedited_labels([targets[i].prompt for i in rows.request_id])
+    assert rows.text.tolist() == [str(label) for label in expected]
+    assert rows.score.tolist() == [
+        float(label == targets[i].target) for label, i in zip(expected, rows.request_id, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("targets", [(0, 1), (0, 1, 0), (0, 1, 0, 1)])
+def test_a_request_whose_input_is_edited_again_with_another_target_leaves_err_and_is_counted(
+    targets: tuple[int, ...],
+) -> None:
+    edits = tuple(point(0, target, name=f"turn-{i}") for i, target in enumerate(targets))
+    run, heard = start(StreamData(edits=edits), editor="ft")
+    run.run()
+    assert [record["edited"] for record in heard.records] == [True] * len(targets)
+    assert run.metrics()["n_superseded"] == len(targets) - 1
+    assert [edits[i].id for i in run.position.edited] == [edits[-1].id]
+    assert [values["ERR"] for values in heard.evaluations[1:]] == [1.0] * len(targets)
+
+
+class Powerless(EDITORS.get("none")):  # type: ignore[misc]
+    """Edits nothing, so that the same error is met again."""
+
+
+def test_every_earlier_edit_of_an_input_is_superseded_not_only_the_last() -> None:
+    edits = (point(0, 0, name="a"), point(0, 0, name="b"), point(1, 0), point(0, 3, name="c"))
+    run, _ = start(StreamData(edits=edits), editor=Powerless)
+    run.run()
+    assert run.metrics()["n_superseded"] == 2
+    assert [edits[i].id for i in run.position.edited] == ["p1", "c"]
+
+
+def test_running_texts_do_not_supersede_one_another(make_model: Callable[..., EditableModel]) -> None:
+    texts = ("the river of Italy is the Tiber", "the capital of Peru is Lima", "the currency of France is the Euro")
+    data = StreamData(edits=tuple(EditRequest(id=text[:9], prompt="", target=text) for text in texts))
+    benchmark = EditBenchmark(
+        name="texts",
+        data=data,
+        task="language_modelling",
+        metadata=StreamMetadata(source="this test", revision="1", license="MIT"),
+        fingerprint="0" * 64,
+        max_new_tokens=1,
+    )
+    run = Run(benchmark, EDITORS.get("none")(model=make_model("language_modelling")), Schedule())
+    run.run()
+    assert run.position.edited == [0, 1, 2]
+    assert run.position.n_superseded == 0
+
+
+def test_holdout_asks_only_about_facts_edited_so_far() -> None:
+    edits = tuple(point(i, metadata={"fact": f"f{i}"}) for i in range(3))
+    holdout = tuple(point(3, name=f"h{i}", metadata={"fact": f"f{i}"}) for i in range(3))
+
+    class Asked(Recorder):
+        """Notes which holdout requests are scored."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: dict[int, set[str]] = {}
+
+        def after_eval_exp(self, strategy: EditorStrategy, metric_values: Any) -> None:
+            if strategy.experience.origin_stream.name == "holdout":
+                self.asked[strategy.n_edits] = {request.id for request in strategy.experience.requests}
+
+    asked = Asked()
+    run, _ = start(StreamData(edits=edits, holdout=holdout), editor=Powerless)
+    run.strategy.evaluator.loggers.append(asked)
+    run.run()
+    assert asked.asked == {1: {"h0"}, 2: {"h0", "h1"}, 3: {"h0", "h1", "h2"}}
+
+
+@each_editor
+def test_locality_is_measured_against_the_unedited_model_also_after_edits(editor: Any) -> None:
+    probes = (TURNED[0], "(1.2000, -1.8000)", "(0.0000, 2.0000)")
+    edits = tuple(point(i, locality=tuple(Probe(prompt=text) for text in probes)) for i in range(3))
+    run, heard = start(StreamData(edits=edits), editor=editor)
+    before = unedited_labels(probes)
+    n_edited = 0
+    for _ in run.steps():
+        if run.strategy.n_edits > n_edited:
+            n_edited = run.strategy.n_edits
+            kept = [a == b for a, b in zip(labels(run.strategy.model, probes), before, strict=True)]
+            assert heard.evaluations[-1]["Locality"] == sum(kept) / len(kept)
+    assert n_edited
+    assert min(values.get("Locality", 1.0) for values in heard.evaluations) < 1, "the first edit changes the answer to its own input"
+
+
+@each_editor
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, editor: Any) -> None:
+    for folder in ("a", "b"):
+        torch.manual_seed(hash(folder) % 1000)
+        run_toy(tmp_path / folder, editor=editor)
+
+    def timeless(path: Path) -> list[str]:
+        return [json.dumps({k: v for k, v in line.items() if k != "seconds"}) for line in lines(path)]
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert timeless(a / "edits.jsonl") == timeless(b / "edits.jsonl")
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    pd.testing.assert_frame_equal(*(pd.read_parquet(f / "predictions.parquet") for f in (a, b)))
+
+
+def test_another_seed_gives_another_order_of_the_same_splits(tmp_path: Path) -> None:
+    a, b = (run_toy(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    first, second = (lines(tmp_path / str(seed) / "edits.jsonl") for seed in (0, 1))
+    assert [record["id"] for record in first] != [record["id"] for record in second]
+    assert a.stream == b.stream
+    assert a.protocol == b.protocol
+    scored = [pd.read_parquet(tmp_path / str(seed) / "predictions.parquet") for seed in (0, 1)]
+    upstream = [set(frame[frame.stream == "upstream"].request_id) for frame in scored]
+    assert upstream[0] == upstream[1]
+    everything = {request.id for request in STREAMS.get("toy")().load().edits}
+    assert {record["id"] for record in first + second} <= everything
+
+
+def through_storage(state: Mapping[str, Any]) -> Any:
+    """What comes back from a file that may hold tensors and plain values only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_editor
+@pytest.mark.parametrize("stop_at", [0, 3, 7])
+def test_a_run_goes_on_from_its_state_as_if_it_had_never_stopped(editor: Any, stop_at: int) -> None:
+    toy = STREAMS.get("toy")().load()
+    probes = (Probe(prompt="(1.2000, -1.8000)"),)
+    edits = tuple(request.model_copy(update={"locality": probes}) for request in toy.edits[:12])
+    # The first input comes back with the other target.
+    again = edits[0].model_copy(update={"id": "again", "target": 1 - int(edits[0].target)})
+    data = StreamData(edits=(*edits[:9], again, *edits[9:]), upstream=toy.upstream[:20], holdout=toy.holdout[:10])
+
+    whole, heard = start(data, editor=editor, eval_every=2)
+    whole.run()
+
+    stopped, heard_before = start(data, editor=editor, eval_every=2)
+    for index in stopped.steps():
+        if index == stop_at:
+            break
+    kept = stopped.state_dict()
+    stopped.strategy.detach()
+    state = through_storage(kept)
+    resumed, heard_after = start(data, editor=editor, eval_every=2)
+    torch.manual_seed(99)
+    resumed.load_state_dict(state)
+    resumed.run()
+
+    assert heard_before.records + heard_after.records == heard.records
+    assert heard_before.evaluations + heard_after.evaluations == heard.evaluations
+    assert resumed.metrics() == whole.metrics()
+    assert resumed.before == whole.before
+    ended, expected = resumed.strategy.state_dict(), whole.strategy.state_dict()
+    assert ended.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ended[name], value) if isinstance(value, torch.Tensor) else ended[name] == value
+    assert len(resumed.position.edit_times) == resumed.strategy.n_edits
+
+
+@each_editor
+def test_a_state_stays_what_it_was_while_the_run_goes_on(editor: Any) -> None:
+    data = StreamData(edits=STREAMS.get("toy")().load().edits[:8])
+    run, _ = start(data, editor=editor)
+    steps = run.steps()
+    while next(steps) < 2:
+        pass
+    state = run.state_dict()
+    then = through_storage(state)
+    for _ in steps:
+        pass
+    run.strategy.detach()
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return bool(a == b)
+
+    assert same(state, then)
+
+
+class Refusing(EditorStrategy):
+    """Edits nothing and says that it cannot do every other edit."""
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        if self.n_edits % 2 == 0:
+            raise EditFailure("this one is too hard")
+        return EditOutcome()
+
+
+def test_an_edit_that_cannot_be_made_is_recorded_and_the_run_goes_on() -> None:
+    Refusing.registered_name = "refusing"
+    run, heard = start(StreamData(edits=tuple(point(i) for i in range(4))), editor=Refusing)
+    run.run()
+    assert [record["failed"] for record in heard.records] == ["this one is too hard", None] * 2
+    assert run.metrics()["n_failed"] == 2
+    assert run.metrics()["n_edits"] == 4
+
+
+def write_requests(path: Path, requests: Sequence[EditRequest]) -> str:
+    path.write_text("".join(request.model_dump_json() + "\n" for request in requests), encoding="utf-8")
+    return str(path)
+
+
+def test_without_upstream_data_trr_is_null_and_said_once(tmp_path: Path) -> None:
+    path = write_requests(tmp_path / "r.jsonl", [point(i) for i in range(3)])
+    said: list[str] = []
+    config = compose(
+        ["stream=jsonl", f"stream.path={path}", "stream.task=classification", "model=toy", "editor=none"]
+        + [f"out={tmp_path / 'runs'}", "wandb.mode=disabled"]
+    )
+    result = execute(config, say=said.append)
+    assert "\n".join(said).count("no upstream") == 1
+    (file,) = (tmp_path / "runs").rglob("result.json")
+    written = json.loads(file.read_text(encoding="utf-8"))
+    for values in (written["before"], written["metrics"]):
+        assert values["TRR"] is None
+        assert values["Avg"] is None
+    assert read_result(file) == result
+    assert result.metrics["ERR"] == 0.0
+
+
+def test_upstream_is_thinned_evenly_and_the_same_for_every_seed() -> None:
+    toy = STREAMS.get("toy")().load()
+    run, _ = start(StreamData(edits=toy.edits[:1], upstream=toy.upstream[:100]), max_upstream=10)
+    assert run.benchmark.data.upstream == toy.upstream[:100:10]
+
+
+@pytest.mark.parametrize("name", ["max_edits", "eval_every", "max_upstream"])
+def test_a_schedule_that_cannot_be_is_refused_by_name(name: str) -> None:
+    for value in (0, -3):
+        with pytest.raises(UserError, match=f"{name}={value} must be at least 1"):
+            Schedule(**{name: value})
+
+
+def test_a_finished_run_leaves_the_model_as_it_was_and_an_editor_that_can_be_loaded(tmp_path: Path) -> None:
+    model = EditableModel.from_pretrained("toy", task="classification")
+    weights = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    run_benchmark(
+        "toy",
+        model=model,
+        editor="ft",
+        settings=RunSettings(schedule=Schedule(max_edits=2, max_upstream=10)),
+        folder=tmp_path,
+        loggers=[JsonlLogger(tmp_path)],
+    )
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.module.state_dict().items())
+    edited = [line for line in lines(tmp_path / "edits.jsonl") if line["edited"]][-1]
+    request = next(r for r in STREAMS.get("toy")().load().edits if r.id == edited["id"])
+    with EDITORS.get("ft").from_pretrained(tmp_path / "editor", model=model):
+        assert str(labels(model, [request.prompt])[0]) == edited["after_text"]
