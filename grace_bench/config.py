@@ -9,14 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from hydra_zen import builds, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
 _NOT_IN_THE_HASH = ("seed", "device", "threads", "out", "existing", "wandb")
+_LEAST = {
+    "seed": 0,
+    "max_edits": 1,
+    "eval_every": 1,
+    "max_upstream": 1,
+    "batch_size": 1,
+    "threads": 1,
+    "protocol.prefix_length": 1,
+}
+_MAY_BE_NULL = ("max_edits", "max_upstream")
+_CHOICES = {
+    "split": ("edits", "validation"),
+    "protocol.query": ("prefix", "last_token"),
+    "existing": ("reuse", "rerun"),
+    "wandb.mode": ("auto", "online", "offline", "disabled"),
+}
 
 
 def register_configs(overrides: Sequence[str]) -> None:
@@ -54,14 +72,37 @@ def register_configs(overrides: Sequence[str]) -> None:
             store.store(group=group, name=name, node=node, provider="grace-bench")
 
 
+def check_options(config: DictConfig) -> None:
+    """Checks the run's own options, which YAML does not type.
+
+    Raises:
+        UserError: If one has a value it cannot have, naming it.
+    """
+    for name, least in _LEAST.items():
+        value = OmegaConf.select(config, name)
+        optional = (value is None and name in _MAY_BE_NULL) or (name, value) == ("threads", "auto")
+        if not optional and (type(value) is not int or value < least):
+            raise UserError(f"{name}={value} should be a whole number, at least {least}")
+    for name, choices in _CHOICES.items():
+        value = str(OmegaConf.select(config, name))
+        if value not in choices:
+            raise UserError(
+                f"{name}={value} is not known{did_you_mean(value, choices)} (there are: {', '.join(choices)})"
+            )
+
+
 def make_stream(config: DictConfig) -> Any:
-    """Returns the stream that a run's configuration describes."""
-    return instantiate(config.stream)
+    """Returns the stream that a run's configuration describes.
+
+    Raises:
+        UserError: If an option has a value it cannot have.
+    """
+    return _instantiate(config.stream)
 
 
 def make_editor(config: DictConfig) -> Any:
     """Returns what makes the editor that a run's configuration describes."""
-    return instantiate(config.editor)
+    return _instantiate(config.editor)
 
 
 def registered_name(node: DictConfig) -> str:
@@ -82,3 +123,12 @@ def config_hash(config: DictConfig) -> str:
 def write_config(config: DictConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
     path.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+
+
+def _instantiate(node: DictConfig) -> Any:
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

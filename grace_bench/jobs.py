@@ -1,6 +1,8 @@
 """A run as the command line makes it: from a composed configuration to a run folder."""
 
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_bench.benchmarking import RunSettings, model_slug, run_benchmark
 from grace_bench.config import (
+    check_options,
     config_hash,
     make_editor,
     make_stream,
@@ -38,17 +41,33 @@ def run_hydra(overrides: Sequence[str]) -> None:
     Raises:
         UserError: If the overrides do not compose, or a run was asked for what cannot be.
     """
-    register_configs([override for override in overrides if not override.startswith("-")])
+    _check_overrides(overrides)
+    register_configs(overrides)
     # Hydra otherwise prints its own errors over several lines and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[UserError] = []
+    process = os.getpid()
+
+    def job(config: DictConfig) -> None:
+        try:
+            execute(config, say=print)
+        except UserError as error:
+            if os.getpid() != process:
+                raise
+            # Hydra would write a line of its own first.
+            failures.append(error)
+
     arguments = sys.argv
     sys.argv = ["grace-bench", *overrides]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://grace_bench.conf", config_name="run")(run_job)()
+        hydra.main(version_base="1.3", config_path="pkg://grace_bench.conf", config_name="run")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
     finally:
         sys.argv = arguments
+    if failures:
+        others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{others}")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -57,17 +76,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: If they do not compose.
     """
+    _check_overrides(overrides)
     register_configs(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
             return hydra.compose("run", list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
-
-
-def run_job(config: DictConfig) -> None:
-    """Carries out one run and says where its files are: the task function of every launcher."""
-    execute(config, say=print)
 
 
 def execute(config: DictConfig, *, say: Say) -> RunResult:
@@ -80,6 +95,7 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     Raises:
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
     """
+    check_options(config)
     stream, editor = make_stream(config), make_editor(config)
     model = config.model or stream.default_model
     if model is None:
@@ -91,12 +107,27 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     if finished is not None:
         say(f"finished before, reused: {folder}")
         return finished
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"out={config.out}: {error.strerror or error}") from error
+    try:
+        result = _run_in(folder, config, stream, editor, str(model))
+    except UserError:
+        # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
+        if not (folder / "edits.jsonl").exists():
+            shutil.rmtree(folder)
+        raise
+    say(summary(result, folder))
+    return result
+
+
+def _run_in(folder: Path, config: DictConfig, stream: Any, editor: Any, model: str) -> RunResult:
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    result = run_benchmark(
+    return run_benchmark(
         stream,
-        model=str(model),
+        model=model,
         editor=editor,
         layer=config.layer,
         dtype=config.dtype,
@@ -124,8 +155,6 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
             WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
         ],
     )
-    say(summary(result, folder))
-    return result
 
 
 def summary(result: RunResult, folder: Path) -> str:
@@ -142,8 +171,6 @@ def summary(result: RunResult, folder: Path) -> str:
 
 
 def _reusable(folder: Path, existing: str) -> RunResult | None:
-    if existing not in ("reuse", "rerun"):
-        raise UserError(f"existing={existing} is not known (there are: reuse, rerun)")
     if not folder.exists():
         return None
     if existing == "rerun":
@@ -155,11 +182,24 @@ def _reusable(folder: Path, existing: str) -> RunResult | None:
     raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
 
 
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override in ("-m", "--multirun") or override.startswith("~"):
+            continue
+        if override.startswith("-"):
+            raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
+        if not override.partition("=")[0] or "=" not in override:
+            raise UserError(f"{override!r} should be option=value")
+
+
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [
-        line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "To ", "Set the"))
-    ]
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        return f"there is no option {unknown[1]}"
+    # Hydra says which override, OmegaConf beneath it what is wrong with it.
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), None)
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
     text = " ".join(kept) or type(error).__name__
     return f"{key}: {text}" if key and key not in text else text

@@ -23,7 +23,7 @@ from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results import RunResult
 from grace_bench.strategy import EditorStrategy
 
-N_EDITS, EVAL_EVERY = 4, 2
+N_EDITS, EVAL_EVERY = 3, 2
 N_EVALUATIONS = 3
 REQUEST = EditRequest(
     id="astana",

@@ -131,7 +131,9 @@ def test_a_run_stops_at_exactly_max_edits(tmp_path: Path) -> None:
     assert [record["index"] for record in records] == list(range(len(records)))
 
 
-@pytest.mark.parametrize(("eval_every", "clock"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (50, [0, 5])])
+@pytest.mark.parametrize(
+    ("eval_every", "clock"), [(2, [0, 2, 4, 5]), (5, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (50, [0, 5])]
+)
 def test_streams_are_scored_at_the_start_every_eval_every_edits_and_at_the_end_once_each(
     tmp_path: Path, eval_every: int, clock: list[int]
 ) -> None:
@@ -283,7 +285,9 @@ def test_locality_is_measured_against_the_unedited_model_also_after_edits(editor
             kept = [a == b for a, b in zip(labels(run.strategy.model, probes), before, strict=True)]
             assert heard.evaluations[-1]["Locality"] == sum(kept) / len(kept)
     assert n_edited
-    assert min(values.get("Locality", 1.0) for values in heard.evaluations) < 1, "the first edit changes the answer to its own input"
+    assert min(values.get("Locality", 1.0) for values in heard.evaluations) < 1, (
+        "the first edit changes the answer to its own input"
+    )
 
 
 @each_editor
@@ -408,8 +412,10 @@ def test_without_upstream_data_trr_is_null_and_said_once(tmp_path: Path) -> None
     path = write_requests(tmp_path / "r.jsonl", [point(i) for i in range(3)])
     said: list[str] = []
     config = compose(
-        ["stream=jsonl", f"stream.path={path}", "stream.task=classification", "model=toy", "editor=none"]
-        + [f"out={tmp_path / 'runs'}", "wandb.mode=disabled"]
+        [
+            *("stream=jsonl", f"stream.path={path}", "stream.task=classification", "model=toy", "editor=none"),
+            *(f"out={tmp_path / 'runs'}", "wandb.mode=disabled"),
+        ]
     )
     result = execute(config, say=said.append)
     assert "\n".join(said).count("no upstream") == 1
