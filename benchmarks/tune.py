@@ -17,13 +17,13 @@ LAYERS = {
     "atlas-qa": [f"encoder.block.{block}.layer.1.DenseReluDense.wo" for block in (1, 2)],
     "atlas-drift": [f"bert.encoder.layer.{block}.output.dense" for block in (1, 2)],
     "toy": ["second"],
-    "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (1, 2)],
+    "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (0, 1, 2)],
 }
 GRIDS = {
     "grace": {"editor.eps_init": [0.5, 1.0, 3.0], "editor.replacement": ["replace_prompt", "replace_last"]},
     "ft": {"editor.lr": [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]},
 }
-"""Six settings an editor on two layers: a budget of twelve runs each."""
+"""Six settings an editor on each layer: the same budget for both."""
 
 
 def main() -> None:
