@@ -39,11 +39,9 @@ class FineTune(EditorStrategy):
         self.n_iter = n_iter
         self.lr = lr
 
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {"n_iter": self.n_iter, "lr": self.lr}
-
     def edit(self, batch: EditBatch) -> EditOutcome:  # noqa: D102
         losses: list[float] = []
+        steps = 0
         with (
             trainable(self.model.layer.parameters()) as parameters,
             self.model.repeated(batch.encoded) as forward,
@@ -58,7 +56,8 @@ class FineTune(EditorStrategy):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=len(losses))
+                steps += 1
+        return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
 
     def state_dict(self) -> State:  # noqa: D102
         return {**super().state_dict(), **self.model.layer.state_dict(prefix="layer.")}

@@ -65,27 +65,18 @@ class Grace(EditorStrategy):
             raise UserError(f"editor.n_iter={n_iter} must be at least 1")
         if not lr > 0:
             raise UserError(f"editor.lr={lr} must be positive")
+        self.eps_init = eps_init
         self.n_iter = n_iter
         self.lr = lr
         self.value_init = value_init
         self.replacement: Replacement = replacement
+        self.distance = distance
+        self.fidelity = fidelity
         self.seed = seed
         self.codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device)
         self._n_settled = 0
         self._training: tuple[int, Tensor] | None = None
         self._handle = model.intercept(self._answer)
-
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {
-            "eps_init": self.codebook.eps_init,
-            "n_iter": self.n_iter,
-            "lr": self.lr,
-            "value_init": self.value_init,
-            "replacement": self.replacement,
-            "distance": self.codebook.distance,
-            "fidelity": self.codebook.fidelity,
-            "seed": self.seed,
-        }
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Settles and trains each request in order; the outcome is that of the last one."""

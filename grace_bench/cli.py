@@ -121,13 +121,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from grace_bench.registry import EDITORS, METRICS, STREAMS
+    from grace_bench.terminal import table_console
     from grace_bench.zoo import known_models
 
-    console = Console()
+    console = table_console()
     kinds = {"editors": EDITORS, "streams": STREAMS, "metrics": METRICS}
     for kind in ("editors", "streams", "models", "metrics"):
         if options.kind not in (None, kind):
@@ -157,18 +157,9 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    from rich.console import Console
+    from grace_bench.leaderboard import Leaderboard, find_results, print_leaderboard
 
-    from grace_bench.leaderboard import Leaderboard, find_results, render
-
-    board = Leaderboard(find_results(options.runs), by_stream=options.by == "stream")
-    shown = render(board, options.format)
-    if isinstance(shown, str):
-        print(shown, end="")
-    else:
-        # Nobody reads a pipe at 80 columns.
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(shown)
+    print_leaderboard(Leaderboard(find_results(options.runs), by_stream=options.by == "stream"), options.format)
     return 0
 
 

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from grace_bench.jobs import compose, execute
-from grace_bench.leaderboard import Leaderboard, render
+from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.registry import EDITORS
 
 _STREAM = "atlas-qa"
@@ -22,6 +20,5 @@ def demo(out: Path, *, n_edits: int) -> None:
     for editor in EDITORS.entries():
         config = compose([f"stream={_STREAM}", f"editor={editor}", f"max_edits={n_edits}", f"out={out}"])
         results.append(execute(config, say=lambda line: None))
-    console = Console()
-    console.print(render(Leaderboard(results), "table"))
-    console.print(f"Run folders: {out}\nThe same table again: grace-bench leaderboard {out}", highlight=False)
+    print_leaderboard(Leaderboard(results))
+    print(f"\nRun folders: {out}\nThe same table again: grace-bench leaderboard {out}")

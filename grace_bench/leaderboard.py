@@ -24,6 +24,7 @@ from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.results import Protocol, RunResult, read_result
+from grace_bench.terminal import table_console
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 
@@ -192,6 +193,15 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
         for file in found:
             files.setdefault(file.resolve(), file)
     return [read_result(file) for file in files.values()]
+
+
+def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
+    """Prints a leaderboard on standard output."""
+    shown = render(leaderboard, fmt)
+    if isinstance(shown, str):
+        print(shown, end="")
+    else:
+        table_console().print(shown)
 
 
 def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableType:

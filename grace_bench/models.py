@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grace_bench.encoding import EncodedBatch
@@ -409,7 +410,7 @@ def _load_tokenizer(path: str) -> Any:
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"model={path}: cannot be loaded ({reason}); without a network, give the path of a downloaded folder"

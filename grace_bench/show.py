@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.results import EditRecord, first_error
+from grace_bench.terminal import table_console
 
 
 def show_request(folder: Path, request_id: str) -> None:
@@ -32,7 +32,7 @@ def show_request(folder: Path, request_id: str) -> None:
         if last is not None:
             n_edits, score, text = last
             table.add_row(f"after {n_edits} edits", _visible(text), _score(score))
-    console = Console()
+    console = table_console()
     console.print(table)
     if not record.edited:
         console.print("Not edited: the model, as edited so far, already answered it.")

@@ -1,5 +1,6 @@
 """`EditorStrategy`: what an editor is, on Avalanche's `BaseTemplate`."""
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ class EditorStrategy(BaseTemplate, ABC):
     """A lifelong model editor: consumes requests one at a time and changes what the model answers.
 
     A subclass implements `edit`, keeps all that changes in `state_dict`, and takes back what it did in `rollback`.
-    Its constructor takes keyword arguments only; each becomes an option `editor.<name>=` on the command line.
+    Its constructor takes keyword arguments only; each becomes an option `editor.<name>=` on the command line, and is
+    kept in an attribute of its name.
 
     Args:
         model: The model to edit.
@@ -194,8 +196,12 @@ class EditorStrategy(BaseTemplate, ABC):
         return self.state_dict()
 
     def settings(self) -> dict[str, Any]:
-        """Returns the constructor arguments that rebuild this editor, model and plugins aside."""
-        return {}
+        """Returns the constructor arguments that rebuild this editor, model and plugins aside.
+
+        They are read from the attributes of the same names.
+        """
+        given = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in given if name not in ("model", "plugins", "evaluator")}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves what answering needs as `editor.safetensors` and `editor.json`.

@@ -37,9 +37,12 @@ class ModelSource:
 
 def known_models() -> dict[str, str]:
     """Returns the short names with one line on each."""
-    streams = STREAMS.entries()
-    folders = sorted(path.parent for path in _checkpoints().glob("*/config.json"))
-    return {folder.name: f"ships with grace-bench; {streams[folder.name].summary}" for folder in folders}
+    summaries = {}
+    for path in sorted(_checkpoints().glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("architectures", [config["model_type"]])[0]
+        summaries[path.parent.name] = f"{kind}, trained for stream {path.parent.name}; ships with grace-bench"
+    return summaries
 
 
 def resolve_model(name_or_path: str) -> ModelSource:
