@@ -76,7 +76,7 @@ class Grace(EditorStrategy):
         self.codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device)
         self._n_settled = 0
         self._training: tuple[int, Tensor] | None = None
-        self._handle = model.intercept(self._answer)
+        self.intercept(self._answer)
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Settles and trains each request in order; the outcome is that of the last one."""
@@ -89,10 +89,6 @@ class Grace(EditorStrategy):
         super().rollback()
         self.codebook.clear()
         self._n_settled = 0
-
-    def detach(self) -> None:  # noqa: D102
-        super().detach()
-        self._handle.remove()
 
     def state_dict(self) -> State:  # noqa: D102
         return {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}

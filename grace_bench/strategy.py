@@ -3,7 +3,7 @@
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.models import EditableModel
+from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord
 from grace_bench.tasks import ItemScore
 from grace_bench.types import EditRequest
@@ -134,6 +134,7 @@ class EditorStrategy(BaseTemplate, ABC):
         """The request of that candidate, with all its fields."""
         self.outcome = EditOutcome()
         """What the last edit did."""
+        self._interceptors: list[Any] = []
         self._untouched = (
             {} if self.freezes_weights else {k: v.detach().clone() for k, v in model.layer.state_dict().items()}
         )
@@ -151,6 +152,10 @@ class EditorStrategy(BaseTemplate, ABC):
     def flush(self) -> None:
         """Finishes what `edit` left pending."""
 
+    def intercept(self, answer: Callable[[LayerCall], Tensor]) -> None:
+        """Lets `answer` decide what the edited layer gives, until `detach` (see `EditableModel.intercept`)."""
+        self._interceptors.append(self.model.intercept(answer))
+
     def rollback(self) -> None:
         """Undoes every edit: the model answers as it did before the first one, bit for bit."""
         if self._untouched:
@@ -160,6 +165,9 @@ class EditorStrategy(BaseTemplate, ABC):
     def detach(self) -> None:
         """Undoes every edit and lets go of the model."""
         self.rollback()
+        for handle in self._interceptors:
+            handle.remove()
+        self._interceptors.clear()
 
     def __enter__(self) -> Self:
         return self
