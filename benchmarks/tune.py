@@ -44,7 +44,8 @@ def main() -> None:
             result = execute(config, say=lambda line: None)
             trials.append((quality(result), chosen))
             print(f"{trials[-1][0]:.4f}", editor, *chosen, figures(result), flush=True)
-        best, chosen = max(trials)
+        # Of equals the first: the order of the grid is the order of preference.
+        best, chosen = max(trials, key=lambda trial: trial[0])
         print(f"best of {len(trials)} for {editor}: {best:.4f} {' '.join(chosen)}", flush=True)
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from grace_bench.config import (
     registered_name,
     write_config,
 )
-from grace_bench.errors import UserError
+from grace_bench.errors import UserError, did_you_mean
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Schedule
-from grace_bench.zoo import known_models
+from grace_bench.zoo import known_models, resolve_model
 
 Say = Callable[[str], None]
 
@@ -41,7 +42,7 @@ def run_hydra(overrides: Sequence[str]) -> None:
     Raises:
         UserError: If the overrides do not compose, or a run was asked for what cannot be.
     """
-    _check_overrides(overrides)
+    overrides = _checked(overrides)
     register_configs(overrides)
     # Hydra otherwise prints its own errors over several lines and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -76,7 +77,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: If they do not compose.
     """
-    _check_overrides(overrides)
+    overrides = _checked(overrides)
     register_configs(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
@@ -182,14 +183,25 @@ def _reusable(folder: Path, existing: str) -> RunResult | None:
     raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _checked(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides, without the tuned settings where a model is named that they were not chosen on."""
+    given: dict[str, str] = {}
     for override in overrides:
-        if override in ("-m", "--multirun") or override.startswith("~"):
+        if override in ("-m", "--multirun"):
             continue
         if override.startswith("-"):
             raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
-        if not override.partition("=")[0] or "=" not in override:
+        name, _, given[name] = override.partition("=")
+        if not name or name.startswith("~") or "=" not in override:
             raise UserError(f"{override!r} should be option=value")
+    for group in ("paper", "tuned"):
+        known = sorted(path.stem for path in Path(str(files("grace_bench.conf") / group)).glob("*.yaml"))
+        for name in given.get(group, "none").split(","):
+            if name not in known:
+                raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    models = [] if given.get("model", "null") == "null" else given["model"].split(",")
+    foreign = any(resolve_model(model).stream is None for model in models)
+    return [*overrides, "tuned=none"] if foreign and "tuned" not in given else list(overrides)
 
 
 def _one_line(error: Exception) -> str:
