@@ -1,6 +1,5 @@
 """The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grace_bench.errors import UserError
+from grace_bench.options import check_positive
 
 Label = tuple[int, ...]
 Op = Literal["add", "expand", "split", "hit", "relabel"]
@@ -70,7 +69,8 @@ class Codebook:
 
     Args:
         eps_init: Radius of a new entry.
-        distance: `euclidean`, or `cosine` (1 - cosine similarity; 1 to everything for a query of zeros).
+        distance: `euclidean`, or `cosine` (1 - cosine similarity; 1 to everything for a query of zeros, or nearly so
+            for one shorter than 1e-12).
         fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
             non-negative, every edited query inside its own ball, and compares labels rather than their means.
         device: Where the tensors are.
@@ -87,8 +87,7 @@ class Codebook:
         fidelity: Fidelity = "strict",
         device: torch.device | str = "cpu",
     ) -> None:
-        if not (isinstance(eps_init, int | float) and math.isfinite(eps_init) and eps_init > 0):
-            raise UserError(f"editor.eps_init={eps_init!r} must be a positive number")
+        check_positive("editor.eps_init", eps_init)
         self.eps_init = eps_init
         self.distance = distance
         self.fidelity = fidelity

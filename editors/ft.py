@@ -8,6 +8,7 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench.models import EditableModel
+from grace_bench.options import check_positive, check_whole
 from grace_bench.registry import register_editor
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State, trainable
 
@@ -22,6 +23,9 @@ class FineTune(EditorStrategy):
         lr: Learning rate of Adam (paper: 1e-2).
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If a number is out of range, naming it.
     """
 
     freezes_weights = False
@@ -36,6 +40,8 @@ class FineTune(EditorStrategy):
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
+        check_whole("editor.n_iter", n_iter, least=1)
+        check_positive("editor.lr", lr)
         self.n_iter = n_iter
         self.lr = lr
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from grace_bench.editors.codebook import Codebook, Distance, Fidelity
 from grace_bench.encoding import EncodedBatch
-from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models import EditableModel, LayerCall, Replacement
+from grace_bench.options import check_choice, check_positive, check_whole
 from grace_bench.registry import register_editor
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
 
@@ -57,14 +57,13 @@ class Grace(EditorStrategy):
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
-        _check_choice("value_init", value_init, ValueInit)
-        _check_choice("replacement", replacement, Replacement)
-        _check_choice("distance", distance, Distance)
-        _check_choice("fidelity", fidelity, Fidelity)
-        if n_iter < 1:
-            raise UserError(f"editor.n_iter={n_iter} must be at least 1")
-        if not lr > 0:
-            raise UserError(f"editor.lr={lr} must be positive")
+        check_choice("editor.value_init", value_init, get_args(ValueInit))
+        check_choice("editor.replacement", replacement, get_args(Replacement))
+        check_choice("editor.distance", distance, get_args(Distance))
+        check_choice("editor.fidelity", fidelity, get_args(Fidelity))
+        check_whole("editor.n_iter", n_iter, least=1)
+        check_positive("editor.lr", lr)
+        check_whole("editor.seed", seed, least=0)
         self.eps_init = eps_init
         self.n_iter = n_iter
         self.lr = lr
@@ -177,11 +176,3 @@ def _has_token_before(encoded: EncodedBatch, call: LayerCall) -> bool:
     if mask is None or mask.shape[1] != call.input.shape[1]:
         return position > 0
     return bool(mask[0, :position].any())
-
-
-def _check_choice(option: str, value: str, choices: Any) -> None:
-    known = get_args(choices)
-    if value not in known:
-        raise UserError(
-            f"editor.{option}={value!r} is not known{did_you_mean(str(value), known)} (there are: {', '.join(known)})"
-        )

@@ -14,7 +14,8 @@ from hydra.utils import get_class
 from hydra_zen import builds, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError
+from grace_bench.options import check_choice, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
@@ -80,15 +81,14 @@ def check_options(config: DictConfig) -> None:
     """
     for name, least in _LEAST.items():
         value = OmegaConf.select(config, name)
-        optional = (value is None and name in _MAY_BE_NULL) or (name, value) == ("threads", "auto")
-        if not optional and (type(value) is not int or value < least):
-            raise UserError(f"{name}={value} should be a whole number, at least {least}")
+        if not ((value is None and name in _MAY_BE_NULL) or (name, value) == ("threads", "auto")):
+            check_whole(name, value, least=least)
     for name, choices in _CHOICES.items():
-        value = str(OmegaConf.select(config, name))
-        if value not in choices:
-            raise UserError(
-                f"{name}={value} is not known{did_you_mean(value, choices)} (there are: {', '.join(choices)})"
-            )
+        check_choice(name, OmegaConf.select(config, name), choices)
+    for name in ("out", "dtype", "device", "wandb.project"):
+        check_text(name, OmegaConf.select(config, name))
+    for name in ("model", "layer", "tuning_budget", "wandb.group"):
+        check_text(name, OmegaConf.select(config, name), optional=True)
 
 
 def make_stream(config: DictConfig) -> Any:

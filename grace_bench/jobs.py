@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def run_hydra(overrides: Sequence[str]) -> None:
     def job(config: DictConfig) -> None:
         try:
             execute(config, say=print)
-        except UserError as error:
+        except (UserError, OmegaConfBaseException) as error:
             if os.getpid() != process:
                 raise
             # Hydra would write a line of its own first.
-            failures.append(error)
+            failures.append(error if isinstance(error, UserError) else UserError(_one_line(error)))
 
     arguments = sys.argv
     sys.argv = ["grace-bench", *overrides]
@@ -104,7 +105,7 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     name = registered_name(config.editor)
     slug = model_slug(str(model), list(known_models()))
     folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
-    finished = _reusable(folder, config.existing)
+    finished, aside = _existing(folder, config.existing)
     if finished is not None:
         say(f"finished before, reused: {folder}")
         return finished
@@ -119,6 +120,8 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
         # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
         if not (folder / "edits.jsonl").exists():
             shutil.rmtree(folder)
+            if aside is not None:
+                aside.rename(folder)
         raise
     say(summary(result, folder))
     return result
@@ -171,20 +174,26 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
-def _reusable(folder: Path, existing: str) -> RunResult | None:
+def _existing(folder: Path, existing: str) -> tuple[RunResult | None, Path | None]:
+    """Returns the finished run that is reused, and where the one to be made again was set aside."""
     if not folder.exists():
-        return None
+        return None, None
     if existing == "rerun":
-        aside = folder.with_name(f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        stamp = f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
+        aside = next(path for path in map(folder.with_name, names) if not path.exists())
         folder.rename(aside)
-        return None
+        return None, aside
     if (folder / "result.json").is_file():
-        return read_result(folder / "result.json")
+        return read_result(folder / "result.json"), None
     raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides, without the tuned settings where a model is named that they were not chosen on."""
+    """Returns the overrides, with what follows from them for the tuned settings.
+
+    Those hold for a model they were chosen on only, and their budget where nothing of them is set by hand.
+    """
     given: dict[str, str] = {}
     for override in overrides:
         if override in ("-m", "--multirun"):
@@ -192,7 +201,7 @@ def _checked(overrides: Sequence[str]) -> list[str]:
         if override.startswith("-"):
             raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
         name, _, given[name] = override.partition("=")
-        if not name or name.startswith("~") or "=" not in override:
+        if not name or name.startswith(("~", "+")) or "=" not in override:
             raise UserError(f"{override!r} should be option=value")
     for group in ("paper", "tuned"):
         known = sorted(path.stem for path in Path(str(files("grace_bench.conf") / group)).glob("*.yaml"))
@@ -201,7 +210,11 @@ def _checked(overrides: Sequence[str]) -> list[str]:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
     models = [] if given.get("model", "null") == "null" else given["model"].split(",")
     foreign = any(resolve_model(model).stream is None for model in models)
-    return [*overrides, "tuned=none"] if foreign and "tuned" not in given else list(overrides)
+    added = ["tuned=none"] if foreign and "tuned" not in given else []
+    # What is set by hand was not chosen by the tuning.
+    if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
+        added.append("tuning_budget=null")
+    return [*overrides, *added]
 
 
 def _one_line(error: Exception) -> str:

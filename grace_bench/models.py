@@ -23,6 +23,7 @@ Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass
@@ -170,6 +171,11 @@ class EditableModel(nn.Module):
         source = resolve_model(str(name_or_path))
         target = pick_device(device)
         precision = _pick_dtype(dtype)
+        if source.stream and get_task(source.stream.task).auto_class != chosen.auto_class:
+            raise UserError(
+                f"model={name_or_path} was trained for {source.stream.task} (stream {source.stream.registered_name}), "
+                f"not for {chosen.name}"
+            )
         custom = source.stream.load_model(Path(source.path)) if source.stream else None
         if custom is not None:
             module, encode = custom
@@ -399,6 +405,9 @@ def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
 def _load_tokenizer(path: str) -> Any:
     import transformers
 
+    # transformers makes up a vocabulary where a folder has none.
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _VOCABULARIES):
+        raise UserError(f"model={path}: the folder holds no tokenizer ({', '.join(_VOCABULARIES)})")
     with _loading(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None:

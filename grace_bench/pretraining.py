@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
 from grace_bench.zoo import mark_checkpoint
 
@@ -16,7 +17,12 @@ def pretrain(stream: str, out: Path, *, seed: int) -> None:
         UserError: If there is no such stream or it has no model of its own.
     """
     cls = STREAMS.get(stream)
-    console = Console()
+    if cls.default_model is None:
+        raise UserError(f"stream '{stream}' has no model of its own to pretrain")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from error
     with Progress(console=Console(stderr=True)) as bar:
         tasks: dict[str, int] = {}
 
@@ -25,9 +31,8 @@ def pretrain(stream: str, out: Path, *, seed: int) -> None:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
-        out.mkdir(parents=True, exist_ok=True)
         figures = cls.pretrain(out, seed=seed, progress=progress)
     mark_checkpoint(out, stream)
     for name, value in figures.items():
-        console.print(f"{name} {value:.4f}", highlight=False)
-    console.print(f"saved to {out}: grace-bench run stream={stream} model={out}", highlight=False)
+        print(f"{name} {value:.4f}")
+    print(f"saved to {out}: grace-bench run stream={stream} model={out}")

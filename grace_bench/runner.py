@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
-from grace_bench.errors import UserError
+from grace_bench.options import check_whole
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
 from grace_bench.tasks import ItemScore
@@ -37,10 +37,10 @@ class Schedule:
     max_upstream: int | None = 500
 
     def __post_init__(self) -> None:
-        for name, least in (("max_edits", 1), ("eval_every", 1), ("max_upstream", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
+        check_whole("eval_every", self.eval_every, least=1)
+        for name in ("max_edits", "max_upstream"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least=1)
 
 
 @dataclass

@@ -261,9 +261,10 @@ class EditorStrategy(BaseTemplate, ABC):
 
     @property
     def extra_parameters(self) -> int:
-        """How many numbers the editor adds to the model."""
+        """How many numbers the editor adds to the model; weights it rewrites are none."""
         tensors, _ = split_state(self.answering_state())
-        return sum(tensor.numel() for tensor in tensors.values())
+        rewritten = sum(tensor.numel() for tensor in self._untouched.values())
+        return sum(tensor.numel() for tensor in tensors.values()) - rewritten
 
     def edit_text(self, prompt: str, target: str | int, *, subject: str | None = None) -> EditOutcome:
         """Edits one request given as text and finishes it.

@@ -19,6 +19,7 @@ from torch.nn import functional
 from grace_bench import encoding
 from grace_bench.encoding import IGNORED, EncodedBatch, PaddingSide
 from grace_bench.errors import UserError, did_you_mean
+from grace_bench.options import check_choice
 from grace_bench.scores import exact_match, reference_f1, token_f1
 from grace_bench.types import EditRequest, TaskName
 
@@ -72,8 +73,7 @@ class Task(ABC):
     def __init__(
         self, *, max_new_tokens: int = 16, query: str = "prefix", prefix_length: int = 8, batch_size: int = 64
     ) -> None:
-        if query not in ("prefix", "last_token"):
-            raise UserError(f"protocol.query={query!r} is not known (there are: prefix, last_token)")
+        check_choice("protocol.query", query, ("prefix", "last_token"))
         self.max_new_tokens = max_new_tokens
         self.query = query
         self.prefix_length = prefix_length

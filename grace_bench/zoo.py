@@ -53,7 +53,7 @@ def resolve_model(name_or_path: str) -> ModelSource:
     """
     folder = Path(name_or_path).expanduser()
     shipped = _checkpoints() / name_or_path
-    if not folder.is_dir() and name_or_path and (shipped / "config.json").is_file():
+    if name_or_path and not folder.is_absolute() and (shipped / "config.json").is_file():
         folder = shipped
     if folder.is_dir():
         return ModelSource(folder.resolve().name, str(folder), _trained_for(folder))

@@ -34,7 +34,7 @@ class Keys(_CodebookMetric):
             radii = codebook.radii
             values |= {
                 "radius_min": float(radii.min()),
-                "radius_median": float(radii.median()),
+                "radius_median": float(radii.quantile(0.5)),
                 "radius_max": float(radii.max()),
             }
         return values

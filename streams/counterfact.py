@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from grace_bench.errors import UserError
+from grace_bench.options import check_whole
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record, read_records
 from grace_bench.streams._requests import rephrased
@@ -61,8 +62,7 @@ class CounterFact(EditStream):
     def __init__(self, *, path: str | None = None, max_new_tokens: int = 8) -> None:
         if path is None:
             raise UserError("stream=counterfact needs stream.path=FILE, CounterFact in EasyEdit's format")
-        if max_new_tokens < 1:
-            raise UserError(f"stream.max_new_tokens={max_new_tokens}: should be at least 1")
+        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
         self.path = path
         self.max_new_tokens = max_new_tokens
 

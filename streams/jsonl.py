@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar, get_args
 
 from grace_bench.errors import UserError, did_you_mean
+from grace_bench.options import check_whole
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Record, read_records
 from grace_bench.streams._requests import rephrased
@@ -50,8 +51,7 @@ class Jsonl(EditStream):
             raise UserError(f"stream.task={task!r} is no task{hint} (there are: {', '.join(tasks)})")
         if label_names and task != "classification":
             raise UserError(f"stream.label_names= is for classification, not for {task}")
-        if max_new_tokens < 1:
-            raise UserError(f"stream.max_new_tokens={max_new_tokens}: should be at least 1")
+        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
         self.path = path
         self.task = tasks[task]
         self.upstream_path = upstream_path

@@ -437,7 +437,7 @@ def test_upstream_is_thinned_evenly_and_the_same_for_every_seed() -> None:
 @pytest.mark.parametrize("name", ["max_edits", "eval_every", "max_upstream"])
 def test_a_schedule_that_cannot_be_is_refused_by_name(name: str) -> None:
     for value in (0, -3):
-        with pytest.raises(UserError, match=f"{name}={value} must be at least 1"):
+        with pytest.raises(UserError, match=f"{name}={value} should be a whole number, at least 1"):
             Schedule(**{name: value})
 
 

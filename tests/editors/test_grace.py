@@ -357,9 +357,9 @@ def test_generation_answers_as_teacher_forcing_does(family: str, replacement: Re
         ({"eps_init": 0.0}, "editor.eps_init=0.0"),
         ({"n_iter": 0}, "editor.n_iter=0"),
         ({"lr": -1.0}, "editor.lr=-1.0"),
-        ({"value_init": "hot"}, "editor.value_init='hot'"),
+        ({"value_init": "hot"}, "editor.value_init=hot"),
         ({"replacement": "replace_lst"}, "did you mean 'replace_last'"),
-        ({"distance": "manhattan"}, "editor.distance='manhattan'"),
+        ({"distance": "manhattan"}, "editor.distance=manhattan"),
         ({"fidelity": "strct"}, "did you mean 'strict'"),
     ],
 )

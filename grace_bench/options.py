@@ -1,0 +1,33 @@
+"""Checks of options, each failing in one line that names the option and what it may be."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from grace_bench.errors import UserError, did_you_mean
+
+
+def check_whole(option: str, value: Any, *, least: int) -> None:
+    """Raises `UserError` unless `value` is a whole number, at least `least`."""
+    if type(value) is not int or value < least:
+        raise UserError(f"{option}={value} should be a whole number, at least {least}")
+
+
+def check_positive(option: str, value: Any) -> None:
+    """Raises `UserError` unless `value` is a positive, finite number."""
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{option}={value} should be a positive number")
+
+
+def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises `UserError` unless `value` is one of the choices, with the closest one."""
+    if value not in choices:
+        raise UserError(
+            f"{option}={value} is not known{did_you_mean(str(value), choices)} (there are: {', '.join(choices)})"
+        )
+
+
+def check_text(option: str, value: Any, *, optional: bool = False) -> None:
+    """Raises `UserError` unless `value` is text that is not empty, or None if it is optional."""
+    if not (optional and value is None) and (not isinstance(value, str) or not value.strip()):
+        raise UserError(f"{option}={value} should be text{' or null' if optional else ''}")
