@@ -7,6 +7,7 @@ import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
+from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
 from grace_bench.options import check_positive, check_whole
 from grace_bench.registry import register_editor
@@ -25,7 +26,7 @@ class FineTune(EditorStrategy):
         evaluator: Avalanche's evaluation plugin.
 
     Raises:
-        UserError: If a number is out of range, naming it.
+        UserError: If a number is out of range, naming it, or the layer has no weights.
     """
 
     freezes_weights = False
@@ -42,6 +43,8 @@ class FineTune(EditorStrategy):
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
         check_whole("editor.n_iter", n_iter, least=1)
         check_positive("editor.lr", lr)
+        if not any(True for _ in model.layer.parameters()):
+            raise UserError(f"layer={model.layer_name} has no weights to fine-tune")
         self.n_iter = n_iter
         self.lr = lr
 

@@ -10,6 +10,7 @@ from typing import Any
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream
 
 from grace_bench.errors import UserError
+from grace_bench.requests import rephrased
 from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata
 
 
@@ -111,7 +112,7 @@ class EditBenchmark(CLScenario):
         if split == "validation":
             if not data.validation:
                 raise UserError(f"stream '{stream.registered_name}' has no validation split")
-            edits, holdout = data.validation, rephrase_requests(data.validation)
+            edits, holdout = data.validation, tuple(rephrased(data.validation))
         elif split == "edits":
             edits, holdout = data.edits, data.holdout
         else:
@@ -155,21 +156,6 @@ class EditBenchmark(CLScenario):
         for kind in ("locality", "portability"):
             if requests := probe_requests(self.data.edits, kind):
                 yield kind, requests
-
-
-def rephrase_requests(requests: Iterable[EditRequest]) -> tuple[EditRequest, ...]:
-    """Returns the rephrases of requests as requests of their own, on the same fact."""
-    return tuple(
-        EditRequest(
-            id=f"{request.id}/rephrase-{i}",
-            prompt=rephrase,
-            target=request.target,
-            answers=request.answers,
-            metadata={"fact": request.fact},
-        )
-        for request in requests
-        for i, rephrase in enumerate(request.rephrases)
-    )
 
 
 def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[EditRequest, ...]:

@@ -19,10 +19,11 @@ from grace_bench.benchmark import EditBenchmark
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
+from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import EditableModel, pick_threads
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
-from grace_bench.runner import Run, Schedule
+from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
 from grace_bench.types import EditStream
@@ -76,12 +77,13 @@ def run_benchmark(
     Args:
         stream: A stream, or the name of a registered one.
         model: An editable model, or what `EditableModel.from_pretrained` takes; None for the stream's own.
-        editor: The name of a registered editor, or anything that makes one from `model=`, `plugins=` and `evaluator=`.
+        editor: The name of a registered editor, for the defaults of its constructor, or anything that makes one from
+            `model=`, `plugins=` and `evaluator=`.
         settings: Seed, schedule and protocol.
         layer: The layer to edit, if `model` is a name.
         dtype: The model's dtype, if `model` is a name.
         device: Where to run, if `model` is a name.
-        folder: Receives the run's files; None leaves none.
+        folder: Receives the run's files, `config.yaml` aside; None leaves none.
         run_id: The name of the run; None makes one from what is run.
         config: The resolved configuration, for loggers.
         loggers: Avalanche loggers; those of `grace_bench.loggers` also hear of the run's start and end.
@@ -95,7 +97,7 @@ def run_benchmark(
     """
     settings = settings or RunSettings()
     source = STREAMS.get(stream)() if isinstance(stream, str) else stream
-    torch.manual_seed(settings.seed)
+    seed_everything(settings.seed)
     benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
     task = get_task(
         source.task,
@@ -103,6 +105,7 @@ def run_benchmark(
         query=settings.query,
         prefix_length=settings.prefix_length,
         batch_size=settings.batch_size,
+        label_names=benchmark.data.label_names,
     )
     path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
     if isinstance(model, EditableModel):
@@ -112,8 +115,10 @@ def run_benchmark(
         editable = EditableModel.from_pretrained(path, layer=layer, task=task, dtype=dtype, device=device)
     torch.set_num_threads(pick_threads(editable, settings.threads))
     fingerprint = editable.fingerprint
+    _check_fit(editable, benchmark)
+    files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
     evaluator = EvaluationPlugin(
-        *(METRICS.get(name)() for name in METRICS.entries()), loggers=list(loggers), collect_all=False
+        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[*files, *loggers], collect_all=False
     )
     make = EDITORS.get(editor) if isinstance(editor, str) else editor
     strategy = make(model=editable, plugins=list(plugins), evaluator=evaluator)
@@ -132,7 +137,7 @@ def run_benchmark(
             max_edits=settings.schedule.max_edits,
             higher_is_better=task.higher_is_better,
         )
-        for watcher in watchers:
+        for watcher in (*files, *watchers):
             watcher.start(plan)
         run.run()
         result = RunResult(
@@ -173,10 +178,13 @@ def run_benchmark(
         )
         if folder is not None:
             strategy.save_pretrained(folder / "editor")
+            # A folder with a result is a whole one.
+            for file in files:
+                file.finish(result)
             write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
         return result
     finally:
-        for watcher in watchers:
+        for watcher in (*files, *watchers):
             watcher.finish(result)
         strategy.detach()
 
@@ -208,6 +216,15 @@ def model_slug(name_or_path: str, known: Sequence[str]) -> str:
         return name_or_path
     slug = re.sub(r"[^a-z0-9.]+", "-", Path(name_or_path).name.lower()).strip("-.") or "model"
     return f"{slug}-{hashlib.sha256(name_or_path.encode()).hexdigest()[:8]}"
+
+
+def _check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
+    """Makes sure that model, layer and stream fit together, before anything is written."""
+    data = benchmark.data
+    if data.edits:
+        first = data.edits[0]
+        model.layer_call(model.encode_batch([first.prompt], [first.target]))
+    model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate))
 
 
 def _default_model(stream: EditStream) -> str:

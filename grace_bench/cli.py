@@ -1,6 +1,7 @@
 """The command line. Imports what a command needs only when it is carried out."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Loading reports and download bars would drown the one line that says what is wrong.
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Avalanche imports a solver package that complains on import; nothing here uses it.
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:

@@ -22,14 +22,10 @@ _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
 _NOT_IN_THE_HASH = ("seed", "device", "threads", "out", "existing", "wandb")
 _LEAST = {
     "seed": 0,
-    "max_edits": 1,
-    "eval_every": 1,
-    "max_upstream": 1,
     "batch_size": 1,
     "threads": 1,
     "protocol.prefix_length": 1,
 }
-_MAY_BE_NULL = ("max_edits", "max_upstream")
 _CHOICES = {
     "split": ("edits", "validation"),
     "protocol.query": ("prefix", "last_token"),
@@ -81,7 +77,7 @@ def check_options(config: DictConfig) -> None:
     """
     for name, least in _LEAST.items():
         value = OmegaConf.select(config, name)
-        if not ((value is None and name in _MAY_BE_NULL) or (name, value) == ("threads", "auto")):
+        if (name, value) != ("threads", "auto"):
             check_whole(name, value, least=least)
     for name, choices in _CHOICES.items():
         check_choice(name, OmegaConf.select(config, name), choices)

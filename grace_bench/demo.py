@@ -18,7 +18,9 @@ def demo(out: Path, *, n_edits: int) -> None:
     """
     results = []
     for editor in EDITORS.entries():
-        config = compose([f"stream={_STREAM}", f"editor={editor}", f"max_edits={n_edits}", f"out={out}"])
+        config = compose([f"stream={_STREAM}", f"editor={editor}", f"max_edits={n_edits}"])
+        # Not an override: a path may hold what the override grammar gives a meaning.
+        config.out = str(out)
         results.append(execute(config, say=lambda line: None))
     print_leaderboard(Leaderboard(results))
     print(f"\nRun folders: {out}\nThe same table again: grace-bench leaderboard {out}")

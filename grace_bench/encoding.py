@@ -208,9 +208,11 @@ def encode_causal(
             query_offsets.append(len(text_ids) - 1 if prefix_length is None else cut - 1)
             continue
         prompt_ids, target_ids = split_causal(tokenizer, prompt, targets[i])
-        room = None if max_length is None else max_length - 1
-        target_ids = _with_end(target_ids, tokenizer.eos_token_id if end_token else None, room)
         prompt_ids = _trim_left(prompt_ids, max_prompt_length)
+        # Where prompts have a longest length, answering cuts them to it too, and a target may not take more.
+        kept = len(prompt_ids) if max_prompt_length is not None else 1
+        room = None if max_length is None else max_length - kept
+        target_ids = _with_end(target_ids, tokenizer.eos_token_id if end_token else None, room)
         prompt_ids = _trim_left(prompt_ids, None if max_length is None else max(1, max_length - len(target_ids)))
         rows.append(prompt_ids + target_ids)
         prompt_lengths.append(len(prompt_ids))

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_bench.benchmark import fingerprint_requests
 from grace_bench.benchmarking import RunSettings, model_slug, run_benchmark
 from grace_bench.config import (
     check_options,
@@ -27,7 +28,6 @@ from grace_bench.config import (
     write_config,
 )
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.results import RunResult, read_result
@@ -107,6 +107,8 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
     finished, aside = _existing(folder, config.existing)
     if finished is not None:
+        if finished.stream.fingerprint != fingerprint_requests(stream.load()):
+            raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts anew")
         say(f"finished before, reused: {folder}")
         return finished
     try:
@@ -118,7 +120,8 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
         result = _run_in(folder, config, stream, editor, str(model))
     except UserError:
         # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
-        if not (folder / "edits.jsonl").exists():
+        edits = folder / "edits.jsonl"
+        if not edits.exists() or not edits.stat().st_size:
             shutil.rmtree(folder)
             if aside is not None:
                 aside.rename(folder)
@@ -152,10 +155,7 @@ def _run_in(folder: Path, config: DictConfig, stream: Any, editor: Any, model: s
         run_id=folder.relative_to(config.out).as_posix(),
         config=plain,
         loggers=[
-            JsonlLogger(folder),
-            PredictionsLogger(folder),
             ProgressLogger(),
-            # The last to hear of the end, so that the artifact holds what the others wrote.
             WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
         ],
     )
@@ -195,9 +195,9 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     Those hold for a model they were chosen on only, and their budget where nothing of them is set by hand.
     """
     given: dict[str, str] = {}
+    flags = [override for override in overrides if override in ("-m", "--multirun")]
+    overrides = [override for override in overrides if override not in flags]
     for override in overrides:
-        if override in ("-m", "--multirun"):
-            continue
         if override.startswith("-"):
             raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
         name, _, given[name] = override.partition("=")
@@ -214,7 +214,8 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     # What is set by hand was not chosen by the tuning.
     if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
         added.append("tuning_budget=null")
-    return [*overrides, *added]
+    # Hydra reads flags in front only.
+    return [*flags[:1], *overrides, *added]
 
 
 def _one_line(error: Exception) -> str:

@@ -68,3 +68,9 @@ class StreamScore(EditMetric):
 
     def reset(self) -> None:  # noqa: D102
         self._last = None
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._last = state["last"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -219,13 +220,15 @@ class EditableModel(nn.Module):
 
     @cached_property
     def max_length(self) -> int | None:
-        """The longest input in tokens, where the architecture has a limit."""
+        """The longest input in tokens, where the architecture or the tokenizer has a limit."""
         for attribute in ("max_position_embeddings", "n_positions"):
             limit = getattr(self.config, attribute, None)
             # T5 keeps an n_positions that its relative attention does not obey.
             if isinstance(limit, int) and not hasattr(self.config, "relative_attention_num_buckets"):
                 return limit - 2 if self.config.model_type in {"roberta", "xlm-roberta", "camembert"} else limit
-        return None
+        # A tokenizer without a limit of its own says 1e30.
+        limit = getattr(self.tokenizer, "model_max_length", None)
+        return int(limit) if limit is not None and limit < 1e6 else None
 
     @cached_property
     def takes_position_ids(self) -> bool:
@@ -260,11 +263,11 @@ class EditableModel(nn.Module):
     @contextmanager
     def bypassing(self) -> Iterator[None]:
         """Lets the layer answer by itself inside the context: interceptors are not asked."""
-        self._bypassed = True
+        outer, self._bypassed = self._bypassed, True
         try:
             yield
         finally:
-            self._bypassed = False
+            self._bypassed = outer
 
     @contextmanager
     def querying(self, query: Tensor | None) -> Iterator[QueryState]:
@@ -277,7 +280,11 @@ class EditableModel(nn.Module):
 
     @torch.no_grad()
     def layer_call(self, batch: EncodedBatch) -> LayerCall:
-        """Runs a batch and returns what entered and left the layer itself, before any editor changed it."""
+        """Runs a batch and returns what entered and left the layer itself, before any editor changed it.
+
+        Raises:
+            UserError: If the layer takes no part in the model's answers, or works on something else than activations.
+        """
         seen: list[LayerCall] = []
 
         def observe(call: LayerCall) -> Tensor:
@@ -289,6 +296,8 @@ class EditableModel(nn.Module):
             self.logits(batch)
         finally:
             handle.remove()
+        if not seen:
+            raise UserError(f"layer={self.layer_name} is never called: name a module inside it")
         return seen[0]
 
     def intercept(self, answer: Callable[[LayerCall], Tensor], *, first: bool = False) -> Any:
@@ -303,10 +312,13 @@ class EditableModel(nn.Module):
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-            given = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
             if self._bypassed and not first:
                 return None
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             leaving = output[0] if isinstance(output, tuple) else output
+            for tensor in (given, leaving):
+                if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                    raise UserError(f"layer={self.layer_name} does not turn activations into activations")
             state = self._state
             n_rows = len(leaving) if state.query is None else len(state.query)
             inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
@@ -361,15 +373,23 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        # A device without storage, such as `meta`, cannot give the number back.
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
     return chosen
 
 
 def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
-    """Returns how many threads torch should use: one for tiny models, which spend more on handing work out."""
+    """Returns how many threads torch should use: one for tiny models, which spend more on handing work out.
+
+    Raises:
+        UserError: If there are not as many cores.
+    """
     if threads != "auto":
+        most = os.cpu_count() or 1
+        if not 1 <= threads <= most:
+            raise UserError(f"threads={threads} should be auto or from 1 to {most}")
         return threads
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     return 1 if n_parameters < _TINY_MODEL_PARAMETERS else torch.get_num_threads()
@@ -389,9 +409,14 @@ def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
 
     transformers.utils.logging.disable_progress_bar()
     with _loading(path):
-        model = getattr(transformers, task.auto_class).from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, loading = getattr(transformers, task.auto_class).from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+    # transformers fills in what is missing at random.
+    lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(f"model={path}: the checkpoint lacks {lacking[0]}{more}, which {task.name} needs")
     # A checkpoint's own sampling settings would make answers differ between models for no reason of theirs.
     model.generation_config = transformers.GenerationConfig(
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),

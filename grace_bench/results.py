@@ -150,6 +150,29 @@ class RunResult(BaseModel):
     environment: dict[str, Any]
 
 
+def read_edits(path: Path) -> dict[str, EditRecord]:
+    """Reads an `edits.jsonl` by request id.
+
+    Raises:
+        UserError: If it is missing or a line is broken, naming file, line and field.
+    """
+    try:
+        # Not splitlines, which also breaks at characters that may stand in a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not lines[-1]:
+        lines.pop()
+    records = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = EditRecord.model_validate_json(line)
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {first_error(error)}") from error
+        records[record.id] = record
+    return records
+
+
 def read_result(path: Path) -> RunResult:
     """Reads a `result.json`.
 

@@ -62,7 +62,7 @@ class Position:
     Attributes:
         index: The next candidate.
         edited: Indices of the edited requests that ERR is taken over.
-        n_superseded: Edited requests whose input was edited again with another target.
+        superseded: Indices of the edited requests whose input was edited again with another target.
         n_failed: Edits the editor could not make.
         edit_times: Seconds each edit took.
         eval_seconds: Seconds spent scoring.
@@ -71,7 +71,7 @@ class Position:
 
     index: int = 0
     edited: list[int] = field(default_factory=list)
-    n_superseded: int = 0
+    superseded: list[int] = field(default_factory=list)
     n_failed: int = 0
     edit_times: list[float] = field(default_factory=list)
     eval_seconds: float = 0.0
@@ -137,7 +137,7 @@ class Run:
             **values,
             "n_edits": self.strategy.n_edits,
             "n_candidates": self.position.index,
-            "n_superseded": self.position.n_superseded,
+            "n_superseded": len(self.position.superseded),
             "n_failed": self.position.n_failed,
         }
 
@@ -262,26 +262,35 @@ class Run:
             for earlier in [i for i in same_input if edits[i].target != request.target]:
                 same_input.remove(earlier)
                 self.position.edited.remove(earlier)
-                self.position.n_superseded += 1
+                self.position.superseded.append(earlier)
         same_input.append(index)
         self.position.edited.append(index)
 
     def _eval_streams(self) -> Iterator[Any]:
         data = self.benchmark.data
         edited = [data.edits[index] for index in self.position.edited]
-        facts = {request.fact for request in edited}
         roles: tuple[tuple[str, Sequence[EditRequest]], ...] = (
             ("upstream", data.upstream),
             ("edited", edited),
-            (
-                "holdout",
-                [r for r in data.holdout if r.fact in facts or (edited and "fact" not in r.metadata)],
-            ),
+            ("holdout", self._holdout(edited)),
             ("accurate", data.accurate),
             ("locality", self._probes("locality", edited)),
             ("portability", self._probes("portability", edited)),
         )
         yield from (eval_stream(name, requests) for name, requests in roles if requests)
+
+    def _holdout(self, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
+        """The holdout requests of the facts edited so far, those that want a superseded target left out."""
+        facts = {request.fact for request in edited}
+        edits = self.benchmark.data.edits
+        outdated = {(edits[i].fact, edits[i].target) for i in self.position.superseded}
+        outdated -= {(request.fact, request.target) for request in edited}
+        return [
+            request
+            for request in self.benchmark.data.holdout
+            if (request.fact in facts or (edited and "fact" not in request.metadata))
+            and (request.fact, request.target) not in outdated
+        ]
 
     def _probes(self, kind: str, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
         """The probes of the edited requests; what the unedited model says to them is asked once and kept."""
@@ -322,11 +331,19 @@ def _number(value: Any) -> float:
     return value if isinstance(value, int) else float(value)
 
 
+def seed_everything(seed: int) -> None:
+    """Seeds every random generator that an editor may use."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(numbers), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
@@ -334,6 +351,8 @@ def _random_state() -> dict[str, Any]:
 
 def _load_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.results import EditRecord, first_error
+from grace_bench.results import read_edits
 from grace_bench.terminal import table_console
 
 
@@ -42,31 +41,15 @@ def show_request(folder: Path, request_id: str) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), highlight=False)
 
 
-def read_edits(path: Path) -> dict[str, EditRecord]:
-    """Reads an `edits.jsonl` by request id.
-
-    Raises:
-        UserError: If it is missing or a line is broken, naming file, line and field.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    records = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = EditRecord.model_validate_json(line)
-        except ValidationError as error:
-            raise UserError(f"{path}:{number}: {first_error(error)}") from error
-        records[record.id] = record
-    return records
-
-
 def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | None] | None:
     if not path.is_file():
         return None
     try:
-        table = pq.read_table(path, filters=[("request_id", "=", request_id), ("stream", "=", "edited")])
+        table = pq.read_table(
+            path,
+            columns=["n_edits", "score", "text"],
+            filters=[("request_id", "=", request_id), ("stream", "=", "edited")],
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
     if not len(table):

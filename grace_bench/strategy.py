@@ -1,7 +1,6 @@
 """`EditorStrategy`: what an editor is, on Avalanche's `BaseTemplate`."""
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.base import BaseTemplate
 from avalanche.training.utils import trigger_plugins
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models import EditableModel, LayerCall
-from grace_bench.results import EditRecord
+from grace_bench.results import EditRecord, first_error
 from grace_bench.tasks import ItemScore
 from grace_bench.types import EditRequest
 
@@ -32,6 +33,20 @@ _EXPERIENCE_CALLBACKS = {
     for when in ("before", "after")
     for what in ("training", "training_exp", "eval", "eval_exp", "candidate")
 }
+
+
+class _Header(BaseModel):
+    """What `editor.json` says of the tensors beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    editor: str
+    settings: dict[str, Any]
+    model: str
+    model_fingerprint: str
+    layer: str
+    task: str
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,16 +240,16 @@ class EditorStrategy(BaseTemplate, ABC):
         with self.suspended():
             # Taken when first asked for, and then it must be of the unedited weights.
             fingerprint = self.model.fingerprint
-        header = {
-            "editor": self.registered_name,
-            "settings": self.settings(),
-            "model": self.model.name,
-            "model_fingerprint": fingerprint,
-            "layer": self.model.layer_name,
-            "task": self.model.task.name,
-            "state": values,
-        }
-        (path / "editor.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        header = _Header(
+            editor=self.registered_name,
+            settings=self.settings(),
+            model=self.model.name,
+            model_fingerprint=fingerprint,
+            layer=self.model.layer_name,
+            task=self.model.task.name,
+            state=values,
+        )
+        (path / "editor.json").write_text(header.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, model: EditableModel) -> Self:
@@ -245,18 +260,28 @@ class EditorStrategy(BaseTemplate, ABC):
         """
         path = Path(folder)
         try:
-            header = json.loads((path / "editor.json").read_text(encoding="utf-8"))
+            header = _Header.model_validate_json((path / "editor.json").read_bytes())
             tensors = load_file(path / "editor.safetensors", device=str(model.device))
-        except Exception as error:
+        except ValidationError as error:
+            raise UserError(f"{path / 'editor.json'}: {first_error(error)}") from error
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: no saved editor can be read here ({error})") from error
-        if header["editor"] != cls.registered_name:
-            raise UserError(f"{path}: holds editor '{header['editor']}', not '{cls.registered_name}'")
-        if header["model_fingerprint"] != model.fingerprint:
+        if header.editor != cls.registered_name:
+            raise UserError(f"{path}: holds editor '{header.editor}', not '{cls.registered_name}'")
+        if header.model_fingerprint != model.fingerprint:
             raise UserError(f"{path}: was saved for other weights than those of model {model.name}")
-        if header["layer"] != model.layer_name:
-            raise UserError(f"{path}: was saved for layer {header['layer']}, not {model.layer_name}")
-        editor = cls(model=model, **header["settings"])
-        editor.load_state_dict({**header["state"], **tensors})
+        if header.layer != model.layer_name:
+            raise UserError(f"{path}: was saved for layer {header.layer}, not {model.layer_name}")
+        known = inspect.signature(cls).parameters
+        unknown = next((name for name in header.settings if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"{path / 'editor.json'}: field 'settings.{unknown}': editor '{header.editor}' has none")
+        editor = cls(model=model, **header.settings)
+        try:
+            editor.load_state_dict({**header.state, **tensors})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            editor.detach()
+            raise UserError(f"{path}: the saved state is not whole ({type(error).__name__}: {error})") from error
         return editor
 
     @property

@@ -37,7 +37,7 @@ class ItemScore:
         correct: Whether the answer counts as right (protocol 1); None where every candidate is an error.
         others: The task's other scores by name.
         n_tokens: Scored tokens, for the token-weighted perplexity.
-        entry: The codebook entry that answered, -1 for none; None for editors without a codebook.
+        entry: The codebook entry that answered, -1 for none; None where there is no codebook or nothing in it.
         distance: Distance of the query to the nearest entry.
         contested: Whether the query lies in balls of two different labels.
     """
@@ -61,6 +61,7 @@ class Task(ABC):
             last token and scores everything, as the official GRACE code does (protocol 8).
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
+        label_names: The names of the label ids, which answers are shown by; classification only.
     """
 
     name: ClassVar[TaskName]
@@ -71,13 +72,20 @@ class Task(ABC):
     other_scores: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, *, max_new_tokens: int = 16, query: str = "prefix", prefix_length: int = 8, batch_size: int = 64
+        self,
+        *,
+        max_new_tokens: int = 16,
+        query: str = "prefix",
+        prefix_length: int = 8,
+        batch_size: int = 64,
+        label_names: Sequence[str] = (),
     ) -> None:
         check_choice("protocol.query", query, ("prefix", "last_token"))
         self.max_new_tokens = max_new_tokens
         self.query = query
         self.prefix_length = prefix_length
         self.batch_size = batch_size
+        self.label_names = tuple(label_names)
 
     @abstractmethod
     def encode(
@@ -137,11 +145,12 @@ class Task(ABC):
         """
         raise UserError(f"task {self.name} has no answers to ask a model for")
 
-    def text_of(self, target: str | int, label_names: Sequence[str] = ()) -> str:
-        """Returns a target as people read it."""
-        if isinstance(target, int) and target < len(label_names):
-            return label_names[target]
-        return str(target)
+    def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:  # noqa: B027 - most tasks take any
+        """Makes sure that the model can give every target.
+
+        Raises:
+            UserError: If one is a class the model does not have, naming the request.
+        """
 
 
 class Classification(Task):
@@ -175,12 +184,30 @@ class Classification(Task):
         chosen = self._labels(model, [request.prompt for request in requests])
         noted = _noted(model.last_state, len(requests))
         return [
-            ItemScore(score=float(label == request.target), text=str(label), correct=label == request.target, **note)
+            ItemScore(
+                score=float(label == request.target),
+                text=self.label_names[label] if label < len(self.label_names) else str(label),
+                correct=label == request.target,
+                **note,
+            )
             for request, label, note in zip(requests, chosen, noted, strict=True)
         ]
 
     def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
         return [*self._labels(model, prompts)]
+
+    def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:
+        """Compares label ids with the width of the logits."""
+        n_labels: int | None = None
+        for request in requests:
+            if n_labels is None:
+                with torch.no_grad():
+                    n_labels = model.logits(model.encode_batch([request.prompt])).shape[-1]
+            if int(request.target) >= n_labels:
+                raise UserError(
+                    f"request '{request.id}': field 'target': label {request.target} is none of the model's {n_labels} "
+                    f"(0 to {n_labels - 1})"
+                )
 
     def _labels(self, model: "EditableModel", prompts: Sequence[str]) -> list[int]:
         return [int(label) for label in model.logits(model.encode_batch(prompts)).argmax(dim=-1)]

@@ -1,5 +1,8 @@
 """One number for a table to rank by."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.metric import EditMetric
@@ -36,3 +39,9 @@ class Average(EditMetric):
 
     def reset(self) -> None:  # noqa: D102
         self._means = {}
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"means": dict(self._means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._means = dict(state["means"])

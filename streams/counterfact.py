@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from grace_bench.errors import UserError
 from grace_bench.options import check_whole
 from grace_bench.registry import register_stream
+from grace_bench.requests import rephrased
 from grace_bench.streams._lines import Filled, Record, read_records
-from grace_bench.streams._requests import rephrased
 from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata, TaskName
 
 

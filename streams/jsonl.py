@@ -6,8 +6,8 @@ from typing import ClassVar, get_args
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.options import check_whole
 from grace_bench.registry import register_stream
+from grace_bench.requests import rephrased
 from grace_bench.streams._lines import Record, read_records
-from grace_bench.streams._requests import rephrased
 from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
 
 
@@ -93,6 +93,8 @@ class Jsonl(EditStream):
                 _check_filled(record, f"{name}[{index}].prompt", probe.prompt)
                 if probe.target is not None:
                     self._check_target(record, f"{name}[{index}].target", probe.target)
+                elif self.task == "language_modelling":
+                    record.fail(f"{name}[{index}].target", "is missing; in language modelling a model gives no answer")
 
     def _check_target(self, record: Record[EditRequest], field: str, target: str | int) -> None:
         if self.task != "classification":

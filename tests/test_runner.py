@@ -18,7 +18,6 @@ from grace_bench.benchmark import EditBenchmark
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.jobs import compose, execute
 from grace_bench.loggers import RunLogger
-from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Run
@@ -30,6 +29,7 @@ GRACE = partial(EDITORS.get("grace"), replacement="replace_last", eps_init=0.3)
 each_editor = pytest.mark.parametrize("editor", [GRACE, EDITORS.get("ft")], ids=["grace", "ft"])
 TURNED = ("(-1.2000, 1.8000)", "(-1.0000, 1.9000)", "(-1.4000, 1.7000)", "(-1.1000, 2.0000)")
 """Points of the disc that turned: the unedited model says 1, the stream wants 0."""
+LABEL_NAMES = ("below", "above")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +44,6 @@ def run_toy(folder: Path, *, editor: Any = GRACE, seed: int = 0, stream: Any = "
         editor=editor,
         settings=RunSettings(seed=seed, schedule=Schedule(**schedule)),
         folder=folder,
-        loggers=[JsonlLogger(folder), PredictionsLogger(folder)],
     )
 
 
@@ -247,7 +246,7 @@ def test_running_texts_do_not_supersede_one_another(make_model: Callable[..., Ed
     run = Run(benchmark, EDITORS.get("none")(model=make_model("language_modelling")), Schedule())
     run.run()
     assert run.position.edited == [0, 1, 2]
-    assert run.position.n_superseded == 0
+    assert run.position.superseded == []
 
 
 def test_holdout_asks_only_about_facts_edited_so_far() -> None:
@@ -450,10 +449,9 @@ def test_a_finished_run_leaves_the_model_as_it_was_and_an_editor_that_can_be_loa
         editor="ft",
         settings=RunSettings(schedule=Schedule(max_edits=2, max_upstream=10)),
         folder=tmp_path,
-        loggers=[JsonlLogger(tmp_path)],
     )
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.module.state_dict().items())
     edited = [line for line in lines(tmp_path / "edits.jsonl") if line["edited"]][-1]
     request = next(r for r in STREAMS.get("toy")().load().edits if r.id == edited["id"])
     with EDITORS.get("ft").from_pretrained(tmp_path / "editor", model=model):
-        assert str(labels(model, [request.prompt])[0]) == edited["after_text"]
+        assert LABEL_NAMES[labels(model, [request.prompt])[0]] == edited["after_text"]

@@ -44,4 +44,4 @@ class RunLogger(BaseLogger):
         """Called once, before the first evaluation."""
 
     def finish(self, result: RunResult | None) -> None:
-        """Called once at the end; the result is None if the run failed."""
+        """Called at the end, once or again; the result is None if the run failed."""

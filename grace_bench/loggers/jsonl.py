@@ -110,6 +110,7 @@ class PredictionsLogger(RunLogger):
             return
         self._write_newest(keep_text=True)
         self._writer.close()
+        self._writer = None
         self._partial.replace(self._path)
 
     def _write_newest(self, *, keep_text: bool) -> None:

@@ -26,6 +26,7 @@ class ProgressLogger(RunLogger):
         self._values: dict[str, Any] = {}
         self._plan: RunPlan | None = None
         self._started = 0.0
+        self._n_candidates = 0
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         self._plan, self._started = plan, time.monotonic()
@@ -46,6 +47,8 @@ class ProgressLogger(RunLogger):
 
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Moves the bar."""
+        assert strategy.record is not None
+        self._n_candidates = strategy.record.index + 1
         if self._live is not None:
             self._live.update(self._task, completed=self._done(strategy), note=self._note(strategy))
 
@@ -63,6 +66,9 @@ class ProgressLogger(RunLogger):
 
     def finish(self, result: RunResult | None) -> None:  # noqa: D102
         if self._live is not None:
+            if result is not None:
+                # A stream may end before the most edits are made.
+                self._live.update(self._task, total=max(1, self._live.tasks[self._task].completed))
             self._live.stop()
 
     @property
@@ -77,9 +83,7 @@ class ProgressLogger(RunLogger):
 
     def _done(self, strategy: EditorStrategy) -> int:
         assert self._plan is not None
-        if self._plan.max_edits or strategy.record is None:
-            return strategy.n_edits
-        return strategy.record.index + 1
+        return strategy.n_edits if self._plan.max_edits else self._n_candidates
 
     def _note(self, strategy: EditorStrategy) -> str:
         parts = [f"{strategy.n_edits} edits"]
@@ -91,8 +95,8 @@ class ProgressLogger(RunLogger):
         return ", ".join(parts)
 
     def _time_left(self, strategy: EditorStrategy) -> str:
-        done = self._done(strategy)
-        if not 0 < done < self._total:
+        assert self._plan is not None
+        share = max(self._done(strategy) / self._total, self._n_candidates / max(1, self._plan.n_candidates))
+        if not 0 < share < 1:
             return ""
-        left = (time.monotonic() - self._started) / done * (self._total - done)
-        return f", about {left:.0f} s left"
+        return f", about {(time.monotonic() - self._started) / share * (1 - share):.0f} s left"

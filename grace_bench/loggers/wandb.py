@@ -10,7 +10,7 @@ from typing import Any, Literal
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.loggers import RunLogger, RunPlan
-from grace_bench.results import EditRecord, RunResult
+from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
 
 Mode = Literal["auto", "online", "offline", "disabled"]
@@ -22,7 +22,7 @@ class WandbLogger(RunLogger):
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
 
     Args:
-        folder: The run folder; `wandb/` is made in it.
+        folder: The run folder, which the table of edits is read from; `wandb/` is made in it.
         mode: `auto` is what `WANDB_MODE` says if it is set, else online if someone is logged in, else offline.
         project: The W&B project.
         group: The W&B group; stream and model by default.
@@ -38,7 +38,6 @@ class WandbLogger(RunLogger):
         self._group = group
         self._run: Any = None
         self._values: dict[str, Any] = {}
-        self._rows: list[list[Any]] = []
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         if self._mode != "disabled":
@@ -48,9 +47,7 @@ class WandbLogger(RunLogger):
         self._values[name] = value
 
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Logs what the edit changed, and keeps its row for the table."""
-        assert strategy.record is not None
-        self._rows.append(list(strategy.record.model_dump(mode="json").values()))
+        """Logs what the edit changed."""
         self._send(strategy.n_edits)
 
     def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
@@ -93,7 +90,9 @@ class WandbLogger(RunLogger):
 
         run, self._run = self._run, None
         if result is not None:
-            run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=self._rows)})
+            records = read_edits(self._folder / "edits.jsonl").values()
+            rows = [list(record.model_dump(mode="json").values()) for record in records]
+            run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
             run.summary.update({f"final/{name}": value for name, value in result.metrics.items()})
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")
             for path in sorted(self._folder.rglob("*")):

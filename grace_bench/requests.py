@@ -1,4 +1,4 @@
-"""What streams of independent requests derive from them."""
+"""Requests that are derived from requests."""
 
 from collections.abc import Iterable, Iterator
 
