@@ -201,7 +201,7 @@ def test_the_unedited_model_is_scored_as_it_is(tmp_path: Path) -> None:
     rows = pd.read_parquet(tmp_path / "predictions.parquet")
     rows = rows[(rows.n_edits == 0) & (rows.stream == "upstream")]
     expected = unedited_labels([targets[i].prompt for i in rows.request_id])
-    assert rows.text.tolist() == [str(label) for label in expected]
+    assert rows.text.tolist() == [LABEL_NAMES[label] for label in expected]
     assert rows.score.tolist() == [
         float(label == targets[i].target) for label, i in zip(expected, rows.request_id, strict=True)
     ]
