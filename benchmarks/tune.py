@@ -2,12 +2,13 @@
 
     python benchmarks/tune.py atlas-qa --editors grace ft
 
-Prints a line a trial and, for each editor, the best by Avg (by ERR plus ARR where there is no Avg), in the form of a
-file of `grace_bench/conf/tuned`. The `edits` split is never touched.
+Prints a line a trial and, for each editor, the best by Avg, or for perplexity by the geometric mean of ERR, ARR and TRR.
+The best become files of `grace_bench/conf/tuned`. The `edits` split is never touched.
 """
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 
 from grace_bench.jobs import compose, execute
@@ -51,8 +52,6 @@ def main() -> None:
 
 def quality(result: RunResult) -> float:
     """Returns what is maximised: Avg, or for perplexity minus the mean logarithm of ERR, ARR and TRR."""
-    import math
-
     metrics = result.metrics
     if metrics.get("Avg") is not None:
         return float(metrics["Avg"] or 0.0)
