@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py atlas-qa --editors grace ft
 
-Prints a line a trial and, for each editor, the best by Avg, or for perplexity by the geometric mean of ERR, ARR and TRR.
+Prints a line a trial and, for each editor, the best by Avg; for perplexity by the geometric mean of ERR, ARR and TRR.
 The best become files of `grace_bench/conf/tuned`. The `edits` split is never touched.
 """
 
