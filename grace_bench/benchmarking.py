@@ -171,8 +171,8 @@ def run_benchmark(
                 tuning_budget=settings.tuning_budget,
             ),
             seed=settings.seed,
-            before=_ALWAYS_NAMED | run.before,
-            metrics=_ALWAYS_NAMED | run.metrics(),
+            before={**_ALWAYS_NAMED, **run.before},
+            metrics={**_ALWAYS_NAMED, **run.metrics()},
             cost=run.cost(),
             environment=describe_environment(editable),
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -316,9 +316,8 @@ class EditableModel(nn.Module):
                 return None
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             leaving = output[0] if isinstance(output, tuple) else output
-            for tensor in (given, leaving):
-                if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-                    raise UserError(f"layer={self.layer_name} does not turn activations into activations")
+            if not (_are_activations(given) and _are_activations(leaving)):
+                raise UserError(f"layer={self.layer_name} does not turn activations into activations")
             state = self._state
             n_rows = len(leaving) if state.query is None else len(state.query)
             inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
@@ -458,6 +457,10 @@ def _find_layer(module: nn.Module, path: str) -> nn.Module:
     if path.endswith((".weight", ".bias")):
         raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
     raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
+
+
+def _are_activations(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:
