@@ -210,7 +210,7 @@ def model_slug(name_or_path: str, known: Sequence[str]) -> str:
     >>> model_slug("atlas-qa", ["atlas-qa"])
     'atlas-qa'
     >>> model_slug("models/My Model", [])
-    'my-model-f51cb4f6'
+    'my-model-e6de211f'
     """
     if name_or_path in known:
         return name_or_path

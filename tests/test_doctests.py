@@ -8,14 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 import grace_bench
+from grace_bench import editors, metrics, streams
 
 
 def with_examples() -> Iterator[str]:
-    for info in pkgutil.walk_packages(grace_bench.__path__, "grace_bench."):
-        if not info.name.endswith("__main__"):
-            module = importlib.import_module(info.name)
-            if any(test.examples for test in doctest.DocTestFinder().find(module)):
-                yield info.name
+    for package in (grace_bench, editors, metrics, streams):
+        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if not info.name.endswith("__main__"):
+                module = importlib.import_module(info.name)
+                if any(test.examples for test in doctest.DocTestFinder().find(module)):
+                    yield info.name
 
 
 MODULES = list(with_examples())
