@@ -309,3 +309,6 @@ class Codebook:
         )
         self.labels = [tuple(label) for label in state["labels"]]
         self.label_means = [float(mean) for mean in state["label_means"]]
+        sizes = {name: len(state[name]) for name in ("keys", "values", "radii", "labels", "label_means")}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"entries differ: {sizes}")

@@ -15,7 +15,7 @@ from avalanche.core import BasePlugin
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
-from grace_bench.benchmark import EditBenchmark
+from grace_bench.benchmark import EditBenchmark, probe_requests
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
@@ -224,7 +224,9 @@ def _check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     if data.edits:
         first = data.edits[0]
         model.layer_call(model.encode_batch([first.prompt], [first.target]))
-    model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate))
+    probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
+    wanted = (probe for probe in probes if not probe.metadata["target_from_model"])
+    model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted))
 
 
 def _default_model(stream: EditStream) -> str:

@@ -409,7 +409,12 @@ def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     # transformers fills in what is missing at random.
     lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})

@@ -4,11 +4,25 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
 
 SCHEMA_VERSION = 1
+PREDICTIONS = pa.schema(
+    [
+        ("n_edits", pa.int64()),
+        ("stream", pa.string()),
+        ("request_id", pa.string()),
+        ("probe", pa.string()),
+        ("score", pa.float64()),
+        ("entry", pa.int64()),
+        ("distance", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+"""The columns of `predictions.parquet`."""
 
 # JSON has no NaN: a score that is not a number is written as null, and counted beside it.
 JsonFloat = Annotated[

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.results import read_edits
+from grace_bench.results import PREDICTIONS, read_edits
 from grace_bench.terminal import table_console
 
 
@@ -23,7 +23,8 @@ def show_request(folder: Path, request_id: str) -> None:
         raise UserError(
             f"{folder}: no candidate '{request_id}' among {len(records)}{did_you_mean(request_id, records)}"
         )
-    table = Table("", "answer", "score", box=None, title=f"{record.id}, candidate {record.index}", title_justify="left")
+    title = _visible(f"{record.id}, candidate {record.index}")
+    table = Table("", "answer", "score", box=None, title=title, title_justify="left")
     table.add_row("before", _visible(record.before_text), _score(record.score_before))
     if record.edited:
         table.add_row("after its edit", _visible(record.after_text), _score(record.score_after))
@@ -38,13 +39,18 @@ def show_request(folder: Path, request_id: str) -> None:
         return
     facts = {"edit": record.n_edits, "op": record.op, "key": record.key, "distance": record.distance}
     facts |= {"loss": record.loss, "steps": record.steps, "seconds": round(record.seconds, 3), "failed": record.failed}
-    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None), highlight=False)
+    told = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    console.print(_visible(told), highlight=False)
 
 
 def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | None] | None:
     if not path.is_file():
         return None
     try:
+        schema = pq.read_schema(path)
+        for field in PREDICTIONS:
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
         table = pq.read_table(
             path,
             columns=["n_edits", "score", "text"],

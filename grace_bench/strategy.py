@@ -150,6 +150,7 @@ class EditorStrategy(BaseTemplate, ABC):
         self.outcome = EditOutcome()
         """What the last edit did."""
         self._interceptors: list[Any] = []
+        self._is_suspended = False
         self._untouched = (
             {} if self.freezes_weights else {k: v.detach().clone() for k, v in model.layer.state_dict().items()}
         )
@@ -193,16 +194,19 @@ class EditorStrategy(BaseTemplate, ABC):
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Lets the unedited model answer inside the context; afterwards every edit holds again."""
-        layer = self.model.layer
-        edited = (
-            {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()} if self._untouched else {}
-        )
+        if self._is_suspended:
+            yield
+            return
+        layer, edited = self.model.layer, {}
         if self._untouched:
+            edited = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
             layer.load_state_dict(self._untouched)
+        self._is_suspended = True
         try:
             with self.model.bypassing():
                 yield
         finally:
+            self._is_suspended = False
             if edited:
                 layer.load_state_dict(edited)
 
@@ -231,7 +235,12 @@ class EditorStrategy(BaseTemplate, ABC):
 
         Args:
             folder: Made if it is not there.
+
+        Raises:
+            RuntimeError: While `suspended`, when there are no edits to save.
         """
+        if self._is_suspended:
+            raise RuntimeError("a suspended editor cannot be saved")
         self.flush()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
@@ -272,16 +281,20 @@ class EditorStrategy(BaseTemplate, ABC):
             raise UserError(f"{path}: was saved for other weights than those of model {model.name}")
         if header.layer != model.layer_name:
             raise UserError(f"{path}: was saved for layer {header.layer}, not {model.layer_name}")
-        known = inspect.signature(cls).parameters
+        known = inspect.signature(cls).parameters.keys() - {"model", "plugins", "evaluator"}
         unknown = next((name for name in header.settings if name not in known), None)
         if unknown is not None:
             raise UserError(f"{path / 'editor.json'}: field 'settings.{unknown}': editor '{header.editor}' has none")
-        editor = cls(model=model, **header.settings)
+        try:
+            editor = cls(model=model, **header.settings)
+        except UserError as error:
+            raise UserError(f"{path / 'editor.json'}: {error}") from error
         try:
             editor.load_state_dict({**header.state, **tensors})
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             editor.detach()
-            raise UserError(f"{path}: the saved state is not whole ({type(error).__name__}: {error})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: the saved state is not whole ({type(error).__name__}: {reason})") from error
         return editor
 
     @property

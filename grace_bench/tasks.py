@@ -203,7 +203,7 @@ class Classification(Task):
             if n_labels is None:
                 with torch.no_grad():
                     n_labels = model.logits(model.encode_batch([request.prompt])).shape[-1]
-            if int(request.target) >= n_labels:
+            if not 0 <= int(request.target) < n_labels:
                 raise UserError(
                     f"request '{request.id}': field 'target': label {request.target} is none of the model's {n_labels} "
                     f"(0 to {n_labels - 1})"

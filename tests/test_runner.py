@@ -2,12 +2,14 @@
 
 import io
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -455,3 +457,217 @@ def test_a_finished_run_leaves_the_model_as_it_was_and_an_editor_that_can_be_loa
     request = next(r for r in STREAMS.get("toy")().load().edits if r.id == edited["id"])
     with EDITORS.get("ft").from_pretrained(tmp_path / "editor", model=model):
         assert LABEL_NAMES[labels(model, [request.prompt])[0]] == edited["after_text"]
+
+
+class Asked(RunLogger):
+    """Notes which requests of a stream are scored, by clock."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self.stream = stream
+        self.asked: dict[int, set[str]] = {}
+
+    def after_eval_exp(self, strategy: EditorStrategy, metric_values: Any) -> None:
+        if strategy.experience.origin_stream.name == self.stream:
+            self.asked[strategy.n_edits] = {request.id for request in strategy.experience.requests}
+
+
+def test_holdout_asks_for_no_target_that_was_superseded_unless_another_edit_keeps_it_alive() -> None:
+    def of_fact(request: EditRequest) -> EditRequest:
+        return request.model_copy(update={"metadata": {"fact": "f"}})
+
+    edits = (
+        point(0, 0, name="then"),
+        point(0, 3, name="now"),
+        # The same fact in other words keeps the old target alive, until its own input is edited again.
+        point(1, 0, name="then, in other words"),
+        point(1, 3, name="now, in other words"),
+    )
+    holdout = (point(2, 0, name="old"), point(2, 3, name="new"))
+    asked = Asked("holdout")
+    run, _ = start(StreamData(edits=tuple(map(of_fact, edits)), holdout=tuple(map(of_fact, holdout))), editor=Powerless)
+    run.strategy.evaluator.loggers.append(asked)
+    run.run()
+    assert run.position.superseded == [0, 2]
+    assert asked.asked == {1: {"old", "new"}, 2: {"new"}, 3: {"old", "new"}, 4: {"new"}}
+
+
+def test_random_numbers_of_an_editor_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    drawn: list[tuple[float, float, float]] = []
+
+    class Drawing(Powerless):
+        """Draws from every generator that an editor may use."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+            return EditOutcome()
+
+    def draw(seed: int, noise: int) -> list[tuple[float, float, float]]:
+        drawn.clear()
+        for make_noise in (random.seed, np.random.seed, torch.manual_seed):
+            make_noise(noise)
+        run_toy(tmp_path / f"{seed}-{noise}", editor=Drawing, seed=seed)
+        return list(drawn)
+
+    first, again, other = draw(0, 11), draw(0, 12), draw(1, 11)
+    assert len(first) == 5
+    assert first == again
+    for one, two in zip(zip(*first, strict=True), zip(*other, strict=True), strict=True):
+        assert not set(one) & set(two), "python, numpy and torch each draw other numbers"
+
+
+def test_a_run_folder_holds_the_files_it_promises_and_the_result_last(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    result = run_toy(folder)
+    written = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert set(written) == {
+        "edits.jsonl",
+        "metrics.jsonl",
+        "predictions.parquet",
+        "editor",
+        "editor/editor.json",
+        "editor/editor.safetensors",
+        "result.json",
+    }
+    assert written["result.json"] == max(written.values())
+    assert read_result(folder / "result.json") == result
+    assert len(lines(folder / "metrics.jsonl")) == 4
+    assert len(pd.read_parquet(folder / "predictions.parquet")) > 4 * 40
+
+
+@pytest.mark.parametrize("blocked", ["predictions.parquet", "editor"])
+def test_a_folder_that_cannot_be_completed_gets_no_result(tmp_path: Path, blocked: str) -> None:
+    if blocked == "editor":
+        (tmp_path / "editor").write_text("a file", encoding="utf-8")
+    else:
+        (tmp_path / blocked / "a folder").mkdir(parents=True)
+    with pytest.raises(OSError, match=blocked):
+        run_toy(tmp_path, max_edits=1)
+    assert not (tmp_path / "result.json").exists()
+    assert lines(tmp_path / "edits.jsonl")
+
+
+def test_a_run_without_a_folder_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = RunSettings(schedule=Schedule(max_edits=1, max_upstream=5))
+    assert run_benchmark("toy", editor="ft", settings=settings).metrics["n_edits"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+class Points(STREAMS.get("toy")):  # type: ignore[misc]
+    """Points given by hand."""
+
+    def __init__(self, **roles: Any) -> None:
+        self._data = StreamData(**roles)
+
+    def load(self) -> StreamData:
+        return self._data
+
+
+@pytest.mark.parametrize("label", [2, -1])
+@pytest.mark.parametrize("role", ["edits", "upstream", "holdout", "accurate", "locality", "portability"])
+def test_a_label_that_the_model_does_not_have_is_refused_before_anything_is_written(
+    tmp_path: Path, role: str, label: int
+) -> None:
+    if role in ("locality", "portability"):
+        probe = Probe(prompt=TURNED[1], target=label)
+        roles = {"edits": (point(0), point(1, name="odd", **{role: (probe,)}))}
+    else:
+        roles = {"edits": (point(0),)}
+        roles[role] = (*roles.get(role, ()), point(1, label, name="odd"))
+    folder = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        run_benchmark(Points(**roles), model="toy", editor="ft", folder=folder)
+    told = str(caught.value)
+    assert len(told.splitlines()) == 1
+    assert "'odd" in told
+    assert str(label) in told
+    assert not folder.exists()
+
+
+def test_a_layer_that_cannot_be_edited_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    module = EditableModel.from_pretrained("toy", task="classification").module
+    wrapped = torch.nn.ModuleDict({"points": module})
+    wrapped.forward = lambda points: module(points)  # type: ignore[method-assign]
+    encode = EditableModel.from_pretrained("toy", task="classification").encode
+    wrapped.spare = torch.nn.Linear(2, 2)
+    model = EditableModel(wrapped, layer="spare", task="classification", encode=encode)
+    with pytest.raises(UserError, match="layer=spare is never called"):
+        run_benchmark("toy", model=model, editor="ft", folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def own_requests(path: Path, folder: Path, *overrides: str) -> Any:
+    """A run over a user's file, as the command line composes it."""
+    return compose(
+        [
+            *("stream=jsonl", f"stream.path={path}", "stream.task=classification", "model=toy", "editor=ft"),
+            *(f"out={folder}", "wandb.mode=disabled", *overrides),
+        ]
+    )
+
+
+def test_a_file_that_changed_since_the_finished_run_is_refused_and_can_be_run_anew(tmp_path: Path) -> None:
+    path, out = tmp_path / "r.jsonl", tmp_path / "runs"
+    write_requests(path, [point(0), point(1)])
+    said: list[str] = []
+    first = execute(own_requests(path, out), say=said.append)
+    assert execute(own_requests(path, out), say=said.append) == first
+    assert said[-1].startswith("finished before, reused: ")
+    (folder,) = (file.parent for file in out.rglob("result.json"))
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    write_requests(path, [point(0), point(2)])
+    with pytest.raises(UserError, match="was made from other requests; existing=rerun") as caught:
+        execute(own_requests(path, out), say=said.append)
+    assert str(folder) in str(caught.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+    second = execute(own_requests(path, out, "existing=rerun"), say=said.append)
+    assert second.stream.fingerprint != first.stream.fingerprint
+    assert [line["id"] for line in sorted(lines(folder / "edits.jsonl"), key=lambda line: line["id"])] == ["p0", "p2"]
+    assert execute(own_requests(path, out), say=said.append) == second
+    (aside,) = (entry for entry in folder.parent.iterdir() if entry != folder)
+    assert read_result(aside / "result.json") == first
+
+
+def test_classes_stand_under_their_names_where_the_stream_has_any(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write_requests(path, [point(0), point(1)])
+    for names, shown in {("no", "yes"): {"no", "yes"}, (): {"0", "1"}}.items():
+        folder = tmp_path / str(len(names))
+        run_benchmark(
+            STREAMS.get("jsonl")(path=str(path), task="classification", label_names=names),
+            model="toy",
+            layer="second",
+            editor="ft",
+            folder=folder,
+        )
+        records = [line for line in lines(folder / "edits.jsonl") if line["edited"]]
+        assert {text for line in records for text in (line["before_text"], line["after_text"])} == shown
+        texts = pd.read_parquet(folder / "predictions.parquet").text.dropna()
+        assert set(texts) <= shown
+
+
+@each_editor
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_every_metric_taken_up_midway_has_the_same_result(editor: Any, stop_at: int) -> None:
+    toy = STREAMS.get("toy")().load()
+    probes = (Probe(prompt="(1.2000, -1.8000)"), Probe(prompt=TURNED[0]))
+    edits = tuple(request.model_copy(update={"locality": probes, "portability": probes}) for request in toy.edits[:8])
+    data = StreamData(edits=edits, upstream=toy.upstream[:20], holdout=toy.holdout[:10], accurate=toy.upstream[20:30])
+    run, _ = start(data, editor=editor, eval_every=1)
+    for index in run.steps():
+        if index == stop_at:
+            break
+    fresh, _ = start(data, editor=editor, eval_every=1)
+    fresh.load_state_dict(through_storage(run.state_dict()))
+
+    def results(run: Run) -> dict[str, float | None]:
+        assert run.strategy.evaluator is not None
+        return {metric.registered_name: metric.result() for metric in run.strategy.evaluator.metrics}
+
+    assert results(fresh) == results(run)
+    known = {"TRR", "ERR", "ES", "Holdout", "ARR", "Locality", "Portability", "Avg"}
+    assert {name for name, value in results(run).items() if value is not None} >= known
+    assert fresh.metrics() == run.metrics()

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.loggers import RunLogger, RunPlan
-from grace_bench.results import RunResult
+from grace_bench.results import PREDICTIONS, RunResult
 from grace_bench.strategy import EditorStrategy
 
 
@@ -59,19 +59,6 @@ class PredictionsLogger(RunLogger):
         folder: The run folder.
     """
 
-    schema = pa.schema(
-        [
-            ("n_edits", pa.int64()),
-            ("stream", pa.string()),
-            ("request_id", pa.string()),
-            ("probe", pa.string()),
-            ("score", pa.float64()),
-            ("entry", pa.int64()),
-            ("distance", pa.float64()),
-            ("text", pa.string()),
-        ]
-    )
-
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._path = folder / "predictions.parquet"
@@ -81,7 +68,7 @@ class PredictionsLogger(RunLogger):
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._partial, self.schema)
+        self._writer = pq.ParquetWriter(self._partial, PREDICTIONS)
 
     def before_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Writes the evaluation before, now known not to be the last."""
@@ -116,7 +103,7 @@ class PredictionsLogger(RunLogger):
     def _write_newest(self, *, keep_text: bool) -> None:
         if self._newest and self._writer is not None:
             rows = self._newest if keep_text else [{**row, "text": None} for row in self._newest]
-            self._writer.write_table(pa.Table.from_pylist(rows, schema=self.schema))
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS))
         self._newest = []
 
 

@@ -68,7 +68,7 @@ class ProgressLogger(RunLogger):
         if self._live is not None:
             if result is not None:
                 # A stream may end before the most edits are made.
-                self._live.update(self._task, total=max(1, self._live.tasks[self._task].completed))
+                self._live.update(self._task, total=self._live.tasks[self._task].completed)
             self._live.stop()
 
     @property
