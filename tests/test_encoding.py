@@ -593,7 +593,7 @@ def test_the_loss_of_a_label_is_hugging_faces() -> None:
 
 
 @torch.no_grad()
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pairs=pairs)
 def test_padding_on_either_side_gives_the_same_losses_and_the_same_queries(pairs: list[tuple[str, str]]) -> None:
     model = gpt2_model("completion")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +28,7 @@ _edits = st.lists(
 )
 _queries = st.lists(st.lists(_coordinate, min_size=WIDTH, max_size=WIDTH), min_size=1, max_size=8)
 _eps = st.sampled_from([0.002, 0.05, 0.5, 3.0])
-_thorough = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_thorough = settings(max_examples=150)
 
 
 def settle(codebook: Codebook, key: list[float], label: int) -> Settlement:

@@ -137,7 +137,7 @@ keys = st.sampled_from(["id", "number", "either", "inner", "prompt"]) | st.text(
 any_line = st.dictionaries(keys, json_values, max_size=4).map(json.dumps) | json_values.map(json.dumps) | st.text()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(any_line.map(lambda line: line.encode("utf-8", "replace")) | st.binary(), max_size=4),
     array=st.booleans(),
@@ -157,7 +157,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(
     assert len(message.splitlines()) == 1
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damaged_line_is_named(tmp_path: Path, data: st.DataObject) -> None:
     lines = [json.dumps({"id": str(index), "number": index}).encode() for index in range(6)]
