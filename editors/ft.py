@@ -48,7 +48,7 @@ class FineTune(EditorStrategy):
         self.n_iter = n_iter
         self.lr = lr
 
-    def edit(self, batch: EditBatch) -> EditOutcome:  # noqa: D102
+    def edit(self, batch: EditBatch) -> EditOutcome:
         losses: list[float] = []
         steps = 0
         with (
@@ -68,10 +68,10 @@ class FineTune(EditorStrategy):
                 steps += 1
         return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
 
-    def state_dict(self) -> State:  # noqa: D102
+    def state_dict(self) -> State:
         return {**super().state_dict(), **self.model.layer.state_dict(prefix="layer.")}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         prefix = "layer."
         self.model.layer.load_state_dict(

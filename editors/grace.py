@@ -84,15 +84,15 @@ class Grace(EditorStrategy):
             outcome = self._edit_one(batch.encoded.row(index))
         return outcome
 
-    def rollback(self) -> None:  # noqa: D102
+    def rollback(self) -> None:
         super().rollback()
         self.codebook.clear()
         self._n_settled = 0
 
-    def state_dict(self) -> State:  # noqa: D102
+    def state_dict(self) -> State:
         return {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.codebook.load_state_dict(state)
         self._n_settled = int(state["n_settled"])

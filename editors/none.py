@@ -8,5 +8,5 @@ from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
 class Unedited(EditorStrategy):
     """The unedited model: every table's floor."""
 
-    def edit(self, batch: EditBatch) -> EditOutcome:  # noqa: D102
+    def edit(self, batch: EditBatch) -> EditOutcome:
         return EditOutcome()

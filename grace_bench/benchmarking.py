@@ -40,7 +40,7 @@ class RunSettings:
         seed: Orders the edits and seeds every random generator.
         schedule: When to edit and evaluate.
         split: `edits`, or `validation` for tuning.
-        query: Where running text is queried (protocol 8): `prefix` or `last_token`.
+        query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring.
         threads: torch threads, or `auto` by model size.

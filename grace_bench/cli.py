@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="every editor on an embedded stream, and a table")
     demo.add_argument("--edits", type=_positive, default=50, help="edits an editor makes (default 50)")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where run folders are made")
+    demo.add_argument("--out", type=Path, default=Path("demo-runs"), help="where run folders are made")
     demo.set_defaults(command=_demo)
 
     commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="one request of a run: before, after its edit, now")
     show.add_argument("run", type=Path, help="the run folder")
-    show.add_argument("id", help="the request's id")
+    show.add_argument("id", help="the request's id, as in the run's edits.jsonl")
     show.set_defaults(command=_show)
 
     board = commands.add_parser("leaderboard", help="runs compared: mean and standard deviation over seeds")
@@ -111,6 +111,7 @@ def _run(overrides: list[str]) -> int:
         section = defaults.partition("\nmodel:")[2].partition("\nhydra:")[0]
         print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
         print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
+        print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
         return 0
     from grace_bench.jobs import run_hydra
 

@@ -185,7 +185,7 @@ def encode_causal(
         max_prompt_length: Longest prompt in tokens, with a target or without, so that both query one position.
         end_token: Whether the target is followed by the end token.
         prefix_length: For running text, how many tokens are read as its prompt; they are not scored. None scores
-            everything after the first token and queries the last token, as the official GRACE code does (protocol 8).
+            everything after the first token and queries the last token, as the official GRACE code does.
 
     Returns:
         The batch; the query is the last prompt token.

@@ -49,8 +49,11 @@ def run_hydra(overrides: Sequence[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[UserError] = []
     process = os.getpid()
+    arguments = sys.argv
 
     def job(config: DictConfig) -> None:
+        # Hydra has read its own by now; results note what was typed.
+        sys.argv = arguments
         try:
             execute(config, say=print)
         except (UserError, OmegaConfBaseException) as error:
@@ -59,7 +62,6 @@ def run_hydra(overrides: Sequence[str]) -> None:
             # Hydra would write a line of its own first.
             failures.append(error if isinstance(error, UserError) else UserError(_one_line(error)))
 
-    arguments = sys.argv
     sys.argv = ["grace-bench", *overrides]
     try:
         hydra.main(version_base="1.3", config_path="pkg://grace_bench.conf", config_name="run")(job)()

@@ -112,13 +112,20 @@ class Registry(Generic[T]):
         """Imports and returns the class registered as `name`.
 
         Raises:
-            UserError: If there is no such name, with the closest one that exists.
+            UserError: If there is no such name, with the closest one that exists, or an installed package is broken.
         """
         if name in self._classes:
             return self._classes[name]
         self.check(name)
         entry = self.entries()[name]
-        cls = getattr(importlib.import_module(entry.module), entry.class_name)
+        try:
+            cls = getattr(importlib.import_module(entry.module), entry.class_name)
+        except (ImportError, AttributeError) as error:
+            if entry.origin == "grace_bench":
+                raise
+            raise UserError(
+                f"{self.kind} {name!r} of the installed package {entry.origin} cannot be imported ({error})"
+            ) from error
         if name not in self._classes:
             self.register(name)(cls)
         return self._classes[name]

@@ -1,4 +1,4 @@
-"""The run loop: candidates in, edits, evaluations, one result out (protocol, section 3 of the design notes)."""
+"""The run loop: candidates in, edits, evaluations, one result out (docs/protocol.md)."""
 
 import random
 import resource

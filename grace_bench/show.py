@@ -37,9 +37,9 @@ def show_request(folder: Path, request_id: str) -> None:
     if not record.edited:
         console.print("Not edited: the model, as edited so far, already answered it.")
         return
-    facts = {"edit": record.n_edits, "op": record.op, "key": record.key, "distance": record.distance}
-    facts |= {"loss": record.loss, "steps": record.steps, "seconds": round(record.seconds, 3), "failed": record.failed}
-    told = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    facts = record.model_dump(include={"op", "key", "distance", "loss", "steps", "seconds", "failed"})
+    shown = {"edit": record.n_edits} | {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in facts.items()}
+    told = ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
     console.print(_visible(told), highlight=False)
 
 

@@ -34,7 +34,7 @@ class ItemScore:
     Attributes:
         score: The task's main score.
         text: The answer as text; empty for language modelling.
-        correct: Whether the answer counts as right (protocol 1); None where every candidate is an error.
+        correct: Whether the answer counts as right; None where every candidate is an error.
         others: The task's other scores by name.
         n_tokens: Scored tokens, for the token-weighted perplexity.
         entry: The codebook entry that answered, -1 for none; None where there is no codebook or nothing in it.
@@ -58,7 +58,7 @@ class Task(ABC):
     Args:
         max_new_tokens: The longest free answer.
         query: `prefix` queries running text after `prefix_length` tokens and scores the rest; `last_token` queries its
-            last token and scores everything, as the official GRACE code does (protocol 8).
+            last token and scores everything, as the official GRACE code does.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
         label_names: The names of the label ids, which answers are shown by; classification only.
@@ -128,7 +128,7 @@ class Task(ABC):
     def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
         """Returns the mean of the main score under "" and of every other score under its name, NaN left out.
 
-        The number of items whose main score is NaN stands under `n_nan` if there are any (protocol 4).
+        The number of items whose main score is NaN stands under `n_nan` if there are any.
         """
         means = {"": _mean(item.score for item in items)}
         means |= {name: _mean(item.others[name] for item in items) for name in self.other_scores}
@@ -252,7 +252,7 @@ class _Generating(Task):
 
     @torch.no_grad()
     def generate(self, model: "EditableModel", prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """Answers prompts greedily to the end token or a newline, at most `max_new_tokens` (protocol 5).
+        """Answers prompts greedily to the end token or a newline, at most `max_new_tokens`.
 
         Returns:
             For each prompt the text, up to the newline, and the generated token ids with the end token.

@@ -79,7 +79,7 @@ class StreamMetadata(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamData:
-    """The requests of a benchmark, by role (protocol, section "Streams").
+    """The requests of a benchmark, by role.
 
     Attributes:
         edits: Candidates for editing, before the run's seed orders them.

@@ -12,7 +12,7 @@ from grace_bench.strategy import EditorStrategy
 
 @register_metric("Avg")
 class Average(EditMetric):
-    """Avg: the mean of TRR and ERR; absent for perplexity, which has no common scale (protocol 6)."""
+    """Avg: the mean of TRR and ERR; absent for perplexity, which has no common scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,16 +32,16 @@ class Average(EditMetric):
         value = self.result()
         return None if value is None else self.value(strategy, value)
 
-    def result(self) -> float | None:  # noqa: D102
+    def result(self) -> float | None:
         if "upstream" not in self._means or "edited" not in self._means:
             return None
         return (self._means["upstream"] + self._means["edited"]) / 2
 
-    def reset(self) -> None:  # noqa: D102
+    def reset(self) -> None:
         self._means = {}
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"means": dict(self._means)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._means = dict(state["means"])

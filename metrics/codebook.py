@@ -28,7 +28,7 @@ class _CodebookMetric(EditMetric):
 class Keys(_CodebookMetric):
     """n_keys: entries in the codebook, with the smallest, median and largest deferral radius."""
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
         values: dict[str, float] = {"": len(codebook)}
         if len(codebook):
             radii = codebook.radii
@@ -44,7 +44,7 @@ class Keys(_CodebookMetric):
 class EditsPerKey(_CodebookMetric):
     """edits_per_key: how many edits share an entry on average."""
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
         return {"": strategy.n_edits / len(codebook)} if len(codebook) else {}
 
 
@@ -67,7 +67,7 @@ class CodebookOverlap(_CodebookMetric):
         """Counts the queries that fall into two balls."""
         self._contested += [item.contested for item in strategy.scores if item.contested is not None]
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:  # noqa: D102
+    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
         values = {"": codebook.overlap()}
         if self._contested:
             values["queries"] = sum(self._contested) / len(self._contested)

@@ -14,7 +14,7 @@ class TestRetention(StreamScore):
 
 @register_metric("ARR")
 class AccurateRetention(StreamScore):
-    """ARR: the main score on the sentences of the edited inputs that were right (section 4.2, hallucination)."""
+    """ARR: the main score on what was right about the edited inputs (Hartvigsen et al. 2023, section 4.2)."""
 
     stream = "accurate"
 

@@ -38,7 +38,7 @@ class RunningMean:
 
 @register_metric("ES")
 class EditSuccess(EditMetric):
-    """ES: the mean, over all edits so far, of the main score right after the edit (section 4.2)."""
+    """ES: the mean of the main score right after each edit so far (Hartvigsen et al. 2023, section 4.2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class EditSuccess(EditMetric):
             values.append(self.value(strategy, self._mean.n_nan, "n_nan"))
         return values
 
-    def result(self) -> float | None:  # noqa: D102
+    def result(self) -> float | None:
         return self._mean.compute() if self._mean.count else None
 
-    def reset(self) -> None:  # noqa: D102
+    def reset(self) -> None:
         self._mean = RunningMean()
 
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+    def state_dict(self) -> dict[str, Any]:
         return {"total": self._mean.total, "count": self._mean.count, "n_nan": self._mean.n_nan}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._mean.total, self._mean.count, self._mean.n_nan = state["total"], state["count"], state["n_nan"]

@@ -57,6 +57,14 @@ class CandidatesSeen(EditMetric):
         return self.seen
 '''
 
+MORE_ENTRY_POINTS = """
+[project.entry-points."grace_bench.streams"]
+parity = "grace_bench_offset.stream:Parity"
+
+[project.entry-points."grace_bench.metrics"]
+n_candidates_seen = "grace_bench_offset.metric:CandidatesSeen"
+"""
+
 
 def block(language: str) -> str:
     (found,) = re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
@@ -71,7 +79,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package.mkdir()
     for name, text in {"__init__": "", "editor": block("python"), "stream": STREAM, "metric": METRIC}.items():
         (package / f"{name}.py").write_text(text, encoding="utf-8")
-    (source / "pyproject.toml").write_text(block("toml"), encoding="utf-8")
+    (source / "pyproject.toml").write_text(block("toml") + MORE_ENTRY_POINTS, encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
     return target
