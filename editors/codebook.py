@@ -62,10 +62,11 @@ class Codebook:
     `settle` decides what an edit does to keys, radii and labels; it never looks at values. `retrieve` finds the entries
     that answer queries; it never changes anything.
 
-    In `strict` fidelity an edited input is answered by its own entry also when its query moves by 1e-5. With euclidean
-    distance this holds for `eps_init` above 2e-5, unless two entries of the codebook lie within 1e-4 of each other.
-    Cosine distance has no such bound in absolute terms, because it grows as queries get shorter: there the promise is
-    about moves of 1e-5 times the query's norm, for queries within a distance of 0.5 of an entry.
+    In `strict` fidelity an edited input is answered by its own entry also when its query moves by 1e-5, as float32
+    activations do in another batch. With euclidean distance this holds for `eps_init` above 2e-5, unless two entries of
+    the codebook lie within 1e-4 of each other. Cosine distance has no such bound in absolute terms, because it grows as
+    queries get shorter: there the promise is about moves of 1e-5 times the query's norm, for queries within a distance
+    of 0.5 of an entry.
 
     Args:
         eps_init: Radius of a new entry.
@@ -231,11 +232,12 @@ class Codebook:
             self.labels[nearest], self.label_means[nearest] = label, label_mean
             self._radii[nearest] = max(radius, covering)
             return Settlement("relabel", nearest, False, distance)
-        for entry in [nearest, *rivals]:
-            if label != self.labels[entry]:
-                limit = float(distances[entry]) / 2 - 1e-5
-                self._radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
-        return self._add("split", query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
+        others = [entry for entry in (nearest, *rivals) if label != self.labels[entry]]
+        for entry in others:
+            limit = float(distances[entry]) / 2 - 1e-5
+            self._radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
+        op: Op = "split" if others else "add"
+        return self._add(op, query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
 
     def _rivals(self, distances: Tensor, nearest: int) -> list[int]:
         """Entries so near to being nearest that the query's numerical noise could pick them instead."""

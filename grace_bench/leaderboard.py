@@ -251,9 +251,10 @@ def _refuse_mixtures(results: Sequence[RunResult]) -> None:
     first_of_model: dict[tuple[str, str], RunResult] = {}
     for result in results:
         first = first_on_stream.setdefault(result.stream.name, result)
-        _refuse_difference(first, result, "stream", {"fingerprint"})
+        _refuse_difference(first, result, "stream", {"fingerprint", "task"})
         _refuse_difference(first, result, "protocol", set(Protocol.model_fields) - {"tuning_budget"})
         first = first_of_model.setdefault((result.stream.name, result.model.name), result)
+        _refuse_difference(first, result, "model", {"dtype"})
         _refuse_difference(first, result, "model", {"fingerprint"})
 
 
@@ -296,7 +297,7 @@ def _configuration(result: RunResult) -> tuple[Any, ...]:
 def _settings(result: RunResult) -> dict[str, Any]:
     """The settings that tell two runs of one editor on one model apart, by dotted name."""
     editor = result.editor.model_dump(mode="json", exclude={"name", "seed"})
-    return {**_flattened(editor), "layer": result.model.layer, "dtype": result.model.dtype}
+    return {**_flattened(editor), "layer": result.model.layer}
 
 
 def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,9 +23,10 @@ class EditMetric(PluginMetric[float]):
     higher_is_better: ClassVar[bool | None] = None
 
     def value(self, strategy: EditorStrategy, value: float, suffix: str = "") -> MetricValue:
-        """Returns a value of this metric at the strategy's clock, under its name or `name/suffix`."""
+        """Returns a value under the metric's name or `name/suffix`, at the clock of the candidate at hand if any."""
         name = f"{self.registered_name}/{suffix}" if suffix else self.registered_name
-        return MetricValue(self, name, value, strategy.n_edits)
+        clock = strategy.n_edits if strategy.record is None else strategy.record.n_edits
+        return MetricValue(self, name, value, clock)
 
     def result(self) -> float | None:
         """Returns the last value, or None."""

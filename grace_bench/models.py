@@ -245,12 +245,24 @@ class EditableModel(nn.Module):
 
     def logits(self, batch: EncodedBatch) -> Tensor:
         """Runs the model on a batch and returns its logits, (B, C) or (B, T, V)."""
-        inputs = batch.inputs
+        inputs = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in batch.inputs.items()
+        }
         if "position_ids" in inputs and not self.takes_position_ids:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
         with self.querying(batch.query):
             outputs = self.module(**inputs)
         return outputs if isinstance(outputs, Tensor) else outputs.logits
+
+    def answer(self, prompts: Sequence[str]) -> list[str | int]:
+        """Returns what the model, as edited so far, answers: texts, or label ids.
+
+        Raises:
+            UserError: For language modelling, where nothing is asked.
+        """
+        with torch.no_grad():
+            return self.task.answers(self, prompts)
 
     @contextmanager
     def repeated(self, batch: EncodedBatch) -> Iterator[Callable[[], Tensor]]:

@@ -45,14 +45,14 @@ class Schedule:
 
 @dataclass
 class Pending:
-    """An edit whose score after is still to come."""
+    """A candidate that is not told of yet; an edited one has its outcome, and its score after is still to come."""
 
     request: EditRequest
     before: ItemScore
     index: int
-    outcome: EditOutcome
-    seconds: float
     n_edits: int
+    outcome: EditOutcome | None = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -158,7 +158,11 @@ class Run:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that is needed to go on: editor, position, metrics and random generators."""
+        """Settles what is pending and returns all that is needed to go on.
+
+        That is the state of the editor, the position, the metrics and the random generators.
+        """
+        self._settle()
         evaluator = self.strategy.evaluator
         return {
             # Editors and metrics may hand out what they go on working with; a state stays what it was.
@@ -195,45 +199,40 @@ class Run:
         with self._scoring():
             before = self.strategy.model.task.score(self.strategy.model, [request])[0]
         if before.correct:
-            self.strategy.observe_candidate(
-                request,
-                self._record(Pending(request, before, index, EditOutcome(), 0.0, self.strategy.n_edits), None),
-            )
-            return
-        experience = self.benchmark.streams["edits"][index]
-        started = time.perf_counter()
-        self.strategy.train(experience, eval_streams=[])
-        self._pending.append(
-            Pending(
-                request,
-                before,
-                index,
-                self.strategy.outcome,
-                time.perf_counter() - started,
-                self.strategy.n_edits,
-            )
-        )
-        self._supersede(request, index)
+            self._pending.append(Pending(request, before, index, self.strategy.n_edits))
+        else:
+            experience = self.benchmark.streams["edits"][index]
+            started = time.perf_counter()
+            self.strategy.train(experience, eval_streams=[])
+            seconds = time.perf_counter() - started
+            edited = Pending(request, before, index, self.strategy.n_edits, self.strategy.outcome, seconds)
+            self._pending.append(edited)
+            self._supersede(request, index)
         self._settle()
 
     def _settle(self) -> None:
-        """Finishes pending edits and tells of them in stream order, the time of finishing shared equally."""
-        if not self._pending:
-            return
-        started = time.perf_counter()
-        self.strategy.flush()
-        share = (time.perf_counter() - started) / len(self._pending)
+        """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""
+        edits = [pending for pending in self._pending if pending.outcome is not None]
+        if edits:
+            started = time.perf_counter()
+            flushed = self.strategy.flush()
+            share = (time.perf_counter() - started) / len(edits)
+            for pending, outcome in zip(edits, flushed, strict=True) if flushed else ():
+                pending.outcome = outcome
+            for pending in edits:
+                pending.seconds += share
         for pending in self._pending:
-            with self._scoring():
-                after = self.strategy.model.task.score(self.strategy.model, [pending.request])[0]
-            pending.seconds += share
-            self.position.edit_times.append(pending.seconds)
-            self.position.n_failed += pending.outcome.failed is not None
+            after = None
+            if pending.outcome is not None:
+                with self._scoring():
+                    after = self.strategy.model.task.score(self.strategy.model, [pending.request])[0]
+                self.position.edit_times.append(pending.seconds)
+                self.position.n_failed += pending.outcome.failed is not None
             self.strategy.observe_candidate(pending.request, self._record(pending, after))
         self._pending = []
 
     def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
-        outcome, before = pending.outcome, pending.before
+        outcome, before = pending.outcome or EditOutcome(), pending.before
         return EditRecord(
             index=pending.index,
             id=pending.request.id,

@@ -165,8 +165,13 @@ class EditorStrategy(BaseTemplate, ABC):
             EditFailure: If this edit cannot be made; a run records why and goes on.
         """
 
-    def flush(self) -> None:
-        """Finishes what `edit` left pending."""
+    def flush(self) -> Sequence[EditOutcome]:
+        """Finishes what `edit` left pending.
+
+        Returns:
+            The outcomes of all edits since the last flush, in their order; empty if they were whole when made.
+        """
+        return ()
 
     def intercept(self, answer: Callable[[LayerCall], Tensor]) -> None:
         """Lets `answer` decide what the edited layer gives, until `detach` (see `EditableModel.intercept`)."""
@@ -179,7 +184,7 @@ class EditorStrategy(BaseTemplate, ABC):
         self.n_edits = 0
 
     def detach(self) -> None:
-        """Undoes every edit and lets go of the model."""
+        """Undoes every edit and takes the interceptors off the layer."""
         self.rollback()
         for handle in self._interceptors:
             handle.remove()
@@ -319,9 +324,9 @@ class EditorStrategy(BaseTemplate, ABC):
             encoded=self.model.encode_batch([prompt], [target]),
         )
         outcome = self.edit(batch)
-        self.flush()
+        flushed = self.flush()
         self.n_edits += 1
-        return outcome
+        return flushed[-1] if flushed else outcome
 
     def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
         """Tells metric plugins and loggers of a candidate whose record is complete: callback `after_candidate`."""

@@ -50,6 +50,13 @@ class EditSuccess(EditMetric):
         if record is None or not record.edited:
             return None
         self._mean.update(math.nan if record.score_after is None else record.score_after)
+        return self._values(strategy)
+
+    def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
+        """Emits the mean again, so that every evaluation has it."""
+        return self._values(strategy) if self._mean.count or self._mean.n_nan else None
+
+    def _values(self, strategy: EditorStrategy) -> list[MetricValue]:
         values = [self.value(strategy, self._mean.compute())]
         if self._mean.n_nan:
             values.append(self.value(strategy, self._mean.n_nan, "n_nan"))

@@ -317,6 +317,20 @@ def test_another_content_of_a_stream_is_refused() -> None:
         Leaderboard([run(run_id="one"), run("ft", run_id="two", stream_fingerprint="s9")])
 
 
+def test_the_same_requests_under_another_task_are_refused() -> None:
+    one, two = run("a"), run("b")
+    two = two.model_copy(update={"stream": two.stream.model_copy(update={"task": "completion"})})
+    with pytest.raises(UserError, match=r'stream\.task is "qa" in the first and "completion" in'):
+        Leaderboard([one, two])
+
+
+def test_another_precision_of_one_model_is_refused_by_that_name() -> None:
+    one, two = run("a"), run("b")
+    model = two.model.model_copy(update={"dtype": "bfloat16", "fingerprint": "other"})
+    with pytest.raises(UserError, match=r'model\.dtype is "float32" in the first and "bfloat16" in'):
+        Leaderboard([one, two.model_copy(update={"model": model})])
+
+
 def test_other_weights_under_one_model_name_are_refused() -> None:
     with pytest.raises(UserError, match=r'^runs one and two .*model\.fingerprint is "m0" in the first and "m9"'):
         Leaderboard([run(run_id="one"), run("ft", run_id="two", model_fingerprint="m9")])

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel, LayerCall, hash_tensors, pick_device, pick_threads
-from grace_bench.registry import EDITORS
+from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
@@ -465,3 +465,17 @@ def test_threads_that_are_not_there_are_refused(threads: int) -> None:
 def test_a_tiny_model_gets_one_thread_unless_told_otherwise() -> None:
     assert pick_threads(nn.Linear(2, 2), "auto") == 1
     assert pick_threads(nn.Linear(2, 2), os.cpu_count() or 1) == (os.cpu_count() or 1)
+
+
+# Asking.
+
+
+def test_an_edited_model_answers_what_it_was_asked() -> None:
+    model = EditableModel.from_pretrained("atlas-qa", task="qa")
+    edited, other = STREAMS.get("atlas-qa")().load().edits[:2]
+    before = model.answer([edited.prompt, other.prompt])
+    assert before[0] != edited.target
+    with EDITORS.get("grace")(model=model, eps_init=1e-3) as editor:
+        editor.edit_text(edited.prompt, edited.target)
+        assert model.answer([edited.prompt, other.prompt]) == [edited.target, before[1]]
+    assert model.answer([edited.prompt, other.prompt]) == before

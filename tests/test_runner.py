@@ -671,3 +671,50 @@ def test_every_metric_taken_up_midway_has_the_same_result(editor: Any, stop_at: 
     known = {"TRR", "ERR", "ES", "Holdout", "ARR", "Locality", "Portability", "Avg"}
     assert {name for name, value in results(run).items() if value is not None} >= known
     assert fresh.metrics() == run.metrics()
+
+
+class Lazy(EDITORS.get("ft")):  # type: ignore[misc]
+    """Fine-tunes when it is asked to finish."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.waiting: list[EditBatch] = []
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        self.waiting.append(batch)
+        return EditOutcome()
+
+    def flush(self) -> list[EditOutcome]:
+        waiting, self.waiting = self.waiting, []
+        return [super(Lazy, self).edit(batch) for batch in waiting]
+
+
+def test_what_an_editor_finishes_at_flush_is_recorded_as_if_it_had_been_finished_at_once() -> None:
+    toy = STREAMS.get("toy")().load()
+    data = StreamData(edits=toy.edits[:8], upstream=toy.upstream[:20])
+    heard = []
+    for editor in (EDITORS.get("ft"), Lazy):
+        run, recorder = start(data, editor=editor, eval_every=2)
+        run.run()
+        heard.append((recorder.records, recorder.evaluations))
+    assert heard[0] == heard[1]
+    assert any(record["steps"] for record in heard[1][0])
+
+
+def test_every_evaluation_after_the_first_edit_has_es(tmp_path: Path) -> None:
+    run_toy(tmp_path)
+    evaluations = lines(tmp_path / "metrics.jsonl")
+    assert "ES" not in evaluations[0]
+    assert all("ES" in line for line in evaluations[1:])
+
+
+@each_editor
+def test_a_model_of_points_is_edited_in_bfloat16(editor: Any) -> None:
+    result = run_benchmark(
+        "toy",
+        model=EditableModel.from_pretrained("toy", task="classification", dtype="bfloat16"),
+        editor=editor,
+        settings=RunSettings(schedule=Schedule(max_edits=2, max_upstream=10)),
+    )
+    assert result.model.dtype == "bfloat16"
+    assert result.metrics["n_edits"] == 2
