@@ -1,7 +1,6 @@
 """Fine-tuning on each edit: the baseline that forgets."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from avalanche.core import BasePlugin
@@ -11,7 +10,7 @@ from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
 from grace_bench.options import check_positive, check_whole
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State, trainable
+from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, trainable
 
 
 @register_editor("ft")
@@ -67,13 +66,3 @@ class FineTune(EditorStrategy):
                 optimizer.step()
                 steps += 1
         return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
-
-    def state_dict(self) -> State:
-        return {**super().state_dict(), **self.model.layer.state_dict(prefix="layer.")}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        prefix = "layer."
-        self.model.layer.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )

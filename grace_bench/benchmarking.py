@@ -26,7 +26,7 @@ from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, Stre
 from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
-from grace_bench.types import EditStream
+from grace_bench.types import EditStream, Progress
 
 _ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
 """Scores that a result names also where there is nothing to measure them on."""
@@ -71,6 +71,7 @@ def run_benchmark(
     config: Mapping[str, Any] | None = None,
     loggers: Sequence[BaseLogger] = (),
     plugins: Sequence[BasePlugin] = (),
+    progress: Progress | None = None,
 ) -> RunResult:
     """Runs one editor on one stream.
 
@@ -88,6 +89,7 @@ def run_benchmark(
         config: The resolved configuration, for loggers.
         loggers: Avalanche loggers; those of `grace_bench.loggers` also hear of the run's start and end.
         plugins: Avalanche plugins that live on experience-level callbacks.
+        progress: Called as an editor's preparation goes on.
 
     Returns:
         The result; with `folder`, also written there as `result.json`.
@@ -96,24 +98,8 @@ def run_benchmark(
         UserError: If a name is unknown, data cannot be read, or the parts do not fit together.
     """
     settings = settings or RunSettings()
-    source = STREAMS.get(stream)() if isinstance(stream, str) else stream
-    seed_everything(settings.seed)
-    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
-    task = get_task(
-        source.task,
-        max_new_tokens=source.max_new_tokens,
-        query=settings.query,
-        prefix_length=settings.prefix_length,
-        batch_size=settings.batch_size,
-        label_names=benchmark.data.label_names,
-    )
-    path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
-    if isinstance(model, EditableModel):
-        editable = model
-        editable.task = task
-    else:
-        editable = EditableModel.from_pretrained(path, layer=layer, task=task, dtype=dtype, device=device)
-    torch.set_num_threads(pick_threads(editable, settings.threads))
+    opened = _open(stream, model=model, settings=settings, layer=layer, dtype=dtype, device=device)
+    benchmark, editable, task = opened.benchmark, opened.model, opened.model.task
     fingerprint = editable.fingerprint
     _check_fit(editable, benchmark)
     files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
@@ -125,6 +111,9 @@ def run_benchmark(
     watchers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     result: RunResult | None = None
     try:
+        if strategy.needs_subject:
+            _check_subjects(strategy, benchmark)
+        strategy.prepare(benchmark.data.train, progress=progress)
         run = Run(benchmark, strategy, settings.schedule)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
@@ -151,7 +140,7 @@ def run_benchmark(
             ),
             model=ModelInfo(
                 name=editable.name,
-                path=path,
+                path=opened.path,
                 fingerprint=fingerprint,
                 layer=editable.layer_name,
                 dtype=str(editable.dtype).removeprefix("torch."),
@@ -187,6 +176,89 @@ def run_benchmark(
         for watcher in (*files, *watchers):
             watcher.finish(result)
         strategy.detach()
+
+
+def meta_train(
+    stream: EditStream | str,
+    *,
+    model: EditableModel | str | None = None,
+    editor: Callable[..., EditorStrategy] | str,
+    settings: RunSettings | None = None,
+    layer: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Meta-trains an editor on the requests that a stream marks for training, and keeps the result for its runs.
+
+    Args:
+        stream: A stream, or the name of a registered one.
+        model: As in `run_benchmark`.
+        editor: As in `run_benchmark`.
+        settings: As in `run_benchmark`; only the seed, the protocol and the threads matter here.
+        layer: The layer to edit, if `model` is a name.
+        dtype: The model's dtype, if `model` is a name.
+        device: Where to train, if `model` is a name.
+        progress: Called as training goes on.
+
+    Returns:
+        Figures of the training, by name.
+
+    Raises:
+        UserError: If the editor needs none, or the stream has no such requests.
+    """
+    opened = _open(stream, model=model, settings=settings or RunSettings(), layer=layer, dtype=dtype, device=device)
+    make = EDITORS.get(editor) if isinstance(editor, str) else editor
+    with make(model=opened.model) as strategy:
+        train = opened.benchmark.data.train
+        if strategy.needs_meta_training and not train:
+            raise UserError(f"stream '{opened.benchmark.name}' has no requests for training")
+        return strategy.meta_train(train, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A stream with the model that is edited on it.
+
+    Attributes:
+        benchmark: The stream's requests.
+        model: The model, with the stream's task.
+        path: What the model was loaded from; empty for one that was given.
+    """
+
+    benchmark: EditBenchmark
+    model: EditableModel
+    path: str
+
+
+def _open(
+    stream: EditStream | str,
+    *,
+    model: EditableModel | str | None,
+    settings: RunSettings,
+    layer: str | None,
+    dtype: str,
+    device: str,
+) -> _Opened:
+    source = STREAMS.get(stream)() if isinstance(stream, str) else stream
+    seed_everything(settings.seed)
+    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
+    task = get_task(
+        source.task,
+        max_new_tokens=source.max_new_tokens,
+        query=settings.query,
+        prefix_length=settings.prefix_length,
+        batch_size=settings.batch_size,
+        label_names=benchmark.data.label_names,
+    )
+    path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
+    if isinstance(model, EditableModel):
+        editable = model
+        editable.task = task
+    else:
+        editable = EditableModel.from_pretrained(path, layer=layer, task=task, dtype=dtype, device=device)
+    torch.set_num_threads(pick_threads(editable, settings.threads))
+    return _Opened(benchmark, editable, path)
 
 
 def describe_environment(model: EditableModel) -> dict[str, Any]:
@@ -227,6 +299,15 @@ def _check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
     wanted = (probe for probe in probes if not probe.metadata["target_from_model"])
     model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted))
+
+
+def _check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
+    for request in benchmark.data.edits:
+        if not request.subject or request.subject not in request.prompt:
+            raise UserError(
+                f"request '{request.id}': field 'subject': editor '{strategy.registered_name}' needs one that occurs "
+                f"in the prompt"
+            )
 
 
 def _default_model(stream: EditStream) -> str:

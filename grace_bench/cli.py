@@ -20,6 +20,14 @@ Runs one editor on one stream; with -m, every combination of comma-separated val
 
 Options of a run, with their defaults:
 """
+_META_TRAIN_HELP = """usage: grace-bench meta-train [option=value ...]
+
+Meta-trains an editor on the requests that a stream marks for training, for a model and a layer. Takes the options of
+the run it is for; what was trained before is reused, what was interrupted goes on.
+
+  grace-bench meta-train editor=mend stream=atlas-qa
+  grace-bench run editor=mend stream=atlas-qa max_edits=100
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["run"]:
             return _run(given[1:])
+        if given[:1] == ["meta-train"]:
+            return _meta_train(given[1:])
         parser = _parser()
         options = parser.parse_args(given)
         if not hasattr(options, "command"):
@@ -75,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
+
+    commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
     list_ = commands.add_parser("list", help="editors, streams, models and metrics")
     list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics"])
@@ -116,6 +128,16 @@ def _run(overrides: list[str]) -> int:
     from grace_bench.jobs import run_hydra
 
     run_hydra(overrides)
+    return 0
+
+
+def _meta_train(overrides: list[str]) -> int:
+    if "--help" in overrides or "-h" in overrides:
+        print(_META_TRAIN_HELP, end="")
+        return 0
+    from grace_bench.jobs import compose, execute_meta_training
+
+    execute_meta_training(compose(overrides), say=print)
     return 0
 
 

@@ -260,6 +260,18 @@ def causal_batch(
     )
 
 
+def subject_position(tokenizer: Any, prompt: str, subject: str) -> int:
+    """Returns the position of the subject's last token in the tokens of an unpadded causal prompt.
+
+    Where the subject occurs several times, the last occurrence counts.
+
+    Raises:
+        ValueError: If it does not occur in the prompt.
+    """
+    end = prompt.rindex(subject) + len(subject)
+    return len(_open_ids(tokenizer, prompt[:end])) - 1
+
+
 def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """Returns the token ids of a prompt and of the target that follows it, without an end token."""
     stem = prompt.rstrip(" ")

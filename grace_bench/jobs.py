@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grace_bench.benchmark import fingerprint_requests
-from grace_bench.benchmarking import RunSettings, model_slug, run_benchmark
+from grace_bench.benchmarking import RunSettings, meta_train, model_slug, run_benchmark
 from grace_bench.config import (
     check_options,
     config_hash,
@@ -32,6 +32,7 @@ from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Schedule
+from grace_bench.terminal import progress_bars
 from grace_bench.zoo import known_models, resolve_model
 
 Say = Callable[[str], None]
@@ -99,13 +100,9 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     Raises:
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
     """
-    check_options(config)
-    stream, editor = make_stream(config), make_editor(config)
-    model = config.model or stream.default_model
-    if model is None:
-        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    stream, editor, model = _parts(config)
     name = registered_name(config.editor)
-    slug = model_slug(str(model), list(known_models()))
+    slug = model_slug(model, list(known_models()))
     folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
     finished, aside = _existing(folder, config.existing)
     if finished is not None:
@@ -119,7 +116,7 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     except OSError as error:
         raise UserError(f"out={config.out}: {error.strerror or error}") from error
     try:
-        result = _run_in(folder, config, stream, editor, str(model))
+        result = _run_in(folder, config, stream, editor, model)
     except UserError:
         # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
         edits = folder / "edits.jsonl"
@@ -132,35 +129,75 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     return result
 
 
+def execute_meta_training(config: DictConfig, *, say: Say) -> None:
+    """Meta-trains the editor of a configuration, on the stream's requests for training, and says how it went.
+
+    Args:
+        config: The composed configuration, the same as for a run.
+        say: Takes lines for the user.
+
+    Raises:
+        UserError: If the editor needs no meta-training, or the configuration asks for what cannot be.
+    """
+    stream, editor, model = _parts(config)
+    with progress_bars() as progress:
+        figures = meta_train(
+            stream,
+            model=model,
+            editor=editor,
+            layer=config.layer,
+            dtype=config.dtype,
+            device=config.device,
+            settings=_settings(config),
+            progress=progress,
+        )
+    for name, value in figures.items():
+        say(f"{name} {value:.4g}")
+
+
+def _parts(config: DictConfig) -> tuple[Any, Any, str]:
+    """Returns the stream, what makes the editor, and the model's name."""
+    check_options(config)
+    stream, editor = make_stream(config), make_editor(config)
+    model = config.model or stream.default_model
+    if model is None:
+        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    return stream, editor, str(model)
+
+
+def _settings(config: DictConfig) -> RunSettings:
+    return RunSettings(
+        seed=config.seed,
+        schedule=Schedule(max_edits=config.max_edits, eval_every=config.eval_every, max_upstream=config.max_upstream),
+        split=config.split,
+        query=config.protocol.query,
+        prefix_length=config.protocol.prefix_length,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        tuning_budget=config.tuning_budget,
+    )
+
+
 def _run_in(folder: Path, config: DictConfig, stream: Any, editor: Any, model: str) -> RunResult:
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return run_benchmark(
-        stream,
-        model=model,
-        editor=editor,
-        layer=config.layer,
-        dtype=config.dtype,
-        device=config.device,
-        settings=RunSettings(
-            seed=config.seed,
-            schedule=Schedule(
-                max_edits=config.max_edits, eval_every=config.eval_every, max_upstream=config.max_upstream
-            ),
-            split=config.split,
-            query=config.protocol.query,
-            prefix_length=config.protocol.prefix_length,
-            batch_size=config.batch_size,
-            threads=config.threads,
-            tuning_budget=config.tuning_budget,
-        ),
-        folder=folder,
-        run_id=folder.relative_to(config.out).as_posix(),
-        config=plain,
-        loggers=[
-            ProgressLogger(),
-            WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
-        ],
-    )
+    with progress_bars() as progress:
+        return run_benchmark(
+            stream,
+            model=model,
+            editor=editor,
+            layer=config.layer,
+            dtype=config.dtype,
+            device=config.device,
+            settings=_settings(config),
+            folder=folder,
+            run_id=folder.relative_to(config.out).as_posix(),
+            config=plain,
+            loggers=[
+                ProgressLogger(),
+                WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
+            ],
+            progress=progress,
+        )
 
 
 def summary(result: RunResult, folder: Path) -> str:

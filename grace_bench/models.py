@@ -136,7 +136,7 @@ class EditableModel(nn.Module):
         self.tokenizer = tokenizer
         self.encode = encode
         self.name = name or type(module).__name__
-        self._layer = _find_layer(module, layer)
+        self._layer = self.find_layer(layer)
         self._bypassed = False
         self._state = QueryState()
         self.last_state = self._state
@@ -195,6 +195,19 @@ class EditableModel(nn.Module):
     def layer(self) -> nn.Module:
         """The module that is edited."""
         return self._layer
+
+    def find_layer(self, path: str) -> nn.Module:
+        """Returns the module at a dotted path.
+
+        Raises:
+            UserError: If there is none, with the closest one that exists.
+        """
+        layers = dict(self.module.named_modules())
+        if path in layers and path:
+            return layers[path]
+        if path.endswith((".weight", ".bias")):
+            raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
+        raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
 
     @property
     def device(self) -> torch.device:
@@ -465,15 +478,6 @@ def _loading(path: str) -> Iterator[None]:
         raise UserError(
             f"model={path}: cannot be loaded ({reason}); without a network, give the path of a downloaded folder"
         ) from error
-
-
-def _find_layer(module: nn.Module, path: str) -> nn.Module:
-    layers = dict(module.named_modules())
-    if path in layers and path:
-        return layers[path]
-    if path.endswith((".weight", ".bias")):
-        raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
-    raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
 
 
 def _are_activations(value: Any) -> TypeGuard[Tensor]:

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
+from grace_bench.terminal import progress_bars
 from grace_bench.zoo import mark_checkpoint
 
 
@@ -23,14 +21,7 @@ def pretrain(stream: str, out: Path, *, seed: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from error
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
-
+    with progress_bars() as progress:
         figures = cls.pretrain(out, seed=seed, progress=progress)
     mark_checkpoint(out, stream)
     for name, value in figures.items():

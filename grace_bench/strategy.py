@@ -15,7 +15,7 @@ from avalanche.training.utils import trigger_plugins
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
@@ -23,7 +23,7 @@ from grace_bench.errors import EditFailure, UserError
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
 from grace_bench.tasks import ItemScore
-from grace_bench.types import EditRequest
+from grace_bench.types import EditRequest, Progress
 
 State = dict[str, Tensor | int | float | str | list[Any] | dict[str, Any] | None]
 """What a `state_dict` holds: tensors and JSON values."""
@@ -106,7 +106,7 @@ class EditorStrategy(BaseTemplate, ABC):
     Attributes:
         needs_subject: Whether `edit` reads the subject of a request.
         needs_replay: Whether it keeps earlier requests.
-        needs_meta_training: Whether it must be trained before its first edit.
+        needs_meta_training: Whether `meta_train` must come before its first edit.
         freezes_weights: Whether the model's own weights never change.
         supported_tasks: The tasks it works on.
 
@@ -151,9 +151,10 @@ class EditorStrategy(BaseTemplate, ABC):
         """What the last edit did."""
         self._interceptors: list[Any] = []
         self._is_suspended = False
-        self._untouched = (
-            {} if self.freezes_weights else {k: v.detach().clone() for k, v in model.layer.state_dict().items()}
-        )
+        self._rewritten: dict[str, nn.Module] = {}
+        self._untouched: dict[str, Tensor] = {}
+        if not self.freezes_weights:
+            self.rewrite(model.layer_name)
 
     @abstractmethod
     def edit(self, batch: EditBatch) -> EditOutcome:
@@ -164,6 +165,34 @@ class EditorStrategy(BaseTemplate, ABC):
         Raises:
             EditFailure: If this edit cannot be made; a run records why and goes on.
         """
+
+    def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
+        """Makes ready what the unedited model alone decides; a run calls it once, before its first edit.
+
+        Args:
+            train: The requests that the stream marks for training; none of them is edited or used for tuning.
+            progress: Called as a long preparation goes on.
+
+        Raises:
+            UserError: If the editor must be meta-trained first, or lacks what it prepares from.
+        """
+
+    def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
+        """Trains the editor itself on requests of the stream's `train` role, keeps the result and makes it ready.
+
+        What was trained before on the same content is reused, and what was interrupted is continued.
+
+        Returns:
+            Figures of the training, by name.
+
+        Raises:
+            UserError: If the editor needs no meta-training.
+        """
+        raise UserError(f"editor '{self.registered_name}' needs no meta-training")
+
+    def max_extra_parameters(self, n_edits: int) -> int:
+        """Returns the most numbers that `n_edits` edits may add to the model; `extra_parameters` stays within it."""
+        return 0
 
     def flush(self) -> Sequence[EditOutcome]:
         """Finishes what `edit` left pending.
@@ -177,10 +206,20 @@ class EditorStrategy(BaseTemplate, ABC):
         """Lets `answer` decide what the edited layer gives, until `detach` (see `EditableModel.intercept`)."""
         self._interceptors.append(self.model.intercept(answer))
 
+    def rewrite(self, path: str) -> None:
+        """Declares that edits change the weights of a module, so that they are rolled back, suspended and saved.
+
+        The edited layer is declared already unless `freezes_weights`.
+
+        Raises:
+            UserError: If the model has no such module.
+        """
+        self._rewritten[path] = self.model.find_layer(path)
+        self._untouched = {name: tensor.clone() for name, tensor in self._weights().items()}
+
     def rollback(self) -> None:
         """Undoes every edit: the model answers as it did before the first one, bit for bit."""
-        if self._untouched:
-            self.model.layer.load_state_dict(self._untouched)
+        self._load_weights(self._untouched)
         self.n_edits = 0
 
     def detach(self) -> None:
@@ -202,30 +241,44 @@ class EditorStrategy(BaseTemplate, ABC):
         if self._is_suspended:
             yield
             return
-        layer, edited = self.model.layer, {}
-        if self._untouched:
-            edited = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
-            layer.load_state_dict(self._untouched)
+        edited = {name: tensor.clone() for name, tensor in self._weights().items()}
+        self._load_weights(self._untouched)
         self._is_suspended = True
         try:
             with self.model.bypassing():
                 yield
         finally:
             self._is_suspended = False
-            if edited:
-                layer.load_state_dict(edited)
+            self._load_weights(edited)
 
     def state_dict(self) -> State:
-        """Returns all that is needed to go on editing: tensors and JSON values."""
-        return {"n_edits": self.n_edits}
+        """Returns all that is needed to go on editing, rewritten weights included: tensors and JSON values."""
+        return {"n_edits": self.n_edits, **{f"weights.{name}": tensor for name, tensor in self._weights().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`."""
         self.n_edits = int(state["n_edits"])
+        self._load_weights({name: state[f"weights.{name}"] for name in self._weights()})
 
     def answering_state(self) -> State:
         """Returns only what answering needs, for `save_pretrained`."""
         return self.state_dict()
+
+    def load_answering_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `answering_state`: the model answers as edited, and editing may go on from there."""
+        self.load_state_dict(state)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights and buffers of the rewritten modules, by dotted path."""
+        return {
+            f"{path}.{name}": tensor.detach()
+            for path, module in self._rewritten.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for path, module in self._rewritten.items():
+            module.load_state_dict({name: weights[f"{path}.{name}"] for name in module.state_dict()})
 
     def settings(self) -> dict[str, Any]:
         """Returns the constructor arguments that rebuild this editor, model and plugins aside.
@@ -295,7 +348,7 @@ class EditorStrategy(BaseTemplate, ABC):
         except UserError as error:
             raise UserError(f"{path / 'editor.json'}: {error}") from error
         try:
-            editor.load_state_dict({**header.state, **tensors})
+            editor.load_answering_state({**header.state, **tensors})
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             editor.detach()
             reason = " ".join(str(error).split())

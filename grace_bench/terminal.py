@@ -1,6 +1,34 @@
-"""Where tables are printed."""
+"""Where tables are printed, and the bars of long steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich import progress
 from rich.console import Console
+
+from grace_bench.types import Progress
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Gives what long steps report to: bars on standard error, while some step is under way."""
+    bars: dict[str, progress.TaskID] = {}
+    display = progress.Progress(console=Console(stderr=True))
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = display.add_task(what, total=total)
+            display.start()
+        display.update(bars[what], completed=done, total=total)
+        # Other displays may follow.
+        if display.finished:
+            display.stop()
+
+    try:
+        yield report
+    finally:
+        if display.live.is_started:
+            display.stop()
 
 
 def table_console() -> Console:
