@@ -20,11 +20,17 @@ LAYERS = {
     "toy": ["second"],
     "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (0, 1, 2)],
 }
+LEARNING_RATES = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]
 GRIDS = {
     "grace": {"editor.eps_init": [0.5, 1.0, 3.0], "editor.replacement": ["replace_prompt", "replace_last"]},
-    "ft": {"editor.lr": [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]},
+    "ft": {"editor.lr": LEARNING_RATES},
+    "ft_ewc": {"editor.lr": [1e-3, 3e-4, 3e-5], "editor.ewc_lambda": [0.1, 1e4]},
+    "ft_retrain": {"editor.lr": LEARNING_RATES},
+    "defer": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
+    "memory": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
+    "lora": {"editor.lr": LEARNING_RATES},
 }
-"""Six settings an editor on each layer: the same budget for both."""
+"""Six settings an editor on each layer: the same budget for all."""
 
 
 def main() -> None:

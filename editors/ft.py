@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
+from torch import Tensor
 
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
@@ -54,15 +55,54 @@ class FineTune(EditorStrategy):
             trainable(self.model.layer.parameters()) as parameters,
             self.model.repeated(batch.encoded) as forward,
         ):
-            optimizer = torch.optim.Adam(parameters, lr=self.lr)
+            optimizer = WeightAdam(parameters, lr=self.lr)
             for _ in range(self.n_iter):
                 logits = forward()
                 loss = self.model.task.loss(logits, batch.encoded)
                 losses.append(float(loss.detach()))
                 if self.model.task.answered(logits, batch.encoded):
                     break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                optimizer.step(loss + self.penalty(optimizer.masters))
                 steps += 1
         return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
+
+    def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
+        """Returns what training adds to the loss, given the layer's weights in the order of its parameters."""
+        return 0.0
+
+
+class WeightAdam:
+    """Adam on a model's weights, of which those in bfloat16 or float16 are kept as float32 copies.
+
+    Steps smaller than the rounding of such a weight would otherwise not move it at all.
+
+    Args:
+        parameters: The weights, which take the rounded values after every step.
+        lr: Learning rate.
+
+    Attributes:
+        masters: What is optimised: float32 copies, or the parameter itself if it is that precise.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, lr: float) -> None:
+        self.parameters = list(parameters)
+        self.masters = [
+            parameter if torch.finfo(parameter.dtype).bits >= 32 else parameter.detach().float().requires_grad_()
+            for parameter in parameters
+        ]
+        self._adam = torch.optim.Adam(self.masters, lr=lr)
+
+    def step(self, loss: Tensor) -> None:
+        """Takes one step down a loss of the parameters, of the masters, or of both."""
+        self._adam.zero_grad()
+        loss.backward()
+        rounded = [pair for pair in zip(self.masters, self.parameters, strict=True) if pair[0] is not pair[1]]
+        for master, parameter in rounded:
+            assert parameter.grad is not None
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            parameter.grad = None
+        self._adam.step()
+        with torch.no_grad():
+            for master, parameter in rounded:
+                parameter.copy_(master)

@@ -19,6 +19,12 @@ def check_positive(option: str, value: Any) -> None:
         raise UserError(f"{option}={value} should be a positive number")
 
 
+def check_not_negative(option: str, value: Any) -> None:
+    """Raises `UserError` unless `value` is a finite number, at least 0."""
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        raise UserError(f"{option}={value} should be a number, at least 0")
+
+
 def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
     """Raises `UserError` unless `value` is one of the choices, with the closest one."""
     if value not in choices:

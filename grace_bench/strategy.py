@@ -217,9 +217,13 @@ class EditorStrategy(BaseTemplate, ABC):
         self._rewritten[path] = self.model.find_layer(path)
         self._untouched = {name: tensor.clone() for name, tensor in self._weights().items()}
 
+    def restore_weights(self) -> None:
+        """Gives the rewritten modules their unedited weights back, bit for bit."""
+        self._load_weights(self._untouched)
+
     def rollback(self) -> None:
         """Undoes every edit: the model answers as it did before the first one, bit for bit."""
-        self._load_weights(self._untouched)
+        self.restore_weights()
         self.n_edits = 0
 
     def detach(self) -> None:
@@ -242,7 +246,7 @@ class EditorStrategy(BaseTemplate, ABC):
             yield
             return
         edited = {name: tensor.clone() for name, tensor in self._weights().items()}
-        self._load_weights(self._untouched)
+        self.restore_weights()
         self._is_suspended = True
         try:
             with self.model.bypassing():

@@ -1,0 +1,75 @@
+"""Defer: a gate and a predicted output at one layer, the simplified SERAC of the GRACE paper."""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from torch import Tensor, nn
+
+from grace_bench.editors._adaptor import AdaptorStrategy
+from grace_bench.errors import UserError
+from grace_bench.models import EditableModel, LayerCall, Replacement
+from grace_bench.options import check_choice, check_positive
+from grace_bench.registry import register_editor
+
+
+@register_editor("defer")
+class Defer(AdaptorStrategy):
+    """A gate that defers some inputs to a predicted layer output (Hartvigsen et al. 2023, after SERAC).
+
+    From the layer's input q at the query position a gate g = sigmoid(w q + b) and an output p = W q + c are computed.
+    Where g lies above the threshold the layer gives p, elsewhere what it gives by itself. Both are trained together on
+    the mixture g p + (1 - g) h with the layer's own output h, on the edits alone; SERAC (Mitchell et al. 2022) trains
+    its own beforehand, on inputs inside and outside the scope of edits.
+
+    Args:
+        model: The model to edit.
+        n_iter: Steps of Adam an edit takes.
+        lr: Learning rate of Adam (paper: 0.1).
+        threshold: The gate's value above which an input is deferred.
+        replacement: The positions of the layer's output that the prediction overwrites.
+        seed: Seeds the first weights.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If an option is not one of its choices, or a number is out of range, naming it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        n_iter: int = 100,
+        lr: float = 0.1,
+        threshold: float = 0.5,
+        replacement: Replacement = "replace_all",
+        seed: int = 0,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, n_iter=n_iter, lr=lr, seed=seed, plugins=plugins, evaluator=evaluator)
+        check_positive("editor.threshold", threshold)
+        if threshold >= 1:
+            raise UserError(f"editor.threshold={threshold} should be below 1")
+        check_choice("editor.replacement", replacement, get_args(Replacement))
+        self.threshold = threshold
+        self.replacement: Replacement = replacement
+
+    def build(self, n_in: int, n_out: int) -> nn.Module:
+        return nn.ModuleDict({"gate": nn.Linear(n_in, 1), "predictor": nn.Linear(n_in, n_out)})
+
+    def n_parameters(self, n_in: int, n_out: int) -> int:
+        return (n_in + 1) * (n_out + 1)
+
+    def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
+        if call.is_prompt:
+            query = call.query.float()
+            call.state.memo["defer"] = (torch.sigmoid(adaptor["gate"](query))[:, 0], adaptor["predictor"](query))
+        gate, predicted = call.state.memo["defer"]
+        if self.step is None:
+            return call.replace(predicted, gate > self.threshold, self.replacement)
+        replaced = call.replace(predicted, torch.ones_like(gate, dtype=torch.bool), self.replacement)
+        return torch.lerp(call.output, replaced, gate[:, None, None].to(call.output.dtype))

@@ -1,0 +1,110 @@
+"""Fine-tuning held back by elastic weight consolidation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from torch import Tensor
+
+from grace_bench.editors.ft import FineTune
+from grace_bench.encoding import IGNORED, EncodedBatch
+from grace_bench.models import EditableModel
+from grace_bench.options import check_positive, check_whole
+from grace_bench.registry import register_editor
+from grace_bench.strategy import EditBatch, EditOutcome, State, trainable
+
+
+@register_editor("ft_ewc")
+class FineTuneEwc(FineTune):
+    """Fine-tunes on each edit, held near weights that mattered to the last edits (EWC, Kirkpatrick et al. 2017).
+
+    To the loss is added lambda / 2 * sum_i F_i (w_i - a_i)^2 (their Equation 3), where the anchor a is the layer after
+    the edit before and F the diagonal of the empirical Fisher information there: the mean over the last edits of the
+    squared gradient of the target's log-likelihood. Both are taken anew after every edit, which makes it online.
+
+    Args:
+        model: The model to edit.
+        n_iter: The most steps of Adam an edit takes.
+        lr: Learning rate of Adam.
+        ewc_lambda: Weight of the penalty (GRACE paper: 0.1).
+        n_samples: How many of the last edits the Fisher information is taken from (GRACE paper: 10).
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If a number is out of range, naming it, or the layer has no weights.
+    """
+
+    needs_replay = True
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        n_iter: int = 100,
+        lr: float = 1e-2,
+        ewc_lambda: float = 0.1,
+        n_samples: int = 10,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, n_iter=n_iter, lr=lr, plugins=plugins, evaluator=evaluator)
+        check_positive("editor.ewc_lambda", ewc_lambda)
+        check_whole("editor.n_samples", n_samples, least=1)
+        self.ewc_lambda = ewc_lambda
+        self.n_samples = n_samples
+        self._recent: list[tuple[str, str | int]] = []
+        self._fisher: list[Tensor] = []
+        self._anchor: list[Tensor] = []
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        outcome = super().edit(batch)
+        self._recent = [*self._recent, *zip(batch.prompts, batch.targets, strict=True)][-self.n_samples :]
+        self._fisher = self.fisher([self.model.encode_batch([prompt], [target]) for prompt, target in self._recent])
+        self._anchor = [parameter.detach().float().clone() for parameter in self.model.layer.parameters()]
+        return outcome
+
+    def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
+        terms = zip(self._fisher, weights, self._anchor, strict=True) if self._fisher else ()
+        return self.ewc_lambda / 2 * sum((f * (w - a) ** 2).sum() for f, w, a in terms)
+
+    def fisher(self, samples: Sequence[EncodedBatch]) -> list[Tensor]:
+        """Returns the diagonal of the empirical Fisher information, one float32 tensor a parameter of the layer.
+
+        Args:
+            samples: Requests with their targets, one row each.
+        """
+        with trainable(self.model.layer.parameters()) as parameters:
+            totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+            for sample in samples:
+                assert sample.labels is not None
+                n_tokens = int((sample.labels != IGNORED).sum())
+                # The task's loss is the mean over the target's tokens; the log-likelihood is their sum.
+                loss = self.model.task.loss(self.model.logits(sample), sample) * n_tokens
+                for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
+                    total += gradient.float() ** 2
+        return [total / len(samples) for total in totals]
+
+    def rollback(self) -> None:
+        super().rollback()
+        self._recent, self._fisher, self._anchor = [], [], []
+
+    def state_dict(self) -> State:
+        tensors = {f"fisher.{i}": tensor for i, tensor in enumerate(self._fisher)}
+        tensors |= {f"anchor.{i}": tensor for i, tensor in enumerate(self._anchor)}
+        return {**super().state_dict(), **tensors, "recent": [list(pair) for pair in self._recent]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._recent = [(prompt, target) for prompt, target in state["recent"]]
+        n_parameters = len(list(self.model.layer.parameters())) if self._recent else 0
+        self._fisher = [state[f"fisher.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
+        self._anchor = [state[f"anchor.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
+
+    def answering_state(self) -> State:
+        return super().state_dict()
+
+    def load_answering_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)

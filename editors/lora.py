@@ -1,0 +1,81 @@
+"""LoRA: a low-rank adapter on one layer, trained on each edit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from avalanche.core import BasePlugin
+from avalanche.training.plugins.evaluation import EvaluationPlugin
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from grace_bench.editors._adaptor import AdaptorStrategy
+from grace_bench.errors import UserError
+from grace_bench.models import EditableModel, LayerCall
+from grace_bench.options import check_positive, check_whole
+from grace_bench.registry import register_editor
+
+_NAME = "default"
+
+
+@register_editor("lora")
+class Lora(AdaptorStrategy):
+    """One low-rank adapter on the layer, fine-tuned on each edit until the model answers it (Hu et al. 2022).
+
+    To the layer's output is added (alpha / r) B A x at every position; `peft` makes A and B and their scale.
+
+    Args:
+        model: The model to edit.
+        n_iter: The most steps of Adam an edit takes.
+        lr: Learning rate of Adam.
+        r: Rank of the adapter.
+        alpha: Its scale, divided by the rank.
+        seed: Seeds A; B starts at zero.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If a number is out of range, naming it, or the layer is not a linear map.
+    """
+
+    stops_when_answered = True
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        n_iter: int = 100,
+        lr: float = 1e-3,
+        r: int = 8,
+        alpha: float = 16.0,
+        seed: int = 0,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, n_iter=n_iter, lr=lr, seed=seed, plugins=plugins, evaluator=evaluator)
+        check_whole("editor.r", r, least=1)
+        check_positive("editor.alpha", alpha)
+        if not isinstance(model.layer, nn.Linear | Conv1D):
+            raise UserError(f"layer={model.layer_name} is a {type(model.layer).__name__}, which LoRA cannot adapt")
+        self.r = r
+        self.alpha = alpha
+
+    def build(self, n_in: int, n_out: int) -> nn.Module:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=["layer"],
+            fan_in_fan_out=isinstance(self.model.layer, Conv1D),
+        )
+        # The model itself stays as it is: what peft wraps is a holder of the same layer, and its A and B are taken.
+        wrapped: Any = inject_adapter_in_model(config, nn.ModuleDict({"layer": self.model.layer}), _NAME)
+        self._scale = float(wrapped["layer"].scaling[_NAME])
+        return nn.ModuleDict({"A": wrapped["layer"].lora_A[_NAME], "B": wrapped["layer"].lora_B[_NAME]})
+
+    def n_parameters(self, n_in: int, n_out: int) -> int:
+        return self.r * (n_in + n_out)
+
+    def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
+        update = adaptor["B"](adaptor["A"](call.input.float())) * self._scale
+        return call.output + update.to(call.output.dtype)
