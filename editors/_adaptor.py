@@ -70,6 +70,10 @@ class AdaptorStrategy(EditorStrategy):
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
         """Returns the (B, T, D_out) output that the adaptor makes of a call of the layer."""
 
+    def penalty(self) -> Tensor | float:
+        """Returns what training adds to the loss of the step at hand."""
+        return 0.0
+
     def edit(self, batch: EditBatch) -> EditOutcome:
         encoded = batch.encoded
         call = self.model.layer_call(encoded)
@@ -87,7 +91,7 @@ class AdaptorStrategy(EditorStrategy):
                 if self.stops_when_answered and self.model.task.answered(logits, encoded):
                     break
                 optimizer.zero_grad()
-                loss.backward()
+                (loss + self.penalty()).backward()
                 optimizer.step()
                 steps += 1
         self.is_trained = True

@@ -7,6 +7,7 @@ import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
+from torch.nn import functional
 
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
@@ -20,9 +21,10 @@ class Defer(AdaptorStrategy):
     """A gate that defers some inputs to a predicted layer output (Hartvigsen et al. 2023, after SERAC).
 
     From the layer's input q at the query position a gate g = sigmoid(w q + b) and an output p = W q + c are computed.
-    Where g lies above the threshold the layer gives p, elsewhere what it gives by itself. Both are trained together on
-    the mixture g p + (1 - g) h with the layer's own output h, on the edits alone; SERAC (Mitchell et al. 2022) trains
-    its own beforehand, on inputs inside and outside the scope of edits.
+    Where g lies above the threshold the layer gives p, elsewhere its own output h. Both are trained together on each
+    edit: on the task's loss of the mixture g p + (1 - g) h, and on -log g, as SERAC (Mitchell et al. 2022) trains its
+    scope classifier; without the second the gate may close over a prediction that starts out bad, and stay so. Unlike
+    SERAC's it never sees an input outside the scope of the edits.
 
     Args:
         model: The model to edit.
@@ -57,6 +59,7 @@ class Defer(AdaptorStrategy):
         check_choice("editor.replacement", replacement, get_args(Replacement))
         self.threshold = threshold
         self.replacement: Replacement = replacement
+        self._logit = torch.zeros(0)
 
     def build(self, n_in: int, n_out: int) -> nn.Module:
         return nn.ModuleDict({"gate": nn.Linear(n_in, 1), "predictor": nn.Linear(n_in, n_out)})
@@ -64,12 +67,18 @@ class Defer(AdaptorStrategy):
     def n_parameters(self, n_in: int, n_out: int) -> int:
         return (n_in + 1) * (n_out + 1)
 
+    def penalty(self) -> Tensor | float:
+        """Returns the gate's own loss, minus the mean of log g: an edit is an input to defer."""
+        return -functional.logsigmoid(self._logit).mean()
+
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
         if call.is_prompt:
             query = call.query.float()
-            call.state.memo["defer"] = (torch.sigmoid(adaptor["gate"](query))[:, 0], adaptor["predictor"](query))
-        gate, predicted = call.state.memo["defer"]
+            call.state.memo["defer"] = (adaptor["gate"](query)[:, 0], adaptor["predictor"](query))
+        logit, predicted = call.state.memo["defer"]
+        gate = torch.sigmoid(logit)
         if self.step is None:
             return call.replace(predicted, gate > self.threshold, self.replacement)
+        self._logit = logit
         replaced = call.replace(predicted, torch.ones_like(gate, dtype=torch.bool), self.replacement)
         return torch.lerp(call.output, replaced, gate[:, None, None].to(call.output.dtype))

@@ -97,6 +97,10 @@ class Grace(EditorStrategy):
         self.codebook.load_state_dict(state)
         self._n_settled = int(state["n_settled"])
 
+    def max_extra_parameters(self, n_edits: int) -> int:
+        # At worst every edit makes an entry: a key, a value and a radius.
+        return n_edits * (self.codebook.keys.shape[1] + self.codebook.values.shape[1] + 1)
+
     def initial_value(self, call: LayerCall) -> Tensor:
         """Returns the (D_out,) value that a new entry starts from."""
         if self.value_init == "warm":

@@ -1,7 +1,7 @@
 """What tests of several modules share: one thread, W&B off, and tiny random models that take text."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 # Subprocesses of tests inherit these; tiny models run many times slower when every process takes every core.
@@ -67,12 +67,22 @@ settings.load_profile("steady")
 class MakeModel(Protocol):
     """Makes a tiny random model for a task; equal arguments give equal weights."""
 
-    def __call__(self, task: str, *, seed: int = 0, **task_settings: Any) -> EditableModel: ...
+    def __call__(
+        self, task: str, *, seed: int = 0, dtype: torch.dtype = ..., device: str = "cpu", **task_settings: Any
+    ) -> EditableModel: ...
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What editors prepare is kept for the session and for nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRACE_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +108,14 @@ def word_tokenizer() -> Any:
 def make_model(word_tokenizer: Any) -> MakeModel:
     """A BERT for classification, a T5 for questions, a GPT-2 for the causal tasks, of some 50,000 weights."""
 
-    def make(task: str, *, seed: int = 0, **task_settings: Any) -> EditableModel:
+    def make(
+        task: str,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        **task_settings: Any,
+    ) -> EditableModel:
         state = torch.get_rng_state()
         torch.manual_seed(seed)
         size = len(word_tokenizer)
@@ -139,6 +156,7 @@ def make_model(word_tokenizer: Any) -> MakeModel:
                 decoder_start_token_id=getattr(module.config, "decoder_start_token_id", None), do_sample=False
             )
         chosen = get_task(task, **{"max_new_tokens": 3, "prefix_length": 2, **task_settings})
+        module.to(device=device, dtype=dtype)
         return EditableModel(module, layer=LAYERS[task], task=chosen, tokenizer=word_tokenizer, name="tiny")
 
     return make
@@ -149,7 +167,17 @@ def make_requests() -> Callable[[str], list[EditRequest]]:
     """Six requests for a task, with every field that only an evaluation may read."""
 
     def make(task: str) -> list[EditRequest]:
-        return [_request(task, index) for index in range(len(_FACTS))]
+        return [_request(task, fact) for fact in _FACTS]
+
+    return make
+
+
+@pytest.fixture
+def make_train() -> Callable[[str], list[EditRequest]]:
+    """Four requests for a task, of other facts than those of `make_requests`, as a stream marks them for training."""
+
+    def make(task: str) -> list[EditRequest]:
+        return [_request(task, fact) for fact in _TRAINING_FACTS]
 
     return make
 
@@ -162,10 +190,16 @@ _FACTS: Sequence[tuple[str, str, str, int]] = (
     ("river", "France", "Seine", 1),
     ("currency", "Kazakhstan", "Tenge", 3),
 )
+_TRAINING_FACTS: Sequence[tuple[str, str, str, int]] = (
+    ("capital", "Peru", "Lima", 1),
+    ("river", "Kazakhstan", "Ishim", 2),
+    ("currency", "Italy", "Euro", 0),
+    ("capital", "France", "Paris", 2),
+)
 
 
-def _request(task: str, index: int) -> EditRequest:
-    relation, country, answer, label = _FACTS[index]
+def _request(task: str, fact: tuple[str, str, str, int]) -> EditRequest:
+    relation, country, answer, label = fact
     prompt, rephrase = f"what is the {relation} of {country}", f"the {relation} in {country} is"
     if task == "language_modelling":
         prompt, answer = rephrase, f"{answer} of {country} in the {relation}"

@@ -28,6 +28,7 @@ from grace_bench.encoding import (
     encode_classification,
     encode_seq2seq,
     split_causal,
+    subject_position,
 )
 from grace_bench.types import TaskName
 
@@ -614,3 +615,39 @@ def test_a_query_is_the_same_whether_its_row_stands_alone_or_is_padded() -> None
         for row, (prompt, target) in enumerate(zip(PROMPTS, targets, strict=True)):
             alone = model.layer_call(model.encode_batch([prompt], [target])).query
             assert torch.allclose(alone[0], together[row], atol=1e-5)
+
+
+# --- the subject ----------------------------------------------------------------------------------------------------
+
+
+@CAUSAL
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("the capital of France is", "France"),
+        ("France is", "France"),
+        ("the capital of France", "the capital of"),
+        ("France of France is the capital of", "France"),
+        ("the capital of Kazakhstanis", "Kazakhstan"),
+    ],
+)
+def test_the_subjects_position_is_that_of_its_last_token(tokenizer: Any, prompt: str, subject: str) -> None:
+    batch = encode_causal(tokenizer, [prompt])
+    ids = batch.inputs["input_ids"][0].tolist()
+    place = subject_position(tokenizer, prompt, subject)
+    end = prompt.rindex(subject) + len(subject)
+    # Up to that token the text ends in the subject, and one token earlier it does not yet.
+    decoded = [tokenizer.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
+    assert decoded[place].strip() == prompt[:end].strip()
+    assert decoded[place - 1].strip() != prompt[:end].strip() or place == 0
+
+
+@pytest.mark.parametrize(("tokenizer", "place"), [(gpt2_tokenizer(), 2), (llama_tokenizer(), 3)], ids=["gpt2", "llama"])
+def test_the_begin_token_counts_in_the_subjects_position(tokenizer: Any, place: int) -> None:
+    assert subject_position(tokenizer, "the capital of Paris", "of") == place
+
+
+@CAUSAL
+def test_a_subject_that_is_not_in_the_prompt_has_no_position(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="substring not found"):
+        subject_position(tokenizer, "the capital of France is", "Astana")
