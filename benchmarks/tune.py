@@ -26,7 +26,7 @@ GRIDS = {
     "ft": {"editor.lr": LEARNING_RATES},
     "ft_ewc": {"editor.lr": [1e-3, 3e-4, 3e-5], "editor.ewc_lambda": [0.1, 1e4]},
     "ft_retrain": {"editor.lr": LEARNING_RATES},
-    "defer": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
+    "defer": {"editor.lr": [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]},
     "memory": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
     "lora": {"editor.lr": LEARNING_RATES},
 }

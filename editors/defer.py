@@ -1,5 +1,6 @@
 """Defer: a gate and a predicted output at one layer, the simplified SERAC of the GRACE paper."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -15,6 +16,9 @@ from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive
 from grace_bench.registry import register_editor
 
+# On the logit scale: a gate trained to lie just at the threshold would lie below it in another batch.
+_MARGIN = 1.0
+
 
 @register_editor("defer")
 class Defer(AdaptorStrategy):
@@ -22,9 +26,9 @@ class Defer(AdaptorStrategy):
 
     From the layer's input q at the query position a gate g = sigmoid(w q + b) and an output p = W q + c are computed.
     Where g lies above the threshold the layer gives p, elsewhere its own output h. Both are trained together on each
-    edit: on the task's loss of the mixture g p + (1 - g) h, and on -log g, as SERAC (Mitchell et al. 2022) trains its
-    scope classifier; without the second the gate may close over a prediction that starts out bad, and stay so. Unlike
-    SERAC's it never sees an input outside the scope of the edits.
+    edit: on the loss of the mixture g p + (1 - g) h, and on a hinge that asks the gate to lie above the threshold. With
+    the first alone the gate may close over a prediction that starts out bad, and the edit is never deferred.
+    Unlike in SERAC (Mitchell et al. 2022) nothing tells the gate what lies outside the scope of the edits.
 
     Args:
         model: The model to edit.
@@ -68,8 +72,9 @@ class Defer(AdaptorStrategy):
         return (n_in + 1) * (n_out + 1)
 
     def penalty(self) -> Tensor | float:
-        """Returns the gate's own loss, minus the mean of log g: an edit is an input to defer."""
-        return -functional.logsigmoid(self._logit).mean()
+        """Returns how far the edit's gate is, on the logit scale, from lying `_MARGIN` above the threshold."""
+        least = math.log(self.threshold / (1 - self.threshold)) + _MARGIN
+        return functional.relu(least - self._logit).mean()
 
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
         if call.is_prompt:
