@@ -75,6 +75,8 @@ class Codebook:
         fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
             non-negative, every edited query inside its own ball, and compares labels rather than their means.
         device: Where the tensors are.
+        precision: The dtype that queries were computed in. In bfloat16 and float16 the moves of 1e-5 become moves of a
+            third of the dtype's epsilon times the query's norm, and every margin of `strict` grows with them.
 
     Raises:
         UserError: If `eps_init` is not a positive, finite number.
@@ -87,11 +89,13 @@ class Codebook:
         distance: Distance = "euclidean",
         fidelity: Fidelity = "strict",
         device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.float32,
     ) -> None:
         check_positive("editor.eps_init", eps_init)
         self.eps_init = eps_init
         self.distance = distance
         self.fidelity = fidelity
+        self.precision = precision
         self.labels: list[Label] = []
         self.label_means: list[float] = []
         self._device = torch.device(device)
@@ -189,7 +193,8 @@ class Codebook:
             return self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
         if self.fidelity == "reference":
             return self._settle_reference(query, label, make_value, label_mean, nearest, distance)
-        return self._settle_strict(query, label, make_value, label_mean, nearest, distances[0])
+        noise = self._noise(query)
+        return self._settle_strict(query, label, make_value, label_mean, nearest, distances[0], noise)
 
     def _settle_reference(
         self,
@@ -217,10 +222,11 @@ class Codebook:
         label_mean: float,
         nearest: int,
         distances: Tensor,
+        noise: float,
     ) -> Settlement:
         distance, radius = float(distances[nearest]), float(self.radii[nearest])
-        covering = max(distance * (1 + _RADIUS_MARGIN), distance + _JITTER)
-        rivals = self._rivals(distances, nearest)
+        covering = max(distance * (1 + _RADIUS_MARGIN), distance + noise)
+        rivals = self._rivals(distances, nearest, noise)
         if label == self.labels[nearest] and not rivals:
             if covering > radius:
                 self._radii[nearest] = covering
@@ -228,20 +234,27 @@ class Codebook:
             return Settlement("hit", nearest, False, distance)
         # No radius can tell two inputs apart that are this close, so the later label stands. Between rivals an entry of
         # its own can, as long as the query is not within its own noise of the nearest.
-        if distance <= (_JITTER if rivals else self._same_key(nearest)):
+        if distance <= (noise if rivals else max(noise, self._same_key(nearest))):
             self.labels[nearest], self.label_means[nearest] = label, label_mean
             self._radii[nearest] = max(radius, covering)
             return Settlement("relabel", nearest, False, distance)
         others = [entry for entry in (nearest, *rivals) if label != self.labels[entry]]
         for entry in others:
-            limit = float(distances[entry]) / 2 - 1e-5
+            limit = float(distances[entry]) / 2 - noise / 3
             self._radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
         op: Op = "split" if others else "add"
         return self._add(op, query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
 
-    def _rivals(self, distances: Tensor, nearest: int) -> list[int]:
+    def _noise(self, query: Tensor) -> float:
+        """The distance by which rounding may move a query in another batch, with some room."""
+        if torch.finfo(self.precision).bits >= 32:
+            return _JITTER
+        size = float(query.norm()) if self.distance == "euclidean" else 1.0
+        return max(_JITTER, torch.finfo(self.precision).eps * size)
+
+    def _rivals(self, distances: Tensor, nearest: int, noise: float) -> list[int]:
         """Entries so near to being nearest that the query's numerical noise could pick them instead."""
-        close = torch.nonzero(distances <= distances[nearest] + _JITTER)[:, 0].tolist()
+        close = torch.nonzero(distances <= distances[nearest] + noise)[:, 0].tolist()
         return [entry for entry in close if entry != nearest]
 
     def _same_key(self, entry: int) -> float:

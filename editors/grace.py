@@ -72,7 +72,9 @@ class Grace(EditorStrategy):
         self.distance = distance
         self.fidelity = fidelity
         self.seed = seed
-        self.codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device)
+        self.codebook = Codebook(
+            eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device, precision=model.dtype
+        )
         self._n_settled = 0
         self._training: tuple[int, Tensor] | None = None
         self.intercept(self._answer)

@@ -1,26 +1,56 @@
 """The first thing a new user runs: every editor on an embedded stream."""
 
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+
+from rich.console import Console
 
 from grace_bench.jobs import compose, execute
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
-from grace_bench.registry import EDITORS
+from grace_bench.registry import EDITORS, STREAMS
+from grace_bench.results import RunResult
 
-_STREAM = "atlas-qa"
+_STREAMS = ("atlas-qa", "atlas-text")
+_FOR_COMPARISON = ("grace", "none")
 
 
 def demo(out: Path, *, n_edits: int) -> None:
-    """Runs every registered editor on atlas-qa and prints the leaderboard.
+    """Runs every registered editor on atlas-qa, or on atlas-text if it works there only, and prints the leaderboards.
+
+    As many runs go on side by side as there are cores; tiny models use one each.
 
     Args:
         out: Where run folders are made; finished runs there are reused.
         n_edits: Edits an editor makes.
     """
-    results = []
-    for editor in EDITORS.entries():
-        config = compose([f"stream={_STREAM}", f"editor={editor}", f"max_edits={n_edits}"])
-        # Not an override: a path may hold what the override grammar gives a meaning.
-        config.out = str(out)
-        results.append(execute(config, say=lambda line: None))
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=spawned) as pool:
+        results = list(pool.map(partial(_run, out=str(out), n_edits=n_edits), _pairs()))
     print_leaderboard(Leaderboard(results))
-    print(f"\nRun folders: {out}\nThe same table again: grace-bench leaderboard {out}")
+    print(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
+
+
+def _pairs() -> Iterator[tuple[str, str]]:
+    """Each editor with the first stream it works on, and on every such stream some editors to compare with."""
+    tasks = {name: STREAMS.get(name).task for name in _STREAMS}
+    pairs = {}
+    for editor in EDITORS.entries():
+        supported = EDITORS.get(editor).supported_tasks
+        stream = next((name for name in _STREAMS if tasks[name] in supported), None)
+        if stream is not None:
+            pairs[stream, editor] = None
+            pairs |= {(stream, other): None for other in _FOR_COMPARISON}
+    yield from pairs
+
+
+def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> RunResult:
+    stream, editor = pair
+    config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
+    # Not an override: a path may hold what the override grammar gives a meaning.
+    config.out = out
+    # Several runs cannot each move a bar in one terminal.
+    return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))

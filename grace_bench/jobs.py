@@ -15,6 +15,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from grace_bench.benchmark import fingerprint_requests
 from grace_bench.benchmarking import RunSettings, meta_train, model_slug, run_benchmark
@@ -90,12 +91,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         raise UserError(_one_line(error)) from error
 
 
-def execute(config: DictConfig, *, say: Say) -> RunResult:
+def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> RunResult:
     """Carries out one run in its folder, or reuses the finished one.
 
     Args:
         config: The composed configuration.
         say: Takes lines for the user.
+        console: Where progress is shown; standard error by default.
 
     Raises:
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
@@ -116,7 +118,7 @@ def execute(config: DictConfig, *, say: Say) -> RunResult:
     except OSError as error:
         raise UserError(f"out={config.out}: {error.strerror or error}") from error
     try:
-        result = _run_in(folder, config, stream, editor, model)
+        result = _run_in(folder, config, stream, editor, model, console)
     except UserError:
         # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
         edits = folder / "edits.jsonl"
@@ -178,9 +180,11 @@ def _settings(config: DictConfig) -> RunSettings:
     )
 
 
-def _run_in(folder: Path, config: DictConfig, stream: Any, editor: Any, model: str) -> RunResult:
+def _run_in(
+    folder: Path, config: DictConfig, stream: Any, editor: Any, model: str, console: Console | None
+) -> RunResult:
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    with progress_bars() as progress:
+    with progress_bars(console) as progress:
         return run_benchmark(
             stream,
             model=model,
@@ -193,7 +197,7 @@ def _run_in(folder: Path, config: DictConfig, stream: Any, editor: Any, model: s
             run_id=folder.relative_to(config.out).as_posix(),
             config=plain,
             loggers=[
-                ProgressLogger(),
+                ProgressLogger(console),
                 WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
             ],
             progress=progress,

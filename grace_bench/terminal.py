@@ -10,10 +10,10 @@ from grace_bench.types import Progress
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Gives what long steps report to: bars on standard error, while some step is under way."""
+def progress_bars(console: Console | None = None) -> Iterator[Progress]:
+    """Gives what long steps report to: bars, on standard error by default, while some step is under way."""
     bars: dict[str, progress.TaskID] = {}
-    display = progress.Progress(console=Console(stderr=True))
+    display = progress.Progress(console=console or Console(stderr=True))
 
     def report(what: str, done: int, total: int) -> None:
         if what not in bars:

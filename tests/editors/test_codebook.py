@@ -129,6 +129,26 @@ def test_an_edited_input_hits_its_own_entry_also_when_its_query_moves(edits: lis
         assert codebook.labels[settled.entry] == (label,)
 
 
+@given(edits=_edits, eps=st.sampled_from([0.5, 1.0, 3.0]), seed=st.integers(0, 2**31))
+@_thorough
+def test_in_bfloat16_it_does_so_for_moves_that_rounding_to_eight_bits_makes(
+    edits: list[Edit], eps: float, seed: int
+) -> None:
+    codebook = Codebook(eps_init=eps, precision=torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    for key, label in edits:
+        query = torch.tensor(key)
+        noise = 2**-7 * float(query.norm())
+        assume(noise < eps / 2)
+        assume(len(codebook) < 2 or sorted(true_distances(codebook, query))[1] > 4 * noise)
+        settled = settle(codebook, key, label)
+        direction = torch.randn(16, WIDTH, generator=generator)
+        moved = query + noise / 3 * direction / direction.norm(dim=1, keepdim=True)
+        found = codebook.retrieve(torch.cat([query[None], moved]))
+        assert found.hit.all()
+        assert (found.entry == settled.entry).all()
+
+
 @given(edits=_edits, eps=st.sampled_from([0.05, 0.3]), seed=st.integers(0, 2**31))
 @_thorough
 def test_with_cosine_distance_it_does_so_relative_to_its_norm(edits: list[Edit], eps: float, seed: int) -> None:

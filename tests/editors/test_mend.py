@@ -25,7 +25,7 @@ MakeRequests = Callable[[str], list[EditRequest]]
 
 TASKS = ("classification", "qa", "completion", "language_modelling")
 each_task = pytest.mark.parametrize("task", TASKS)
-FEW = {"n_steps": 4, "batch_size": 2, "rank": 4}
+FEW: dict[str, Any] = {"n_steps": 4, "batch_size": 2, "rank": 4}
 OTHER_LAYERS = {
     "classification": "bert.encoder.layer.0.output.dense",
     "qa": "decoder.block.1.layer.2.DenseReluDense.wo",
@@ -163,13 +163,11 @@ def test_answering_with_updates_beside_the_weights_is_answering_with_updated_wei
             module: Any = fresh.find_layer(path)
             change = RankOnes(step.u[row : row + 1], step.delta[row : row + 1]).total()
             module.weight.data += change.T if isinstance(module, Conv1D) else change
-        labels = encoded(model, requests).labels[row]
-        known = labels != -100
-        got = beside[row][known] if known.dim() else beside[row]
         alone = encoded(fresh, [request])
         with torch.no_grad():
             wanted = fresh.logits(alone)[0]
-        wanted = wanted[alone.labels[0] != -100] if known.dim() else wanted
+        # Classes, or the logits of the positions that are not padding to the right.
+        got = beside[row][: len(wanted)]
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -255,7 +253,7 @@ def test_an_edit_adds_the_networks_updates_of_every_layer_and_rolls_back(
     model, requests = make_model(task), make_requests(task)[:2]
     paths = [model.layer_name, OTHER_LAYERS[task]]
     untouched = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-    with Mend(model=model, layers=paths, **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, layers=paths, **FEW) as editor:
         editor.meta_train(train_requests(task))
         assert same_tensors(untouched, model.module.state_dict())
         assert editor.networks is not None
@@ -287,12 +285,12 @@ def test_an_edit_adds_the_networks_updates_of_every_layer_and_rolls_back(
 def test_a_bfloat16_model_is_edited_by_float32_networks(make_model: MakeModel, make_requests: MakeRequests) -> None:
     model = make_model("completion")
     model.module.to(torch.bfloat16)
-    with Mend(model=model, edit_lr=1e-2, **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, edit_lr=1e-2, **FEW) as editor:
         editor.meta_train(train_requests("completion"))
         request = make_requests("completion")[0]
         outcome = editor.edit_text(request.prompt, request.target)
         assert {tensor.dtype for tensor in networks_of(editor).values()} == {torch.float32}
-        assert model.layer.weight.dtype == torch.bfloat16
+        assert {parameter.dtype for parameter in model.module.parameters()} == {torch.bfloat16}
         assert outcome.loss is not None
         assert outcome.loss_first is not None
         assert outcome.loss < outcome.loss_first
@@ -347,7 +345,7 @@ def test_what_was_meta_trained_is_reused_by_content_whatever_is_edited(
 ) -> None:
     train, requests = train_requests("qa"), make_requests("qa")
     model = make_model("qa")
-    with Mend(model=model, **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, **FEW) as editor:
         figures = editor.meta_train(train)
         trained = networks_of(editor)
         for request in requests[:2]:
@@ -360,28 +358,32 @@ def test_what_was_meta_trained_is_reused_by_content_whatever_is_edited(
         assert editor.meta_train(train, progress=fail) == figures
         assert torch.equal(logits_of(model, requests), edited), "edits hold while the unedited model is looked up"
     assert len(kept_files()) == 1
-    with Mend(model=make_model("qa"), **FEW) as fresh:  # type: ignore[arg-type]
+    with Mend(model=make_model("qa"), **FEW) as fresh:
         torch.manual_seed(99)
         fresh.prepare(train)
         assert same_tensors(networks_of(fresh), trained)
 
 
-def test_meta_training_after_edits_is_of_the_unedited_model(make_model: MakeModel, make_requests: MakeRequests) -> None:
+def test_meta_training_after_edits_is_of_the_unedited_model_and_keeps_the_edits(
+    make_model: MakeModel, make_requests: MakeRequests
+) -> None:
     train, request = train_requests("qa"), make_requests("qa")[0]
-    with Mend(model=make_model("qa"), **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=make_model("qa"), **FEW) as editor:
         editor.meta_train(train)
-        state = editor.state_dict()
-        editor.edit_text(request.prompt, request.target)
-        edited = editor.state_dict()
         trained = networks_of(editor)
+        editor.edit_text(request.prompt, request.target)
+        state = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in editor.state_dict().items()
+        }
+        edited = logits_of(editor.model, [request])
     (whole,) = kept_files()
     (cache_folder() / "mend" / whole).unlink()
-    with Mend(model=make_model("qa"), **FEW) as again:  # type: ignore[arg-type]
-        again.load_state_dict(edited)
+    with Mend(model=make_model("qa"), **FEW) as again:
+        again.load_state_dict(state)
         again.meta_train(train)
         assert kept_files() == {whole}
         assert same_tensors(networks_of(again), trained)
-        assert not same_tensors(again.answering_state() | {"n_edits": torch.zeros(())}, state)
+        assert torch.equal(logits_of(again.model, [request]), edited)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -400,7 +402,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", list(CHANGES.values()), ids=list(CHANGES))
 def test_another_setting_is_another_content(change: dict[str, Any], make_model: MakeModel) -> None:
     train = train_requests("qa")
-    with Mend(model=make_model("qa"), **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=make_model("qa"), **FEW) as editor:
         editor.meta_train(train)
     with Mend(model=make_model("qa"), **{**FEW, **change}) as editor, pytest.raises(UserError, match="meta-trained"):
         editor.prepare(train)
@@ -408,26 +410,24 @@ def test_another_setting_is_another_content(change: dict[str, Any], make_model: 
 
 def test_other_weights_and_other_training_data_are_another_content(make_model: MakeModel) -> None:
     train = train_requests("qa")
-    with Mend(model=make_model("qa"), **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=make_model("qa"), **FEW) as editor:
         editor.meta_train(train)
         with pytest.raises(UserError, match="meta-trained"):
             editor.prepare(train[::-1])
-    with Mend(model=make_model("qa", seed=1), **FEW) as editor, pytest.raises(UserError, match="meta-trained"):  # type: ignore[arg-type]
+    with Mend(model=make_model("qa", seed=1), **FEW) as editor, pytest.raises(UserError, match="meta-trained"):
         editor.prepare(train)
 
 
 def test_the_edited_layer_by_name_and_by_default_are_one_content(make_model: MakeModel) -> None:
     model, train = make_model("qa"), train_requests("qa")
-    with Mend(model=model, **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, **FEW) as editor:
         editor.meta_train(train)
-    with Mend(model=model, layers=[model.layer_name], **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, layers=[model.layer_name], **FEW) as editor:
         editor.prepare(train)
 
 
-def test_an_editor_that_was_not_meta_trained_says_what_to_run(
-    make_model: MakeModel, make_requests: MakeRequests
-) -> None:
-    model, request = make_model("qa"), make_requests("qa")[0]
+def test_an_editor_that_was_not_meta_trained_says_what_to_run(make_model: MakeModel) -> None:
+    model = make_model("qa")
     with Mend(model=model) as editor:
         for act in (lambda: editor.prepare(train_requests("qa")), lambda: editor.edit_text("what is", "Rome")):
             with pytest.raises(UserError, match="'mend' has not been meta-trained") as caught:
@@ -435,7 +435,7 @@ def test_an_editor_that_was_not_meta_trained_says_what_to_run(
             assert "grace-bench meta-train" in str(caught.value)
             assert model.layer_name in str(caught.value)
             assert "\n" not in str(caught.value)
-    assert not kept_files(), request.id
+    assert not kept_files()
 
 
 def test_requests_about_one_fact_are_refused(make_model: MakeModel) -> None:
@@ -447,7 +447,7 @@ def test_a_saved_editor_holds_weights_only_and_edits_on_once_prepared(
     make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
 ) -> None:
     model, requests, train = make_model("qa"), make_requests("qa"), train_requests("qa")
-    with Mend(model=model, **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, **FEW) as editor:
         editor.meta_train(train)
         editor.edit_text(requests[0].prompt, requests[0].target)
         editor.save_pretrained(tmp_path / "saved")
@@ -470,18 +470,18 @@ def test_an_update_that_is_not_finite_fails_and_leaves_the_weights(
     make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
     model, request = make_model("qa"), make_requests("qa")[0]
-    before = model.layer.weight.clone()
-    with Mend(model=model, **FEW) as editor:  # type: ignore[arg-type]
+    before = {name: tensor.clone() for name, tensor in model.layer.state_dict().items()}
+    with Mend(model=model, **FEW) as editor:
         editor.meta_train(train_requests("qa"))
         assert editor.networks is not None
         editor.networks.log_edit_lr.fill_(1e4)
         with pytest.raises(EditFailure, match="not finite"):
             editor.edit_text(request.prompt, request.target)
-        assert torch.equal(model.layer.weight, before)
+        assert same_tensors(model.layer.state_dict(), before)
 
 
 def test_a_training_that_diverges_says_at_which_step(make_model: MakeModel) -> None:
-    with Mend(model=make_model("qa"), edit_lr=1e300, **FEW) as editor, pytest.raises(UserError, match="at step 1"):  # type: ignore[arg-type]
+    with Mend(model=make_model("qa"), edit_lr=1e300, **FEW) as editor, pytest.raises(UserError, match="at step 1"):
         editor.meta_train(train_requests("qa"))
 
 
@@ -524,6 +524,6 @@ def test_a_layer_outside_a_sequence_is_edited_too() -> None:
 
     model = EditableModel(Points(), layer="net.2", task="classification", encode=encode)
     train = [EditRequest(id=str(i), prompt=f"{i} {-i}", target=i % 3) for i in range(5)]
-    with Mend(model=model, layers=["net.0", "net.2"], **FEW) as editor:  # type: ignore[arg-type]
+    with Mend(model=model, layers=["net.0", "net.2"], **FEW) as editor:
         editor.meta_train(train)
         assert editor.edit_text("0.5 0.5", 2).steps == 1
