@@ -49,7 +49,7 @@ class FineTuneRetrain(FineTune):
         lr: float = 1e-2,
         retrain_every: int = 50,
         memory_size: int = 1000,
-        n_epochs: int = 20,
+        n_epochs: int = 100,
         batch_size: int = 16,
         seed: int = 0,
         plugins: Sequence[BasePlugin] = (),
