@@ -20,6 +20,10 @@ LAYERS = {
     "toy": ["second"],
     "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (0, 1, 2)],
 }
+# ROME reads a feed-forward block's second map as a memory of facts (Meng et al. 2022, section 3.1).
+LAYERS_OF_ONE_EDITOR = {
+    ("atlas-text", "rome"): [f"transformer.h.{block}.mlp.c_proj" for block in (0, 1, 2)],
+}
 LEARNING_RATES = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]
 GRIDS = {
     "grace": {"editor.eps_init": [0.5, 1.0, 3.0], "editor.replacement": ["replace_prompt", "replace_last"]},
@@ -29,6 +33,7 @@ GRIDS = {
     "defer": {"editor.lr": [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]},
     "memory": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
     "lora": {"editor.lr": LEARNING_RATES},
+    "rome": {"editor.clamp": [4.0, 1.0], "editor.n_prefixes": [10, 2, 0]},
 }
 """Six settings an editor on each layer: the same budget for all."""
 
@@ -43,7 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     for editor in options.editors:
         trials: list[tuple[float, tuple[str, ...]]] = []
-        grid = {"layer": LAYERS[options.stream], **GRIDS[editor]}
+        layers = LAYERS_OF_ONE_EDITOR.get((options.stream, editor), LAYERS[options.stream])
+        grid = {"layer": layers, **GRIDS[editor]}
         for values in itertools.product(*grid.values()):
             chosen = tuple(f"{name}={value}" for name, value in zip(grid, values, strict=True))
             fixed = [f"stream={options.stream}", f"editor={editor}", "split=validation", "wandb.mode=disabled"]

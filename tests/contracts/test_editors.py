@@ -44,7 +44,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "memory": {"n_iter": 20},
     "lora": {"n_iter": 20, "lr": 0.01},
     "mend": {"n_steps": 10},
-    "rome": {"n_iter": 10},
+    "rome": {"n_prefixes": 0, "clamp": 1.0},
 }
 """Options that keep edits and preparations short on models this small."""
 VARIANTS = [pytest.param({}, id="float32"), pytest.param({"dtype": torch.bfloat16}, id="bfloat16")]
@@ -53,7 +53,6 @@ if torch.cuda.is_available():
         pytest.param({"device": "cuda"}, id="cuda"),
         pytest.param({"device": "cuda", "dtype": torch.bfloat16}, id="cuda-bfloat16"),
     ]
-ADDS_PARAMETERS = {"grace", "defer", "memory", "lora"}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -233,11 +232,10 @@ def test_what_an_editor_adds_to_the_model_stays_within_what_it_declares(
 ) -> None:
     model = make_model(task)
     with make_editor(name, model) as editor:
-        assert editor.extra_parameters == editor.max_extra_parameters(0) == 0
+        assert 0 <= editor.extra_parameters <= editor.max_extra_parameters(0)
         for n_edits, request in enumerate(make_requests(task)[:4], start=1):
             apply(editor, [request])
             assert 0 <= editor.extra_parameters <= editor.max_extra_parameters(n_edits)
-        assert (editor.max_extra_parameters(4) > 0) == (name in ADDS_PARAMETERS)
 
 
 @each_supported
@@ -370,7 +368,7 @@ class Spy(BasePlugin):  # type: ignore[type-arg]
 
 @each_editor
 def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so(
-    name: str, make_model: MakeModel, make_requests: MakeRequests
+    name: str, make_model: MakeModel, make_requests: MakeRequests, make_train: MakeRequests
 ) -> None:
     cls = EDITORS.get(name)
     task = cls.supported_tasks[0]
@@ -386,7 +384,7 @@ def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so
             return outcome
 
     request = make_requests(task)[0]
-    with Watched(model=make_model(task), plugins=[spy]) as editor:
+    with ready(Watched(model=make_model(task), plugins=[spy], **QUICK.get(name, {})), make_train(task)) as editor:
         editor.train(EditExperience(request), eval_streams=[])
         assert editor.n_edits == 1
     evaluation_only = {"request", "current_experience"}
