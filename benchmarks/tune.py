@@ -53,7 +53,8 @@ def main() -> None:
         for values in itertools.product(*grid.values()):
             chosen = tuple(f"{name}={value}" for name, value in zip(grid, values, strict=True))
             fixed = [f"stream={options.stream}", f"editor={editor}", "split=validation", "wandb.mode=disabled"]
-            config = compose([*fixed, f"max_edits={options.edits}", f"out={options.out}", *chosen])
+            length = [f"max_edits={options.edits}", f"eval_every={options.edits}"]
+            config = compose([*fixed, *length, f"out={options.out}", *chosen])
             result = execute(config, say=lambda line: None)
             trials.append((quality(result), chosen))
             print(f"{trials[-1][0]:.4f}", editor, *chosen, figures(result), flush=True)
