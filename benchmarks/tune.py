@@ -11,7 +11,8 @@ import itertools
 import math
 from pathlib import Path
 
-from grace_bench.jobs import compose, execute
+from grace_bench.jobs import compose, execute, execute_meta_training
+from grace_bench.registry import EDITORS
 from grace_bench.results import RunResult
 
 LAYERS = {
@@ -20,9 +21,32 @@ LAYERS = {
     "toy": ["second"],
     "atlas-text": [f"transformer.h.{block}.mlp.c_fc" for block in (0, 1, 2)],
 }
-# ROME reads a feed-forward block's second map as a memory of facts (Meng et al. 2022, section 3.1).
+# ROME reads a feed-forward block's second map as a memory of facts (Meng et al. 2022, section 3.1); MEND edits several
+# of the last feed-forward maps at once (Mitchell et al. 2022, section 5).
 LAYERS_OF_ONE_EDITOR = {
-    ("atlas-text", "rome"): [f"transformer.h.{block}.mlp.c_proj" for block in (0, 1, 2)],
+    "rome": {"atlas-text": {"layer": [f"transformer.h.{block}.mlp.c_proj" for block in (0, 1, 2)]}},
+    "mend": {
+        "atlas-qa": {
+            "editor.layers": [
+                "[encoder.block.2.layer.1.DenseReluDense.wo]",
+                "[encoder.block.1.layer.1.DenseReluDense.wo,encoder.block.2.layer.1.DenseReluDense.wo,"
+                "decoder.block.0.layer.2.DenseReluDense.wo]",
+            ]
+        },
+        "atlas-drift": {
+            "editor.layers": [
+                "[bert.encoder.layer.2.output.dense]",
+                "[bert.encoder.layer.1.output.dense,bert.encoder.layer.2.output.dense,bert.pooler.dense]",
+            ]
+        },
+        "atlas-text": {
+            "editor.layers": [
+                "[transformer.h.1.mlp.c_fc]",
+                "[transformer.h.2.mlp.c_proj]",
+                "[transformer.h.1.mlp.c_fc,transformer.h.2.mlp.c_fc,transformer.h.2.mlp.c_proj]",
+            ]
+        },
+    },
 }
 LEARNING_RATES = [1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5]
 GRIDS = {
@@ -33,9 +57,10 @@ GRIDS = {
     "defer": {"editor.lr": [0.1, 0.03, 0.01, 0.003, 0.001, 0.0003]},
     "memory": {"editor.lr": [0.1, 0.01, 0.001], "editor.replacement": ["replace_all", "replace_prompt"]},
     "lora": {"editor.lr": LEARNING_RATES},
+    "mend": {"editor.c_edit": [0.1, 0.3, 1.0], "editor.edit_lr": [1e-3, 1e-2]},
     "rome": {"editor.clamp": [4.0, 1.0], "editor.n_prefixes": [10, 2, 0]},
 }
-"""Six settings an editor on each layer: the same budget for all."""
+"""Six settings an editor on each layer, or for MEND on each set of layers: the same budget for all."""
 
 
 def main() -> None:
@@ -48,13 +73,15 @@ def main() -> None:
     options = parser.parse_args()
     for editor in options.editors:
         trials: list[tuple[float, tuple[str, ...]]] = []
-        layers = LAYERS_OF_ONE_EDITOR.get((options.stream, editor), LAYERS[options.stream])
-        grid = {"layer": layers, **GRIDS[editor]}
+        layers = LAYERS_OF_ONE_EDITOR.get(editor, {}).get(options.stream, {"layer": LAYERS[options.stream]})
+        grid = {**layers, **GRIDS[editor]}
         for values in itertools.product(*grid.values()):
             chosen = tuple(f"{name}={value}" for name, value in zip(grid, values, strict=True))
             fixed = [f"stream={options.stream}", f"editor={editor}", "split=validation", "wandb.mode=disabled"]
             length = [f"max_edits={options.edits}", f"eval_every={options.edits}"]
             config = compose([*fixed, *length, f"out={options.out}", *chosen])
+            if EDITORS.get(editor).needs_meta_training:
+                execute_meta_training(config, say=lambda line: None)
             result = execute(config, say=lambda line: None)
             trials.append((quality(result), chosen))
             print(f"{trials[-1][0]:.4f}", editor, *chosen, figures(result), flush=True)

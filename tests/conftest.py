@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from grace_bench.models import EditableModel
+from grace_bench.registry import EDITORS
+from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
 from grace_bench.types import EditRequest
 
@@ -178,6 +180,32 @@ def make_train() -> Callable[[str], list[EditRequest]]:
 
     def make(task: str) -> list[EditRequest]:
         return [_request(task, fact) for fact in _TRAINING_FACTS]
+
+    return make
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "grace": {"n_iter": 20},
+    "defer": {"n_iter": 20},
+    "memory": {"n_iter": 20},
+    "lora": {"n_iter": 20, "lr": 0.01},
+    "mend": {"n_steps": 10},
+    "rome": {"n_prefixes": 0, "clamp": 1.0},
+}
+"""Options that keep edits and preparations short on models this small."""
+
+
+@pytest.fixture
+def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[..., EditorStrategy]:
+    """Makes a registered editor, or a subclass `cls` of it, that is ready for its first edit."""
+
+    def make(name: str, model: EditableModel, *, cls: Any = None, **options: Any) -> EditorStrategy:
+        editor: EditorStrategy = (cls or EDITORS.get(name))(model=model, **{**QUICK.get(name, {}), **options})
+        train = make_train(model.task.name)
+        if editor.needs_meta_training:
+            editor.meta_train(train)
+        editor.prepare(train)
+        return editor
 
     return make
 

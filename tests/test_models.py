@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel, LayerCall, hash_tensors, pick_device, pick_threads
 from grace_bench.registry import EDITORS, STREAMS
+from grace_bench.strategy import EditorStrategy
 from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
+MakeEditor = Callable[..., EditorStrategy]
 MakeRequests = Callable[[str], list[EditRequest]]
 
 PROMPTS = ["what is the capital of Kazakhstan", "the river in Italy is", "what is the currency of Peru"]
@@ -278,11 +280,13 @@ each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
 @each_editor
-def test_suspending_nests(name: str, make_model: MakeModel, make_requests: MakeRequests) -> None:
+def test_suspending_nests(
+    make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
     task = EDITORS.get(name).supported_tasks[0]
     model, (request, *_) = make_model(task), make_requests(task)
     before = first_token_logits(model, request)
-    with EDITORS.get(name)(model=model) as editor:
+    with make_editor(name, model) as editor:
         editor.edit_text(request.prompt, request.target, subject=request.subject)
         edited = first_token_logits(model, request)
         with editor.suspended():
@@ -294,12 +298,12 @@ def test_suspending_nests(name: str, make_model: MakeModel, make_requests: MakeR
 
 @each_editor
 def test_a_suspended_editor_refuses_to_be_saved_and_stays_suspended(
-    name: str, make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
+    make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
 ) -> None:
     task = EDITORS.get(name).supported_tasks[0]
     model, (request, *_) = make_model(task), make_requests(task)
     before = first_token_logits(model, request)
-    with EDITORS.get(name)(model=model) as editor:
+    with make_editor(name, model) as editor:
         editor.edit_text(request.prompt, request.target, subject=request.subject)
         edited = first_token_logits(model, request)
         with editor.suspended():

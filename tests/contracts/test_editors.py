@@ -23,7 +23,7 @@ from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]
-MakeEditor = Callable[[str, EditableModel], EditorStrategy]
+MakeEditor = Callable[..., EditorStrategy]
 
 TASKS = ("classification", "qa", "completion", "language_modelling")
 SUPPORTED = [
@@ -38,15 +38,6 @@ each_supported = pytest.mark.parametrize(("name", "task"), SUPPORTED)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
-QUICK: dict[str, dict[str, Any]] = {
-    "grace": {"n_iter": 20},
-    "defer": {"n_iter": 20},
-    "memory": {"n_iter": 20},
-    "lora": {"n_iter": 20, "lr": 0.01},
-    "mend": {"n_steps": 10},
-    "rome": {"n_prefixes": 0, "clamp": 1.0},
-}
-"""Options that keep edits and preparations short on models this small."""
 VARIANTS = [pytest.param({}, id="float32"), pytest.param({"dtype": torch.bfloat16}, id="bfloat16")]
 if torch.cuda.is_available():
     VARIANTS += [
@@ -54,24 +45,6 @@ if torch.cuda.is_available():
         pytest.param({"device": "cuda", "dtype": torch.bfloat16}, id="cuda-bfloat16"),
     ]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@pytest.fixture
-def make_editor(make_train: MakeRequests) -> Callable[..., EditorStrategy]:
-    """Makes an editor that is ready for its first edit."""
-
-    def make(name: str, model: EditableModel) -> EditorStrategy:
-        editor: EditorStrategy = EDITORS.get(name)(model=model, **QUICK.get(name, {}))
-        return ready(editor, make_train(model.task.name))
-
-    return make
-
-
-def ready(editor: EditorStrategy, train: list[EditRequest]) -> EditorStrategy:
-    if editor.needs_meta_training:
-        editor.meta_train(train)
-    editor.prepare(train)
-    return editor
 
 
 def apply(editor: EditorStrategy, requests: list[EditRequest]) -> list[EditOutcome]:
@@ -368,7 +341,7 @@ class Spy(BasePlugin):  # type: ignore[type-arg]
 
 @each_editor
 def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so(
-    name: str, make_model: MakeModel, make_requests: MakeRequests, make_train: MakeRequests
+    make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
     cls = EDITORS.get(name)
     task = cls.supported_tasks[0]
@@ -384,7 +357,7 @@ def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so
             return outcome
 
     request = make_requests(task)[0]
-    with ready(Watched(model=make_model(task), plugins=[spy], **QUICK.get(name, {})), make_train(task)) as editor:
+    with make_editor(name, make_model(task), cls=Watched, plugins=[spy]) as editor:
         editor.train(EditExperience(request), eval_streams=[])
         assert editor.n_edits == 1
     evaluation_only = {"request", "current_experience"}
