@@ -37,7 +37,7 @@ def demo(out: Path, *, n_edits: int) -> None:
 def _pairs() -> Iterator[tuple[str, str]]:
     """Each editor with the first stream it works on, and on every such stream some editors to compare with."""
     tasks = {name: STREAMS.get(name).task for name in _STREAMS}
-    pairs = {}
+    pairs: dict[tuple[str, str], None] = {}
     for editor in EDITORS.entries():
         supported = EDITORS.get(editor).supported_tasks
         stream = next((name for name in _STREAMS if tasks[name] in supported), None)
