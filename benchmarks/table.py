@@ -1,0 +1,63 @@
+"""Runs every editor on the embedded streams with several seeds, side by side, and prints the tables.
+
+    python benchmarks/table.py
+
+Editors are meta-trained first where they need it. Finished runs are reused, so that an interrupted table goes on.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+
+from grace_bench.jobs import compose, execute, execute_meta_training
+from grace_bench.leaderboard import Leaderboard, print_leaderboard
+from grace_bench.registry import EDITORS, STREAMS
+from grace_bench.results import RunResult
+
+
+def main() -> None:
+    """Runs the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", nargs="+", default=["atlas-qa", "atlas-drift", "atlas-text"])
+    parser.add_argument("--editors", nargs="+", default=list(EDITORS.entries()))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--edits", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    options = parser.parse_args()
+    pairs = [
+        (stream, editor)
+        for stream, editor in product(options.streams, options.editors)
+        if STREAMS.get(stream).task in EDITORS.get(editor).supported_tasks
+    ]
+    learners = [pair for pair in pairs if EDITORS.get(pair[1]).needs_meta_training]
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=options.jobs, mp_context=spawned) as pool:
+        list(pool.map(meta_train, learners))
+        runs = [(*pair, seed) for pair, seed in product(pairs, options.seeds)]
+        results = list(pool.map(partial(run, out=str(options.out), n_edits=options.edits), runs))
+    print_leaderboard(Leaderboard(results), "markdown")
+
+
+def meta_train(pair: tuple[str, str]) -> None:
+    """Meta-trains an editor for a stream, unless that was done before."""
+    stream, editor = pair
+    execute_meta_training(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
+
+
+def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> RunResult:
+    """Carries out one run, or reuses it."""
+    stream, editor, seed = which
+    config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}"])
+    config.out = out
+    return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+
+
+if __name__ == "__main__":
+    main()
