@@ -135,6 +135,9 @@ def _meta_train(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(_META_TRAIN_HELP, end="")
         return 0
+    flag = next((override for override in overrides if override.startswith("-")), None)
+    if flag is not None:
+        raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
     from grace_bench.jobs import compose, execute_meta_training
 
     execute_meta_training(compose(overrides), say=print)

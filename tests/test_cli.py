@@ -360,6 +360,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = '{"id": "a", "prompt": "p", "target": "t"}\n'
     (root / "field.jsonl").write_text(good + '{"id": "b", "prompt": "p", "targt": "t"}\n', encoding="utf-8")
     (root / "syntax.jsonl").write_text(good + "\n" + '{"id": "b",\n', encoding="utf-8")
+    (root / "no-subject.jsonl").write_text(good, encoding="utf-8")
     for name in ("toy", "atlas-qa"):
         weights = (CHECKPOINTS / name / "model.safetensors").read_bytes()
         for damage, content in (("short", weights[:-64]), ("garbage", b"garbage")):
@@ -440,6 +441,19 @@ RUN_MISTAKES = {
     "hf-model-cut-short": (["stream=atlas-qa", "model=BROKEN/atlas-qa-short"], ["model=BROKEN/atlas-qa-short"]),
     "hf-model-of-garbage": (["stream=atlas-qa", "model=BROKEN/atlas-qa-garbage"], ["model=BROKEN/atlas-qa-garbage"]),
     "hf-model-without-tokenizer": (["stream=atlas-qa", "model=BROKEN/atlas-qa-wordless"], ["BROKEN/atlas-qa-wordless"]),
+    "editor-that-is-not-meta-trained": (["stream=toy", "editor=mend"], ["'mend' has not been meta-trained"]),
+    "editor-of-other-tasks": (["stream=atlas-qa", "editor=rome"], ["'rome' does not work on qa", "completion"]),
+    "editor-that-needs-subjects": (
+        [
+            "stream=jsonl",
+            "stream.path=BROKEN/no-subject.jsonl",
+            "stream.task=completion",
+            "model=atlas-text",
+            "layer=transformer.h.1.mlp.c_fc",
+            "editor=rome",
+        ],
+        ["'subject'", "'rome' needs one"],
+    ),
     "model-of-another-kind": (["stream=atlas-qa", "model=toy"], ["toy"]),
 }
 
@@ -476,6 +490,12 @@ COMMAND_MISTAKES = {
     "leaderboard-of-an-empty-folder": (["leaderboard", "BROKEN/empty"], ["BROKEN/empty: holds no finished run"]),
     "leaderboard-of-a-text": (["leaderboard", "BROKEN/plain.txt"], ["BROKEN/plain.txt: ", "JSON"]),
     "leaderboard-as-what": (["leaderboard", "BROKEN", "--format", "html"], ["'html'", "latex"]),
+    "meta-train-of-one-that-needs-none": (["meta-train", "editor=grace"], ["'grace' needs no meta-training"]),
+    "meta-train-without-requests": (
+        ["meta-train", "stream=toy", "editor=mend"],
+        ["'toy' has no requests for training"],
+    ),
+    "meta-train-with-a-flag": (["meta-train", "-m", "editor=mend"], ["has no option -m"]),
     "pretrain-unknown": (["pretrain", "tyo", "--out", "BROKEN/new"], ["did you mean 'toy'?"]),
     "pretrain-without-model": (["pretrain", "jsonl", "--out", "BROKEN/new"], ["'jsonl' has no model of its own"]),
     "pretrain-into-a-file": (["pretrain", "toy", "--out", "BROKEN/plain.txt"], ["BROKEN/plain.txt"]),
@@ -605,6 +625,34 @@ def test_list_names_everything_registered_with_a_line_on_each(kind: str) -> None
     assert all(len(text.strip()) > 10 for text in described.values())
     whole = cli("list").out
     assert done.out in whole
+
+
+# --- meta-train ------------------------------------------------------------------------------------------------------
+
+
+def test_an_editor_is_meta_trained_once_and_then_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path / "cache"))
+    options = ["stream=atlas-drift", "editor=mend", "editor.n_steps=3"]
+    trained = cli("meta-train", *options)
+    assert trained.code == 0, trained.err
+    figures = dict(line.split() for line in trained.out.splitlines())
+    assert figures["n_steps"] == "3"
+    assert {"edit_loss_last", "locality_kl_last"} <= figures.keys()
+    (kept,) = (tmp_path / "cache" / "mend").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert cli("meta-train", *options).out == trained.out
+    assert kept.stat().st_mtime_ns == before
+    done = cli("run", *options, "max_edits=2", "max_upstream=10", f"out={tmp_path / 'runs'}", "wandb.mode=disabled")
+    assert done.code == 0, done.err
+    (folder,) = run_folders(tmp_path / "runs")
+    assert _result(folder).metrics["n_edits"] == 2
+
+
+def test_the_networks_that_ship_are_found_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path / "cache"))
+    done = cli("meta-train", "stream=atlas-qa", "editor=mend")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "cache").exists()
 
 
 # --- demo, pretrain --------------------------------------------------------------------------------------------------
