@@ -28,10 +28,15 @@ def demo(out: Path, *, n_edits: int) -> None:
         n_edits: Edits an editor makes.
     """
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=spawned) as pool:
+    with ProcessPoolExecutor(max_workers=_n_cores(), mp_context=spawned) as pool:
         results = list(pool.map(partial(_run, out=str(out), n_edits=n_edits), _pairs()))
     print_leaderboard(Leaderboard(results))
     print(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
+
+
+def _n_cores() -> int:
+    """The cores that this process may use; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pairs() -> Iterator[tuple[str, str]]:
