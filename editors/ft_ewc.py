@@ -102,9 +102,3 @@ class FineTuneEwc(FineTune):
         n_parameters = len(list(self.model.layer.parameters())) if self._recent else 0
         self._fisher = [state[f"fisher.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
         self._anchor = [state[f"anchor.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
-
-    def answering_state(self) -> State:
-        return super().state_dict()
-
-    def load_answering_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)

@@ -129,9 +129,3 @@ class FineTuneRetrain(FineTune):
         super().load_state_dict(state)
         self.memory = [(prompt, target) for prompt, target in state["memory"]]
         self._n_seen = int(state["n_seen"])
-
-    def answering_state(self) -> State:
-        return super().state_dict()
-
-    def load_answering_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)

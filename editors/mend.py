@@ -151,12 +151,6 @@ class Mend(EditorStrategy):
         if networks:
             self._adopt(networks)
 
-    def answering_state(self) -> State:
-        return super().state_dict()
-
-    def load_answering_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-
     def _new_networks(self, generator: torch.Generator) -> EditorNetworks:
         return EditorNetworks(self._sizes, rank=self.rank, edit_lr=self.edit_lr, generator=generator).to(
             self.model.device

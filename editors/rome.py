@@ -157,12 +157,6 @@ class Rome(EditorStrategy):
             self._take(state["covariance"].cpu())
             self.prefixes = list(state["prefixes"])
 
-    def answering_state(self) -> State:
-        return super().state_dict()
-
-    def load_answering_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-
     def _take(self, covariance: Tensor) -> None:
         self.covariance = covariance
         ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)

@@ -102,9 +102,9 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
     Raises:
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
     """
-    stream, editor, model = _parts(config)
+    stream, asked = _asked(config)
     name = registered_name(config.editor)
-    slug = model_slug(model, list(known_models()))
+    slug = model_slug(asked["model"], list(known_models()))
     folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
     finished, aside = _existing(folder, config.existing)
     if finished is not None:
@@ -118,7 +118,7 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
     except OSError as error:
         raise UserError(f"out={config.out}: {error.strerror or error}") from error
     try:
-        result = _run_in(folder, config, stream, editor, model, console)
+        result = _run_in(folder, config, stream, asked, console)
     except UserError:
         # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
         edits = folder / "edits.jsonl"
@@ -141,30 +141,27 @@ def execute_meta_training(config: DictConfig, *, say: Say) -> None:
     Raises:
         UserError: If the editor needs no meta-training, or the configuration asks for what cannot be.
     """
-    stream, editor, model = _parts(config)
+    stream, asked = _asked(config)
     with progress_bars() as progress:
-        figures = meta_train(
-            stream,
-            model=model,
-            editor=editor,
-            layer=config.layer,
-            dtype=config.dtype,
-            device=config.device,
-            settings=_settings(config),
-            progress=progress,
-        )
+        figures = meta_train(stream, **asked, progress=progress)
     for name, value in figures.items():
         say(f"{name} {value:.4g}")
 
 
-def _parts(config: DictConfig) -> tuple[Any, Any, str]:
-    """Returns the stream, what makes the editor, and the model's name."""
+def _asked(config: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """Returns the stream, and what a configuration asks of any work on it."""
     check_options(config)
     stream, editor = make_stream(config), make_editor(config)
     model = config.model or stream.default_model
     if model is None:
         raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
-    return stream, editor, str(model)
+    names = ("layer", "dtype", "device")
+    return stream, {
+        "model": str(model),
+        "editor": editor,
+        "settings": _settings(config),
+        **{name: config[name] for name in names},
+    }
 
 
 def _settings(config: DictConfig) -> RunSettings:
@@ -180,19 +177,12 @@ def _settings(config: DictConfig) -> RunSettings:
     )
 
 
-def _run_in(
-    folder: Path, config: DictConfig, stream: Any, editor: Any, model: str, console: Console | None
-) -> RunResult:
+def _run_in(folder: Path, config: DictConfig, stream: Any, asked: dict[str, Any], console: Console | None) -> RunResult:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     with progress_bars(console) as progress:
         return run_benchmark(
             stream,
-            model=model,
-            editor=editor,
-            layer=config.layer,
-            dtype=config.dtype,
-            device=config.device,
-            settings=_settings(config),
+            **asked,
             folder=folder,
             run_id=folder.relative_to(config.out).as_posix(),
             config=plain,

@@ -265,12 +265,15 @@ class EditorStrategy(BaseTemplate, ABC):
         self._load_weights({name: state[f"weights.{name}"] for name in self._weights()})
 
     def answering_state(self) -> State:
-        """Returns only what answering needs, for `save_pretrained`."""
-        return self.state_dict()
+        """Returns only what answering needs, for `save_pretrained`: the rewritten weights, or else the whole state."""
+        return self.state_dict() if self.freezes_weights else EditorStrategy.state_dict(self)
 
     def load_answering_state(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `answering_state`: the model answers as edited, and editing may go on from there."""
-        self.load_state_dict(state)
+        if self.freezes_weights:
+            self.load_state_dict(state)
+        else:
+            EditorStrategy.load_state_dict(self, state)
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights and buffers of the rewritten modules, by dotted path."""
