@@ -6,9 +6,6 @@ Editors are meta-trained first where they need it. Finished runs are reused, so 
 """
 
 import argparse
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,6 +14,7 @@ from rich.console import Console
 
 from grace_bench.jobs import compose, execute, execute_meta_training
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
+from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results import RunResult
 
@@ -28,7 +26,7 @@ def main() -> None:
     parser.add_argument("--editors", nargs="+", default=list(EDITORS.entries()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--edits", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, help="runs at once (default: the cores there are)")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
     pairs = [
@@ -37,11 +35,9 @@ def main() -> None:
         if STREAMS.get(stream).task in EDITORS.get(editor).supported_tasks
     ]
     learners = [pair for pair in pairs if EDITORS.get(pair[1]).needs_meta_training]
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=options.jobs, mp_context=spawned) as pool:
-        list(pool.map(meta_train, learners))
-        runs = [(*pair, seed) for pair, seed in product(pairs, options.seeds)]
-        results = list(pool.map(partial(run, out=str(options.out), n_edits=options.edits), runs))
+    side_by_side(meta_train, learners, jobs=options.jobs)
+    runs = [(*pair, seed) for pair, seed in product(pairs, options.seeds)]
+    results = side_by_side(partial(run, out=str(options.out), n_edits=options.edits), runs, jobs=options.jobs)
     print_leaderboard(Leaderboard(results), "markdown")
 
 

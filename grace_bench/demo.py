@@ -1,16 +1,14 @@
 """The first thing a new user runs: every editor on an embedded stream."""
 
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from grace_bench.jobs import compose, execute
+from grace_bench.jobs import compose, execute, folder_of
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
+from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results import RunResult
 
@@ -27,16 +25,9 @@ def demo(out: Path, *, n_edits: int) -> None:
         out: Where run folders are made; finished runs there are reused.
         n_edits: Edits an editor makes.
     """
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=_n_cores(), mp_context=spawned) as pool:
-        results = list(pool.map(partial(_run, out=str(out), n_edits=n_edits), _pairs()))
+    results = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
     print_leaderboard(Leaderboard(results))
     print(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
-
-
-def _n_cores() -> int:
-    """The cores that this process may use; not every system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pairs() -> Iterator[tuple[str, str]]:
@@ -57,5 +48,9 @@ def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> RunResult:
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
     # Not an override: a path may hold what the override grammar gives a meaning.
     config.out = out
+    # A demo that was interrupted is simply run again.
+    folder = folder_of(config)
+    if folder.exists() and not (folder / "result.json").exists():
+        config.existing = "rerun"
     # Several runs cannot each move a bar in one terminal.
     return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))

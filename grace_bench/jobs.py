@@ -103,9 +103,7 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
     """
     stream, asked = _asked(config)
-    name = registered_name(config.editor)
-    slug = model_slug(asked["model"], list(known_models()))
-    folder = Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
+    folder = folder_of(config)
     finished, aside = _existing(folder, config.existing)
     if finished is not None:
         if finished.stream.fingerprint != fingerprint_requests(stream.load()):
@@ -146,6 +144,18 @@ def execute_meta_training(config: DictConfig, *, say: Say) -> None:
         figures = meta_train(stream, **asked, progress=progress)
     for name, value in figures.items():
         say(f"{name} {value:.4g}")
+
+
+def folder_of(config: DictConfig) -> Path:
+    """Returns the folder of the run that a configuration describes.
+
+    Raises:
+        UserError: If the configuration asks for what cannot be.
+    """
+    stream, asked = _asked(config)
+    slug = model_slug(asked["model"], list(known_models()))
+    name = registered_name(config.editor)
+    return Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
 
 
 def _asked(config: DictConfig) -> tuple[Any, dict[str, Any]]:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import grace_bench.streams
 from grace_bench.cli import main
 from grace_bench.config import config_hash
-from grace_bench.jobs import compose
+from grace_bench.jobs import compose, folder_of
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import RunResult, read_result
@@ -660,8 +660,11 @@ def test_the_networks_that_ship_are_found_without_a_cache(tmp_path: Path, monkey
 
 def test_the_demo_runs_every_editor_and_says_where_the_files_are(tmp_path: Path) -> None:
     out = tmp_path / "demo"
+    interrupted = folder_of(compose(["stream=atlas-qa", "editor=none", "max_edits=3", f"out={out}"]))
+    interrupted.mkdir(parents=True)
     done = process(SCRIPT, "demo", "--edits", "3", "--out", str(out), cwd=tmp_path)
     assert done.code == 0, done.err
+    assert (interrupted / "result.json").is_file()
     results = {(r.stream.name, r.editor.name): r for r in map(_result, run_folders(out))}
     works = {name: EDITORS.get(name).supported_tasks for name in EDITORS.entries()}
     elsewhere = {name for name in works if "qa" not in works[name]}
