@@ -13,7 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,32 +47,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grace-bench"
 
 
-def load_artifact(
-    editor: str, key: str, *, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Returns the tensors and the notes of an artifact; None if there is none, or its file is not whole.
+def load_artifact(editor: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Returns the tensors, on the CPU, and the notes of an artifact; None if there is none or its file is not whole.
 
     Args:
         editor: The registered name of the editor it belongs to.
         key: Its content key.
-        device: Where the tensors go.
     """
     for folder in (shipped_folder(), cache_folder()):
         path = folder / editor / f"{key}.safetensors"
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 # A handle on tensors, which itself is no mapping.
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except FileNotFoundError:
-            continue
         except (OSError, SafetensorError):
             # Half a file is as good as none: it is made again.
             continue
     return None
 
 
-def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Path:
-    """Keeps an artifact in the cache folder, whole or not at all, and returns its file.
+def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Keeps an artifact in the cache folder, whole or not at all.
 
     Args:
         editor: The registered name of the editor it belongs to.
@@ -88,7 +82,6 @@ def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: M
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
-    return path
 
 
 def drop_artifact(editor: str, key: str) -> None:
