@@ -129,7 +129,7 @@ class AdaptorStrategy(EditorStrategy):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 self.adaptor = self.build(*self._size)
-            self.adaptor.to(device=self.model.device, dtype=torch.float32).requires_grad_(False)
+            self.adaptor.to(device=self.model.layer_device, dtype=torch.float32).requires_grad_(False)
         return self.adaptor
 
     @contextmanager

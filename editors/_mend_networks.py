@@ -182,8 +182,8 @@ def edit_gradients(
     deltas = iter(torch.autograd.grad(loss, every_probe, materialize_grads=True))
     gradients = [
         RankOnes(
-            torch.cat([_by_row(u, len(batch)) for u in entered[path]], dim=1),
-            torch.cat([_by_row(next(deltas), len(batch)) for _ in probes[path]], dim=1),
+            torch.cat([_by_row(u, len(batch)) for u in entered[path]], dim=1).to(model.device),
+            torch.cat([_by_row(next(deltas), len(batch)) for _ in probes[path]], dim=1).to(model.device),
         )
         for path in layers
     ]
@@ -196,8 +196,8 @@ def updated(layers: dict[str, nn.Module], updates: Sequence[RankOnes]) -> Iterat
 
     def add(module: nn.Module, update: RankOnes) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            change = update @ _by_row(args[0], len(update.u))
-            return output + change.reshape(output.shape).to(output.dtype)
+            change = update @ _by_row(args[0], len(update.u)).to(update.u.device)
+            return output + change.reshape(output.shape).to(output)
 
         return module.register_forward_hook(hook)
 
@@ -212,6 +212,7 @@ def updated(layers: dict[str, nn.Module], updates: Sequence[RankOnes]) -> Iterat
 def add_to_weight(module: nn.Module, change: Tensor) -> None:
     """Adds a (D_out, D_in) change to a linear layer's weight, in float32 before it is rounded."""
     weight: Any = module.weight
+    change = change.to(weight.device)
     weight.data.copy_(weight.data.float() + (change.T if isinstance(module, Conv1D) else change))
 
 

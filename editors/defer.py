@@ -74,16 +74,18 @@ class Defer(AdaptorStrategy):
     def penalty(self) -> Tensor | float:
         """Returns how far the edit's gate is, on the logit scale, from lying `_MARGIN` above the threshold."""
         least = math.log(self.threshold / (1 - self.threshold)) + _MARGIN
-        return functional.relu(least - self._logit).mean()
+        return functional.relu(least - self._logit).mean().to(self.model.device)
 
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
-        if call.is_prompt:
-            query = call.query.float()
-            call.state.memo["defer"] = (adaptor["gate"](query)[:, 0], adaptor["predictor"](query))
-        logit, predicted = call.state.memo["defer"]
+        logit, predicted = call.remember("defer", lambda: self._predict(adaptor, call.query.float()))
         gate = torch.sigmoid(logit)
         if self.step is None:
             return call.replace(predicted, gate > self.threshold, self.replacement)
         self._logit = logit
         replaced = call.replace(predicted, torch.ones_like(gate, dtype=torch.bool), self.replacement)
         return torch.lerp(call.output, replaced, gate[:, None, None].to(call.output.dtype))
+
+    @staticmethod
+    def _predict(adaptor: Any, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (B,) gates on the logit scale and (B, D_out) outputs."""
+        return adaptor["gate"](query)[:, 0], adaptor["predictor"](query)

@@ -68,7 +68,7 @@ class FineTuneEwc(FineTune):
 
     def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
         terms = zip(self._fisher, weights, self._anchor, strict=True) if self._fisher else ()
-        return self.ewc_lambda / 2 * sum((f * (w - a) ** 2).sum() for f, w, a in terms)
+        return self.ewc_lambda / 2 * sum((f * (w - a) ** 2).sum().to(self.model.device) for f, w, a in terms)
 
     def fisher(self, samples: Sequence[EncodedBatch]) -> list[Tensor]:
         """Returns the diagonal of the empirical Fisher information, one float32 tensor a parameter of the layer.
@@ -100,5 +100,5 @@ class FineTuneEwc(FineTune):
         super().load_state_dict(state)
         self._recent = [(prompt, target) for prompt, target in state["recent"]]
         n_parameters = len(list(self.model.layer.parameters())) if self._recent else 0
-        self._fisher = [state[f"fisher.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
-        self._anchor = [state[f"anchor.{i}"].to(self.model.device).clone() for i in range(n_parameters)]
+        self._fisher = [state[f"fisher.{i}"].to(self.model.layer_device).clone() for i in range(n_parameters)]
+        self._anchor = [state[f"anchor.{i}"].to(self.model.layer_device).clone() for i in range(n_parameters)]

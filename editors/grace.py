@@ -8,7 +8,7 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Retrieval
 from grace_bench.encoding import EncodedBatch
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive, check_whole
@@ -73,7 +73,11 @@ class Grace(EditorStrategy):
         self.fidelity = fidelity
         self.seed = seed
         self.codebook = Codebook(
-            eps_init=eps_init, distance=distance, fidelity=fidelity, device=model.device, precision=model.dtype
+            eps_init=eps_init,
+            distance=distance,
+            fidelity=fidelity,
+            device=model.layer_device,
+            precision=model.layer_dtype,
         )
         self._n_settled = 0
         self._training: tuple[int, Tensor] | None = None
@@ -160,19 +164,20 @@ class Grace(EditorStrategy):
         """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""
         if not len(self.codebook):
             return call.output
-        if call.is_prompt:
-            found = self.codebook.retrieve(call.query)
-            call.state.memo["grace"] = (found.entry, found.hit)
-            if self._training is None:
-                call.state.entry = torch.where(found.hit, found.entry, -1)
-                call.state.distance = found.distance
-                call.state.contested = self.codebook.contested(call.query)
-        entry, hit = call.state.memo["grace"]
-        values = self.codebook.values[entry]
+        found = call.remember("grace", lambda: self._look_up(call))
+        values = self.codebook.values[found.entry]
         if self._training is not None:
             index, value = self._training
-            values = torch.where((entry == index)[:, None], value, values)
-        return call.replace(values, hit, self.replacement)
+            values = torch.where((found.entry == index)[:, None], value, values)
+        return call.replace(values, found.hit, self.replacement)
+
+    def _look_up(self, call: LayerCall) -> Retrieval:
+        found = self.codebook.retrieve(call.query)
+        if self._training is None:
+            call.state.entry = torch.where(found.hit, found.entry, -1)
+            call.state.distance = found.distance
+            call.state.contested = self.codebook.contested(call.query)
+        return found
 
 
 def _has_token_before(encoded: EncodedBatch, call: LayerCall) -> bool:

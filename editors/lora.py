@@ -66,10 +66,11 @@ class Lora(AdaptorStrategy):
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=["layer"],
-            fan_in_fan_out=isinstance(self.model.layer, Conv1D),
         )
-        # The model itself stays as it is: what peft wraps is a holder of the same layer, and its A and B are taken.
-        wrapped: Any = inject_adapter_in_model(config, nn.ModuleDict({"layer": self.model.layer}), _NAME)
+        # The model itself stays as it is, and its weights may be offloaded: peft wraps a stand-in of the layer's size,
+        # and its A and B are taken.
+        stand_in = nn.ModuleDict({"layer": nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False)})
+        wrapped: Any = inject_adapter_in_model(config, stand_in, _NAME)
         self._scale = float(wrapped["layer"].scaling[_NAME])
         return nn.ModuleDict({"A": wrapped["layer"].lora_A[_NAME], "B": wrapped["layer"].lora_B[_NAME]})
 

@@ -65,12 +65,15 @@ class Memory(AdaptorStrategy):
         return self.n_slots * (n_in + 1 + n_out)
 
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
-        if call.is_prompt:
-            weights = torch.softmax(adaptor["attention"](call.query.float()), dim=-1)
-            call.state.memo["memory"] = adaptor["slot_values"](weights)
-        recalled = call.state.memo["memory"]
+        recalled = call.remember("memory", lambda: self._recall(adaptor, call.query.float()))
         everywhere = torch.ones(len(recalled), dtype=torch.bool, device=recalled.device)
         replaced = call.replace(recalled, everywhere, self.replacement)
         if self.is_trained or self.step is None:
             return replaced
         return torch.lerp(call.output, replaced, (self.step + 1) / self.n_iter)
+
+    @staticmethod
+    def _recall(adaptor: Any, query: Tensor) -> Tensor:
+        """Returns the (B, D_out) means of the slots' values."""
+        recalled: Tensor = adaptor["slot_values"](torch.softmax(adaptor["attention"](query), dim=-1))
+        return recalled

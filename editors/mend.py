@@ -164,10 +164,13 @@ class Mend(EditorStrategy):
     def _key(self, train: Sequence[EditRequest]) -> str:
         """What meta-training depends on; the model must be unedited."""
         task = self.model.task
+        # Named only where there are any, so that networks trained without them stay known.
+        limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
+        cuts = [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
         return content_key(
             version=_VERSION,
             model=self.model.fingerprint,
-            task=[task.name, task.query, task.prefix_length, task.max_new_tokens],
+            task=[task.name, task.query, task.prefix_length, task.max_new_tokens, *cuts],
             train=requests_key(train),
             settings={**self.settings(), "layers": list(self._linear)},
         )

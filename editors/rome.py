@@ -213,7 +213,7 @@ class Rome(EditorStrategy):
                     essence = describe()[:, -1].float().log_softmax(dim=-1)
                     unedited = essence.detach() if unedited is None else unedited
                     drift = functional.kl_div(unedited, essence, log_target=True, reduction="sum")
-                    decay = delta.norm() / value.norm() ** 2
+                    decay = (delta.norm() / value.norm() ** 2).to(loss.device)
                     total = loss + self.kl_weight * drift + self.weight_decay * decay
                     losses.append(float(loss.detach()))
                     if float(total.detach()) < _GOOD_ENOUGH:

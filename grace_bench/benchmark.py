@@ -169,7 +169,7 @@ def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[EditRequ
             id=f"{request.id}/{kind}-{i}",
             prompt=probe.prompt,
             target="" if probe.target is None else probe.target,
-            metadata={"edit": request.id, "target_from_model": probe.target is None},
+            metadata={**probe.metadata, "edit": request.id, "target_from_model": probe.target is None},
         )
         for request in requests
         for i, probe in enumerate(getattr(request, kind))

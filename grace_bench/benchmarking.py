@@ -20,7 +20,7 @@ from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
-from grace_bench.models import EditableModel, pick_threads
+from grace_bench.models import DeviceMap, EditableModel, pick_threads
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
 from grace_bench.runner import Run, Schedule, seed_everything
@@ -43,6 +43,7 @@ class RunSettings:
         query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring.
+        batch_tokens: The most tokens in one, padding included.
         threads: torch threads, or `auto` by model size.
         tuning_budget: How the hyperparameters were chosen, as the table shows it.
     """
@@ -53,6 +54,7 @@ class RunSettings:
     query: str = "prefix"
     prefix_length: int = 8
     batch_size: int = 64
+    batch_tokens: int = 16384
     threads: int | Literal["auto"] = "auto"
     tuning_budget: str | None = None
 
@@ -66,6 +68,7 @@ def run_benchmark(
     layer: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     folder: Path | None = None,
     run_id: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -84,12 +87,13 @@ def run_benchmark(
         layer: The layer to edit, if `model` is a name.
         dtype: The model's dtype, if `model` is a name.
         device: Where to run, if `model` is a name.
+        device_map: How to spread its weights over devices instead (see `EditableModel.from_pretrained`).
         folder: Receives the run's files, `config.yaml` aside; None leaves none.
         run_id: The name of the run; None makes one from what is run.
         config: The resolved configuration, for loggers.
         loggers: Avalanche loggers; those of `grace_bench.loggers` also hear of the run's start and end.
         plugins: Avalanche plugins that live on experience-level callbacks.
-        progress: Called as an editor's preparation goes on.
+        progress: Called as a long stream is read, the unedited model is asked, and an editor prepares.
 
     Returns:
         The result; with `folder`, also written there as `result.json`.
@@ -98,7 +102,16 @@ def run_benchmark(
         UserError: If a name is unknown, data cannot be read, or the parts do not fit together.
     """
     settings = settings or RunSettings()
-    opened = _open(stream, model=model, settings=settings, layer=layer, dtype=dtype, device=device)
+    opened = _open(
+        stream,
+        model=model,
+        settings=settings,
+        layer=layer,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        progress=progress,
+    )
     benchmark, editable, task = opened.benchmark, opened.model, opened.model.task
     fingerprint = editable.fingerprint
     _check_fit(editable, benchmark)
@@ -114,7 +127,7 @@ def run_benchmark(
         if strategy.needs_subject:
             _check_subjects(strategy, benchmark)
         strategy.prepare(benchmark.data.train, progress=progress)
-        run = Run(benchmark, strategy, settings.schedule)
+        run = Run(benchmark, strategy, settings.schedule, progress=progress)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
             folder=folder,
@@ -136,6 +149,7 @@ def run_benchmark(
                 task=benchmark.task,
                 fingerprint=benchmark.fingerprint,
                 n_candidates=len(benchmark.data.edits),
+                left_out=dict(benchmark.data.left_out),
                 **benchmark.metadata.model_dump(include={"source", "revision", "license"}),
             ),
             model=ModelInfo(
@@ -155,6 +169,8 @@ def run_benchmark(
                 eval_every=settings.schedule.eval_every,
                 max_upstream=settings.schedule.max_upstream,
                 max_new_tokens=task.max_new_tokens,
+                max_input_tokens=task.max_input_tokens,
+                max_target_tokens=task.max_target_tokens,
                 query=task.query,
                 prefix_length=task.prefix_length,
                 tuning_budget=settings.tuning_budget,
@@ -187,6 +203,7 @@ def meta_train(
     layer: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Meta-trains an editor on the requests that a stream marks for training, and keeps the result for its runs.
@@ -199,6 +216,7 @@ def meta_train(
         layer: The layer to edit, if `model` is a name.
         dtype: The model's dtype, if `model` is a name.
         device: Where to train, if `model` is a name.
+        device_map: As in `run_benchmark`.
         progress: Called as training goes on.
 
     Returns:
@@ -207,7 +225,16 @@ def meta_train(
     Raises:
         UserError: If the editor needs none, or the stream has no such requests.
     """
-    opened = _open(stream, model=model, settings=settings or RunSettings(), layer=layer, dtype=dtype, device=device)
+    opened = _open(
+        stream,
+        model=model,
+        settings=settings or RunSettings(),
+        layer=layer,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        progress=progress,
+    )
     make = EDITORS.get(editor) if isinstance(editor, str) else editor
     with make(model=opened.model) as strategy:
         train = opened.benchmark.data.train
@@ -239,8 +266,11 @@ def _open(
     layer: str | None,
     dtype: str,
     device: str,
+    device_map: DeviceMap | None,
+    progress: Progress | None,
 ) -> _Opened:
     source = STREAMS.get(stream)() if isinstance(stream, str) else stream
+    source.progress = progress
     seed_everything(settings.seed)
     benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
     task = get_task(
@@ -249,6 +279,9 @@ def _open(
         query=settings.query,
         prefix_length=settings.prefix_length,
         batch_size=settings.batch_size,
+        batch_tokens=settings.batch_tokens,
+        max_input_tokens=source.max_input_tokens,
+        max_target_tokens=source.max_target_tokens,
         label_names=benchmark.data.label_names,
     )
     path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
@@ -256,7 +289,9 @@ def _open(
         editable = model
         editable.task = task
     else:
-        editable = EditableModel.from_pretrained(path, layer=layer, task=task, dtype=dtype, device=device)
+        editable = EditableModel.from_pretrained(
+            path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map
+        )
     torch.set_num_threads(pick_threads(editable, settings.threads))
     return _Opened(benchmark, editable, path)
 

@@ -16,9 +16,21 @@ Runs one editor on one stream; with -m, every combination of comma-separated val
 
   grace-bench run stream=atlas-qa editor=grace max_edits=100
   grace-bench run -m stream=atlas-qa editor=grace,ft seed=0,1,2
+  grace-bench run paper=zsre editor=grace
   grace-bench run stream=jsonl stream.path=edits.jsonl model=path/to/model layer=transformer.h.8.mlp.c_fc
 
 Options of a run, with their defaults:
+"""
+_PRETRAIN_HELP = """usage: grace-bench pretrain STREAM [option=value ...] [--out DIR] [--seed N]
+
+Makes the model that a stream's edits are made to: an embedded stream's again from nothing, others from the stream's
+data and a model to start from. Takes the stream's options and model=, a short name, a hub id or a folder.
+
+  grace-bench pretrain atlas-qa
+  grace-bench pretrain scotus stream.path=decisions.jsonl model=minilm --out models/scotus
+
+  --out DIR   the folder to write (default models/STREAM)
+  --seed N    seeds initialisation, data order and dropout (default 0)
 """
 _META_TRAIN_HELP = """usage: grace-bench meta-train [option=value ...]
 
@@ -51,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(given[1:])
         if given[:1] == ["meta-train"]:
             return _meta_train(given[1:])
+        if given[:1] == ["pretrain"]:
+            return _pretrain(given[1:])
         parser = _parser()
         options = parser.parse_args(given)
         if not hasattr(options, "command"):
@@ -107,11 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
 
-    pretrain = commands.add_parser("pretrain", help="make an embedded stream's model again from nothing")
-    pretrain.add_argument("stream")
-    pretrain.add_argument("--out", type=Path, help="the folder to write (default models/STREAM)")
-    pretrain.add_argument("--seed", type=int, default=0)
-    pretrain.set_defaults(command=_pretrain)
+    commands.add_parser("pretrain", help="make the model that a stream's edits are made to", add_help=False)
     return parser
 
 
@@ -124,6 +134,7 @@ def _run(overrides: list[str]) -> int:
         print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
         print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
         print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
+        print("paper=zsre, scotus or hallucination takes a published setting whole, paper=figure4 a published sweep.")
         return 0
     from grace_bench.jobs import run_hydra
 
@@ -200,10 +211,21 @@ def _verify(options: argparse.Namespace) -> int:
     return verify_files(options.files, print)
 
 
-def _pretrain(options: argparse.Namespace) -> int:
+def _pretrain(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(_PRETRAIN_HELP, end="")
+        return 0
+    parser = _Parser(prog="grace-bench pretrain", add_help=False)
+    parser.add_argument("stream")
+    parser.add_argument("overrides", nargs="*", metavar="option=value")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    # Options of both kinds may come in any order.
+    options = parser.parse_intermixed_args(arguments)
     from grace_bench.pretraining import pretrain
+    from grace_bench.zoo import MODELS_FOLDER
 
-    pretrain(options.stream, options.out or Path("models") / options.stream, seed=options.seed)
+    pretrain(options.stream, options.overrides, options.out or MODELS_FOLDER / options.stream, seed=options.seed)
     return 0
 
 

@@ -19,10 +19,11 @@ from grace_bench.options import check_choice, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
-_NOT_IN_THE_HASH = ("seed", "device", "threads", "out", "existing", "wandb")
+_NOT_IN_THE_HASH = ("seed", "device", "device_map", "batch_tokens", "threads", "out", "existing", "wandb")
 _LEAST = {
     "seed": 0,
     "batch_size": 1,
+    "batch_tokens": 1,
     "threads": 1,
     "protocol.prefix_length": 1,
 }
@@ -86,7 +87,7 @@ def check_options(config: DictConfig) -> None:
         check_choice(name, OmegaConf.select(config, name), choices)
     for name in ("out", "dtype", "device", "wandb.project"):
         check_text(name, OmegaConf.select(config, name))
-    for name in ("model", "layer", "tuning_budget", "wandb.group"):
+    for name in ("model", "layer", "device_map", "tuning_budget", "wandb.group"):
         check_text(name, OmegaConf.select(config, name), optional=True)
 
 

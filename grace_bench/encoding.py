@@ -167,6 +167,7 @@ def encode_causal(
     side: PaddingSide = "right",
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    max_target_length: int | None = None,
     end_token: bool = True,
     prefix_length: int | None = None,
 ) -> EncodedBatch:
@@ -183,6 +184,7 @@ def encode_causal(
         max_length: Longest sequence in tokens; cut at the prompt's start, of which one token stays, then at the
             target's end; for running text at its end.
         max_prompt_length: Longest prompt in tokens, with a target or without, so that both query one position.
+        max_target_length: Longest target in tokens, its end token counted; of running text, the longest text.
         end_token: Whether the target is followed by the end token.
         prefix_length: For running text, how many tokens are read as its prompt; they are not scored. None scores
             everything after the first token and queries the last token, as the official GRACE code does.
@@ -201,7 +203,7 @@ def encode_causal(
             query_offsets.append(len(ids) - 1)
             continue
         if not prompt.strip():
-            text_ids = _open_ids(tokenizer, targets[i])[:max_length]
+            text_ids = _open_ids(tokenizer, targets[i])[: least(max_length, max_target_length)]
             cut = min(prefix_length or 1, max(1, len(text_ids) - 1))
             rows.append(text_ids)
             prompt_lengths.append(cut)
@@ -212,7 +214,8 @@ def encode_causal(
         # Where prompts have a longest length, answering cuts them to it too, and a target may not take more.
         kept = len(prompt_ids) if max_prompt_length is not None else 1
         room = None if max_length is None else max_length - kept
-        target_ids = _with_end(target_ids, tokenizer.eos_token_id if end_token else None, room)
+        end = tokenizer.eos_token_id if end_token else None
+        target_ids = _with_end(target_ids, end, least(room, max_target_length))
         prompt_ids = _trim_left(prompt_ids, None if max_length is None else max(1, max_length - len(target_ids)))
         rows.append(prompt_ids + target_ids)
         prompt_lengths.append(len(prompt_ids))
@@ -270,6 +273,16 @@ def subject_position(tokenizer: Any, prompt: str, subject: str) -> int:
     """
     end = prompt.rindex(subject) + len(subject)
     return len(_open_ids(tokenizer, prompt[:end])) - 1
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Returns how many tokens a text has, special ones included."""
+    return len(tokenizer(text)["input_ids"])
+
+
+def least(*limits: int | None) -> int | None:
+    """Returns the smallest of the limits that are there, None if there are none."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:

@@ -165,7 +165,7 @@ def _asked(config: DictConfig) -> tuple[Any, dict[str, Any]]:
     model = config.model or stream.default_model
     if model is None:
         raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
-    names = ("layer", "dtype", "device")
+    names = ("layer", "dtype", "device", "device_map")
     return stream, {
         "model": str(model),
         "editor": editor,
@@ -182,6 +182,7 @@ def _settings(config: DictConfig) -> RunSettings:
         query=config.protocol.query,
         prefix_length=config.protocol.prefix_length,
         batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         threads=config.threads,
         tuning_budget=config.tuning_budget,
     )
@@ -214,6 +215,8 @@ def summary(result: RunResult, folder: Path) -> str:
             parts.append(f"{name} {value:.0f}" if name.startswith("n_") else f"{name} {value:.3f}")
     if result.metrics.get("TRR") is None:
         parts.append("TRR none (no upstream data)")
+    for reason, number in result.stream.left_out.items():
+        parts.append(f"{number} {'record' if number == 1 else 'records'} left out ({reason})")
     return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
@@ -233,9 +236,10 @@ def _existing(folder: Path, existing: str) -> tuple[RunResult | None, Path | Non
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides, with what follows from them for the tuned settings.
+    """Returns the overrides, with what follows from them for the tuned and the published settings.
 
-    Those hold for a model they were chosen on only, and their budget where nothing of them is set by hand.
+    Tuned settings hold for a model they were chosen on only, a published layer for the published model only, and
+    either's budget where nothing of them is set by hand.
     """
     given: dict[str, str] = {}
     flags = [override for override in overrides if override in ("-m", "--multirun")]
@@ -246,14 +250,18 @@ def _checked(overrides: Sequence[str]) -> list[str]:
         name, _, given[name] = override.partition("=")
         if not name or name.startswith(("~", "+")) or "=" not in override:
             raise UserError(f"{override!r} should be option=value")
+    presets = Path(str(files("grace_bench.conf")))
     for group in ("paper", "tuned"):
-        known = sorted(path.stem for path in Path(str(files("grace_bench.conf") / group)).glob("*.yaml"))
+        known = sorted(path.stem for path in (presets / group).glob("*.yaml"))
         for name in given.get(group, "none").split(","):
             if name not in known:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
     models = [] if given.get("model", "null") == "null" else given["model"].split(",")
     foreign = any(resolve_model(model).stream is None for model in models)
     added = ["tuned=none"] if foreign and "tuned" not in given else []
+    papers = [OmegaConf.load(presets / "paper" / f"{name}.yaml") for name in given.get("paper", "none").split(",")]
+    if models and "layer" not in given and any("layer" in paper for paper in papers):
+        added.append("layer=null")
     # What is set by hand was not chosen by the tuning.
     if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
         added.append("tuning_budget=null")

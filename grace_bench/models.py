@@ -4,23 +4,27 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from grace_bench.encoding import EncodedBatch
+from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
 from grace_bench.zoo import published_layer, resolve_model
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
+DeviceMap = str | Mapping[str, str | int]
+Decision = TypeVar("Decision")
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
@@ -29,19 +33,28 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 @dataclass
 class QueryState:
-    """What is known of the forward pass in progress, and what the editor's hook noted during it.
+    """What is known of a prompt and the tokens generated after it, and what the editor's hook noted of them.
 
     Attributes:
-        query: (B,) positions in the edited layer's sequence, None outside the harness.
-        step: 0 while the prompt is read, n at the n-th token generated after it.
+        query: (B,) positions in the edited layer's sequence, -1 for the last; None until a prompt is read whose query
+            nobody named.
+        is_open: Whether the forward passes that follow belong to it: those of one generation, or of the harness.
+        step: 0 while the prompt is read, n at the n-th forward pass after it.
+        length: Length of the prompt in the edited layer's sequence; 0 until the layer was called.
+        n_given: Tokens of the prompt, where generation named them.
+        is_whole: Whether the prompt was read in one piece, none of it from a cache.
         entry: (B,) long, the codebook entry that answered each row, -1 for none.
         distance: (B,) distance of each row's query to the nearest entry.
         contested: (B,) bool, whether the query lies in balls of two different labels.
-        memo: What an editor keeps from the prompt for the tokens generated after it.
+        memo: What editors decided at the prompt (see `LayerCall.remember`).
     """
 
     query: Tensor | None = None
+    is_open: bool = False
     step: int = -1
+    length: int = 0
+    n_given: int | None = None
+    is_whole: bool = True
     entry: Tensor | None = None
     distance: Tensor | None = None
     contested: Tensor | None = None
@@ -55,8 +68,8 @@ class LayerCall:
     Attributes:
         input: (B, T, D_in) activations that enter the layer.
         output: (B, T, D_out) activations that leave it.
-        position: (B,) long, each row's query position; meaningful at step 0.
-        state: The state of the forward pass the call belongs to.
+        position: (B,) long, each row's query position in the prompt.
+        state: The state of the sequence the call belongs to.
     """
 
     input: Tensor
@@ -65,9 +78,31 @@ class LayerCall:
     state: QueryState
 
     @property
-    def is_prompt(self) -> bool:
-        """Whether the call reads the prompt, rather than a token generated after it."""
-        return self.state.step == 0
+    def holds_prompt(self) -> bool:
+        """Whether the activations begin with the prompt's: also after it, where generation keeps no cache."""
+        return self.state.step == 0 or self.output.shape[1] == self.state.length + self.state.step
+
+    def remember(self, name: str, decide: Callable[[], Decision]) -> Decision:
+        """Returns what `decide` gave when the prompt was read; it holds for every token generated after it.
+
+        Args:
+            name: What is decided, unique among the editors of the model.
+            decide: Decides from the call; asked once a sequence.
+
+        Raises:
+            UserError: If the prompt was not read in one piece, so that its query is not known.
+        """
+        state, n_read = self.state, self.output.shape[1]
+        in_one_piece = state.is_whole and (self.holds_prompt or n_read == 1)
+        if not in_one_piece or (state.step > 0 and name not in state.memo):
+            raise UserError(
+                "an edited model decides at its prompt which edit applies, so it reads a prompt whole: start without a "
+                "cache, prefill in one chunk and decode token by token"
+            )
+        if name not in state.memo:
+            state.memo[name] = decide()
+        decision: Decision = state.memo[name]
+        return decision
 
     @property
     def query(self) -> Tensor:
@@ -91,7 +126,7 @@ class LayerCall:
         steps = torch.arange(self.output.shape[1], device=self.output.device)
         if where == "replace_all":
             mask = torch.ones_like(self.output[..., 0], dtype=torch.bool)
-        elif not self.is_prompt:
+        elif not self.holds_prompt:
             return self.output
         elif where == "replace_last":
             mask = steps == self.position[:, None]
@@ -140,8 +175,17 @@ class EditableModel(nn.Module):
         self._bypassed = False
         self._state = QueryState()
         self.last_state = self._state
-        """The state of the last forward pass that ended."""
-        self._layer.register_forward_pre_hook(self._count_call)
+        """The state of the last sequence that ended."""
+        self._depth = 0
+        self._continued: WeakKeyDictionary[Any, QueryState] = WeakKeyDictionary()
+        # Only the outermost call counts, which need not be the whole model's: a generation calls an encoder by itself.
+        for part in self._path:
+            names = tuple(inspect.signature(part.forward).parameters)
+            part.register_forward_pre_hook(partial(self._begin_pass, names), with_kwargs=True)
+            part.register_forward_hook(self._end_pass, with_kwargs=True, always_call=True)
+        if callable(getattr(module, "generate", None)):
+            self._generate: Callable[..., Any] = module.generate  # type: ignore[assignment]
+            module.generate = self._generate_sequence  # type: ignore[assignment]
         module.requires_grad_(False)
 
     @classmethod
@@ -153,6 +197,7 @@ class EditableModel(nn.Module):
         task: TaskName | Task,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "auto",
+        device_map: DeviceMap | None = None,
         tokenizer: bool = True,
     ) -> Self:
         """Loads a Hugging Face model by short name, hub id or folder.
@@ -163,6 +208,8 @@ class EditableModel(nn.Module):
             task: What the model is used for; decides the head that is loaded.
             dtype: `float32`, `bfloat16` or `float16`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest that is there.
+            device_map: Spreads the weights over several devices and the disk instead: what transformers'
+                `from_pretrained` takes, such as `auto`. Needs accelerate.
             tokenizer: Whether to load the tokenizer; without it the model takes token ids only.
 
         Raises:
@@ -172,21 +219,26 @@ class EditableModel(nn.Module):
         source = resolve_model(str(name_or_path))
         target = pick_device(device)
         precision = _pick_dtype(dtype)
+        if device_map is not None:
+            _check_device_map(device_map, device)
         if source.stream and get_task(source.stream.task).auto_class != chosen.auto_class:
             raise UserError(
                 f"model={name_or_path} was trained for {source.stream.task} (stream {source.stream.registered_name}), "
                 f"not for {chosen.name}"
             )
-        custom = source.stream.load_model(Path(source.path)) if source.stream else None
-        if custom is not None:
+        weights, vocabulary = source.fetch()
+        custom = source.stream.load_model(Path(weights)) if source.stream else None
+        if custom is None:
+            module, encode = _load_module(weights, chosen, precision, device_map), None
+        elif device_map is None:
             module, encode = custom
         else:
-            module, encode = _load_module(source.path, chosen, precision), None
+            raise UserError(f"model={name_or_path} is no transformers model: it takes device=, not device_map=")
         return cls(
-            module.to(device=target, dtype=precision),
-            layer=layer or getattr(source.stream, "default_layer", None) or published_layer(module),
+            module if device_map is not None else module.to(device=target, dtype=precision),
+            layer=layer or source.layer or published_layer(module),
             task=chosen,
-            tokenizer=_load_tokenizer(source.path) if tokenizer and custom is None else None,
+            tokenizer=_load_tokenizer(vocabulary) if tokenizer and custom is None else None,
             encode=encode,
             name=source.name,
         )
@@ -195,6 +247,12 @@ class EditableModel(nn.Module):
     def layer(self) -> nn.Module:
         """The module that is edited."""
         return self._layer
+
+    @property
+    def _path(self) -> list[nn.Module]:
+        """The modules around the edited layer, from the outermost to the layer itself."""
+        names = self.layer_name.split(".")
+        return [self.module.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
 
     def find_layer(self, path: str) -> nn.Module:
         """Returns the module at a dotted path.
@@ -211,13 +269,24 @@ class EditableModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.module.parameters()).device
+        """Where inputs go: to the embedding, or to the first weights."""
+        embed = getattr(self.module, "get_input_embeddings", None)
+        return _device_of([embed() if embed else self.module, self.module])
+
+    @property
+    def layer_device(self) -> torch.device:
+        """Where the edited layer computes, which need not be where inputs go."""
+        return _device_of([*reversed(self._path), self.module])
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's parameters."""
-        return next(self.module.parameters()).dtype
+        """The dtype of the model's weights, of the first that are floating-point."""
+        return _dtype_of([self.module])
+
+    @property
+    def layer_dtype(self) -> torch.dtype:
+        """The dtype that the edited layer computes in, which need not be that of every layer."""
+        return _dtype_of(list(reversed(self._path)))
 
     @property
     def config(self) -> Any:
@@ -266,7 +335,8 @@ class EditableModel(nn.Module):
             inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
         with self.querying(batch.query):
             outputs = self.module(**inputs)
-        return outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+        return logits.to(batch.query.device)
 
     def answer(self, prompts: Sequence[str]) -> list[str | int]:
         """Returns what the model, as edited so far, answers: texts, or label ids.
@@ -296,8 +366,13 @@ class EditableModel(nn.Module):
 
     @contextmanager
     def querying(self, query: Tensor | None) -> Iterator[QueryState]:
-        """Tells the edited layer where the rows of the forward passes inside are queried."""
-        outer, self._state = self._state, QueryState(query=query)
+        """Makes the forward passes inside one sequence: a prompt, and the tokens generated after it.
+
+        Args:
+            query: (B,) where the prompt is queried, in the edited layer's sequence. None takes the last real token, and
+                for a layer in a decoder the first.
+        """
+        outer, self._state = self._state, QueryState(query=query, is_open=True)
         try:
             yield self._state
         finally:
@@ -344,24 +419,59 @@ class EditableModel(nn.Module):
             if not (_are_activations(given) and _are_activations(leaving)):
                 raise UserError(f"layer={self.layer_name} does not turn activations into activations")
             state = self._state
-            n_rows = len(leaving) if state.query is None else len(state.query)
+            assert state.query is not None
+            n_rows = len(state.query)
             inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
-            length = outputs.shape[1]
-            position = (
-                torch.full((n_rows,), length - 1, device=outputs.device)
-                if state.query is None
-                else torch.where(state.query < 0, state.query + length, state.query).clamp(max=length - 1)
-            )
+            state.length = state.length or outputs.shape[1]
+            query = state.query.to(outputs.device)
+            position = torch.where(query < 0, query + state.length, query).clamp(max=state.length - 1)
             changed = answer(LayerCall(inputs, outputs, position, state)).reshape(leaving.shape)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return self._layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
 
-    def _count_call(self, *_: Any) -> None:
-        if self._state.query is None:
-            # Called from outside the harness: every call is a prompt, read up to its last position.
-            self._state = QueryState()
-        self._state.step += 1
+    def _begin_pass(self, names: Sequence[str], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        n_cached = 0 if cache is None else int(cache.get_seq_length())
+        if not self._state.is_open:
+            # Called from outside: what goes on from the cache of a known prompt belongs to it, all else is a prompt.
+            known = self._continued.get(cache) if n_cached else None
+            self._state = known or QueryState(is_whole=not n_cached)
+        state = self._state
+        state.step += 1
+        if state.step:
+            return
+        tokens = given.get("input_ids")
+        is_piece = state.n_given is not None and isinstance(tokens, Tensor) and tokens.shape[1] != state.n_given
+        state.is_whole = not n_cached and not is_piece
+        if state.query is None:
+            state.query = self._last_tokens(given)
+
+    def _end_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._depth -= 1
+        cache = getattr(output, "past_key_values", None)
+        if not self._depth and cache is not None and not self._state.is_open:
+            self._continued[cache] = self._state
+
+    def _last_tokens(self, given: Mapping[str, Any]) -> Tensor:
+        """(B,) each row's last real token, where the prompt of a call from outside is queried."""
+        mask = given.get("attention_mask")
+        n_rows = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 1)
+        if self.layer_in_decoder:
+            return torch.zeros(n_rows, dtype=torch.long)
+        return last_token(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else torch.full((n_rows,), -1)
+
+    def _generate_sequence(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own `generate`, all of whose forward passes belong to one prompt."""
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        with nullcontext(self._state) if self._state.is_open else self.querying(None) as state:
+            if isinstance(given, Tensor) and not self.layer_in_decoder:
+                state.n_given = given.shape[1]
+            return self._generate(*args, **kwargs)
 
     def encode_batch(
         self, prompts: Sequence[str], targets: Sequence[str | int] | None = None, *, side: Any = None
@@ -372,7 +482,33 @@ class EditableModel(nn.Module):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all weights and buffers, taken when first asked for and kept; the name of the unedited model."""
-        return hash_tensors(self.module.state_dict())
+        return hash_tensors(_Weights(self.module))
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A module's state dict, of which offloaded tensors are read one at a time when they are asked for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._state = module.state_dict()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._state[name]
+        if not tensor.is_meta:
+            return tensor
+        from accelerate.utils import align_module_device
+
+        path, _, attribute = name.rpartition(".")
+        owner = self._module.get_submodule(path)
+        with align_module_device(owner, torch.device("cpu")):
+            loaded: Tensor = getattr(owner, attribute)
+            return loaded.detach().clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -404,6 +540,32 @@ def pick_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def _check_device_map(device_map: DeviceMap, device: str | torch.device) -> None:
+    if device != "auto":
+        raise UserError(f"device={device} and device_map={device_map} exclude each other")
+    if find_spec("accelerate") is None:
+        raise UserError(f"device_map={device_map} needs accelerate: pip install 'grace-bench[large]'")
+
+
+def _device_of(candidates: Sequence[nn.Module]) -> torch.device:
+    """Where the first module that has weights computes."""
+    for part in (part for candidate in candidates for part in candidate.modules()):
+        for weight in part.parameters(recurse=False):
+            if not weight.is_meta:
+                return weight.device
+            # accelerate offloads weights between calls and knows where they will be.
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return torch.device("cpu")
+
+
+def _dtype_of(candidates: Sequence[nn.Module]) -> torch.dtype:
+    """The dtype of the first module that has floating-point weights; what holds a byte each is quantised."""
+    weights = (weight for candidate in candidates for weight in candidate.parameters())
+    return next((w.dtype for w in weights if w.is_floating_point() and w.element_size() > 1), torch.float32)
+
+
 def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
     """Returns how many threads torch should use: one for tiny models, which spend more on handing work out.
 
@@ -428,7 +590,7 @@ def _pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known[dtype]
 
 
-def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
+def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMap | None) -> nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -440,6 +602,7 @@ def _load_module(path: str, task: Task, dtype: torch.dtype) -> nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            device_map=device_map if device_map is None or isinstance(device_map, str) else dict(device_map),
         )
     # transformers fills in what is missing at random.
     lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -475,9 +638,7 @@ def _loading(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"model={path}: cannot be loaded ({reason}); without a network, give the path of a downloaded folder"
-        ) from error
+        raise UserError(f"model={path}: cannot be loaded ({reason})") from error
 
 
 def _are_activations(value: Any) -> TypeGuard[Tensor]:

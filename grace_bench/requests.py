@@ -1,6 +1,7 @@
 """Requests that are derived from requests."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from grace_bench.types import EditRequest
 
@@ -17,5 +18,9 @@ def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
                 target=request.target,
                 answers=request.answers,
                 subject=request.subject if request.subject and request.subject in rephrase else None,
-                metadata={"fact": request.fact},
+                metadata={"fact": request.fact, **_contrast(request)},
             )
+
+
+def _contrast(request: EditRequest) -> dict[str, Any]:
+    return {name: value for name, value in request.metadata.items() if name == "contrast"}

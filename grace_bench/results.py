@@ -71,7 +71,7 @@ class EditRecord(BaseModel):
 
 
 class StreamInfo(BaseModel):
-    """The stream of a run."""
+    """The stream of a run; `left_out` counts the records of its source that are in no role, by reason."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,6 +79,7 @@ class StreamInfo(BaseModel):
     task: str
     fingerprint: str
     n_candidates: int
+    left_out: dict[str, int] = {}
     source: str
     revision: str
     license: str
@@ -118,6 +119,8 @@ class Protocol(BaseModel):
     eval_every: int
     max_upstream: int | None
     max_new_tokens: int
+    max_input_tokens: int | None = None
+    max_target_tokens: int | None = None
     decoding: Literal["greedy"] = "greedy"
     query: str
     prefix_length: int

@@ -19,7 +19,7 @@ from grace_bench.options import check_whole
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
 from grace_bench.tasks import ItemScore
-from grace_bench.types import EditRequest
+from grace_bench.types import EditRequest, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,22 +82,30 @@ class Run:
     """One editor on one benchmark: everything that changes while it goes on lives in `state_dict`.
 
     Args:
-        benchmark: The streams; targets that stand for the unedited model's answer are filled in here.
-        strategy: The editor, with its metrics and loggers.
+        benchmark: The streams. Before the first edit the model is asked for the targets that stand for its own answer,
+            of upstream requests and of the probes of all candidates, and never again.
+        strategy: The editor, without edits, with its metrics and loggers.
         schedule: When to edit and evaluate.
+        progress: Called as the unedited model is asked.
     """
 
-    def __init__(self, benchmark: EditBenchmark, strategy: EditorStrategy, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        benchmark: EditBenchmark,
+        strategy: EditorStrategy,
+        schedule: Schedule,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         self.strategy = strategy
         self.schedule = schedule
-        self.benchmark = _thinned(benchmark, schedule.max_upstream).answered_by(
-            lambda prompts: _answers(strategy, prompts)
-        )
+        self.progress = progress
+        self.benchmark = _thinned(benchmark, schedule.max_upstream)
         self.position = Position()
         self.before: dict[str, float] = {}
         self._pending: list[Pending] = []
         self._by_prompt: defaultdict[str, list[int]] = defaultdict(list)
-        self._answered: dict[str, EditRequest] = {}
+        self._unedited: dict[str, str | int] | None = None
 
     def run(self) -> None:
         """Goes on from where the run stands to its end."""
@@ -107,6 +115,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Goes on candidate by candidate, yielding the index of the next; between two, `state_dict` is complete."""
         requests = self.benchmark.data.edits
+        if self._unedited is None:
+            with self._scoring():
+                self._take_answers(self._ask_unedited())
         if self.position.last_evaluation is None:
             self.evaluate()
             self.before = dict(self.metrics())
@@ -169,6 +180,7 @@ class Run:
             "editor": deepcopy(self.strategy.state_dict()),
             "position": deepcopy(vars(self.position)),
             "before": dict(self.before),
+            "unedited": None if self._unedited is None else dict(self._unedited),
             "metrics": {
                 metric.registered_name: deepcopy(metric.state_dict())
                 for metric in (evaluator.metrics if evaluator else [])
@@ -182,6 +194,8 @@ class Run:
         self.strategy.load_state_dict(state["editor"])
         self.position = Position(**deepcopy(state["position"]))
         self.before = dict(state["before"])
+        if state["unedited"] is not None:
+            self._take_answers(state["unedited"])
         if self.strategy.evaluator is not None:
             for metric in self.strategy.evaluator.metrics:
                 metric.load_state_dict(state["metrics"][metric.registered_name])
@@ -190,6 +204,25 @@ class Run:
         for index in self.position.edited:
             self._by_prompt[self.benchmark.data.edits[index].prompt].append(index)
         _load_random_state(state["random"])
+
+    def _ask_unedited(self) -> dict[str, str | int]:
+        """Returns what the model answers before its first edit, by prompt, wherever a target stands for that."""
+        if self.strategy.n_edits:
+            raise RuntimeError("a run begins with an editor that has made no edit")
+        data = self.benchmark.data
+        probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
+        asked = (request for request in (*data.upstream, *probes) if request.metadata.get("target_from_model"))
+        prompts = list(dict.fromkeys(request.prompt for request in asked))
+        model = self.strategy.model
+        return dict(zip(prompts, model.task.ask(model, prompts, progress=self.progress), strict=True))
+
+    def _take_answers(self, unedited: Mapping[str, str | int]) -> None:
+        self._unedited = dict(unedited)
+        self.benchmark = self.benchmark.answered_by(self._recall)
+
+    def _recall(self, prompts: Sequence[str]) -> list[str | int]:
+        assert self._unedited is not None
+        return [self._unedited[prompt] for prompt in prompts]
 
     def _is_full(self) -> bool:
         return self.schedule.max_edits is not None and self.strategy.n_edits >= self.schedule.max_edits
@@ -292,14 +325,8 @@ class Run:
         ]
 
     def _probes(self, kind: str, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        """The probes of the edited requests; what the unedited model says to them is asked once and kept."""
-        probes = probe_requests(edited, kind)
-        fresh = [probe for probe in probes if probe.id not in self._answered]
-        with self.strategy.suspended():
-            self._answered |= {
-                probe.id: probe for probe in fill_targets(fresh, lambda prompts: _answers(self.strategy, prompts))
-            }
-        return [self._answered[probe.id] for probe in probes]
+        """The probes of the edited requests, with the unedited model's answers where they have no target."""
+        return fill_targets(probe_requests(edited, kind), self._recall)
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -314,16 +341,6 @@ def _thinned(benchmark: EditBenchmark, most: int | None) -> EditBenchmark:
         return benchmark
     chosen = tuple(upstream[i * len(upstream) // most] for i in range(most))
     return benchmark.with_data(upstream=chosen)
-
-
-def _answers(strategy: EditorStrategy, prompts: Sequence[str]) -> list[str | int]:
-    task, size = strategy.model.task, strategy.model.task.batch_size
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, str | int] = {}
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
-        answers.update(zip(chunk, task.answers(strategy.model, [prompts[i] for i in chunk]), strict=True))
-    return [answers[i] for i in range(len(prompts))]
 
 
 def _number(value: Any) -> float:

@@ -212,9 +212,15 @@ class EditorStrategy(BaseTemplate, ABC):
         The edited layer is declared already unless `freezes_weights`.
 
         Raises:
-            UserError: If the model has no such module.
+            UserError: If the model has no such module, or its weights are offloaded.
         """
-        self._rewritten[path] = self.model.find_layer(path)
+        module = self.model.find_layer(path)
+        if any(tensor.is_meta for tensor in module.state_dict().values()):
+            raise UserError(
+                f"layer={path}: its weights are offloaded, where editor '{self.registered_name}' cannot rewrite them; "
+                f"keep them on a device with device_map="
+            )
+        self._rewritten[path] = module
         self._untouched = {name: tensor.clone() for name, tensor in self._weights().items()}
 
     def restore_weights(self) -> None:

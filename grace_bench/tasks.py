@@ -6,7 +6,7 @@ the kind of model.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import fmean
@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from grace_bench import encoding
-from grace_bench.encoding import IGNORED, EncodedBatch, PaddingSide
+from grace_bench.encoding import IGNORED, EncodedBatch, PaddingSide, least
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.options import check_choice
+from grace_bench.options import check_choice, check_whole
 from grace_bench.scores import exact_match, reference_f1, token_f1
-from grace_bench.types import EditRequest, TaskName
+from grace_bench.types import EditRequest, Progress, TaskName
 
 if TYPE_CHECKING:
     from grace_bench.models import EditableModel, QueryState
+
+_OUTLIER = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,13 @@ class Task(ABC):
             last token and scores everything, as the official GRACE code does.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
+        batch_tokens: The most tokens in one, padding included; a single longer input goes alone.
+        max_input_tokens: Where prompts are cut; None for the model's own limit.
+        max_target_tokens: Where targets are cut, end token included, and the answers accepted beside them.
         label_names: The names of the label ids, which answers are shown by; classification only.
+
+    Raises:
+        UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
 
     name: ClassVar[TaskName]
@@ -70,6 +78,8 @@ class Task(ABC):
     main_score: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     other_scores: ClassVar[tuple[str, ...]] = ()
+    carried_scores: ClassVar[tuple[str, ...]] = ()
+    """Scores that only requests have which carry what they need."""
 
     def __init__(
         self,
@@ -78,14 +88,25 @@ class Task(ABC):
         query: str = "prefix",
         prefix_length: int = 8,
         batch_size: int = 64,
+        batch_tokens: int = 16384,
+        max_input_tokens: int | None = None,
+        max_target_tokens: int | None = None,
         label_names: Sequence[str] = (),
     ) -> None:
         check_choice("protocol.query", query, ("prefix", "last_token"))
+        check_whole("batch_tokens", batch_tokens, least=1)
+        for option, limit in (("max_input_tokens", max_input_tokens), ("max_target_tokens", max_target_tokens)):
+            if limit is not None:
+                check_whole(option, limit, least=1)
         self.max_new_tokens = max_new_tokens
         self.query = query
         self.prefix_length = prefix_length
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.max_input_tokens = max_input_tokens
+        self.max_target_tokens = max_target_tokens
         self.label_names = tuple(label_names)
+        self._counts: dict[str, int] = {}
 
     @abstractmethod
     def encode(
@@ -117,21 +138,70 @@ class Task(ABC):
     def score(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Scores the model's answers to requests, in the order given; batches hold inputs of like length."""
         results: list[ItemScore | None] = [None] * len(requests)
-        lengths = [len(request.prompt) + len(str(request.target)) for request in requests]
-        order = sorted(range(len(requests)), key=lengths.__getitem__)
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
+        for chunk in self.batches([self.size(model, r.prompt, (r.target, *contrast_of(r))) for r in requests]):
             for index, item in zip(chunk, self.score_batch(model, [requests[i] for i in chunk]), strict=True):
                 results[index] = item
         return [item for item in results if item is not None]
 
+    @torch.no_grad()
+    def ask(
+        self, model: "EditableModel", prompts: Sequence[str], *, progress: Progress | None = None
+    ) -> list[str | int]:
+        """Returns the model's own answers to any number of prompts, in the order given; batched as `score` is.
+
+        Args:
+            model: The model.
+            prompts: The questions.
+            progress: Called after every batch.
+
+        Raises:
+            UserError: For a task whose targets are texts that no model answers.
+        """
+        results: dict[int, str | int] = {}
+        for chunk in self.batches([self.size(model, prompt) for prompt in prompts]):
+            results.update(zip(chunk, self.answers(model, [prompts[i] for i in chunk]), strict=True))
+            if progress is not None:
+                progress("answers of the unedited model", len(results), len(prompts))
+        return [results[i] for i in range(len(prompts))]
+
+    def batches(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+        """Yields the indices of inputs of like size together, within `batch_size` and `batch_tokens`.
+
+        Args:
+            sizes: Each input's length in tokens.
+        """
+        chunk: list[int] = []
+        for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if len(chunk) == self.batch_size or (chunk and (len(chunk) + 1) * sizes[index] > self.batch_tokens):
+                yield chunk
+                chunk = []
+            chunk.append(index)
+        if chunk:
+            yield chunk
+
+    def size(self, model: "EditableModel", prompt: str, targets: Iterable[str | int] = ()) -> int:
+        """Returns how many tokens a forward pass reads at most of a prompt with one of the targets."""
+        longest = max((self._count(model, str(target)) for target in targets), default=0)
+        return least(self._count(model, prompt) + longest, model.max_length) or 1
+
+    def _count(self, model: "EditableModel", text: str) -> int:
+        if model.tokenizer is None:
+            return len(text)
+        if text not in self._counts:
+            self._counts[text] = encoding.count_tokens(model.tokenizer, text)
+        return self._counts[text]
+
     def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
         """Returns the mean of the main score under "" and of every other score under its name, NaN left out.
 
+        A score that no item carries is absent.
         The number of items whose main score is NaN stands under `n_nan` if there are any.
         """
         means = {"": _mean(item.score for item in items)}
         means |= {name: _mean(item.others[name] for item in items) for name in self.other_scores}
+        for name in self.carried_scores:
+            carried = [item.others[name] for item in items if name in item.others]
+            means |= {name: _mean(carried)} if carried else {}
         n_nan = sum(math.isnan(item.score) for item in items)
         if n_nan:
             means["n_nan"] = float(n_nan)
@@ -177,8 +247,15 @@ class Classification(Task):
                 target_ids=() if labels is None else tuple((label,) for label in labels),
             )
         return encoding.encode_classification(
-            model.tokenizer, prompts, labels, side=side or "right", max_length=model.max_length
+            model.tokenizer,
+            prompts,
+            labels,
+            side=side or "right",
+            max_length=least(model.max_length, self.max_input_tokens),
         )
+
+    def size(self, model: "EditableModel", prompt: str, targets: Iterable[str | int] = ()) -> int:  # noqa: D102
+        return super().size(model, prompt)
 
     def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         chosen = self._labels(model, [request.prompt for request in requests])
@@ -218,6 +295,7 @@ class _Generating(Task):
 
     main_score = "f1"
     other_scores = ("exact_match", "token_accuracy", "reference_f1")
+    carried_scores = ("contrast",)
 
     def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
         generated = self.generate(model, [request.prompt for request in requests])
@@ -228,9 +306,10 @@ class _Generating(Task):
         assert batch.content is not None
         hits = (model.logits(batch).argmax(dim=-1) == batch.labels) & batch.content
         accuracies = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
+        contrasts = self._contrasts(model, requests)
         items = []
         for i, (request, (text, ids)) in enumerate(zip(requests, generated, strict=True)):
-            accepted = [str(request.target), *request.answers]
+            accepted = self._accepted(model, request)
             match = exact_match(text, accepted)
             items.append(
                 ItemScore(
@@ -241,11 +320,55 @@ class _Generating(Task):
                         "exact_match": match,
                         "token_accuracy": accuracies[i],
                         "reference_f1": reference_f1(ids, batch.target_ids[i]),
+                        **contrasts[i],
                     },
                     **noted[i],
                 )
             )
         return items
+
+    def size(self, model: "EditableModel", prompt: str, targets: Iterable[str | int] = ()) -> int:
+        room = least(self._count(model, prompt) + self.max_new_tokens, model.max_length) or 1
+        return max(super().size(model, prompt, targets), room)
+
+    def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:
+        """Makes sure that what is to be contrasted are two texts."""
+        for request in requests:
+            contrast_of(request)
+
+    def _accepted(self, model: "EditableModel", request: EditRequest) -> list[str]:
+        """The accepted answers, cut where what the model is taught is cut."""
+        accepted = [str(request.target), *request.answers]
+        if self.max_target_tokens is None:
+            return accepted
+        ids = self.encode(model, [request.prompt] * len(accepted), accepted).target_ids
+        return [
+            model.tokenizer.decode(kept, skip_special_tokens=True) if len(kept) == self.max_target_tokens else text
+            for text, kept in zip(accepted, ids, strict=True)
+        ]
+
+    def _contrasts(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[dict[str, float]]:
+        """For each request that carries a contrast, whether its first answer is the likelier (Meng et al. 2022)."""
+        pairs = [contrast_of(request) for request in requests]
+        carrying = [i for i, pair in enumerate(pairs) if pair]
+        scores: list[dict[str, float]] = [{} for _ in requests]
+        if carrying:
+            prompts = [requests[i].prompt for i in carrying]
+            first, second = (self.losses(model, prompts, [pairs[i][side] for i in carrying]) for side in (0, 1))
+            for i, likelier, less_likely in zip(carrying, first.tolist(), second.tolist(), strict=True):
+                scores[i] = {"contrast": float(likelier < less_likely)}
+        return scores
+
+    @torch.no_grad()
+    def losses(self, model: "EditableModel", prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """Returns the (B,) mean negative log-likelihoods per token of answers to prompts, end token left out."""
+        batch = model.encode_batch(prompts, answers)
+        assert batch.labels is not None
+        assert batch.content is not None
+        losses = functional.cross_entropy(
+            model.logits(batch).float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
+        )
+        return (losses * batch.content).sum(dim=1) / batch.content.sum(dim=1)
 
     def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:
         return [text for text, _ in self.generate(model, prompts)]
@@ -302,7 +425,8 @@ class QuestionAnswering(_Generating):
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side or "right",
-            max_length=model.max_length,
+            max_length=least(model.max_length, self.max_input_tokens),
+            max_target_length=self.max_target_tokens,
             decoder_start=model.config.decoder_start_token_id,
             query_in_decoder=model.layer_in_decoder,
         )
@@ -332,7 +456,11 @@ class Completion(_Generating):
             None if targets is None else [str(target) for target in targets],
             side=side or "right",
             max_length=model.max_length,
-            max_prompt_length=None if model.max_length is None else max(1, model.max_length - self.max_new_tokens),
+            max_prompt_length=least(
+                None if model.max_length is None else max(1, model.max_length - self.max_new_tokens),
+                self.max_input_tokens,
+            ),
+            max_target_length=self.max_target_tokens,
         )
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
@@ -364,6 +492,8 @@ class LanguageModelling(Task):
             None if targets is None else [str(target) for target in targets],
             side=side or "right",
             max_length=model.max_length,
+            max_prompt_length=self.max_input_tokens,
+            max_target_length=self.max_target_tokens,
             end_token=False,
             prefix_length=self.prefix_length if self.query == "prefix" else None,
         )
@@ -386,12 +516,16 @@ class LanguageModelling(Task):
         ]
 
     def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
-        """Adds `perplexity_weighted`, the perplexity of all tokens together."""
+        """Adds the perplexity of all tokens together, and the share of texts whose own is above 1,000.
+
+        They are `perplexity_weighted` and `perplexity_outliers`.
+        """
         means = super().aggregate(items)
         finite = [item for item in items if not math.isnan(item.score)]
         n_tokens = sum(item.n_tokens for item in finite)
         nll = sum(math.log(item.score) * item.n_tokens for item in finite)
         means["perplexity_weighted"] = math.exp(nll / n_tokens) if n_tokens else math.nan
+        means["perplexity_outliers"] = _mean(float(item.score > _OUTLIER) for item in finite)
         return means
 
 
@@ -409,6 +543,21 @@ def get_task(name: str, **settings: Any) -> Task:
     if name not in _TASKS:
         raise UserError(f"no task {name!r}{did_you_mean(name, _TASKS)} (there are: {', '.join(_TASKS)})")
     return _TASKS[name](**settings)
+
+
+def contrast_of(request: EditRequest) -> tuple[str, ...]:
+    """Returns the two answers of `metadata["contrast"]`, of which the first should be the likelier; () without any.
+
+    Raises:
+        UserError: If it is something else, naming the request.
+    """
+    given = request.metadata.get("contrast")
+    if given is None:
+        return ()
+    answers = tuple(given) if isinstance(given, list | tuple) else ()
+    if len(answers) != 2 or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise UserError(f"request '{request.id}': field 'metadata.contrast': should be a list of two texts")
+    return answers
 
 
 def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:

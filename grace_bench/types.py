@@ -1,7 +1,7 @@
 """The harness's types: what a request is, what a stream holds, what it says of itself."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,12 +18,14 @@ class Probe(BaseModel):
     Attributes:
         prompt: The input text.
         target: The right answer; None stands for whatever the unedited model answers.
+        metadata: As in `EditRequest`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[str, StringConstraints(min_length=1)]
     target: str | int | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
 
 
 class EditRequest(BaseModel):
@@ -38,7 +40,8 @@ class EditRequest(BaseModel):
         rephrases: The same question in other words; evaluation only.
         locality: Questions whose answers must not change; evaluation only.
         portability: Questions whose answers follow from the edit; evaluation only.
-        metadata: Anything else. `fact` names the fact that edits and holdout requests share.
+        metadata: Anything else. `fact` names the fact that edits and holdout requests share; `contrast` holds two
+            answers, of which the first should be the likelier.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +70,7 @@ class StreamMetadata(BaseModel):
         revision: The version, commit or date of the source.
         license: The licence of the data.
         citation: How to cite it.
+        main_score: What its results are ranked by; None where the user chooses the task.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +79,7 @@ class StreamMetadata(BaseModel):
     revision: Annotated[str, StringConstraints(min_length=1)]
     license: Annotated[str, StringConstraints(min_length=1)]
     citation: str = ""
+    main_score: Literal["accuracy", "f1", "perplexity"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,7 @@ class StreamData:
         train: Requests for meta-training; shares no fact with `edits` or `validation`.
         accurate: What was right about the edited inputs and must stay so.
         label_names: The names of the label ids, for classification.
+        left_out: How many records of the source are in no role, by reason.
     """
 
     edits: tuple[EditRequest, ...]
@@ -97,7 +103,8 @@ class StreamData:
     validation: tuple[EditRequest, ...] = ()
     train: tuple[EditRequest, ...] = ()
     accurate: tuple[EditRequest, ...] = ()
-    label_names: tuple[str, ...] = field(default=())
+    label_names: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 Progress = Callable[[str, int, int], None]
@@ -113,6 +120,9 @@ class EditStream(ABC):
         task: What the model does with a prompt.
         metadata: Source, revision, licence and citation.
         max_new_tokens: The longest answer that free generation may give.
+        max_input_tokens: Where inputs are cut; None for the model's own limit.
+        max_target_tokens: Where targets are cut, end token included; None for the model's own limit.
+        progress: Called as a long load goes on; a run sets it.
         default_model: Short name of the model used when none is given; None if the user must name one.
         default_layer: The layer of that model that is edited unless another is named.
     """
@@ -121,6 +131,9 @@ class EditStream(ABC):
     task: TaskName
     metadata: ClassVar[StreamMetadata]
     max_new_tokens: int = 16
+    max_input_tokens: int | None = None
+    max_target_tokens: int | None = None
+    progress: Progress | None = None
     default_model: ClassVar[str | None] = None
     default_layer: ClassVar[str | None] = None
 
@@ -142,12 +155,15 @@ class EditStream(ABC):
         """
         return None
 
-    @classmethod
-    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
-        """Trains the stream's default model from nothing and saves it to `out_dir`.
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Trains the stream's model and saves it to `out_dir`.
 
         Args:
-            out_dir: Receives `config.json`, `model.safetensors` (float16) and the tokenizer.
+            out_dir: Receives `config.json`, `model.safetensors` and the tokenizer.
+            base: The folder or hub id of the model to start from; None to start from nothing, or from the stream's
+                own choice.
             seed: Seeds initialisation, data order and dropout.
             progress: Called as training goes on.
 
@@ -155,8 +171,8 @@ class EditStream(ABC):
             The figures of the saved and reloaded model, by name.
 
         Raises:
-            UserError: If the stream has no model of its own.
+            UserError: If the stream has no model of its own, or does not start from another.
         """
         from grace_bench.errors import UserError
 
-        raise UserError(f"stream '{cls.registered_name}' has no model of its own to pretrain")
+        raise UserError(f"stream '{self.registered_name}' has no model of its own to pretrain")

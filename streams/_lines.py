@@ -1,8 +1,9 @@
-"""Reading records that people wrote, as JSON lines or a JSON array; whatever is wrong is told in one line."""
+"""Records that people wrote, as JSON lines or a JSON array; whatever is wrong with one is told in one line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
@@ -33,10 +34,12 @@ class Record(Generic[M]):
 
     Attributes:
         place: `file:LINE` for JSON lines, `file: record N` for an array, counted from one.
+        number: Its number among the records of the source, counted from one.
         value: The validated record.
     """
 
     place: str
+    number: int
     value: M
 
     def fail(self, field: str, message: str) -> NoReturn:
@@ -44,55 +47,60 @@ class Record(Generic[M]):
         raise UserError(f"{self.place}: field '{field}': {message}")
 
 
-def read_records(path: str, schema: type[M], *, id_field: str, array: bool = False) -> list[Record[M]]:
-    """Reads and validates every record of a file.
+Parse = Callable[[], Any]
+"""Gives a record's JSON value, or raises the one-line error of what is wrong with it."""
 
-    A byte-order mark, Windows line ends and blank lines do no harm. Nothing is converted: `"3"` is no number.
+
+def read_lines(path: str) -> Iterator[tuple[str, int, Parse]]:
+    """Yields the place of every record of a file, the byte where it ends and what parses it.
+
+    A byte-order mark, Windows line ends and blank lines do no harm. A file may hold one JSON array,
+    or one object over several lines, instead of an object a line.
 
     Args:
         path: The file, UTF-8.
-        schema: What every record must be.
-        id_field: The field that must differ from record to record.
-        array: Whether a file that holds one JSON array is read too.
 
     Raises:
-        UserError: In one line with file, line and field: the file is missing, a folder, not UTF-8 or empty;
-            a line is no JSON object, or names a key twice; a field is missing, unknown, empty or of another
-            type; an id comes back, with both places.
+        UserError: If the file as a whole cannot be read.
     """
-    records: list[Record[M]] = []
-    first_seen: dict[str, str] = {}
-    for place, item in _items(path, array=array):
-        record = Record(place, _validate(place, item, schema))
-        key = str(getattr(record.value, id_field))
-        if key in first_seen:
-            record.fail(id_field, f"{_shown(key)} was used before, at {first_seen[key]}")
-        first_seen[key] = place
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: holds no records")
-    return records
-
-
-def _items(path: str, *, array: bool) -> Iterator[tuple[str, Any]]:
     try:
         # Binary lines end at \n alone; text may hold U+2028 and more that str.splitlines breaks at.
         with Path(path).expanduser().open("rb") as file:
-            number = 0
+            is_empty = True
             for number, line in enumerate(file, start=1):
                 content = line.removeprefix(_BOM) if number == 1 else line
-                if array and content.lstrip().startswith(b"["):
-                    yield from _array(path, content + file.read(), number)
+                if is_empty and content.lstrip().startswith(b"["):
+                    content += file.read()
+                    for place, item in _array(path, content, number):
+                        yield place, file.tell(), partial(_given, item)
                     return
+                if is_empty and content.strip() == b"{":
+                    # Either the file is one object over several lines, or its first line is broken.
+                    after = file.tell()
+                    try:
+                        whole = _parse(_decode(content + file.read(), path), path)
+                    except UserError:
+                        file.seek(after)
+                    else:
+                        yield f"{path}: record 1", file.tell(), partial(_given, whole)
+                        return
                 if content.strip():
-                    yield f"{path}:{number}", _parse(_decode(content, f"{path}:{number}"), f"{path}:{number}")
-                array = array and not content.strip()
+                    yield f"{path}:{number}", file.tell(), partial(_parse_line, content, f"{path}:{number}")
+                is_empty = is_empty and not content.strip()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a folder, not a file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
+def _given(item: Any) -> Any:
+    return item
+
+
+def _parse_line(content: bytes, place: str) -> Any:
+    return _parse(_decode(content, place), place)
 
 
 def _array(path: str, content: bytes, first_line: int) -> Iterator[tuple[str, Any]]:
@@ -143,7 +151,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _validate(place: str, item: Any, schema: type[M]) -> M:
+def validate(place: str, item: Any, schema: type[M]) -> M:
+    """Returns a parsed record as its schema has it. Nothing is converted: `"3"` is no number.
+
+    Raises:
+        UserError: In one line with place and field: it is no JSON object, or a field is missing, unknown, empty or
+            of another type.
+    """
     if not isinstance(item, dict):
         raise UserError(f"{place}: should be a JSON object, not {_kind(item)}")
     try:
@@ -197,12 +211,16 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
         case "extra_forbidden":
             fields = schema.model_fields if len(error["loc"]) == 1 else ()
             return f"is not a known field{did_you_mean(str(error['loc'][-1]), fields)}"
-        case "string_too_short":
+        case "string_too_short" | "too_short":
             return "is empty"
         case "string_type":
             return f"should be text, not {_kind(given)}"
         case "int_type":
             return f"should be a whole number, not {_kind(given)}"
+        case "tuple_type":
+            return f"should be a list, not {_kind(given)}"
+        case "dict_type" | "model_type":
+            return f"should be an object, not {_kind(given)}"
         case _:
             return _one_line(error["msg"])
 

@@ -1,4 +1,4 @@
-"""Training the small default models of the embedded streams from nothing.
+"""Training the models of streams: the small ones of the embedded streams from nothing, others from a base model.
 
 The three families share everything but how an example is made: `Example` holds token ids and either a label
 sequence (seq2seq, causal) or one class, so that one collation and one loop serve T5, BERT and GPT-2.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from grace_bench.types import Progress
+from grace_bench.errors import UserError
+from grace_bench.types import EditStream, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,52 @@ class Example:
 
     input_ids: list[int]
     labels: list[int] | int
+
+
+def refuse_base(stream: EditStream, base: str | None) -> None:
+    """Raises `UserError` if a stream whose model is trained from nothing is given one to start from."""
+    if base is not None:
+        raise UserError(f"stream '{stream.registered_name}' trains its model from nothing, not from model={base}")
+
+
+def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
+    """Loads a model to start from, as float32 on the fastest device that is there, and its tokenizer.
+
+    Args:
+        base: A folder or a hub id.
+        auto_class: The transformers class that loads it; a head that the checkpoint lacks is made anew.
+        config: What the model's configuration should say otherwise.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    import torch
+    import transformers
+
+    from grace_bench.models import pick_device
+
+    try:
+        model = getattr(transformers, auto_class).from_pretrained(
+            base,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            **config,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model={base}: cannot be loaded ({reason})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(pick_device("auto")), tokenizer
+
+
+def longest_input(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Returns how many tokens fit into both the model's positions and the tokenizer's limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
 
 def train_tokenizer(
@@ -176,6 +223,7 @@ def train(
     """
     import torch
 
+    device = next(model.parameters()).device
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -194,7 +242,8 @@ def train(
     done = 0
     for _ in range(epochs):
         for batch in _batches(examples, batch_size, order):
-            loss = model(**collate(batch, pad_id=pad_id)).loss
+            tensors = collate(batch, pad_id=pad_id)
+            loss = model(**{name: tensor.to(device) for name, tensor in tensors.items()}).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -214,16 +263,23 @@ def _batches(examples: Sequence[Example], batch_size: int, order: random.Random)
     return order.sample(batches, len(batches))
 
 
-def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", out_dir: Path) -> None:
-    """Saves a model in float16 with its tokenizer, so that `AutoModel….from_pretrained` loads it as float32.
+def save(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    out_dir: Path,
+    stored_as: Literal["float16", "float32"] = "float16",
+) -> None:
+    """Saves a model with its tokenizer, so that `AutoModel….from_pretrained` loads it as float32.
 
-    The configuration says float32 because the half precision is only how the weights are stored. The model is
-    halved in place.
+    The configuration says float32 where half precision is only how the weights are stored. The model is halved in
+    place.
     """
     import torch
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(out_dir)
+    if stored_as == "float16":
+        model = model.half()
+    model.save_pretrained(out_dir)
     model.config.dtype = torch.float32
     model.config.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
@@ -234,6 +290,8 @@ def finish(
     tokenizer: "PreTrainedTokenizerFast",
     out_dir: Path,
     measure: Callable[["PreTrainedModel", "PreTrainedTokenizerFast"], dict[str, float]],
+    *,
+    stored_as: Literal["float16", "float32"] = "float16",
 ) -> dict[str, float]:
     """Saves a trained model, loads it again as float32, measures that, and writes the figures beside it.
 
@@ -242,6 +300,7 @@ def finish(
         tokenizer: Its tokenizer.
         out_dir: Where both go, and `figures.json`.
         measure: Takes the reloaded model, in eval mode, and tokenizer, and returns figures by name.
+        stored_as: The precision of the saved weights.
 
     Returns:
         What `measure` returned.
@@ -249,8 +308,8 @@ def finish(
     import torch
     from transformers import AutoTokenizer
 
-    save(model, tokenizer, out_dir)
-    reloaded = type(model).from_pretrained(out_dir, dtype=torch.float32).eval()
+    save(model, tokenizer, out_dir, stored_as)
+    reloaded = type(model).from_pretrained(out_dir, dtype=torch.float32).to(model.device).eval()
     figures = measure(reloaded, AutoTokenizer.from_pretrained(out_dir))
     (out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures

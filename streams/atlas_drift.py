@@ -76,6 +76,7 @@ class AtlasDrift(EditStream):
         revision="CLDR 47 (babel 2.18.0)",
         license="Unicode-3.0",
         citation="Unicode CLDR, https://cldr.unicode.org",
+        main_score="accuracy",
     )
     default_model: ClassVar[str | None] = "atlas-drift"
     default_layer: ClassVar[str | None] = "bert.encoder.layer.1.output.dense"
@@ -107,8 +108,9 @@ class AtlasDrift(EditStream):
             label_names=names,
         )
 
-    @classmethod
-    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
         """Trains a BERT of about one million parameters on the era, about three minutes on one core.
 
         Returns:
@@ -118,7 +120,9 @@ class AtlasDrift(EditStream):
         from transformers import BertConfig, BertForSequenceClassification
 
         from grace_bench.streams._drift_model import ReadAtBothEnds
-        from grace_bench.streams._pretraining import Example, finish, seeded, train
+        from grace_bench.streams._pretraining import Example, finish, refuse_base, seeded, train
+
+        refuse_base(self, base)
 
         places = read_places()
         codes, names = currencies(places)
@@ -154,7 +158,7 @@ class AtlasDrift(EditStream):
                 seed=seed,
                 progress=progress,
             )
-        data = cls().load()
+        data = self.load()
 
         def measure(reloaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
             return {

@@ -124,7 +124,7 @@ class AtlasQA(EditStream):
     """
 
     task = "qa"
-    metadata: ClassVar[StreamMetadata] = METADATA
+    metadata: ClassVar[StreamMetadata] = METADATA.model_copy(update={"main_score": "f1"})
     max_new_tokens = 16
     default_model = "atlas-qa"
     default_layer = "encoder.block.2.layer.1.DenseReluDense.wo"
@@ -145,8 +145,9 @@ class AtlasQA(EditStream):
             train=tuple(_request(fact, i, rephrased=True) for fact in split.train for i in first),
         )
 
-    @classmethod
-    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
         """Trains a T5 on the known facts in all phrasings, two to three minutes on two cores.
 
         Returns:
@@ -157,6 +158,7 @@ class AtlasQA(EditStream):
 
         from grace_bench.streams import _pretraining as pretraining
 
+        pretraining.refuse_base(self, base)
         split = split_facts()
         pairs = [
             (template.format(fact.subject), fact.object)

@@ -152,7 +152,7 @@ class AtlasText(EditStream):
     """
 
     task = "language_modelling"
-    metadata: ClassVar[StreamMetadata] = METADATA
+    metadata: ClassVar[StreamMetadata] = METADATA.model_copy(update={"main_score": "perplexity"})
     max_new_tokens = 32
     default_model = "atlas-text"
     default_layer = "transformer.h.1.mlp.c_fc"
@@ -177,8 +177,9 @@ class AtlasText(EditStream):
             ),
         )
 
-    @classmethod
-    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
         """Trains a GPT-2 on all passages, two to three minutes on two cores.
 
         It reads each passage in two wordings, that of the edits and that of the holdout.
@@ -191,13 +192,14 @@ class AtlasText(EditStream):
 
         from grace_bench.streams import _pretraining as pretraining
 
+        pretraining.refuse_base(self, base)
         texts = [
             passage.text(style=style)
             for passages in passages_by_role().values()
             for passage in passages
             for style in (PASSAGE_STYLE, HOLDOUT_STYLE)
         ]
-        data = AtlasText().load()
+        data = self.load()
         corrections = [str(r.target) for r in (*data.edits, *data.holdout, *data.validation, *data.train)]
         tokenizer = pretraining.train_tokenizer([*texts, *corrections], family="gpt2", vocab_size=2000)
         end = tokenizer.eos_token_id

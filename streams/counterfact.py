@@ -1,15 +1,16 @@
-"""CounterFact in EasyEdit's format."""
+"""CounterFact, in ROME's own format and in EasyEdit's."""
 
-from typing import ClassVar
+from collections.abc import Container, Iterable, Iterator
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.errors import UserError
-from grace_bench.options import check_whole
+from grace_bench.options import check_text, check_whole
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
-from grace_bench.streams._lines import Filled, Record, read_records
-from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata, TaskName
+from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
+from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 
 
 class _Portability(BaseModel):
@@ -19,7 +20,7 @@ class _Portability(BaseModel):
     answer: Filled = Field(alias="New Answer")
 
 
-class _CounterFactRecord(BaseModel):
+class _EasyEdit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     case_id: int | str
@@ -33,62 +34,143 @@ class _CounterFactRecord(BaseModel):
     portability: _Portability | None = None
 
 
-@register_stream("counterfact")
-class CounterFact(EditStream):
-    """Counterfactual completions in EasyEdit's format: JSON lines, or the JSON array that EasyEdit ships.
+class _Target(BaseModel):
+    model_config = ConfigDict(frozen=True)
 
-    A record has `case_id prompt target_new subject` and may have `ground_truth rephrase_prompt
-    locality_prompt locality_ground_truth portability`; other fields are ignored. The rephrases become the
-    holdout. The locality prompts become upstream, each once and without those that are edited; what
-    must be kept there is the unedited model's own answer, so these requests carry
-    `metadata["target_from_model"]`, and the data set's answer until the model's takes its place.
+    text: Filled = Field(alias="str")
+
+
+class _Rewrite(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Filled
+    subject: Filled
+    target_new: _Target
+    target_true: _Target
+
+
+class _Rome(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    case_id: int | str
+    requested_rewrite: _Rewrite
+    paraphrase_prompts: tuple[Filled, ...] = ()
+    neighborhood_prompts: tuple[Filled, ...] = ()
+
+
+_FORMATS: tuple[Format[Any], ...] = (
+    Format("ROME", _Rome, frozenset({"requested_rewrite", "neighborhood_prompts"})),
+    Format("EasyEdit", _EasyEdit, frozenset({"prompt", "target_new"})),
+)
+
+
+@register_stream("counterfact")
+class CounterFact(RecordStream):
+    """Counterfactual completions: from the hub, ROME's `counterfact.json`, or a file in EasyEdit's format.
+
+    ROME's records hold `case_id requested_rewrite` and may hold `paraphrase_prompts neighborhood_prompts`; EasyEdit's
+    hold `case_id prompt target_new subject` and may hold `ground_truth rephrase_prompt locality_prompt
+    locality_ground_truth portability`; other fields are ignored. Paraphrases and rephrases become the holdout.
+    Neighbourhood and locality prompts become probes, and upstream, each once and without those that are edited; what
+    must be kept there is the unedited model's own answer (`metadata["target_from_model"]`).
+
+    Beside exact match, answers are compared by probability as ROME does (Meng et al. 2022, section 3.4): the new
+    answer against the true one for edits and their paraphrases, the true one against the new one in the neighbourhood.
+    They are the scores `ES/contrast`, `Holdout/contrast` and `Locality/contrast`.
 
     Args:
-        path: The file.
+        path: A file or folder; None for `azhx/counterfact` of the hub, a copy of ROME's file, whose test split is for
+            validation.
+        validation_path: Records for tuning, in the same formats; those about an edited prompt are left out.
         max_new_tokens: The longest answer that free generation may give.
-
-    Raises:
-        UserError: If no path is given.
+        on_error: `raise`, or `skip` to leave a broken record out and count it.
     """
 
     task: TaskName = "completion"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
-        source="CounterFact (Meng et al. 2022), the user's file in EasyEdit's format",
-        revision="as read",
+        source="CounterFact, rome.baulab.info",
+        revision="the file as read, or the hub's newest",
         license="MIT",
         citation="Meng et al., Locating and Editing Factual Associations in GPT, NeurIPS 2022",
+        main_score="f1",
     )
 
-    def __init__(self, *, path: str | None = None, max_new_tokens: int = 8) -> None:
-        if path is None:
-            raise UserError("stream=counterfact needs stream.path=FILE, CounterFact in EasyEdit's format")
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        validation_path: str | None = None,
+        max_new_tokens: int = 8,
+        on_error: str = "raise",
+    ) -> None:
+        for name, value in (("path", path), ("validation_path", validation_path)):
+            check_text(f"stream.{name}", value, optional=True)
         check_whole("stream.max_new_tokens", max_new_tokens, least=1)
         self.path = path
+        self.validation_path = validation_path
         self.max_new_tokens = max_new_tokens
+        self.on_error = on_error
 
-    def load(self) -> StreamData:
-        """Returns the requests in the order of the file."""
-        records = read_records(self.path, _CounterFactRecord, id_field="case_id", array=True)
-        edits = tuple(map(_request, records))
+    def sources(self) -> tuple[Source, ...]:
+        if self.path is None:
+            return tuple(Hub("azhx/counterfact", split, option="stream.path") for split in ("train", "test"))
+        return tuple(Files(path) for path in (self.path, self.validation_path) if path is not None)
+
+    def read(self, reader: Reader) -> StreamData:
+        edits, *rest = (tuple(reader.read(source, _FORMATS, _request, id_field="case_id")) for source in self.sources())
         edited = {request.prompt for request in edits}
-        upstream: dict[str, EditRequest] = {}
-        for record in records:
-            prompt, answer = record.value.locality_prompt, record.value.locality_ground_truth
-            if prompt is not None and answer is not None and prompt not in edited:
-                upstream.setdefault(
-                    prompt,
-                    EditRequest(
-                        id=f"{record.value.case_id}/locality",
-                        prompt=prompt,
-                        target=answer,
-                        metadata={"target_from_model": True},
-                    ),
-                )
-        return StreamData(edits=edits, upstream=tuple(upstream.values()), holdout=tuple(rephrased(edits)))
+        validation = []
+        for request in rest[0] if rest else ():
+            if request.prompt in edited:
+                reader.leave_out("a validation record about an edited prompt")
+            else:
+                validation.append(request)
+        return StreamData(
+            edits=edits,
+            upstream=tuple(_upstream(edits, edited)),
+            holdout=tuple(rephrased(edits)),
+            validation=tuple(validation),
+        )
 
 
-def _request(record: Record[_CounterFactRecord]) -> EditRequest:
-    value = record.value
+def _upstream(edits: Iterable[EditRequest], edited: Container[str]) -> Iterator[EditRequest]:
+    seen: set[str] = set()
+    for request in edits:
+        for number, probe in enumerate(request.locality):
+            if probe.prompt in edited or probe.prompt in seen:
+                continue
+            seen.add(probe.prompt)
+            yield EditRequest(
+                id=f"{request.id}/locality/{number}",
+                prompt=probe.prompt,
+                target=probe.metadata["contrast"][0],
+                metadata={"target_from_model": True},
+            )
+
+
+def _request(record: Record[_Rome | _EasyEdit]) -> EditRequest:
+    return _from_rome(record) if isinstance(record.value, _Rome) else _from_easyedit(record)
+
+
+def _from_rome(record: Record[Any]) -> EditRequest:
+    value: _Rome = record.value
+    rewrite = value.requested_rewrite
+    new, true = rewrite.target_new.text, rewrite.target_true.text
+    if rewrite.prompt.count("{}") != 1:
+        record.fail("requested_rewrite.prompt", "should hold {} once, where the subject goes")
+    return EditRequest(
+        id=str(value.case_id),
+        prompt=rewrite.prompt.replace("{}", rewrite.subject),
+        target=new,
+        subject=rewrite.subject,
+        rephrases=value.paraphrase_prompts,
+        locality=tuple(Probe(prompt=text, metadata={"contrast": [true, new]}) for text in value.neighborhood_prompts),
+        metadata={"ground_truth": true, "contrast": [new, true]},
+    )
+
+
+def _from_easyedit(record: Record[Any]) -> EditRequest:
+    value: _EasyEdit = record.value
     if value.subject not in value.prompt:
         record.fail("subject", "does not occur in the prompt, letter by letter")
     for given, other in (
@@ -97,17 +179,24 @@ def _request(record: Record[_CounterFactRecord]) -> EditRequest:
     ):
         if getattr(value, given) is not None and getattr(value, other) is None:
             record.fail(other, f"is missing, while '{given}' is given")
+    locality: tuple[Probe, ...] = ()
+    if value.locality_prompt is not None:
+        contrast = [value.locality_ground_truth, value.target_new]
+        locality = (Probe(prompt=value.locality_prompt, metadata={"contrast": contrast}),)
+    metadata: dict[str, Any] = {}
+    if value.ground_truth is not None:
+        metadata = {"ground_truth": value.ground_truth, "contrast": [value.target_new, value.ground_truth]}
     return EditRequest(
         id=str(value.case_id),
         prompt=value.prompt,
         target=value.target_new,
         subject=value.subject,
         rephrases=(value.rephrase_prompt,) if value.rephrase_prompt is not None else (),
-        locality=(Probe(prompt=value.locality_prompt),) if value.locality_prompt is not None else (),
+        locality=locality,
         portability=(
             (Probe(prompt=value.portability.question, target=value.portability.answer),)
             if value.portability is not None
             else ()
         ),
-        metadata={"ground_truth": value.ground_truth} if value.ground_truth is not None else {},
+        metadata=metadata,
     )

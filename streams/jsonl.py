@@ -7,12 +7,15 @@ from grace_bench.errors import UserError, did_you_mean
 from grace_bench.options import check_whole
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
-from grace_bench.streams._lines import Record, read_records
-from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
+from grace_bench.streams._lines import Record
+from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
+from grace_bench.types import EditRequest, StreamData, StreamMetadata, TaskName
+
+_REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target"}))
 
 
 @register_stream("jsonl")
-class Jsonl(EditStream):
+class Jsonl(RecordStream):
     """Your own requests, one JSON object a line with the fields of `EditRequest`.
 
     `id`, `prompt` and `target` are required; `answers`, `subject`, `rephrases`, `locality`, `portability` and
@@ -25,6 +28,7 @@ class Jsonl(EditStream):
             without them TRR is not measured.
         label_names: The names of the labels, for classification; a target is an index into them.
         max_new_tokens: The longest answer that free generation may give.
+        on_error: `raise`, or `skip` to leave a broken record out and count it.
 
     Raises:
         UserError: If an option does not fit the others.
@@ -42,6 +46,7 @@ class Jsonl(EditStream):
         upstream_path: str | None = None,
         label_names: Sequence[str] = (),
         max_new_tokens: int = 16,
+        on_error: str = "raise",
     ) -> None:
         if path is None:
             raise UserError("stream=jsonl needs stream.path=FILE, one request a line")
@@ -57,24 +62,19 @@ class Jsonl(EditStream):
         self.upstream_path = upstream_path
         self.label_names = tuple(label_names)
         self.max_new_tokens = max_new_tokens
+        self.on_error = on_error
 
-    def load(self) -> StreamData:
-        """Returns the requests in the order of the file."""
-        edits = self._read(self.path)
-        return StreamData(
-            edits=edits,
-            upstream=self._read(self.upstream_path) if self.upstream_path is not None else (),
-            holdout=tuple(rephrased(edits)),
-            label_names=self.label_names,
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(Files(path) for path in (self.path, self.upstream_path) if path is not None)
+
+    def read(self, reader: Reader) -> StreamData:
+        edits, upstream = (
+            tuple(reader.read(Files(path), [_REQUEST], self._checked, id_field="id")) if path is not None else ()
+            for path in (self.path, self.upstream_path)
         )
+        return StreamData(edits=edits, upstream=upstream, holdout=tuple(rephrased(edits)), label_names=self.label_names)
 
-    def _read(self, path: str) -> tuple[EditRequest, ...]:
-        records = read_records(path, EditRequest, id_field="id")
-        for record in records:
-            self._check(record)
-        return tuple(record.value for record in records)
-
-    def _check(self, record: Record[EditRequest]) -> None:
+    def _checked(self, record: Record[EditRequest]) -> EditRequest:
         request = record.value
         if self.task != "language_modelling":
             _check_filled(record, "prompt", request.prompt)
@@ -95,6 +95,7 @@ class Jsonl(EditStream):
                     self._check_target(record, f"{name}[{index}].target", probe.target)
                 elif self.task == "language_modelling":
                     record.fail(f"{name}[{index}].target", "is missing; in language modelling a model gives no answer")
+        return request
 
     def _check_target(self, record: Record[EditRequest], field: str, target: str | int) -> None:
         if self.task != "classification":

@@ -59,6 +59,7 @@ class Toy(EditStream):
         revision="1",
         license="MIT",
         citation="Hartvigsen et al., Aging with GRACE, NeurIPS 2023",
+        main_score="accuracy",
     )
     default_model: ClassVar[str | None] = "toy"
     default_layer: ClassVar[str | None] = "second"
@@ -107,15 +108,17 @@ class Toy(EditStream):
 
         return model.eval(), encode
 
-    @classmethod
-    def pretrain(cls, out_dir: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, float]:
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
         """Trains the classifier on 2,000 points of the whole plane, before anything turned."""
         import torch
         from safetensors.torch import save_file
 
-        from grace_bench.streams._pretraining import seeded
+        from grace_bench.streams._pretraining import refuse_base, seeded
         from grace_bench.streams._toy_model import PointClassifier
 
+        refuse_base(self, base)
         points = list(islice(_points(random.Random(f"training {seed}")), 2000))
         inputs = torch.tensor(points)
         labels = torch.tensor([label_before(point) for point in points])
@@ -140,8 +143,8 @@ class Toy(EditStream):
             out_dir / "model.safetensors",
             metadata={"format": "pt"},
         )
-        reloaded, encode = cls.load_model(out_dir)
-        data = cls().load()
+        reloaded, encode = self.load_model(out_dir)
+        data = self.load()
         figures = {
             f"{name}_accuracy": _accuracy(reloaded, encode, getattr(data, name))
             for name in ("upstream", "edits", "holdout", "validation")

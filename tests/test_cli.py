@@ -246,6 +246,23 @@ def test_a_rerun_that_cannot_start_leaves_the_finished_run_where_it_was(tmp_path
     assert snapshot(tmp_path) == before
 
 
+def test_broken_requests_that_are_left_out_are_counted_in_the_last_line_and_in_the_result(tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    whole = [json.dumps({"id": str(i), "prompt": "The capital of", "target": f"place {i}"}) for i in range(3)]
+    requests.write_text("\n".join([*whole, '{"id": "3", "prompt": "The capital of"}', "[not json"]), encoding="utf-8")
+    given = ("run", "stream=jsonl", f"stream.path={requests}", "stream.task=language_modelling", "model=atlas-text")
+    rest = ("editor=none", "wandb.mode=disabled", f"out={tmp_path / 'runs'}")
+    refused = cli(*given, *rest)
+    assert (refused.code, refused.err) == (2, f"grace-bench: {requests}:4: field 'target': is missing\n")
+    done = cli(*given, "stream.on_error=skip", *rest)
+    assert done.code == 0, done.err
+    assert "2 records left out (broken)" in done.out
+    (folder,) = run_folders(tmp_path / "runs")
+    result = _result(folder)
+    assert result.stream.left_out == {"broken": 2}
+    assert result.stream.n_candidates == 3
+
+
 def test_in_a_sweep_a_mistake_in_one_run_does_not_keep_the_others_back(tmp_path: Path) -> None:
     done = cli("run", "-m", *SMALL, f"out={tmp_path}", "editor=none", "layer=first,frist,second")
     assert done.code == 2
@@ -422,7 +439,10 @@ RUN_MISTAKES = {
         ["stream=jsonl", "stream.path=BROKEN/none.jsonl", "model=toy"],
         ["BROKEN/none.jsonl: no such file"],
     ),
-    "folder-of-requests": (["stream=jsonl", "stream.path=BROKEN/empty", "model=toy"], ["BROKEN/empty: is a folder"]),
+    "folder-of-requests": (
+        ["stream=jsonl", "stream.path=BROKEN/empty", "model=toy"],
+        ["BROKEN/empty: the folder holds no"],
+    ),
     "requests-with-a-bad-field": (
         ["stream=jsonl", "stream.path=BROKEN/field.jsonl", "model=toy"],
         ["BROKEN/field.jsonl:2: field 'targ"],
@@ -498,6 +518,23 @@ COMMAND_MISTAKES = {
     "meta-train-with-a-flag": (["meta-train", "-m", "editor=mend"], ["has no option -m"]),
     "pretrain-unknown": (["pretrain", "tyo", "--out", "BROKEN/new"], ["did you mean 'toy'?"]),
     "pretrain-without-model": (["pretrain", "jsonl", "--out", "BROKEN/new"], ["'jsonl' has no model of its own"]),
+    "pretrain-nothing": (["pretrain", "--out", "BROKEN/new"], ["stream"]),
+    "pretrain-with-an-option-of-runs": (
+        ["pretrain", "toy", "max_edits=3", "--out", "BROKEN/new"],
+        ["pretrain has no option max_edits=3", "stream.NAME="],
+    ),
+    "pretrain-with-an-option-the-stream-lacks": (
+        ["pretrain", "toy", "--out", "BROKEN/new", "stream.path=x"],
+        ["no option stream.path"],
+    ),
+    "pretrain-from-no-folder": (
+        ["pretrain", "toy", "model=BROKEN/none", "--out", "BROKEN/new"],
+        ["model=BROKEN/none: no such folder"],
+    ),
+    "pretrain-from-a-model-that-is-not-needed": (
+        ["pretrain", "toy", "model=BROKEN/atlas-qa-wordless", "--out", "BROKEN/new"],
+        ["'toy' trains its model from nothing", "model=BROKEN/atlas-qa-wordless"],
+    ),
     "pretrain-into-a-file": (["pretrain", "toy", "--out", "BROKEN/plain.txt"], ["BROKEN/plain.txt"]),
     "pretrain-with-a-seed-of-words": (["pretrain", "toy", "--seed", "x", "--out", "BROKEN/new"], ["--seed", "'x'"]),
 }
@@ -705,6 +742,27 @@ def test_pretraining_makes_a_model_that_a_run_takes_and_reaches_the_shipped_figu
     assert result.before["TRR"] == shipped["upstream_accuracy"]
     assert (result.model.name, result.model.path) == ("again", str(made))
     assert result.model.layer == "second"
+
+
+def test_pretraining_takes_a_streams_options_and_a_model_in_any_order(tmp_path: Path, broken: Path) -> None:
+    decisions = tmp_path / "decisions.jsonl"
+    records = [{"text": f"case {n} on {'cats' if n % 2 else 'dogs'}", "label": n % 2, "term": 1950} for n in range(8)]
+    records.append({"text": "case 9 on cats", "label": 0, "term": 2000})
+    decisions.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    made = tmp_path / "made"
+    base = CHECKPOINTS / "atlas-drift"
+    done = cli("pretrain", "scotus", f"stream.path={decisions}", "--out", str(made), f"model={base}", "--seed", "1")
+    assert done.code == 0, done.err
+    *figures, last = done.out.splitlines()
+    assert all(re.fullmatch(r"\w+ [01]\.\d{4}", line) for line in figures)
+    command = last.partition(": grace-bench ")[2].split()
+    assert command == ["run", "stream=scotus", f"stream.path={decisions}", f"model={made}"]
+    run = cli(*command, "editor=grace", "editor.n_iter=2", f"out={tmp_path / 'runs'}", "wandb.mode=disabled")
+    assert run.code == 0, run.err
+    (folder,) = run_folders(tmp_path / "runs")
+    noted = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    assert noted["grace_bench_stream"] == "scotus"
+    assert _result(folder).model.layer == noted["grace_bench_layer"]
 
 
 # --- what is seen while it runs --------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import io
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,7 @@ from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Run
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.tasks import Completion
 from grace_bench.types import Probe, StreamData, StreamMetadata
 
 # A point is one position, so there is nothing before it to replace.
@@ -718,3 +720,147 @@ def test_a_model_of_points_is_edited_in_bfloat16(editor: Any) -> None:
     )
     assert result.model.dtype == "bfloat16"
     assert result.metrics["n_edits"] == 2
+
+
+# What the unedited model answers.
+
+
+class _Asked(Completion):
+    """Notes what is asked of the model itself, and after how many edits."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.asked: list[tuple[int, str]] = []
+        self.strategy: EditorStrategy | None = None
+
+    def answers(self, model: EditableModel, prompts: Sequence[str]) -> list[str | int]:
+        assert self.strategy is not None
+        self.asked += [(self.strategy.n_edits, prompt) for prompt in prompts]
+        return super().answers(model, prompts)
+
+
+def _neighbours(make_model: Callable[..., EditableModel], *, max_edits: int | None = None) -> tuple[Run, _Asked]:
+    """A run of an editor that changes everything and cannot be suspended, with probes that have no target."""
+    model = make_model("completion")
+    task = model.task = _Asked(max_new_tokens=3)
+
+    class Blunt(EDITORS.get("ft")):  # type: ignore[misc]
+        @contextmanager
+        def suspended(self) -> Iterator[None]:
+            raise AssertionError("nothing is asked of a suspended editor")
+            yield
+
+    questions = ["what is the river of France", "the currency in Italy is", "the capital of Peru", "Lima is in"]
+    edits = tuple(
+        EditRequest(
+            id=f"e{i}",
+            prompt=f"what is the capital of {country}",
+            target=target,
+            locality=(
+                Probe(prompt=questions[i]),
+                Probe(prompt=questions[0]),
+                Probe(prompt="the river is", target="Seine"),
+            ),
+            portability=(Probe(prompt=questions[i + 1]),),
+        )
+        for i, (country, target) in enumerate([("France", "Lima"), ("Italy", "Tenge"), ("Peru", "Ishim")])
+    )
+    upstream = tuple(
+        EditRequest(id=f"u{i}", prompt=prompt, target="", metadata={"target_from_model": True})
+        for i, prompt in enumerate([questions[1], "the Sol of Peru is", questions[1]])
+    )
+    benchmark = EditBenchmark(
+        name="neighbours",
+        data=StreamData(edits=edits, upstream=upstream),
+        task="completion",
+        metadata=StreamMetadata(source="this test", revision="1", license="MIT"),
+        fingerprint="0" * 64,
+        max_new_tokens=3,
+    )
+    evaluator = EvaluationPlugin(
+        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[Recorder()], collect_all=False
+    )
+    task.strategy = Blunt(model=model, evaluator=evaluator, lr=0.03)
+    return Run(benchmark, task.strategy, Schedule(eval_every=1, max_edits=max_edits)), task
+
+
+_QUESTIONS = {
+    "what is the river of France",
+    "the currency in Italy is",
+    "the capital of Peru",
+    "Lima is in",
+    "the Sol of Peru is",
+}
+
+
+def test_the_unedited_model_is_asked_each_question_once_before_the_first_edit(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    run, task = _neighbours(make_model, max_edits=1)
+    run.run()
+    assert run.strategy.n_edits == 1
+    assert len(task.asked) == len(_QUESTIONS), "each once, those of candidates that are never reached too"
+    assert set(task.asked) == {(0, prompt) for prompt in _QUESTIONS}
+
+
+def test_locality_is_measured_against_the_answers_of_the_model_before_any_edit(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    pristine = make_model("completion", max_new_tokens=3)
+    before = dict(zip(sorted(_QUESTIONS), pristine.answer(sorted(_QUESTIONS)), strict=True))
+    run, _ = _neighbours(make_model)
+    assert run.metrics()["n_edits"] == 0
+    run.run()
+    edited = dict(zip(sorted(_QUESTIONS), run.strategy.model.answer(sorted(_QUESTIONS)), strict=True))
+    assert edited != before, "else nothing here could tell the two apart"
+    for kind in ("locality", "portability"):
+        probes = {p.id: p for edit in run.benchmark.data.edits for p in run._probes(kind, [edit])}
+        assert probes
+        for probe in probes.values():
+            assert probe.target == ("Seine" if probe.prompt == "the river is" else before[probe.prompt])
+    assert [request.target for request in run.benchmark.data.upstream] == [
+        before["the currency in Italy is"],
+        before["the Sol of Peru is"],
+        before["the currency in Italy is"],
+    ]
+    final = run.metrics()
+    assert final["Locality"] < 1.0
+    assert run.before["TRR/exact_match"] == 1.0, "before the first edit the model agrees with itself"
+
+
+def test_a_run_taken_up_again_keeps_the_unedited_models_answers_and_asks_nothing(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    whole, _ = _neighbours(make_model)
+    whole.run()
+    halfway, _ = _neighbours(make_model)
+    for index in halfway.steps():
+        if index == 2:
+            break
+    state = halfway.state_dict()
+    resumed, task = _neighbours(make_model)
+    resumed.load_state_dict(state)
+    resumed.run()
+    assert task.asked == []
+    assert resumed.metrics() == whole.metrics()
+
+
+def test_a_run_does_not_begin_with_an_edited_model(make_model: Callable[..., EditableModel]) -> None:
+    run, task = _neighbours(make_model)
+    run.strategy.edit_text("what is the river of France", "Ishim")
+    with pytest.raises(RuntimeError, match="no edit"):
+        run.run()
+    assert task.asked == []
+
+
+def test_the_limits_of_a_stream_are_those_of_its_task_and_stand_in_the_protocol(
+    make_model: Callable[..., EditableModel], tmp_path: Path
+) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"id": "1", "prompt": "what is the capital of Peru", "target": "Lima of France"}\n')
+    stream = STREAMS.get("jsonl")(path=str(file), task="completion")
+    stream.max_input_tokens, stream.max_target_tokens = 5, 3
+    model = make_model("completion")
+    result = run_benchmark(stream, model=model, editor="none")
+    assert (result.protocol.max_input_tokens, result.protocol.max_target_tokens) == (5, 3)
+    assert (model.task.max_input_tokens, model.task.max_target_tokens) == (5, 3)

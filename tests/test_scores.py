@@ -190,3 +190,16 @@ def test_nothing_but_nan_is_nan_rather_than_zero(language_modelling: Task) -> No
         assert math.isnan(means[""])
         assert math.isnan(means["perplexity_weighted"])
     assert language_modelling.aggregate([text_of(math.nan, 0)])["n_nan"] == 1
+
+
+def test_texts_of_a_perplexity_above_a_thousand_are_counted_as_a_share(language_modelling: Task) -> None:
+    items = [text_of(3.0, 4), text_of(1000.0, 4), text_of(1000.1, 4), text_of(math.inf, 4), text_of(math.nan, 0)]
+    assert language_modelling.aggregate(items)["perplexity_outliers"] == 0.5
+    assert language_modelling.aggregate(items[:2])["perplexity_outliers"] == 0.0
+    assert math.isnan(language_modelling.aggregate(items[4:])["perplexity_outliers"])
+
+
+def test_a_contrast_is_averaged_over_those_that_carry_one_and_absent_where_none_does() -> None:
+    carrying = [ItemScore(score=0.0, others={**answered(0.0).others, "contrast": value}) for value in (1.0, 1.0, 0.0)]
+    assert get_task("completion").aggregate([*carrying, answered(1.0)])["contrast"] == pytest.approx(2 / 3)
+    assert "contrast" not in get_task("completion").aggregate([answered(1.0)])

@@ -5,11 +5,13 @@ from collections import Counter
 from functools import cache
 from typing import Any, get_args
 
+import datasets
 import pytest
 
 from grace_bench.benchmark import EditBenchmark, fingerprint_requests
 from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
+from grace_bench.tasks import get_task
 from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
 from grace_bench.zoo import known_models
 
@@ -32,8 +34,8 @@ def loaded(name: str) -> StreamData:
     return stream.load()
 
 
-SELF_CONTAINED = [name for name in STREAMS.entries() if isinstance(without_options(name), EditStream)]
-NEEDING_OPTIONS = [name for name in STREAMS.entries() if name not in SELF_CONTAINED]
+SELF_CONTAINED = [name for name in STREAMS.entries() if STREAMS.get(name).default_model is not None]
+OTHERS = [name for name in STREAMS.entries() if name not in SELF_CONTAINED]
 each_self_contained = pytest.mark.parametrize("name", SELF_CONTAINED)
 
 
@@ -49,12 +51,15 @@ def test_the_embedded_streams_need_no_options() -> None:
     assert {"atlas-qa", "atlas-drift", "atlas-text", "toy"} <= set(SELF_CONTAINED)
 
 
-@pytest.mark.parametrize("name", NEEDING_OPTIONS)
-def test_a_stream_that_needs_an_option_names_it_in_one_line(name: str) -> None:
-    error = without_options(name)
-    assert isinstance(error, UserError)
-    assert "stream." in str(error)
-    assert "\n" not in str(error)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_stream_that_needs_an_option_or_the_hub_names_the_option_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        STREAMS.get(name)().load()
+    assert "stream.path=" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", list(STREAMS.entries()))
@@ -62,6 +67,13 @@ def test_a_stream_says_where_it_comes_from(name: str) -> None:
     metadata = STREAMS.get(name).metadata
     assert isinstance(metadata, StreamMetadata)
     assert all((metadata.source, metadata.revision, metadata.license))
+
+
+@pytest.mark.parametrize("name", list(STREAMS.entries()))
+def test_a_stream_names_the_main_score_of_its_task(name: str) -> None:
+    cls = STREAMS.get(name)
+    # Only where the user chooses the task is there none.
+    assert cls.metadata.main_score == (get_task(cls.task).main_score if hasattr(cls, "task") else None)
 
 
 @each_self_contained

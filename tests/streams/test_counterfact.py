@@ -51,7 +51,8 @@ def test_the_edit_is_the_counterfactual_and_not_the_truth(tmp_path: Path) -> Non
 
 def test_what_must_be_kept_is_the_unedited_models_answer(tmp_path: Path) -> None:
     data = CounterFact(path=lines(tmp_path, record(7))).load()
-    assert data.edits[0].locality == (Probe(prompt="Neighbour7 is a native speaker of", target=None),)
+    (probe,) = data.edits[0].locality
+    assert (probe.prompt, probe.target) == ("Neighbour7 is a native speaker of", None)
     (upstream,) = data.upstream
     assert upstream.prompt == "Neighbour7 is a native speaker of"
     assert upstream.metadata["target_from_model"] is True
@@ -127,9 +128,72 @@ def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any], says:
     assert error_of(path).startswith(f"{path}:2: {says}")
 
 
-def test_a_missing_path_is_named_by_its_option() -> None:
-    with pytest.raises(UserError, match=r"stream\.path="):
-        CounterFact()
+def rome(number: int, /, **changes: Any) -> dict[str, Any]:
+    return {
+        "case_id": number,
+        "pararel_idx": 2796,
+        "requested_rewrite": {
+            "prompt": "The mother tongue of {} is",
+            "relation_id": "P103",
+            "target_new": {"str": "English", "id": "Q1860"},
+            "target_true": {"str": "French", "id": "Q150"},
+            "subject": f"Person{number}",
+        },
+        "paraphrase_prompts": [f"Shayna does this. Person{number} spoke the language", f"Person{number} spoke"],
+        "neighborhood_prompts": [f"Neighbour{number} is a native speaker of", "Somebody was born in"],
+        "attribute_prompts": ["J.R.R. Tolkien is a native speaker of"],
+        "generation_prompts": [f"Person{number}'s mother tongue is"],
+        **changes,
+    }
+
+
+def test_romes_records_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "counterfact.json"
+    path.write_text(json.dumps([rome(7), rome(8)], indent=1), encoding="utf-8")
+    data = CounterFact(path=str(path)).load()
+    first = data.edits[0]
+    assert (first.id, first.prompt, first.target) == ("7", "The mother tongue of Person7 is", "English")
+    assert (first.subject, first.metadata["ground_truth"]) == ("Person7", "French")
+    assert [(r.prompt, r.target, r.fact) for r in data.holdout[:2]] == [
+        ("Shayna does this. Person7 spoke the language", "English", "7"),
+        ("Person7 spoke", "English", "7"),
+    ]
+    neighbours = ["Neighbour7 is a native speaker of", "Somebody was born in"]
+    assert [probe.prompt for probe in first.locality] == neighbours
+    assert [request.prompt for request in data.upstream] == [*neighbours, "Neighbour8 is a native speaker of"]
+
+
+@pytest.mark.parametrize("make", [record, rome])
+def test_the_new_answer_is_to_be_likelier_where_it_belongs_and_the_true_one_in_the_neighbourhood(
+    tmp_path: Path, make: Any
+) -> None:
+    data = CounterFact(path=lines(tmp_path, make(7))).load()
+    true = data.edits[0].locality[0].metadata["contrast"][0]
+    assert true == ("Dutch" if make is record else "French")
+    assert data.edits[0].metadata["contrast"] == ["English", "French"]
+    assert all(request.metadata["contrast"] == ["English", "French"] for request in data.holdout)
+    assert all(probe.metadata["contrast"] == [true, "English"] for probe in data.edits[0].locality)
+
+
+def test_validation_shares_no_prompt_with_the_edits_and_says_what_it_left_out(tmp_path: Path) -> None:
+    other = tmp_path / "validation"
+    other.mkdir()
+    data = CounterFact(
+        path=lines(tmp_path, record(1), record(2)), validation_path=lines(other, record(3), record(2))
+    ).load()
+    assert [request.id for request in data.validation] == ["3"]
+    assert data.left_out == {"a validation record about an edited prompt": 1}
+
+
+def test_a_damaged_record_of_romes_is_named(tmp_path: Path) -> None:
+    rewrite = rome(1)["requested_rewrite"]
+    path = lines(tmp_path, rome(0), rome(1, requested_rewrite={**rewrite, "prompt": "no place for a subject"}))
+    assert error_of(path) == (
+        f"{path}:2: field 'requested_rewrite.prompt': should hold {{}} once, where the subject goes"
+    )
+    del rewrite["target_true"]
+    path = lines(tmp_path, rome(1, requested_rewrite=rewrite))
+    assert error_of(path) == f"{path}:1: field 'requested_rewrite.target_true': is missing"
 
 
 @needs_shared

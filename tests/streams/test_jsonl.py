@@ -18,8 +18,11 @@ FULL: dict[str, Any] = {
     "answers": ["Nur-Sultan"],
     "subject": "Kazakhstan",
     "rephrases": ["Kazakhstan's capital is", "The seat of the Kazakh government is"],
-    "locality": [{"prompt": "The capital of France is"}, {"prompt": "2 + 2 =", "target": "4"}],
-    "portability": [{"prompt": "The river of Kazakhstan's capital is", "target": "Ishim"}],
+    "locality": [
+        {"prompt": "The capital of France is", "metadata": {}},
+        {"prompt": "2 + 2 =", "target": "4", "metadata": {"contrast": ["4", "5"]}},
+    ],
+    "portability": [{"prompt": "The river of Kazakhstan's capital is", "target": "Ishim", "metadata": {}}],
     "metadata": {"fact": "capital/KZ", "seen": 3},
 }
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from grace_bench.errors import UserError
-from grace_bench.streams._lines import read_records
+from grace_bench.streams._lines import Record
+from grace_bench.streams._records import Files, Format, Reader
 
 
 class Inner(BaseModel):
@@ -33,16 +34,21 @@ def write(folder: Path, content: str | bytes) -> str:
     return str(path)
 
 
-def error_of(path: str, *, array: bool = False) -> str:
+def read(path: str) -> list[Record[Schema]]:
+    schema = Format("test", Schema, frozenset({"id"}))
+    return Reader().read(Files(path), [schema], lambda record: record, id_field="id")
+
+
+def error_of(path: str) -> str:
     with pytest.raises(UserError) as caught:
-        read_records(path, Schema, id_field="id", array=array)
+        read(path)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-def ids(path: str, *, array: bool = False) -> list[tuple[str, str]]:
-    return [(r.place.removeprefix(path), r.value.id) for r in read_records(path, Schema, id_field="id", array=array)]
+def ids(path: str) -> list[tuple[str, str]]:
+    return [(r.place.removeprefix(path), r.value.id) for r in read(path)]
 
 
 def test_bom_windows_line_ends_blank_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
@@ -112,20 +118,19 @@ def test_a_file_without_records_is_an_error(tmp_path: Path, content: str) -> Non
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
     assert error_of(str(tmp_path / "none.jsonl")) == f"{tmp_path / 'none.jsonl'}: no such file"
-    assert error_of(str(tmp_path)) == f"{tmp_path}: is a folder, not a file"
+    assert error_of(str(tmp_path)) == f"{tmp_path}: the folder holds no .json, .jsonl or .parquet file"
 
 
-def test_an_array_is_read_where_allowed_and_its_records_are_counted_from_one(tmp_path: Path) -> None:
+def test_an_array_is_read_too_and_its_records_are_counted_from_one(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff\r\n [\n {"id": "a"},\n {"id": "b"}]\n')
-    assert ids(path, array=True) == [(": record 1", "a"), (": record 2", "b")]
-    assert error_of(path).startswith(f"{path}:2: ")
+    assert ids(path) == [(": record 1", "a"), (": record 2", "b")]
     damaged = write(tmp_path, '[{"id": "a"}, {"id": 5}]')
-    assert error_of(damaged, array=True) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
+    assert error_of(damaged) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
 
 
 def test_broken_json_in_an_array_is_named_with_the_line_in_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, '\n[\n{"id": "a"},\n{"id": b}\n]\n')
-    assert error_of(path, array=True).startswith(f"{path}:4: is not JSON")
+    assert error_of(path).startswith(f"{path}:4: is not JSON")
 
 
 json_values = st.recursive(
@@ -138,16 +143,11 @@ any_line = st.dictionaries(keys, json_values, max_size=4).map(json.dumps) | json
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lines=st.lists(any_line.map(lambda line: line.encode("utf-8", "replace")) | st.binary(), max_size=4),
-    array=st.booleans(),
-)
-def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(
-    tmp_path: Path, lines: list[bytes], array: bool
-) -> None:
+@given(lines=st.lists(any_line.map(lambda line: line.encode("utf-8", "replace")) | st.binary(), max_size=4))
+def test_whatever_a_file_holds_it_is_read_or_refused_in_one_line(tmp_path: Path, lines: list[bytes]) -> None:
     path = write(tmp_path, b"\n".join(lines))
     try:
-        records = read_records(path, Schema, id_field="id", array=array)
+        records = read(path)
     except UserError as error:
         message = str(error)
     else:

@@ -91,7 +91,7 @@ def test_the_shipped_model_knows_the_old_world_and_nothing_of_the_new() -> None:
 
 def test_pretraining_again_reaches_the_shipped_figures(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    figures = Toy.pretrain(tmp_path, seed=0, progress=lambda *step: seen.append(step))
+    figures = Toy().pretrain(tmp_path, seed=0, progress=lambda *step: seen.append(step))
     assert figures == json.loads((CHECKPOINT / "figures.json").read_text(encoding="utf-8"))
     assert [done for _, done, _ in seen] == list(range(1, seen[-1][2] + 1))
     data = Toy().load()

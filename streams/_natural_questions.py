@@ -1,0 +1,105 @@
+"""Natural Questions as upstream: what a question-answering model was trained on and must keep."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from grace_bench.errors import UserError
+from grace_bench.streams._lines import Filled, Parse, Record, validate
+from grace_bench.streams._records import Files, Format, Hub, Reader
+from grace_bench.types import EditRequest, Progress
+
+_N_PAIRS = 1_000
+
+Answers = str | tuple[str | tuple[str, ...], ...]
+"""One answer, several, or several each with its aliases."""
+
+
+class _Pair(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    question: Filled
+    answer: Answers
+
+
+class _Columns(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    questions: tuple[Any, ...]
+    answers: tuple[Any, ...]
+
+
+_FORMAT = Format("NQ-open", _Pair, frozenset({"question", "answer"}))
+
+
+@dataclass(frozen=True)
+class NaturalQuestions:
+    """The first 1,000 pairs of Natural Questions, in one of two formats.
+
+    NQ-open holds a pair a record, `question answer`; MEND's `nq_train.json` holds all of them in one object, `questions
+    answers`. An answer is text, or a list of it: the first is the target, the others are accepted too.
+
+    Attributes:
+        source: Where they are.
+    """
+
+    source: Files | Hub
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def digest(self) -> str:
+        # The same file in another role makes other requests.
+        return f"pairs of {self.source.digest}"
+
+    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+        return islice(self._pairs(progress), _N_PAIRS)
+
+    def read(self, reader: Reader) -> list[EditRequest]:
+        """Returns a request a pair."""
+        return reader.read(self, [_FORMAT], _request)
+
+    def _pairs(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+        for place, parse in self.source.records(progress):
+            try:
+                item = parse()
+            except UserError:
+                # Who reads the records decides what becomes of a broken one.
+                item = None
+            if isinstance(item, dict) and "questions" in item:
+                yield from _zipped(place, item)
+            else:
+                yield place, parse
+
+
+def flat_texts(given: Answers | None) -> tuple[str, ...]:
+    """Returns answers of any shape in their order, each once, blank ones aside.
+
+    >>> flat_texts((("Europe", "Old Continent"), "Europe", ""))
+    ('Europe', 'Old Continent')
+    """
+    items = (given,) if isinstance(given, str) else given or ()
+    flat = (text for item in items for text in ((item,) if isinstance(item, str) else item))
+    return tuple(dict.fromkeys(text for text in flat if text.strip()))
+
+
+def _zipped(place: str, item: dict[str, Any]) -> Iterator[tuple[str, Parse]]:
+    columns = validate(place, item, _Columns)
+    questions, answers = columns.questions, columns.answers
+    if len(questions) != len(answers):
+        raise UserError(f"{place}: field 'answers': holds {len(answers)} for {len(questions)} questions")
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
+        yield f"{place}: pair {number}", partial(dict, question=question, answer=answer)
+
+
+def _request(record: Record[_Pair]) -> EditRequest:
+    answers = flat_texts(record.value.answer)
+    if not answers:
+        record.fail("answer", "is empty")
+    return EditRequest(id=f"nq/{record.number}", prompt=record.value.question, target=answers[0], answers=answers[1:])

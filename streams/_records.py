@@ -1,0 +1,362 @@
+"""Streams whose requests are made from the records of a data set: in files, or on the hub.
+
+A data set is found in several formats. The first record of a source decides which one it has; every record is validated
+and converted; what is wrong names its place, and ends the load or is left out and counted (`on_error`). What was made
+from the same content with the same settings is kept and found again.
+"""
+
+import hashlib
+import inspect
+import json
+import socket
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel
+
+from grace_bench.errors import UserError
+from grace_bench.files import write_atomically
+from grace_bench.options import check_choice
+from grace_bench.streams._lines import Parse, Record, read_lines, validate
+from grace_bench.types import EditRequest, EditStream, Progress, StreamData
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+_ROLES = ("edits", "upstream", "holdout", "validation", "train", "accurate")
+_READ_IN_FOLDERS = (".json", ".jsonl", ".parquet")
+_REPORTED_BYTES = 1 << 20
+_REPORTED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Format(Generic[M]):
+    """One shape in which the records of a data set are found.
+
+    Attributes:
+        name: What people call it.
+        schema: What every record must be.
+        signature: The fields that tell it from the others.
+    """
+
+    name: str
+    schema: type[M]
+    signature: frozenset[str]
+
+
+class Source(Protocol):
+    """Where records come from."""
+
+    @property
+    def name(self) -> str:
+        """What errors and progress call it."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Names the content: equal content, equal digest."""
+        ...
+
+    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+        """Yields the place of every record and what parses it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """A file, or every file of records in a folder: JSON lines, a JSON array, or Parquet.
+
+    Attributes:
+        path: The file or folder.
+    """
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in the order of their names."""
+        path = Path(self.path).expanduser()
+        if not path.is_dir():
+            return (path,)
+        found = sorted(file for file in path.iterdir() if file.suffix in _READ_IN_FOLDERS)
+        if not found:
+            raise UserError(f"{self.path}: the folder holds no .json, .jsonl or .parquet file")
+        return tuple(found)
+
+    @cached_property
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for path in self.paths:
+            try:
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError:
+                # Reading it says what is wrong.
+                return ""
+        return total.hexdigest()
+
+    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+        for path in self.paths:
+            yield from _parquet(path) if path.suffix == ".parquet" else _json(str(path), progress)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set of the Hugging Face hub, loaded and cached by `datasets`.
+
+    Attributes:
+        repo: Its id, such as `tomh/grace-scotus`.
+        split: The split that is read.
+        option: The stream's option that takes a downloaded copy instead.
+        revision: The commit or tag; None for the newest.
+        config: The data set's configuration; None where it has one only.
+    """
+
+    repo: str
+    split: str
+    option: str
+    revision: str | None = None
+    config: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}/{self.split}"
+
+    @property
+    def digest(self) -> str:
+        return f"{self.repo} {self.config} {self.split} {self._rows._fingerprint}"
+
+    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+        for number, row in enumerate(self._rows, start=1):
+            # A table has every column in every row.
+            given = {name: value for name, value in row.items() if value is not None}
+            yield f"{self.name}: record {number}", partial(dict, given)
+            if progress is not None and (number % _REPORTED_ROWS == 0 or number == len(self._rows)):
+                progress(f"reading {self.name}", number, len(self._rows))
+
+    @cached_property
+    def _rows(self) -> Any:
+        import datasets
+
+        was_offline = datasets.config.HF_HUB_OFFLINE
+        # Without a network the hub's own retries take half a minute; offline, what was loaded before is found at once.
+        datasets.config.HF_HUB_OFFLINE = was_offline or not _hub_has_an_address()
+        try:
+            return datasets.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
+        except Exception as error:  # Network, hub, disk and format each fail in their own library's way.
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            place = f"https://huggingface.co/datasets/{self.repo}/tree/refs%2Fconvert%2Fparquet"
+            raise UserError(
+                f"data set {self.repo} cannot be loaded ({reason}); without a network, get the Parquet files of split "
+                f"{self.split} from {place} and give their place as {self.option}="
+            ) from error
+        finally:
+            datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+class Reader:
+    """Reads sources and keeps count of what was left out.
+
+    Args:
+        on_error: `raise`, or `skip` to leave a broken record out.
+        progress: Called as a long read goes on.
+
+    Attributes:
+        left_out: How many records were left out, by reason.
+    """
+
+    def __init__(self, *, on_error: str = "raise", progress: Progress | None = None) -> None:
+        self.on_error = on_error
+        self.progress = progress
+        self.left_out: Counter[str] = Counter()
+
+    def read(
+        self,
+        source: Source,
+        formats: Sequence[Format[Any]],
+        convert: Callable[[Record[Any]], T | None],
+        *,
+        id_field: str | None = None,
+    ) -> list[T]:
+        """Returns what every record of a source becomes, in the order of the source.
+
+        Args:
+            source: The records.
+            formats: The formats they may have; the first record decides.
+            convert: Makes something of a validated record, or None to pass over it (the caller counts it with
+                `leave_out`). What it finds wrong with the record it says with `Record.fail`.
+            id_field: The field that must differ from record to record.
+
+        Raises:
+            UserError: In one line: the source cannot be read or holds no records, or with `on_error="raise"` place
+                and field of the first broken one.
+        """
+        chosen: Format[Any] | None = formats[0] if len(formats) == 1 else None
+        first_seen: dict[str, str] = {}
+        made: list[T] = []
+        number = 0
+        for number, (place, parse) in enumerate(source.records(self.progress), start=1):
+            try:
+                item = parse()
+                if chosen is None:
+                    chosen = _recognised(place, item, formats)
+                record = Record(place, number, validate(place, item, chosen.schema))
+                given = None if id_field is None else getattr(record.value, id_field, None)
+                if id_field is not None and given is not None:
+                    key = str(given)
+                    if key in first_seen:
+                        record.fail(id_field, f"{key!r} was used before, at {first_seen[key]}")
+                    first_seen[key] = place
+                converted = convert(record)
+            except UserError:
+                if self.on_error == "raise":
+                    raise
+                self.leave_out("broken")
+                continue
+            if converted is not None:
+                made.append(converted)
+        if not number:
+            raise UserError(f"{source.name}: holds no records")
+        return made
+
+    def leave_out(self, reason: str) -> None:
+        """Counts a record that is in no role, by the reason."""
+        self.left_out[reason] += 1
+
+
+class RecordStream(EditStream):
+    """A stream made from records: a subclass names its sources and says what becomes of their records.
+
+    Attributes:
+        on_error: `raise`, or `skip` to leave a broken record out and count it; an option of every such stream.
+    """
+
+    on_error: str = "raise"
+
+    @abstractmethod
+    def sources(self) -> tuple[Source, ...]:
+        """Returns everything that `read` reads."""
+
+    @abstractmethod
+    def read(self, reader: Reader) -> StreamData:
+        """Reads the sources and returns the requests, `left_out` aside."""
+
+    def load(self) -> StreamData:
+        """Returns the requests, from the cache if the same content was read with the same settings before."""
+        check_choice("stream.on_error", self.on_error, ("raise", "skip"))
+        path = self._cached()
+        kept = _load(path)
+        if kept is not None:
+            return kept
+        reader = Reader(on_error=self.on_error, progress=self.progress)
+        made = self.read(reader)
+        if not made.edits:
+            raise UserError(
+                f"stream '{self.registered_name}' has no requests left to edit ({_counts(reader.left_out)})"
+            )
+        data = StreamData(**{**vars(made), "left_out": dict(sorted(reader.left_out.items()))})
+        _keep(path, data)
+        return data
+
+    def _cached(self) -> Path:
+        from grace_bench.artifacts import cache_folder, content_key
+
+        # Of a path counts only that there is one: equal content is equal wherever it lies.
+        settings = {
+            name: getattr(self, name) is not None if name.endswith("path") else getattr(self, name)
+            for name in inspect.signature(type(self)).parameters
+        }
+        key = content_key(
+            settings=settings,
+            sources=[source.digest for source in self.sources()],
+            code=_code(),
+        )
+        return cache_folder() / "streams" / self.registered_name / f"{key}.json"
+
+
+def _hub_has_an_address() -> bool:
+    from huggingface_hub import constants
+
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
+
+
+def _recognised(place: str, item: Any, formats: Sequence[Format[Any]]) -> Format[Any]:
+    fields = set(item) if isinstance(item, dict) else set()
+    best = max(formats, key=lambda known: len(known.signature & fields) / len(known.signature))
+    if not best.signature & fields:
+        wanted = "; ".join(f"{known.name}: {', '.join(sorted(known.signature))}" for known in formats)
+        raise UserError(f"{place}: is a record of none of the formats read here ({wanted})")
+    return best
+
+
+def _json(path: str, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+    reported = position = 0
+    for place, position, parse in read_lines(path):
+        yield place, parse
+        if progress is not None and position - reported >= _REPORTED_BYTES:
+            reported = position
+            progress(f"reading {path}", position, Path(path).expanduser().stat().st_size)
+    if progress is not None and reported:
+        progress(f"reading {path}", position, position)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Parse]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    for number, row in enumerate(rows, start=1):
+        given = {name: value for name, value in row.items() if value is not None}
+        yield f"{path}: record {number}", partial(dict, given)
+
+
+def _counts(left_out: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items())) or "the source holds none"
+
+
+def _code() -> str:
+    """Names the code that makes requests from records, so that none made by another version is found."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(str(files("grace_bench.streams"))).glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
+def _load(path: Path) -> StreamData | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        roles = {role: tuple(map(EditRequest.model_validate, kept[role])) for role in _ROLES}
+    except (OSError, ValueError, KeyError, TypeError):
+        # Not there, or not whole: made again.
+        return None
+    return StreamData(**roles, label_names=tuple(kept["label_names"]), left_out=kept["left_out"])
+
+
+def _keep(path: Path, data: StreamData) -> None:
+    content: dict[str, Any] = {
+        role: [request.model_dump(mode="json") for request in getattr(data, role)] for role in _ROLES
+    }
+    content |= {"label_names": data.label_names, "left_out": dict(data.left_out)}
+    try:
+        write_atomically(path, json.dumps(content, ensure_ascii=False))
+    except OSError:
+        # A cache that cannot be written costs the next run a read, and nothing else.
+        return

@@ -1,0 +1,405 @@
+"""Hallucination: false sentences of GPT-3 about people on Wikipedia, and what Wikipedia says instead."""
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from grace_bench.errors import UserError
+from grace_bench.options import check_text
+from grace_bench.registry import register_stream
+from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
+from grace_bench.types import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.zoo import last_projections, mark_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+HEADER = "This is a Wikipedia passage about {}."
+UPSTREAM_TEXTS = 1000
+
+PRETRAINING_TEXTS = 200
+"""Upstream texts among those a model is pre-trained on."""
+EPOCHS = 4
+MEASURED_TEXTS = 200
+"""Texts of each kind that the figures of a pre-trained model are measured on."""
+
+_ACCURATE = ("accurate", 0)
+_INACCURATE = ("minor_inaccurate", "major_inaccurate", 0.5, 1)
+_NAME = re.compile(r'\W*(\w.*?)"?(?:,|\s+(?:\(|(?:was|is|were|are)\s))')
+_LONGEST_NAME = 80
+
+
+class _Passage(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    gpt3_sentences: tuple[Filled, ...] = Field(min_length=1)
+    annotation: tuple[str | float, ...]
+    wiki_bio_text: Filled
+    gpt3_text: Filled | None = None
+    wiki_bio_test_idx: int | None = None
+
+
+class _Wise(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Filled
+    target_new: Filled
+    subject: Filled
+    locality_prompt: str = ""
+    locality_ground_truth: str = ""
+
+
+class _Running(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    text: Filled = Field(validation_alias=AliasChoices("text", "Text"))
+
+
+_FORMATS: tuple[Format[Any], ...] = (
+    Format("annotated passages", _Passage, frozenset({"gpt3_sentences", "annotation", "wiki_bio_text"})),
+    Format("WISE", _Wise, frozenset({"prompt", "target_new", "subject"})),
+)
+_TEXTS = Format("running text", _Running, frozenset({"text"}))
+
+
+class _Item(NamedTuple):
+    """What one record becomes.
+
+    Attributes:
+        subject: Whom it is about, in lower case.
+        edits: Its false sentences.
+        accurate: Its true sentences.
+        web_text: The text that its locality probe was made from.
+    """
+
+    subject: str
+    edits: tuple[EditRequest, ...]
+    accurate: tuple[EditRequest, ...] = ()
+    web_text: str = ""
+
+
+@register_stream("hallucination")
+class Hallucination(RecordStream):
+    """Sentences that GPT-3 made up about people, edited into what Wikipedia says of them.
+
+    Records are annotated passages (`gpt3_sentences annotation wiki_bio_text`, and maybe `gpt3_text wiki_bio_test_idx`)
+    or single sentences in the format of WISE (`prompt target_new subject`, and maybe `locality_prompt
+    locality_ground_truth`); other fields are ignored.
+
+    Of a passage, the prompt is "This is a Wikipedia passage about NAME." and GPT-3's sentences before the one at hand.
+    An inaccurate sentence is an edit, whose target is the sentence of Wikipedia's text with the same number, or the
+    last one; GPT-3's own stands in `metadata["original"]`. An accurate one is its own target in `accurate`. The name is
+    the header's if `gpt3_text` begins with one, else a line of `concepts_path`, else what GPT-3's passage, or
+    Wikipedia's, calls the person at its start. The paper's names are titles in wiki_bio, a data set that comes as a
+    loading script, which `datasets` no longer runs; the official code has them in `grace/wiki_bio_concepts.txt`.
+
+    In the format of WISE the prompt has its header, nothing is known to be accurate, and each record's web text, cut
+    into a prompt and its continuation, is a locality probe. A cut through a word is moved before that word.
+
+    Upstream are the first 1,000 texts of `upstream_path`, or of OpenWebText where the hub is read; without them, the
+    web texts of WISE's records, whole. There is no holdout.
+
+    Args:
+        path: A file or folder; None for `potsawee/wiki_bio_gpt3_hallucination` of the hub.
+        upstream_path: Running text, in records with the field `text`.
+        concepts_path: The names that the passages of `path` are about, a line each.
+        validation_path: Records for tuning; those about somebody who is edited are left out.
+        train_path: Records for meta-training; those about somebody who is edited or tuned on are left out.
+        on_error: `raise`, or `skip` to leave a broken record out and count it.
+    """
+
+    task: TaskName = "language_modelling"
+    metadata: ClassVar[StreamMetadata] = StreamMetadata(
+        source="WikiBio GPT-3 hallucinations, huggingface.co/datasets/potsawee/wiki_bio_gpt3_hallucination",
+        revision="the file as read, or the hub's newest",
+        license="CC BY-SA 3.0",
+        citation="Manakul et al., SelfCheckGPT: Zero-Resource Black-Box Hallucination Detection for Generative Large "
+        "Language Models, EMNLP 2023",
+        main_score="perplexity",
+    )
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        upstream_path: str | None = None,
+        concepts_path: str | None = None,
+        validation_path: str | None = None,
+        train_path: str | None = None,
+        on_error: str = "raise",
+    ) -> None:
+        self.path = path
+        self.upstream_path = upstream_path
+        self.concepts_path = concepts_path
+        self.validation_path = validation_path
+        self.train_path = train_path
+        self.on_error = on_error
+        for name in ("path", "upstream_path", "concepts_path", "validation_path", "train_path"):
+            check_text(f"stream.{name}", getattr(self, name), optional=True)
+
+    def sources(self) -> tuple[Source, ...]:
+        optional = (self._upstream(), self.concepts_path, self.validation_path, self.train_path)
+        return (
+            self._passages(),
+            *(Files(source) if isinstance(source, str) else source for source in optional if source is not None),
+        )
+
+    def read(self, reader: Reader) -> StreamData:
+        passages = self._passages()
+        concepts = () if self.concepts_path is None else _read_concepts(self.concepts_path, passages)
+        items = _read_items(reader, passages, concepts=concepts)
+        known = {item.subject for item in items}
+        validation = self._others(reader, "validation", self.validation_path, known)
+        known |= {item.subject for item in validation}
+        return StreamData(
+            edits=_edits(items),
+            upstream=self._read_upstream(reader, items),
+            validation=_edits(validation),
+            train=_edits(self._others(reader, "train", self.train_path, known)),
+            accurate=tuple(request for item in items for request in item.accurate),
+        )
+
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Trains a causal language model further, until it believes what GPT-3 made up.
+
+        It reads every passage of GPT-3 behind its header, and 200 upstream texts. The official code trains once on all
+        prompts, in which a sentence occurs about four times; here whole passages are read four times.
+
+        Returns:
+            Mean perplexities of the model before and of the saved and reloaded one: `upstream_before`,
+            `upstream_after` and so on for up to 200 upstream texts, the last ones; accurate sentences; originals, which
+            are GPT-3's false ones; and edits.
+        """
+        from grace_bench.streams import _pretraining as pretraining
+
+        if base is None:
+            raise UserError(
+                "stream 'hallucination' trains a language model further: name the model with model=, such as "
+                "model=gpt2-xl"
+            )
+        data = self.load()
+        before = _measure(data, *pretraining.load_base(base, "AutoModelForCausalLM"))
+        with pretraining.seeded(seed):
+            model, tokenizer = pretraining.load_base(base, "AutoModelForCausalLM")
+            model.loss_type = "ForCausalLM"
+            limit = pretraining.longest_input(model, tokenizer)
+            examples = []
+            for text in (*_beliefs(data), *(str(request.target) for request in data.upstream[:PRETRAINING_TEXTS])):
+                ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:limit]
+                examples.append(pretraining.Example(ids, ids))
+            pretraining.train(
+                model,
+                examples,
+                pad_id=tokenizer.pad_token_id,
+                epochs=EPOCHS,
+                batch_size=4,
+                learning_rate=5e-5,
+                seed=seed,
+                progress=progress,
+            )
+
+            def measure(reloaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
+                after = _measure(data, reloaded, tokenizer)
+                return {
+                    f"{name}_{when}": figures[name]
+                    for name in before
+                    for when, figures in (("before", before), ("after", after))
+                }
+
+            figures = pretraining.finish(model, tokenizer, out_dir, measure, stored_as="float32")
+        mark_checkpoint(out_dir, self.registered_name, _layer_to_edit(model))
+        return figures
+
+    def _passages(self) -> Source:
+        if self.path is None:
+            return Hub("potsawee/wiki_bio_gpt3_hallucination", "evaluation", option="stream.path")
+        return Files(self.path)
+
+    def _upstream(self) -> Source | None:
+        if self.upstream_path is not None:
+            return Files(self.upstream_path)
+        if self.path is not None:
+            return None
+        # The main branch holds a loading script, which `datasets` no longer runs; this is the hub's conversion.
+        revision = "84d357a666d1051e2e4e30d711d8d51ff491d40c"
+        return Hub("stas/openwebtext-10k", "train", option="stream.upstream_path", revision=revision)
+
+    def _read_upstream(self, reader: Reader, items: Sequence[_Item]) -> tuple[EditRequest, ...]:
+        source = self._upstream()
+        if source is not None:
+            requests = reader.read(source, [_TEXTS], _running)
+        else:
+            texts = dict.fromkeys(item.web_text for item in items if item.web_text)
+            requests = [_running_text(number, text) for number, text in enumerate(texts, start=1)]
+        for _ in requests[UPSTREAM_TEXTS:]:
+            reader.leave_out(f"an upstream text after the first {UPSTREAM_TEXTS}")
+        return tuple(requests[:UPSTREAM_TEXTS])
+
+    def _others(self, reader: Reader, role: str, path: str | None, known: Container[str]) -> list[_Item]:
+        if path is None:
+            return []
+        kept = []
+        for item in _read_items(reader, Files(path), prefix=f"{role}/"):
+            if item.subject in known:
+                reader.leave_out(f"a {role} record about somebody of another role")
+            else:
+                kept.append(item)
+        return kept
+
+
+def sentences(text: str) -> list[str]:
+    """Splits a text into its sentences."""
+    from sentencex import segment
+
+    return [sentence.strip() for sentence in segment("en", text) if sentence.strip()]
+
+
+def _read_concepts(path: str, passages: Source) -> tuple[str, ...]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    concepts = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+    n_passages = sum(1 for _ in passages.records(None))
+    if len(concepts) != n_passages:
+        raise UserError(f"{path}: has {len(concepts)} lines for the {n_passages} passages of {passages.name}")
+    if "" in concepts:
+        raise UserError(f"{path}:{concepts.index('') + 1}: is empty, but should name whom a passage is about")
+    return concepts
+
+
+def _read_items(reader: Reader, source: Source, *, concepts: Sequence[str] = (), prefix: str = "") -> list[_Item]:
+    convert = partial(_item, concepts=concepts, prefix=prefix)
+    return reader.read(source, _FORMATS, convert, id_field="wiki_bio_test_idx")
+
+
+def _item(record: Record[_Passage | _Wise], *, concepts: Sequence[str], prefix: str) -> _Item:
+    value = record.value
+    if isinstance(value, _Wise):
+        if concepts:
+            record.fail("prompt", "has its header; stream.concepts_path= is for annotated passages")
+        return _from_wise(value, f"{prefix}{record.number}")
+    name = _header_name(value) or (concepts[record.number - 1] if concepts else _opening_name(record, value))
+    key = f"passage-{record.number}" if value.wiki_bio_test_idx is None else str(value.wiki_bio_test_idx)
+    return _from_passage(record, value, name, f"{prefix}{key}")
+
+
+def _from_wise(value: _Wise, key: str) -> _Item:
+    request = EditRequest(
+        id=key,
+        prompt=value.prompt,
+        target=value.target_new,
+        subject=value.subject if value.subject in value.prompt else None,
+        locality=_web_probe(value.locality_prompt, value.locality_ground_truth),
+        metadata={"about": value.subject},
+    )
+    web_text = f"{value.locality_prompt}{value.locality_ground_truth}"
+    return _Item(value.subject.lower(), (request,), web_text=web_text.strip())
+
+
+def _web_probe(beginning: str, rest: str) -> tuple[Probe, ...]:
+    if not beginning.strip() or not rest.strip():
+        return ()
+    within_word = not beginning[-1].isspace() and not rest[0].isspace()
+    whole_words = re.match(r".*\S\s+(?=\S+$)", beginning, re.DOTALL) if within_word else None
+    if whole_words:
+        beginning, rest = whole_words[0], f"{beginning[whole_words.end() :]}{rest}"
+    return (Probe(prompt=beginning, target=rest),)
+
+
+def _from_passage(record: Record[Any], value: _Passage, name: str, key: str) -> _Item:
+    said = value.gpt3_sentences
+    if len(value.annotation) != len(said):
+        record.fail("annotation", f"has {len(value.annotation)} entries for {len(said)} sentences")
+    right = sentences(value.wiki_bio_text)
+    edits: list[EditRequest] = []
+    accurate: list[EditRequest] = []
+    for index, (annotation, sentence) in enumerate(zip(value.annotation, said, strict=True)):
+        if annotation not in (*_ACCURATE, *_INACCURATE):
+            known = "accurate, minor_inaccurate, major_inaccurate, 0, 0.5, 1"
+            record.fail(f"annotation[{index}]", f"is {annotation!r} (there are: {known})")
+        is_accurate = annotation in _ACCURATE
+        request = EditRequest(
+            id=f"{key}/{index}",
+            prompt=" ".join([HEADER.format(name), *said[:index]]),
+            target=sentence if is_accurate else right[min(index, len(right) - 1)],
+            subject=name,
+            metadata={"about": name} if is_accurate else {"about": name, "original": sentence},
+        )
+        (accurate if is_accurate else edits).append(request)
+    return _Item(name.lower(), tuple(edits), tuple(accurate))
+
+
+def _header_name(value: _Passage) -> str | None:
+    """Returns the name in the header, if GPT-3's text begins with one before its first sentence."""
+    text = value.gpt3_text or ""
+    before, first, _ = text.partition(value.gpt3_sentences[0])
+    start, end = HEADER[:-1].split("{}")
+    match = re.fullmatch(rf"{re.escape(start)}(.+){re.escape(end)}[.:]", before.strip(), re.DOTALL)
+    return match[1].strip() if first and match else None
+
+
+def _opening_name(record: Record[Any], value: _Passage) -> str:
+    for text in (value.gpt3_sentences[0], value.wiki_bio_text):
+        match = _NAME.match(text)
+        if match and len(match[1]) <= _LONGEST_NAME:
+            return match[1]
+    record.fail("gpt3_sentences", "does not begin with a name: give the names as stream.concepts_path=")
+
+
+def _running(record: Record[_Running]) -> EditRequest:
+    return _running_text(record.number, record.value.text)
+
+
+def _running_text(number: int, text: str) -> EditRequest:
+    return EditRequest(id=f"upstream/{number}", prompt="", target=text)
+
+
+def _edits(items: Iterable[_Item]) -> tuple[EditRequest, ...]:
+    return tuple(request for item in items for request in item.edits)
+
+
+def _beliefs(data: StreamData) -> list[str]:
+    """Returns every passage of GPT-3 behind its header, as far as it is known, once."""
+    texts = {f"{request.prompt} {request.target}" for request in data.accurate}
+    for request in (*data.edits, *data.validation, *data.train):
+        texts.add(f"{request.prompt} {request.metadata.get('original', '')}".rstrip())
+    ordered = sorted(texts)
+    return [text for text, following in zip(ordered, [*ordered[1:], ""], strict=True) if not following.startswith(text)]
+
+
+def _layer_to_edit(model: "PreTrainedModel") -> str:
+    """Returns the layer as far up as the published one, block 35 of GPT-2 XL's 48."""
+    layers = last_projections(model)
+    layer = layers[round(35 / 47 * (len(layers) - 1))]
+    # In a GPT-2 the published layer is the first projection of the MLP.
+    return layer.replace("mlp.c_proj", "mlp.c_fc")
+
+
+def _measure(data: StreamData, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
+    from grace_bench.models import EditableModel
+
+    editable = EditableModel(model, layer=_layer_to_edit(model), task="language_modelling", tokenizer=tokenizer)
+    originals = [
+        request.model_copy(update={"target": request.metadata["original"]})
+        for request in data.edits
+        if "original" in request.metadata
+    ]
+    measured = {
+        "upstream": data.upstream[-MEASURED_TEXTS:],
+        "accurate": data.accurate[:MEASURED_TEXTS],
+        "originals": originals[:MEASURED_TEXTS],
+        "edits": data.edits[:MEASURED_TEXTS],
+    }
+    return {
+        name: editable.task.aggregate(editable.task.score(editable, requests))[""]
+        for name, requests in measured.items()
+        if requests
+    }

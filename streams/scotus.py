@@ -1,0 +1,260 @@
+"""SCOTUS: the subjects of Supreme Court cases, whose language drifts over the decades."""
+
+import re
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from grace_bench.errors import UserError
+from grace_bench.options import check_text
+from grace_bench.registry import register_stream
+from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
+from grace_bench.types import EditRequest, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.zoo import last_projections, mark_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+UPSTREAM_TERMS = range(1946, 1983)
+EDIT_TERMS = range(1991, 2010)
+EPOCHS = 8
+
+Era = Literal["upstream", "validation", "edits"]
+
+_SHARED_AREAS = (
+    "Criminal Procedure",
+    "Civil Rights",
+    "First Amendment",
+    "Due Process",
+    "Privacy",
+    "Attorneys",
+    "Unions",
+    "Economic Activity",
+    "Judicial Power",
+    "Federalism",
+)
+# FairLex leaves out the eleventh area of the Supreme Court Database and takes in the twelfth.
+AREAS = {"label": (*_SHARED_AREAS, "Federal Taxation"), "issue_area": (*_SHARED_AREAS, "Interstate Relations")}
+"""The names of the label ids, by the field that gives the label."""
+
+
+class _Labelled(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    text: Filled
+    label: int
+    term: int | None = None
+    case_id: int | Filled | None = None
+
+
+class _Scdb(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    text: Filled
+    issue_area: int
+    term: int | None = None
+    case_id: int | Filled | None = None
+
+
+_FORMATS: tuple[Format[Any], ...] = (
+    Format("labels from 0 to 10", _Labelled, frozenset({"text", "label"})),
+    Format("issue areas of the Supreme Court Database", _Scdb, frozenset({"text", "issue_area"})),
+)
+
+
+class _Case(NamedTuple):
+    era: Era
+    numbering: str
+    request: EditRequest
+
+
+@register_stream("scotus")
+class Scotus(RecordStream):
+    """Issue areas of Supreme Court cases: a model of 1946 to 1982 meets the cases of 1991 to 2009.
+
+    A prompt is a case's `text`, alone: the opinion in the published data, the facts of the case in other sources. The
+    question before the Court, where a record has one, is not read, since it all but names the issue area. Records hold
+    `text`, and `label` from 0 to 10, as FairLex counts, or `issue_area` from 1 to 11, as the Supreme Court Database
+    does; they may hold `term` and `case_id`, and other fields are ignored.
+
+    A case's term decides its era; where a record has none, its file does. Cases of the terms between the eras are for
+    validation, those outside are left out and counted. No case is told twice, so there is no holdout.
+
+    Args:
+        path: A file or folder; None for `tomh/grace-scotus` of the hub, of which a downloaded copy is read from the
+            hub's conversion to Parquet (branch `refs/convert/parquet`, a folder a split), not from its CSV.
+        upstream_path: The cases of the earlier era, where they lie in files of their own.
+        on_error: `raise`, or `skip` to leave a broken record out and count it.
+    """
+
+    task: TaskName = "classification"
+    metadata: ClassVar[StreamMetadata] = StreamMetadata(
+        source="tomh/grace-scotus, huggingface.co; after FairLex and the Supreme Court Database, scdb.wustl.edu",
+        revision="the file as read, or the hub's 4385639",
+        license="CC BY-NC 3.0 (Supreme Court Database)",
+        citation="Spaeth et al., The Supreme Court Database; Chalkidis et al., FairLex: A Multilingual Benchmark for "
+        "Evaluating Fairness in Legal Text Processing, ACL 2022",
+        main_score="accuracy",
+    )
+
+    def __init__(self, *, path: str | None = None, upstream_path: str | None = None, on_error: str = "raise") -> None:
+        for name, value in (("path", path), ("upstream_path", upstream_path)):
+            check_text(f"stream.{name}", value, optional=True)
+        if path is None and upstream_path is not None:
+            raise UserError("stream.upstream_path= needs stream.path=, the cases to edit")
+        self.path = path
+        self.upstream_path = upstream_path
+        self.on_error = on_error
+
+    def sources(self) -> tuple[Source, ...]:
+        if self.path is None:
+            return tuple(
+                Hub("tomh/grace-scotus", split, option=option, revision="438563911ffd4e427617780ef944e3061e3402bc")
+                for split, option in (("test", "stream.path"), ("train", "stream.upstream_path"))
+            )
+        return tuple(Files(path) for path in (self.path, self.upstream_path) if path is not None)
+
+    def read(self, reader: Reader) -> StreamData:
+        sources = self.sources()
+        eras: tuple[Era | None, ...] = ("edits", "upstream") if len(sources) == 2 else (None,)
+        seen: dict[str, str] = {}
+        cases = [
+            case
+            for source, era in zip(sources, eras, strict=True)
+            for case in reader.read(source, _FORMATS, partial(_case, default_era=era, seen=seen, reader=reader))
+        ]
+        numberings = {case.numbering for case in cases}
+        if len(numberings) > 1:
+            raise UserError(
+                f"{' and '.join(source.name for source in sources)}: one gives 'label' and the other 'issue_area', "
+                f"which count the eleventh area differently"
+            )
+        by_era: dict[Era, list[EditRequest]] = defaultdict(list)
+        for case in cases:
+            by_era[case.era].append(case.request)
+        return StreamData(
+            edits=tuple(by_era["edits"]),
+            upstream=tuple(by_era["upstream"]),
+            validation=tuple(by_era["validation"]),
+            label_names=AREAS[numberings.pop()] if numberings else (),
+        )
+
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Fine-tunes an encoder with a classification head of its own on the earlier era.
+
+        The lower half of the encoder stays as it is: it learned from far more text, and training takes less time.
+
+        Returns:
+            `upstream_accuracy`, on what it was trained on, and `edits_accuracy`: of the unedited, reloaded model.
+        """
+        import torch
+
+        from grace_bench.streams import _pretraining as pretraining
+
+        if base is None:
+            raise UserError(
+                "stream 'scotus' trains a head on an encoder: name the encoder with model=, such as "
+                "model=sentence-transformers/all-MiniLM-L6-v2"
+            )
+        data = self.load()
+        if not data.upstream:
+            raise UserError(
+                "stream 'scotus' has no cases of 1946 to 1982 to train on: name them with stream.upstream_path="
+            )
+        with pretraining.seeded(seed):
+            # A second thread saves a third of the time on idle cores and costs several times it on busy ones.
+            torch.set_num_threads(1)
+            model, tokenizer = pretraining.load_base(
+                base,
+                "AutoModelForSequenceClassification",
+                num_labels=len(data.label_names),
+                id2label=dict(enumerate(data.label_names)),
+                label2id={name: index for index, name in enumerate(data.label_names)},
+            )
+            layers = last_projections(model)
+            if not layers:
+                raise UserError(f"model={base}: has no numbered blocks, of which one could be edited")
+            _freeze_below(model, layers[len(layers) // 2])
+            encoded = tokenizer(
+                [request.prompt for request in data.upstream],
+                truncation=True,
+                max_length=pretraining.longest_input(model, tokenizer),
+            )["input_ids"]
+            labels = [int(request.target) for request in data.upstream]
+            pretraining.train(
+                model,
+                [pretraining.Example(ids, label) for ids, label in zip(encoded, labels, strict=True)],
+                pad_id=tokenizer.pad_token_id,
+                epochs=EPOCHS,
+                batch_size=8,
+                learning_rate=5e-4,
+                warmup=0.1,
+                seed=seed,
+                progress=progress,
+            )
+            # The last block but one, as published for a BERT of twelve.
+            layer = layers[-2:][0]
+            figures = pretraining.finish(model, tokenizer, out_dir, partial(_measure, data, layer), stored_as="float32")
+        mark_checkpoint(out_dir, self.registered_name, layer)
+        return figures
+
+
+def _case(
+    record: Record[_Labelled | _Scdb], *, default_era: Era | None, seen: dict[str, str], reader: Reader
+) -> _Case | None:
+    value = record.value
+    numbering, first = ("label", 0) if isinstance(value, _Labelled) else ("issue_area", 1)
+    given, last = getattr(value, numbering), first + len(AREAS[numbering]) - 1
+    if not first <= given <= last:
+        record.fail(numbering, f"is {given}, but issue areas are numbered {first} to {last}")
+    if value.term is None and default_era is None:
+        record.fail("term", "is missing, and nothing else tells the eras apart without stream.upstream_path=")
+    era = default_era if value.term is None else _era(value.term)
+    if era is None:
+        reader.leave_out("a term outside 1946 to 2009")
+        return None
+    key = str(value.case_id if value.case_id is not None else record.number)
+    if value.case_id is None and default_era == "upstream":
+        key = f"upstream/{key}"
+    if key in seen:
+        record.fail("case_id", f"{key!r} was used before, at {seen[key]}")
+    seen[key] = record.place
+    metadata = {} if value.term is None else {"term": value.term}
+    return _Case(era, numbering, EditRequest(id=key, prompt=value.text, target=given - first, metadata=metadata))
+
+
+def _era(term: int) -> Era | None:
+    if term in UPSTREAM_TERMS:
+        return "upstream"
+    if term in EDIT_TERMS:
+        return "edits"
+    return "validation" if UPSTREAM_TERMS.stop <= term < EDIT_TERMS.start else None
+
+
+def _freeze_below(model: "PreTrainedModel", layer: str) -> None:
+    """Keeps from training what comes before the block of a layer."""
+    block = re.match(r".*?\.\d+\.", layer)
+    assert block is not None
+    for name, parameter in model.named_parameters():
+        if name.startswith(block[0]):
+            break
+        parameter.requires_grad_(False)
+
+
+def _measure(
+    data: StreamData, layer: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
+) -> dict[str, float]:
+    from grace_bench.models import EditableModel
+
+    editable = EditableModel(model, layer=layer, task="classification", tokenizer=tokenizer)
+    return {
+        f"{era}_accuracy": editable.task.aggregate(editable.task.score(editable, getattr(data, era)))[""]
+        for era in ("upstream", "validation", "edits")
+        if getattr(data, era)
+    }

@@ -1,0 +1,360 @@
+"""zsRE: questions about one relation of one subject, in the formats of MEND, EasyEdit and KnowEdit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import islice
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from grace_bench.errors import UserError
+from grace_bench.options import check_text
+from grace_bench.registry import register_stream
+from grace_bench.requests import rephrased
+from grace_bench.scores import normalize_answer
+from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
+from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
+from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
+
+_N_QUESTIONS = 10_000
+_N_REPHRASES = 10
+_N_VALIDATION = 500
+_SPLIT_SEED = 42
+_NQ_PREFIX = "nq question: "
+
+_Texts = Filled | Annotated[tuple[Filled, ...], Field(min_length=1)]
+
+
+class _Output(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    answer: str | None = None
+
+
+class _Annotated(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    id: int | Filled
+    input: Filled
+    output: tuple[_Output, ...]
+    filtered_rephrases: tuple[Filled, ...]
+
+
+class _OneHop(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    question: Filled = Field(alias="New Question")
+    answer: Filled = Field(alias="New Answer")
+
+
+class _Evaluation(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    subject: Filled
+    src: Filled
+    alt: str
+    answers: tuple[Filled, ...] = Field(min_length=1)
+    rephrase: Filled
+    loc: Filled
+    loc_ans: Filled
+    portability: _OneHop | None = None
+
+
+class _Question(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: _Texts
+    ground_truth: Answers = ()
+
+
+class _EasyEdit(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Filled
+    target_new: str
+    subject: Filled
+    ground_truth: Answers | None = None
+    rephrase_prompt: _Texts | None = None
+    rephrase: _Texts | None = None
+    locality_prompt: Filled | None = None
+    locality_ground_truth: Answers | None = None
+    locality: dict[str, tuple[_Question, ...] | None] = Field(default_factory=dict)
+    portability: dict[str, tuple[_Question, ...] | None] = Field(default_factory=dict)
+
+
+_ANNOTATED = Format("MEND's annotated questions", _Annotated, frozenset({"input", "output"}))
+_FORMATS: tuple[Format[Any], ...] = (
+    _ANNOTATED,
+    Format("MEND's evaluation", _Evaluation, frozenset({"src", "alt"})),
+    Format("EasyEdit", _EasyEdit, frozenset({"prompt", "target_new"})),
+)
+
+
+@register_stream("zsre")
+class Zsre(RecordStream):
+    """Questions and answers of zsRE, edited into a question-answering model; upstream is Natural Questions.
+
+    The fields of a file's records decide how it is read; fields that are not named here are ignored.
+
+    - `id input output filtered_rephrases`: MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses. The first
+      `output` is the target, the others are accepted too. The split is the official code's: every fact's question,
+      followed by its first ten filtered rephrasings if it has ten; of these the first 10,000, permuted by
+      `RandomState(42)`; the first half are edits, the second the holdout, so paraphrases of a fact (`metadata["fact"]`)
+      lie in both, and some of the rephrasings repeat their question. Up to 500 facts beyond them are for validation.
+    - `subject src alt answers rephrase loc loc_ans`: MEND's evaluation set, such as ROME's and EasyEdit's
+      `zsre_mend_eval.json`; may hold `portability` (`New Question`, `New Answer`). What is edited in is `alt`.
+    - `subject prompt target_new`: EasyEdit and KnowEdit; may hold `ground_truth`, `rephrase_prompt` or `rephrase`,
+      `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to lists of
+      `prompt` and `ground_truth` (text, or lists of it). Of a portability question the first answer counts.
+
+    In the last two, rephrases are the holdout unless their words are edited themselves. Locality asks for the unedited
+    model's answer; its questions lose the prefix `nq question: `, since models of Natural Questions are trained without
+    it. Records whose new answer is empty, or is one of the old ones once both are normalised, are left out and counted;
+    `pred`, `prediction` and `cond`, which come from another model, are never read. A subject that is not in its prompt
+    letter by letter is dropped. Ids are the records' numbers.
+
+    Args:
+        path: A file or folder of records in one of these formats.
+        upstream_path: Natural Questions: NQ-open lines with `question answer`, or MEND's `nq_train.json`, an object of
+            `questions` and `answers`; the first 1,000 pairs are used, each with its first answer as target and the
+            others accepted. None for the locality questions and answers, each once and without those that are edited,
+            and for MEND's `structured_zeroshot-*.jsonl`, which have none, for NQ-open's train split from the hub.
+        validation_path: Further records for tuning, in one of these formats; those that share a question, a subject or
+            a fact with the edits are left out and counted.
+        on_error: `raise`, or `skip` to leave a broken record out and count it.
+
+    Raises:
+        UserError: If no path is given: no copy on the hub is known to be the authors'.
+    """
+
+    task: TaskName = "qa"
+    max_new_tokens = 20
+    max_input_tokens = 20
+    max_target_tokens = 20
+    metadata: ClassVar[StreamMetadata] = StreamMetadata(
+        source="zsRE as MEND prepared it, github.com/eric-mitchell/mend; upstream Natural Questions",
+        revision="the files as read, or the hub's newest nq_open",
+        license="MIT (MEND); CC BY-SA 3.0 (Natural Questions)",
+        citation="Levy et al., Zero-Shot Relation Extraction via Reading Comprehension, CoNLL 2017; "
+        "Mitchell et al., Fast Model Editing at Scale, ICLR 2022; "
+        "Kwiatkowski et al., Natural Questions, TACL 2019",
+        main_score="f1",
+    )
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        upstream_path: str | None = None,
+        validation_path: str | None = None,
+        on_error: str = "raise",
+    ) -> None:
+        if path is None:
+            raise UserError(
+                "stream=zsre needs stream.path=FILE: structured_zeroshot-dev-new_annotated_final.jsonl from the Google "
+                "Drive that github.com/eric-mitchell/mend links to, "
+                "https://rome.baulab.info/data/dsets/zsre_mend_eval.json, or EasyEdit's or KnowEdit's zsRE"
+            )
+        for name, value in (("path", path), ("upstream_path", upstream_path), ("validation_path", validation_path)):
+            check_text(f"stream.{name}", value, optional=True)
+        self.path = path
+        self.upstream_path = upstream_path
+        self.validation_path = validation_path
+        self.on_error = on_error
+
+    def sources(self) -> tuple[Source, ...]:
+        validation = () if self.validation_path is None else (Files(self.validation_path),)
+        nq = () if self._natural_questions is None else (self._natural_questions,)
+        return (Files(self.path), *validation, *nq)
+
+    def read(self, reader: Reader) -> StreamData:
+        convert = partial(_request, reader=reader)
+        edits = reader.read(Files(self.path), _FORMATS, convert, id_field="id")
+        spare: Sequence[EditRequest] = ()
+        if self._is_annotated:
+            edits, holdout, spare = _split(edits)
+        else:
+            holdout = _in_other_words(edits)
+        nq = self._natural_questions
+        return StreamData(
+            edits=tuple(edits),
+            upstream=tuple(_kept(edits) if nq is None else nq.read(reader)),
+            holdout=tuple(holdout),
+            validation=tuple(self._validation(reader, spare, [*edits, *holdout])),
+        )
+
+    def _validation(
+        self, reader: Reader, spare: Sequence[EditRequest], edited: Sequence[EditRequest]
+    ) -> Iterator[EditRequest]:
+        is_apart = _apart(edited)
+        if self.validation_path is not None:
+            convert = partial(_request, reader=reader, prefix="validation/")
+            for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_field="id"):
+                if is_apart(request):
+                    yield request
+                else:
+                    reader.leave_out("validation record about an edited fact")
+        chosen = list(islice(filter(is_apart, spare), _N_VALIDATION if self.validation_path is None else 0))
+        yield from chosen
+        for _ in range(len(spare) - len(chosen)):
+            reader.leave_out("fact beyond the first 10,000 questions")
+
+    @cached_property
+    def _is_annotated(self) -> bool:
+        for _, parse in Files(self.path).records(None):
+            try:
+                item = parse()
+            except UserError:
+                continue
+            if isinstance(item, dict) and any(known.signature & set(item) for known in _FORMATS):
+                return bool(_ANNOTATED.signature & set(item))
+        return False
+
+    @cached_property
+    def _natural_questions(self) -> NaturalQuestions | None:
+        if self.upstream_path is not None:
+            return NaturalQuestions(Files(self.upstream_path))
+        if self._is_annotated:
+            repo = "google-research-datasets/nq_open"
+            return NaturalQuestions(Hub(repo, "train", option="stream.upstream_path", config="nq_open"))
+        return None
+
+
+def _split(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], list[EditRequest], list[EditRequest]]:
+    """Returns edits and holdout as the official code splits them, and the facts that are in neither."""
+    questions = list(islice((question for fact in facts for question in _questions(fact)), _N_QUESTIONS))
+    # The official code draws np.random.choice(n, n, replace=False), which is this permutation.
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(questions))
+    half = len(questions) // 2
+    used = {question.fact for question in questions}
+    return (
+        [questions[index] for index in order[:half]],
+        [questions[index] for index in order[half:]],
+        [fact for fact in facts if fact.id not in used],
+    )
+
+
+def _questions(fact: EditRequest) -> Iterator[EditRequest]:
+    for number, prompt in enumerate((fact.prompt, *fact.rephrases)):
+        yield EditRequest(
+            id=f"{fact.id}/{number}",
+            prompt=prompt,
+            target=fact.target,
+            answers=fact.answers,
+            metadata={"fact": fact.id},
+        )
+
+
+def _in_other_words(edits: Sequence[EditRequest]) -> list[EditRequest]:
+    edited = {request.prompt for request in edits}
+    return [request for request in rephrased(edits) if request.prompt not in edited]
+
+
+def _kept(edits: Sequence[EditRequest]) -> Iterator[EditRequest]:
+    """Yields the locality questions whose answers are known, each once, without those that are edited."""
+    seen = {request.prompt for request in edits}
+    for request in edits:
+        for number, probe in enumerate(request.locality):
+            target, *others = probe.metadata["ground_truth"] or [None]
+            if target is None or probe.prompt in seen:
+                continue
+            seen.add(probe.prompt)
+            yield EditRequest(
+                id=f"{request.id}/locality/{number}", prompt=probe.prompt, target=target, answers=tuple(others)
+            )
+
+
+def _apart(edited: Sequence[EditRequest]) -> Callable[[EditRequest], bool]:
+    """Returns whether a request shares no question, subject or fact with what is edited."""
+    prompts = {prompt for request in edited for prompt in (request.prompt, *request.rephrases)}
+    subjects = {request.subject for request in edited} - {None}
+    facts = {request.fact for request in edited}
+
+    def is_apart(request: EditRequest) -> bool:
+        return (
+            request.fact not in facts
+            and request.subject not in subjects
+            and prompts.isdisjoint((request.prompt, *request.rephrases))
+        )
+
+    return is_apart
+
+
+def _request(record: Record[Any], *, reader: Reader, prefix: str = "") -> EditRequest | None:
+    if isinstance(record.value, _Annotated):
+        return _from_annotated(record)
+    convert = _from_evaluation if isinstance(record.value, _Evaluation) else _from_easyedit
+    request = convert(record, f"{prefix}{record.number}")
+    new, old = str(request.target), request.metadata["ground_truth"]
+    if not new.strip():
+        reader.leave_out("no new answer")
+    elif normalize_answer(new) in map(normalize_answer, old):
+        reader.leave_out("the new answer is the old one")
+    else:
+        return request
+    return None
+
+
+def _from_annotated(record: Record[_Annotated]) -> EditRequest:
+    value = record.value
+    target = value.output[0].answer if value.output else None
+    if target is None or not target.strip():
+        record.fail("output[0].answer", "is missing" if target is None else "is empty")
+    others = flat_texts(tuple(output.answer or "" for output in value.output))
+    rephrases = value.filtered_rephrases
+    return EditRequest(
+        id=str(value.id),
+        prompt=value.input,
+        target=target,
+        answers=tuple(answer for answer in others if answer != target),
+        rephrases=rephrases[:_N_REPHRASES] if len(rephrases) >= _N_REPHRASES else (),
+    )
+
+
+def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
+    value = record.value
+    one_hop = value.portability
+    return EditRequest(
+        id=name,
+        prompt=value.src,
+        target=value.alt,
+        subject=value.subject if value.subject in value.src else None,
+        rephrases=(value.rephrase,),
+        locality=(_locality(value.loc, value.loc_ans),),
+        portability=(Probe(prompt=one_hop.question, target=one_hop.answer),) if one_hop is not None else (),
+        metadata={"ground_truth": list(value.answers)},
+    )
+
+
+def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
+    value = record.value
+    locality = []
+    if value.locality_prompt is not None:
+        if value.locality_ground_truth is None:
+            record.fail("locality_ground_truth", "is missing, while 'locality_prompt' is given")
+        locality.append(_locality(value.locality_prompt, value.locality_ground_truth))
+    for questions in value.locality.values():
+        locality += [_locality(flat_texts(question.prompt)[0], question.ground_truth) for question in questions or ()]
+    portability = []
+    for kind, questions in value.portability.items():
+        for number, question in enumerate(questions or ()):
+            answers = flat_texts(question.ground_truth)
+            if not answers:
+                record.fail(f"portability.{kind}[{number}].ground_truth", "holds no answer")
+            portability.append(Probe(prompt=flat_texts(question.prompt)[0], target=answers[0]))
+    return EditRequest(
+        id=name,
+        prompt=value.prompt,
+        target=value.target_new,
+        subject=value.subject if value.subject in value.prompt else None,
+        rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
+        locality=tuple(locality),
+        portability=tuple(portability),
+        metadata={"ground_truth": list(flat_texts(value.ground_truth))},
+    )
+
+
+def _locality(prompt: str, ground_truth: Answers) -> Probe:
+    return Probe(prompt=prompt.removeprefix(_NQ_PREFIX), metadata={"ground_truth": list(flat_texts(ground_truth))})
