@@ -20,7 +20,7 @@ from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
-from grace_bench.zoo import published_layer, resolve_model
+from grace_bench.zoo import default_layer, resolve_model
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 DeviceMap = str | Mapping[str, str | int]
@@ -204,7 +204,7 @@ class EditableModel(nn.Module):
 
         Args:
             name_or_path: A short name (`grace-bench list models`), a hub id, or a folder.
-            layer: Dotted path of the layer to edit; None for the published one where there is one.
+            layer: Dotted path of the layer to edit; None for the model's own where one is known.
             task: What the model is used for; decides the head that is loaded.
             dtype: `float32`, `bfloat16` or `float16`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest that is there.
@@ -236,7 +236,7 @@ class EditableModel(nn.Module):
             raise UserError(f"model={name_or_path} is no transformers model: it takes device=, not device_map=")
         return cls(
             module if device_map is not None else module.to(device=target, dtype=precision),
-            layer=layer or source.layer or published_layer(module),
+            layer=layer or source.layer or default_layer(module),
             task=chosen,
             tokenizer=_load_tokenizer(vocabulary) if tokenizer and custom is None else None,
             encode=encode,

@@ -14,11 +14,14 @@ from grace_bench.registry import STREAMS
 MODELS_FOLDER = Path("models")
 """Where short names are looked up first, under the working directory."""
 
-# Hartvigsen et al. 2023, section 4 and the official configuration: architecture and depth to the edited layer.
-_PUBLISHED_LAYERS: dict[tuple[Any, Any], str] = {
+# Architecture and depth to the layer that is edited unless another is named.
+_LAYERS: dict[tuple[Any, Any], str] = {
+    # Hartvigsen et al. 2023, section 4 and the official configuration.
     ("t5", 8): "encoder.block.4.layer.1.DenseReluDense.wo",
     ("bert", 12): "bert.encoder.layer.10.output.dense",
     ("gpt2", 48): "transformer.h.35.mlp.c_fc",
+    # Ours, for SmolLM2-135M: two thirds up, as in GPT-2 XL, and after the MLP's last projection.
+    ("llama", 30): "model.layers.20.mlp.down_proj",
 }
 
 _STREAM_KEY = "grace_bench_stream"
@@ -216,22 +219,22 @@ def resolve_model(name_or_path: str) -> ModelSource:
     return ModelSource(name_or_path, name_or_path)
 
 
-def published_layer(module: Any) -> str:
-    """Returns the layer that was published for a model of this architecture and depth.
+def default_layer(module: Any) -> str:
+    """Returns the layer that is edited in a model of this architecture and depth unless another is named.
 
     Raises:
-        UserError: If none was, with a layer that the model has.
+        UserError: If there is none, with a layer that the model has.
     """
     config = getattr(module, "config", None)
     depths = (getattr(config, key, None) for key in ("num_layers", "num_hidden_layers", "n_layer"))
     depth = next((value for value in depths if value is not None), None)
     model_type = getattr(config, "model_type", type(module).__name__)
-    layer = _PUBLISHED_LAYERS.get((model_type, depth))
+    layer = _LAYERS.get((model_type, depth))
     if layer is None:
         size = "" if depth is None else f" of {depth} layers"
         layers = last_projections(module)
         hint = f", for example layer={layers[len(layers) // 2]}" if layers else ""
-        raise UserError(f"no layer is published for a {model_type}{size}: name one with layer={hint}")
+        raise UserError(f"no layer is known for a {model_type}{size}: name one with layer={hint}")
     return layer
 
 

@@ -9,11 +9,20 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
-from grace_bench.zoo import known_models, mark_checkpoint, published_layer, resolve_model
+from grace_bench.zoo import default_layer, known_models, mark_checkpoint, resolve_model
 
 HUB_IDS = {
     "t5-small-nq": "google/t5-small-ssm-nq",
@@ -166,13 +175,33 @@ def test_where_the_hub_holds_a_pickle_only_transformers_is_left_to_find_the_conv
 
 
 @pytest.mark.parametrize("task", ["classification", "qa", "completion"])
-def test_where_no_layer_is_published_one_is_named_that_the_model_has(task: Any, make_model: Callable[..., Any]) -> None:
+def test_where_no_layer_is_known_one_is_named_that_the_model_has(task: Any, make_model: Callable[..., Any]) -> None:
     module = make_model(task).module
-    told = refusal(lambda: published_layer(module))
+    told = refusal(lambda: default_layer(module))
     named = re.search(r"for example layer=(\S+)$", told)
     assert named is not None
     assert EditableModel(module, layer=named[1], task=task, tokenizer=make_model(task).tokenizer)
     assert module.get_submodule(named[1]).weight.dim() == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: T5ForConditionalGeneration(
+            T5Config(num_layers=8, d_model=8, d_ff=8, d_kv=4, num_heads=2, vocab_size=9)
+        ),
+        lambda: BertForSequenceClassification(
+            BertConfig(num_hidden_layers=12, hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
+        ),
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=48, n_embd=8, n_head=2, vocab_size=9)),
+        lambda: LlamaForCausalLM(
+            LlamaConfig(num_hidden_layers=30, hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=9)
+        ),
+    ],
+)
+def test_a_model_whose_layer_is_known_by_architecture_and_depth_has_it(make: Callable[[], Any]) -> None:
+    module = make()
+    assert module.get_submodule(default_layer(module)).weight.dim() == 2
 
 
 def test_a_checkpoint_says_which_layer_is_edited_unless_another_is_named(
