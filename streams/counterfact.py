@@ -8,16 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from grace_bench.options import check_text, check_whole
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
+from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
 from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
-
-
-class _Portability(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    question: Filled = Field(alias="New Question")
-    answer: Filled = Field(alias="New Answer")
 
 
 class _EasyEdit(BaseModel):
@@ -31,7 +25,7 @@ class _EasyEdit(BaseModel):
     rephrase_prompt: Filled | None = None
     locality_prompt: Filled | None = None
     locality_ground_truth: Filled | None = None
-    portability: _Portability | None = None
+    portability: OneHop | None = None
 
 
 class _Target(BaseModel):
@@ -193,10 +187,6 @@ def _from_easyedit(record: Record[Any]) -> EditRequest:
         subject=value.subject,
         rephrases=(value.rephrase_prompt,) if value.rephrase_prompt is not None else (),
         locality=locality,
-        portability=(
-            (Probe(prompt=value.portability.question, target=value.portability.answer),)
-            if value.portability is not None
-            else ()
-        ),
+        portability=() if value.portability is None else (value.portability.probe(),),
         metadata=metadata,
     )

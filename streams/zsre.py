@@ -13,6 +13,7 @@ from grace_bench.options import check_text
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
 from grace_bench.scores import normalize_answer
+from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
@@ -42,13 +43,6 @@ class _Annotated(BaseModel):
     filtered_rephrases: tuple[Filled, ...]
 
 
-class _OneHop(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    question: Filled = Field(alias="New Question")
-    answer: Filled = Field(alias="New Answer")
-
-
 class _Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -59,7 +53,7 @@ class _Evaluation(BaseModel):
     rephrase: Filled
     loc: Filled
     loc_ans: Filled
-    portability: _OneHop | None = None
+    portability: OneHop | None = None
 
 
 class _Question(BaseModel):
@@ -315,7 +309,6 @@ def _from_annotated(record: Record[_Annotated]) -> EditRequest:
 
 def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
     value = record.value
-    one_hop = value.portability
     return EditRequest(
         id=name,
         prompt=value.src,
@@ -323,7 +316,7 @@ def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
         subject=value.subject if value.subject in value.src else None,
         rephrases=(value.rephrase,),
         locality=(_locality(value.loc, value.loc_ans),),
-        portability=(Probe(prompt=one_hop.question, target=one_hop.answer),) if one_hop is not None else (),
+        portability=() if value.portability is None else (value.portability.probe(),),
         metadata={"ground_truth": list(value.answers)},
     )
 
