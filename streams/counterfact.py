@@ -70,7 +70,7 @@ class CounterFact(RecordStream):
 
     Beside exact match, answers are compared by probability as ROME does (Meng et al. 2022, section 3.4): the new
     answer against the true one for edits and their paraphrases, the true one against the new one in the neighbourhood.
-    They are the scores `ES/contrast`, `Holdout/contrast` and `Locality/contrast`.
+    They are the scores `ERR/contrast`, `Holdout/contrast` and `Locality/contrast`.
 
     Args:
         path: A file or folder; None for `azhx/counterfact` of the hub, a copy of ROME's file, whose test split is for
