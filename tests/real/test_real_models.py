@@ -30,7 +30,12 @@ MIDDLE, LATE = "model.layers.15.mlp.down_proj", "model.layers.27.mlp.down_proj"
 GRACE: dict[str, Any] = {"n_iter": 15}
 FT: dict[str, Any] = {"lr": 1e-3, "n_iter": 15}
 DEFER: dict[str, Any] = {"lr": 0.03, "n_iter": 15}
-ROME: dict[str, Any] = {"n_prefixes": 2, "text_path": str(SHARED / "openwebtext_c4_sample.jsonl"), "n_texts": 10}
+ROME: dict[str, Any] = {
+    "n_prefixes": 2,
+    "n_iter": 10,
+    "text_path": str(SHARED / "openwebtext_c4_sample.jsonl"),
+    "n_texts": 10,
+}
 RIVALS: tuple[tuple[str, dict[str, Any]], ...] = (("grace", GRACE), ("ft", FT), ("defer", DEFER))
 
 
@@ -118,7 +123,9 @@ def test_counterfact_is_edited_into_a_real_language_model(
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("editor", "options", "layer"), [*((*rival, LATE) for rival in RIVALS), ("grace", GRACE, MIDDLE)]
+    # These prompts are ten times as long, and any step in the right direction shows.
+    ("editor", "options", "layer"),
+    [*((name, {**options, "n_iter": 6}, LATE) for name, options in RIVALS), ("grace", {"n_iter": 6}, MIDDLE)],
 )
 def test_hallucinations_of_a_real_language_model_become_less_likely(
     smollm2: Callable[[str, str], EditableModel], editor: str, options: dict[str, Any], layer: str, tmp_path: Path
