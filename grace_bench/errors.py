@@ -25,3 +25,14 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """
     close = get_close_matches(word, list(candidates), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class if it has none.
+
+    >>> reason_of(ValueError("no such key\\nand more"))
+    'no such key'
+    >>> reason_of(ValueError())
+    'ValueError'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grace_bench.encoding import EncodedBatch, last_token
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
 from grace_bench.zoo import default_layer, resolve_model
@@ -637,8 +637,7 @@ def _loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model={path}: cannot be loaded ({reason})") from error
+        raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error
 
 
 def _are_activations(value: Any) -> TypeGuard[Tensor]:

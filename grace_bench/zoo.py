@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.registry import STREAMS
 
 MODELS_FOLDER = Path("models")
@@ -20,7 +20,7 @@ _LAYERS: dict[tuple[Any, Any], str] = {
     ("t5", 8): "encoder.block.4.layer.1.DenseReluDense.wo",
     ("bert", 12): "bert.encoder.layer.10.output.dense",
     ("gpt2", 48): "transformer.h.35.mlp.c_fc",
-    # Ours, for SmolLM2-135M: two thirds up, as in GPT-2 XL, and after the MLP's last projection.
+    # Ours, for SmolLM2-135M: the MLP's last projection, two thirds up.
     ("llama", 30): "model.layers.20.mlp.down_proj",
 }
 
@@ -160,8 +160,7 @@ class ModelSource:
         except LocalEntryNotFoundError as error:
             raise UserError(self._out_of_reach()) from error
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason})") from error
+            raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason_of(error)})") from error
 
     def _out_of_reach(self) -> str:
         """Says what to download, where to put it, and which option points to it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from grace_bench.errors import UserError
+from grace_bench.errors import UserError, reason_of
 from grace_bench.types import EditStream, Progress
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model={base}: cannot be loaded ({reason})") from error
+        raise UserError(f"model={base}: cannot be loaded ({reason_of(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(pick_device("auto")), tokenizer

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from grace_bench.errors import UserError
+from grace_bench.errors import UserError, reason_of
 from grace_bench.files import write_atomically
 from grace_bench.options import check_choice
 from grace_bench.streams._lines import Parse, Record, read_lines, validate
@@ -155,11 +155,10 @@ class Hub:
         try:
             return datasets.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
         except Exception as error:  # Network, hub, disk and format each fail in their own library's way.
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             place = f"https://huggingface.co/datasets/{self.repo}/tree/refs%2Fconvert%2Fparquet"
             raise UserError(
-                f"data set {self.repo} cannot be loaded ({reason}); without a network, get the Parquet files of split "
-                f"{self.split} from {place} and give their place as {self.option}="
+                f"data set {self.repo} cannot be loaded ({reason_of(error)}); without a network, get the Parquet files "
+                f"of split {self.split} from {place} and give their place as {self.option}="
             ) from error
         finally:
             datasets.config.HF_HUB_OFFLINE = was_offline
@@ -322,7 +321,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Parse]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({reason_of(error)})") from error
     for number, row in enumerate(rows, start=1):
         given = {name: value for name, value in row.items() if value is not None}
         yield f"{path}: record {number}", partial(dict, given)
