@@ -82,13 +82,14 @@ class AdaptorStrategy(EditorStrategy):
         losses: list[float] = []
         steps = 0
         optimizer = torch.optim.Adam(adaptor.parameters(), lr=self.lr)
-        with self.model.repeated(encoded) as forward, self._training():
+        repeated = self.model.repeated(encoded)
+        with self._training():
             for step in range(self.n_iter):
                 self.step = step
-                logits = forward()
-                loss = self.model.task.loss(logits, encoded)
+                logits = repeated()
+                loss = self.model.task.loss(logits, repeated.batch)
                 losses.append(float(loss.detach()))
-                if self.stops_when_answered and self.model.task.answered(logits, encoded):
+                if self.stops_when_answered and self.model.task.answered(logits, repeated.batch):
                     break
                 optimizer.zero_grad()
                 (loss + self.penalty()).backward()

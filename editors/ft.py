@@ -51,16 +51,14 @@ class FineTune(EditorStrategy):
     def edit(self, batch: EditBatch) -> EditOutcome:
         losses: list[float] = []
         steps = 0
-        with (
-            trainable(self.model.layer.parameters()) as parameters,
-            self.model.repeated(batch.encoded) as forward,
-        ):
+        repeated = self.model.repeated(batch.encoded)
+        with trainable(self.model.layer.parameters()) as parameters:
             optimizer = WeightAdam(parameters, lr=self.lr)
             for _ in range(self.n_iter):
-                logits = forward()
-                loss = self.model.task.loss(logits, batch.encoded)
+                logits = repeated()
+                loss = self.model.task.loss(logits, repeated.batch)
                 losses.append(float(loss.detach()))
-                if self.model.task.answered(logits, batch.encoded):
+                if self.model.task.answered(logits, repeated.batch):
                     break
                 optimizer.step(loss + self.penalty(optimizer.masters))
                 steps += 1

@@ -82,7 +82,7 @@ class FineTuneEwc(FineTune):
                 assert sample.labels is not None
                 n_tokens = int((sample.labels != IGNORED).sum())
                 # The task's loss is the mean over the target's tokens; the log-likelihood is their sum.
-                loss = self.model.task.loss(self.model.logits(sample), sample) * n_tokens
+                loss = self.model.task.loss(*self.model.labelled_logits(sample)) * n_tokens
                 for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
                     total += gradient.float() ** 2
         return [total / len(samples) for total in totals]

@@ -102,10 +102,10 @@ class FineTuneRetrain(FineTune):
             for epoch in range(self.n_epochs):
                 knows_all = True
                 for encoded in self._shuffled(epoch):
-                    logits = self.model.logits(encoded)
-                    if not self.model.task.answered(logits, encoded):
+                    logits, labelled = self.model.labelled_logits(encoded)
+                    if not self.model.task.answered(logits, labelled):
                         knows_all = False
-                    optimizer.step(self.model.task.loss(logits, encoded))
+                    optimizer.step(self.model.task.loss(logits, labelled))
                     steps += 1
                 if knows_all:
                     break

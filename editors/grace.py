@@ -148,13 +148,13 @@ class Grace(EditorStrategy):
         losses = []
         self._training = (entry, value)
         try:
-            with self.model.repeated(encoded) as forward:
-                for _ in range(self.n_iter):
-                    optimizer.zero_grad()
-                    loss = self.model.task.loss(forward(), encoded)
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(float(loss.detach()))
+            repeated = self.model.repeated(encoded)
+            for _ in range(self.n_iter):
+                optimizer.zero_grad()
+                loss = self.model.task.loss(repeated(), repeated.batch)
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
         finally:
             self._training = None
         self.codebook.values[entry] = value.detach()

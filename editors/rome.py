@@ -206,24 +206,24 @@ class Rome(EditorStrategy):
         optimizer = torch.optim.Adam([delta], lr=self.lr)
         handle = self.model.intercept(add)
         try:
-            with self.model.repeated(batch) as forward, self.model.repeated(described) as describe:
-                unedited: Tensor | None = None
-                for _ in range(self.n_iter):
-                    loss = self.model.task.loss(forward(), batch)
-                    essence = describe()[:, -1].float().log_softmax(dim=-1)
-                    unedited = essence.detach() if unedited is None else unedited
-                    drift = functional.kl_div(unedited, essence, log_target=True, reduction="sum")
-                    decay = (delta.norm() / value.norm() ** 2).to(loss.device)
-                    total = loss + self.kl_weight * drift + self.weight_decay * decay
-                    losses.append(float(loss.detach()))
-                    if float(total.detach()) < _GOOD_ENOUGH:
-                        break
-                    optimizer.zero_grad()
-                    total.backward()
-                    optimizer.step()
-                    steps += 1
-                    with torch.no_grad():
-                        delta.mul_((largest / delta.norm()).clamp(max=1.0))
+            repeated, describe = self.model.repeated(batch), self.model.repeated(described)
+            unedited: Tensor | None = None
+            for _ in range(self.n_iter):
+                loss = self.model.task.loss(repeated(), repeated.batch)
+                essence = describe()[:, -1].float().log_softmax(dim=-1)
+                unedited = essence.detach() if unedited is None else unedited
+                drift = functional.kl_div(unedited, essence, log_target=True, reduction="sum")
+                decay = (delta.norm() / value.norm() ** 2).to(loss.device)
+                total = loss + self.kl_weight * drift + self.weight_decay * decay
+                losses.append(float(loss.detach()))
+                if float(total.detach()) < _GOOD_ENOUGH:
+                    break
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                steps += 1
+                with torch.no_grad():
+                    delta.mul_((largest / delta.norm()).clamp(max=1.0))
         finally:
             handle.remove()
         return delta.detach(), losses, steps

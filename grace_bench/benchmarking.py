@@ -16,6 +16,7 @@ from avalanche.logging import BaseLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench.benchmark import EditBenchmark, probe_requests
+from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
@@ -44,6 +45,8 @@ class RunSettings:
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring.
         batch_tokens: The most tokens in one, padding included.
+        engine: `exact`, or `plain` for every pass whole and one input at a time, whatever `batch_size` says.
+        engine_memory_mb: What the exact engine may keep between evaluations; None for a quarter of the free memory.
         threads: torch threads, or `auto` by model size.
         tuning_budget: How the hyperparameters were chosen, as the table shows it.
     """
@@ -55,6 +58,8 @@ class RunSettings:
     prefix_length: int = 8
     batch_size: int = 64
     batch_tokens: int = 16384
+    engine: EngineName = "exact"
+    engine_memory_mb: int | None = None
     threads: int | Literal["auto"] = "auto"
     tuning_budget: str | None = None
 
@@ -278,7 +283,7 @@ def _open(
         max_new_tokens=source.max_new_tokens,
         query=settings.query,
         prefix_length=settings.prefix_length,
-        batch_size=settings.batch_size,
+        batch_size=1 if settings.engine == "plain" else settings.batch_size,
         batch_tokens=settings.batch_tokens,
         max_input_tokens=source.max_input_tokens,
         max_target_tokens=source.max_target_tokens,
@@ -292,12 +297,13 @@ def _open(
         editable = EditableModel.from_pretrained(
             path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map
         )
+    editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
     return _Opened(benchmark, editable, path)
 
 
 def describe_environment(model: EditableModel) -> dict[str, Any]:
-    """Returns versions, device and threads, as results carry them."""
+    """Returns versions, device, threads and engine, as results carry them."""
     return {
         "grace_bench": version("grace-bench"),
         "python": platform.python_version(),
@@ -307,6 +313,8 @@ def describe_environment(model: EditableModel) -> dict[str, Any]:
         "avalanche": version("avalanche-lib"),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
         "threads": torch.get_num_threads(),
+        "engine": model.engine.name,
+        "engine_notes": model.engine.notes,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

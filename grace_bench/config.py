@@ -19,16 +19,28 @@ from grace_bench.options import check_choice, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
-_NOT_IN_THE_HASH = ("seed", "device", "device_map", "batch_tokens", "threads", "out", "existing", "wandb")
+_NOT_IN_THE_HASH = (
+    "seed",
+    "device",
+    "device_map",
+    "batch_tokens",
+    "engine_memory_mb",
+    "threads",
+    "out",
+    "existing",
+    "wandb",
+)
 _LEAST = {
     "seed": 0,
     "batch_size": 1,
     "batch_tokens": 1,
     "threads": 1,
+    "engine_memory_mb": 0,
     "protocol.prefix_length": 1,
 }
 _CHOICES = {
     "split": ("edits", "validation"),
+    "engine": ("exact", "plain"),
     "protocol.query": ("prefix", "last_token"),
     "existing": ("reuse", "rerun"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
@@ -81,7 +93,7 @@ def check_options(config: DictConfig) -> None:
     """
     for name, least in _LEAST.items():
         value = OmegaConf.select(config, name)
-        if (name, value) != ("threads", "auto"):
+        if (name, value) not in (("threads", "auto"), ("engine_memory_mb", None)):
             check_whole(name, value, least=least)
     for name, choices in _CHOICES.items():
         check_choice(name, OmegaConf.select(config, name), choices)

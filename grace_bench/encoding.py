@@ -46,6 +46,12 @@ class EncodedBatch:
             content=None if self.content is None else self.content.to(device),
         )
 
+    def columns(self, columns: Tensor) -> "EncodedBatch":
+        """Returns the batch with its labels restricted to some (K,) columns; the inputs stay whole."""
+        assert self.labels is not None
+        content = None if self.content is None else self.content[:, columns]
+        return replace(self, labels=self.labels[:, columns], content=content)
+
     def row(self, index: int) -> "EncodedBatch":
         """Returns the batch of the one row `index`, padding kept."""
         window = slice(index, index + 1)

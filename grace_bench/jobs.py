@@ -183,6 +183,8 @@ def _settings(config: DictConfig) -> RunSettings:
         prefix_length=config.protocol.prefix_length,
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
+        engine=config.engine,
+        engine_memory_mb=config.engine_memory_mb,
         threads=config.threads,
         tuning_budget=config.tuning_budget,
     )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grace_bench.encoding import EncodedBatch, last_token
+from grace_bench.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
@@ -149,6 +150,7 @@ class EditableModel(nn.Module):
         tokenizer: A Hugging Face tokenizer; None if `encode` is given.
         encode: For models without a tokenizer: turns B texts into the keyword arguments of the forward pass.
         name: The name that results carry.
+        engine: `exact`, or `plain` to compute every pass whole.
 
     Raises:
         UserError: If there is no such layer, with the closest one that exists.
@@ -163,6 +165,7 @@ class EditableModel(nn.Module):
         tokenizer: Any = None,
         encode: TextEncoder | None = None,
         name: str | None = None,
+        engine: EngineName = "exact",
     ) -> None:
         super().__init__()
         self.module = module.eval()
@@ -187,6 +190,7 @@ class EditableModel(nn.Module):
             self._generate: Callable[..., Any] = module.generate  # type: ignore[assignment]
             module.generate = self._generate_sequence  # type: ignore[assignment]
         module.requires_grad_(False)
+        self.engine: Engine = make_engine(engine, self)
 
     @classmethod
     def from_pretrained(
@@ -199,6 +203,7 @@ class EditableModel(nn.Module):
         device: str | torch.device = "auto",
         device_map: DeviceMap | None = None,
         tokenizer: bool = True,
+        engine: EngineName = "exact",
     ) -> Self:
         """Loads a Hugging Face model by short name, hub id or folder.
 
@@ -211,6 +216,7 @@ class EditableModel(nn.Module):
             device_map: Spreads the weights over several devices and the disk instead: what transformers'
                 `from_pretrained` takes, such as `auto`. Needs accelerate.
             tokenizer: Whether to load the tokenizer; without it the model takes token ids only.
+            engine: `exact`, or `plain` to compute every pass whole.
 
         Raises:
             UserError: If the model cannot be found or loaded, or the layer is missing or unknown.
@@ -241,6 +247,7 @@ class EditableModel(nn.Module):
             tokenizer=_load_tokenizer(vocabulary) if tokenizer and custom is None else None,
             encode=encode,
             name=source.name,
+            engine=engine,
         )
 
     @property
@@ -313,9 +320,9 @@ class EditableModel(nn.Module):
         return int(limit) if limit is not None and limit < 1e6 else None
 
     @cached_property
-    def takes_position_ids(self) -> bool:
-        """Whether the forward pass accepts explicit positions, which left padding needs."""
-        return "position_ids" in inspect.signature(self.module.forward).parameters
+    def _accepted(self) -> frozenset[str]:
+        """What the module's forward pass takes."""
+        return frozenset(inspect.signature(self.module.forward).parameters)
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: the module stays in eval mode."""
@@ -325,18 +332,33 @@ class EditableModel(nn.Module):
         """Does nothing: device and dtype are fixed when the model is made."""
         return self
 
-    def logits(self, batch: EncodedBatch) -> Tensor:
-        """Runs the model on a batch and returns its logits, (B, C) or (B, T, V)."""
+    def logits(self, batch: EncodedBatch, **arguments: Any) -> Tensor:
+        """Runs the model on a batch and returns its logits, (B, C) or (B, T, V).
+
+        Args:
+            batch: The inputs.
+            **arguments: What else the module's forward pass takes.
+        """
         inputs = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in batch.inputs.items()
         }
-        if "position_ids" in inputs and not self.takes_position_ids:
+        if "position_ids" in inputs and "position_ids" not in self._accepted:
             inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
         with self.querying(batch.query):
-            outputs = self.module(**inputs)
+            outputs = self.module(**inputs, **arguments)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
         return logits.to(batch.query.device)
+
+    def labelled_logits(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
+        """Runs the model on a batch for its labels' sake.
+
+        Returns:
+            The logits of all labelled positions, and maybe others, and the batch with the labels aligned with them.
+        """
+        return self.engine.labelled(batch)
 
     def answer(self, prompts: Sequence[str]) -> list[str | int]:
         """Returns what the model, as edited so far, answers: texts, or label ids.
@@ -347,13 +369,9 @@ class EditableModel(nn.Module):
         with torch.no_grad():
             return self.task.answers(self, prompts)
 
-    @contextmanager
-    def repeated(self, batch: EncodedBatch) -> Iterator[Callable[[], Tensor]]:
-        """Gives a function that returns the batch's logits, to be called many times.
-
-        Between two calls only what the edited layer gives may change; an engine may rely on it.
-        """
-        yield partial(self.logits, batch)
+    def repeated(self, batch: EncodedBatch) -> Repeated:
+        """Makes ready to run a batch many times, while only what the edited layer gives, or its weights, may change."""
+        return self.engine.repeated(batch)
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:
@@ -393,7 +411,7 @@ class EditableModel(nn.Module):
 
         handle = self.intercept(observe, first=True)
         try:
-            self.logits(batch)
+            self.engine.reach_layer(batch)
         finally:
             handle.remove()
         if not seen:

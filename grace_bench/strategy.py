@@ -222,6 +222,7 @@ class EditorStrategy(BaseTemplate, ABC):
             )
         self._rewritten[path] = module
         self._untouched = {name: tensor.clone() for name, tensor in self._weights().items()}
+        self.model.engine.rewrites([*self._rewritten.values()])
 
     def restore_weights(self) -> None:
         """Gives the rewritten modules their unedited weights back, bit for bit."""
@@ -238,6 +239,7 @@ class EditorStrategy(BaseTemplate, ABC):
         for handle in self._interceptors:
             handle.remove()
         self._interceptors.clear()
+        self.model.engine.rewrites([])
 
     def __enter__(self) -> Self:
         return self

@@ -287,7 +287,8 @@ class Classification(Task):
                 )
 
     def _labels(self, model: "EditableModel", prompts: Sequence[str]) -> list[int]:
-        return [int(label) for label in model.logits(model.encode_batch(prompts)).argmax(dim=-1)]
+        logits, _ = model.labelled_logits(model.encode_batch(prompts))
+        return [int(label) for label in logits.argmax(dim=-1)]
 
 
 class _Generating(Task):
@@ -300,11 +301,11 @@ class _Generating(Task):
     def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
         generated = self.generate(model, [request.prompt for request in requests])
         noted = _noted(model.last_state, len(requests))
-        batch = model.encode_batch(
-            [request.prompt for request in requests], [str(request.target) for request in requests]
+        logits, batch = model.labelled_logits(
+            model.encode_batch([request.prompt for request in requests], [str(request.target) for request in requests])
         )
         assert batch.content is not None
-        hits = (model.logits(batch).argmax(dim=-1) == batch.labels) & batch.content
+        hits = (logits.argmax(dim=-1) == batch.labels) & batch.content
         accuracies = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
         contrasts = self._contrasts(model, requests)
         items = []
@@ -362,11 +363,11 @@ class _Generating(Task):
     @torch.no_grad()
     def losses(self, model: "EditableModel", prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
         """Returns the (B,) mean negative log-likelihoods per token of answers to prompts, end token left out."""
-        batch = model.encode_batch(prompts, answers)
+        logits, batch = model.labelled_logits(model.encode_batch(prompts, answers))
         assert batch.labels is not None
         assert batch.content is not None
         losses = functional.cross_entropy(
-            model.logits(batch).float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
+            logits.float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
         )
         return (losses * batch.content).sum(dim=1) / batch.content.sum(dim=1)
 
@@ -499,11 +500,10 @@ class LanguageModelling(Task):
         )
 
     def score_batch(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
-        batch = model.encode_batch(
-            [request.prompt for request in requests], [str(request.target) for request in requests]
+        logits, batch = model.labelled_logits(
+            model.encode_batch([request.prompt for request in requests], [str(request.target) for request in requests])
         )
         assert batch.labels is not None
-        logits = model.logits(batch)
         losses = functional.cross_entropy(
             logits.float().transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
         )

@@ -1,0 +1,173 @@
+"""Pruned tails: of a model's last part, only what reaches the logits that are wanted.
+
+A causal model's head is asked for the labelled positions alone (transformers' `logits_to_keep`). In the last block a
+position only matters to others by its key and value, so all else is computed for the wanted positions alone. How a
+block is put together differs by family: each has one function here. None is trusted: the engine compares a pruned pass
+with the whole model's before it relies on it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grace_bench.encoding import IGNORED, EncodedBatch
+
+BlockPruner = Callable[..., Tensor]
+
+_FAMILIES: dict[str, BlockPruner] = {}
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How a batch is run for its labelled positions alone.
+
+    Attributes:
+        batch: The batch, its labels those of the positions that are scored.
+        arguments: What the forward pass is called with beside the inputs.
+        forwards: What runs in place of modules' own forward passes (see `replay.patched`).
+    """
+
+    batch: EncodedBatch
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    forwards: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+
+
+def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
+    """Returns how to run a batch for its labelled positions; the whole of it where nothing can be left out.
+
+    Args:
+        module: The whole model.
+        layer: The edited layer, whose block stays whole.
+        batch: Inputs, with labels or without.
+    """
+    block = _last_block(module)
+    if block is not None and any(part is layer for part in block.modules()):
+        block = None
+    takes_columns = "logits_to_keep" in _parameters(type(module))
+    if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
+        columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
+        if len(columns) == batch.labels.shape[1]:
+            return Tail(batch)
+        forwards = {} if block is None else {block: partial(_pruned, columns)}
+        return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
+    if not takes_columns and block is not None and getattr(module, "num_labels", None):
+        # A classifier of this family reads its first position.
+        return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
+    return Tail(batch)
+
+
+@lru_cache(maxsize=64)
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)
+
+
+def _last_block(module: nn.Module) -> nn.Module | None:
+    blocks = [part for part in module.modules() if type(part).__name__ in _FAMILIES]
+    return blocks[-1] if blocks else None
+
+
+def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The block's output at some columns, zero elsewhere."""
+    rows = _FAMILIES[type(block).__name__](block, hidden, columns, *args, **kwargs)
+    return torch.zeros_like(hidden).index_copy(1, columns, rows)
+
+
+def _family(*names: str) -> Callable[[BlockPruner], BlockPruner]:
+    """Registers what computes a block of these classes at some columns only."""
+
+    def register(function: BlockPruner) -> BlockPruner:
+        _FAMILIES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@_family("BertLayer", "RobertaLayer")
+def _bert(
+    block: Any, hidden: Tensor, columns: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    attention, rows = block.attention.self, hidden[:, columns]
+    size = attention.attention_head_size
+    query, key, value = (
+        _heads(project(states), size)
+        for project, states in ((attention.query, rows), (attention.key, hidden), (attention.value, hidden))
+    )
+    mask = None if attention_mask is None else _rows_of(attention_mask, columns)
+    context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    attended = block.attention.output(_joined(context), rows)
+    return block.output(block.intermediate(attended), attended)
+
+
+@_family("GPT2Block")
+def _gpt2(
+    block: Any, hidden: Tensor, columns: Tensor, _: Any, attention_mask: Tensor | None = None, *__: Any, **___: Any
+) -> Tensor:
+    attention, rows = block.attn, hidden[:, columns]
+    query, key, value = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=2)
+    context = functional.scaled_dot_product_attention(
+        _heads(query[:, columns], attention.head_dim),
+        _heads(key, attention.head_dim),
+        _heads(value, attention.head_dim),
+        attn_mask=_causal_rows(attention_mask, columns, hidden),
+        scale=attention.scaling,
+    )
+    rows = attention.c_proj(_joined(context)) + rows
+    return rows + block.mlp(block.ln_2(rows))
+
+
+@_family("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
+def _llama(
+    block: Any,
+    hidden: Tensor,
+    columns: Tensor,
+    *_: Any,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor],
+    **__: Any,
+) -> Tensor:
+    attention, rows = block.self_attn, hidden[:, columns]
+    normed, (cos, sin) = block.input_layernorm(hidden), position_embeddings
+    query = _heads(attention.q_proj(normed[:, columns]), attention.head_dim)
+    key, value = (_heads(project(normed), attention.head_dim) for project in (attention.k_proj, attention.v_proj))
+    context = functional.scaled_dot_product_attention(
+        _rotated(query, cos[:, columns], sin[:, columns]),
+        _rotated(key, cos, sin).repeat_interleave(attention.num_key_value_groups, dim=1),
+        value.repeat_interleave(attention.num_key_value_groups, dim=1),
+        attn_mask=_causal_rows(attention_mask, columns, hidden),
+        scale=attention.scaling,
+    )
+    rows = rows + attention.o_proj(_joined(context))
+    return rows + block.mlp(block.post_attention_layernorm(rows))
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    """(B, T, H * size) to (B, H, T, size)."""
+    return states.view(*states.shape[:2], -1, size).transpose(1, 2)
+
+
+def _joined(context: Tensor) -> Tensor:
+    """(B, H, T, size) to (B, T, H * size)."""
+    return context.transpose(1, 2).flatten(2)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (B, H, T, size) states (Su et al. 2021)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _rows_of(mask: Tensor, columns: Tensor) -> Tensor:
+    return mask[:, :, columns] if mask.shape[2] > 1 else mask
+
+
+def _causal_rows(mask: Tensor | None, columns: Tensor, hidden: Tensor) -> Tensor:
+    """What the wanted positions may attend to; a causal model is given no mask where nothing is padded."""
+    if mask is not None:
+        return _rows_of(mask, columns)
+    return columns[:, None] >= torch.arange(hidden.shape[1], device=hidden.device)

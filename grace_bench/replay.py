@@ -1,0 +1,344 @@
+"""Replay: a model run from its edited layer on, over what came before it as recorded once.
+
+What runs before the edited layer never changes. One traced pass finds the modules that finish before the layer starts
+while their parent is still running; their outputs, and the code of the parents between them, decide all that follows.
+So a recording holds those outputs, and in a replay the modules hand them out while the framework's own code runs. No
+code knows an architecture, and a replay gives the bits that the whole model gives.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+Run = Callable[[], Tensor]
+Forward = Callable[..., Any]
+
+# Reading these needs no values, which a placeholder can do without.
+_METADATA = {
+    Tensor.size,
+    Tensor.dim,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+}
+
+
+class CannotReplayError(Exception):
+    """The model breaks what replaying relies on; the message says how."""
+
+
+class _LayerReachedError(Exception):
+    """The layer was reached, and what comes after it is not wanted."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a module gave: the leaves of its return value, and how they are put together."""
+
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+
+    @classmethod
+    def of(cls, value: Any) -> "_Output":
+        leaves, spec = tree_flatten(value)
+        return cls(tuple(leaves), spec)
+
+    def value(self) -> Any:
+        return tree_unflatten(list(self.leaves), self.spec)
+
+    def pruned(self, kept: Sequence[bool]) -> "_Output":
+        """Leaves without values in place of those that nothing reads; NaN, so that reading one shows."""
+        pairs = zip(self.leaves, kept, strict=True)
+        return _Output(tuple(leaf if keep else _placeholder(leaf) for leaf, keep in pairs), self.spec)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the modules before the edited layer gave for one batch.
+
+    Attributes:
+        outputs: One a call, in the order of the calls.
+        stamp: The state of the recorded modules' weights; a recording holds as long as they keep it.
+    """
+
+    outputs: tuple[_Output, ...]
+    stamp: tuple[tuple[int, int], ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """The memory that the recording holds."""
+        leaves = (leaf for output in self.outputs for leaf in output.leaves if isinstance(leaf, Tensor))
+        return sum(leaf.untyped_storage().nbytes() for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The calls that finish before the layer, in order, and which leaves of each are read afterwards."""
+
+    calls: tuple[nn.Module, ...]
+    kept: tuple[tuple[bool, ...], ...]
+
+
+class Replay:
+    """Records and replays the passes of one model.
+
+    Args:
+        module: The whole model.
+        layer: The layer that is edited. While its weights never change, its own output is recorded too, and the hooks
+            on it act on that.
+        changing: The modules whose weights change; recordings end before the first of them.
+    """
+
+    def __init__(self, module: nn.Module, layer: nn.Module, changing: Sequence[nn.Module] = ()) -> None:
+        self._module = module
+        self._layer = layer
+        self._ends = {layer, *(part for changed in changing for part in changed.modules())}
+        self._records_layer = (
+            not any(part in self._ends - {layer} for part in layer.modules()) and layer not in changing
+        )
+        self._plans: dict[str, _Plan | CannotReplayError] = {}
+
+    def record(self, run: Run, kind: str) -> Recording:
+        """Runs the model up to the layer and keeps what is needed to go on from there.
+
+        Args:
+            run: Runs the model on one batch and returns its logits.
+            kind: Names the arguments the model is called with; each kind is traced once.
+
+        Raises:
+            CannotReplayError: If a replay would not give what the model gives.
+        """
+        if any(part.training for part in self._module.modules()):
+            raise CannotReplayError("the model is in training mode")
+        plan = self._plan(run, kind)
+        return self._record(run, plan)
+
+    def knows(self, kind: str) -> bool:
+        """Whether passes of a kind were traced."""
+        return kind in self._plans
+
+    def holds(self, recording: Recording, kind: str) -> bool:
+        """Whether the weights that a recording was made with are still the same."""
+        plan = self._plans[kind]
+        return isinstance(plan, _Plan) and recording.stamp == _stamp(plan.calls)
+
+    def play(self, run: Run, recording: Recording, kind: str) -> Tensor:
+        """Runs the model from the layer on; gradients reach what comes after the recorded part."""
+        plan = self._plans[kind]
+        assert isinstance(plan, _Plan)
+        outputs = iter(recording.outputs)
+        n_left = len(plan.calls)
+
+        def hand_out(_: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            nonlocal n_left
+            if not n_left:
+                return forward(*args, **kwargs)
+            n_left -= 1
+            return next(outputs).value()
+
+        with patched(dict.fromkeys(plan.calls, hand_out)):
+            return run()
+
+    def _plan(self, run: Run, kind: str) -> _Plan:
+        if kind not in self._plans:
+            try:
+                self._plans[kind] = self._trace(run, kind)
+            except CannotReplayError as reason:
+                self._plans[kind] = reason
+        plan = self._plans[kind]
+        if isinstance(plan, CannotReplayError):
+            raise plan
+        return plan
+
+    @torch.no_grad()
+    def _trace(self, run: Run, kind: str) -> _Plan:
+        calls = self._find_calls(run)
+        everything = _Plan(calls, ())
+        whole: list[Tensor] = []
+        uses = _Uses()
+        outputs = self._collect(lambda: whole.append(run()), everything, uses=uses)
+        kept = tuple(tuple(id(leaf) in uses.seen or not _is_large(leaf) for leaf in out.leaves) for out in outputs)
+        plan = self._plans[kind] = _Plan(calls, kept)
+        recording = self._record(run, plan)
+        for _ in range(2):
+            # Twice, because code that changes what it is handed shows at the second replay only.
+            if not torch.equal(self.play(run, recording, kind), whole[0]):
+                raise CannotReplayError("a replay does not give what the whole model gives")
+        return plan
+
+    def _find_calls(self, run: Run) -> tuple[nn.Module, ...]:
+        """The modules that finish before the layer starts, or with it, and whose parent is running then."""
+        running: list[nn.Module] = []
+        finished: list[tuple[int, nn.Module]] = []
+        reached: nn.Module | None = None
+        n_layer_calls = 0
+        calls: list[nn.Module] | None = None
+
+        def start(part: nn.Module, *_: Any) -> None:
+            nonlocal reached, n_layer_calls, calls
+            n_layer_calls += part is self._layer
+            running.append(part)
+            if reached is None and part in self._ends:
+                reached = part
+                if not (self._records_layer and part is self._layer):
+                    calls = [done for _, done in finished]
+
+        def end(part: nn.Module, *_: Any) -> None:
+            nonlocal calls
+            running.pop()
+            if calls is None:
+                while finished and finished[-1][0] > len(running):
+                    finished.pop()
+                finished.append((len(running), part))
+                if part is reached:
+                    calls = [done for _, done in finished]
+
+        handles = [
+            handle
+            for part in self._module.modules()
+            for handle in (
+                part.register_forward_pre_hook(start),
+                part.register_forward_hook(end, prepend=True),
+            )
+        ]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if calls is None:
+            raise CannotReplayError("the layer takes no part in the answer")
+        if n_layer_calls != 1:
+            raise CannotReplayError("the layer is called more than once a pass")
+        return tuple(calls)
+
+    def _record(self, run: Run, plan: _Plan) -> Recording:
+        if any(weight.requires_grad for part in set(plan.calls) for weight in part.parameters()):
+            raise CannotReplayError("gradients are wanted before the layer")
+        with torch.no_grad():
+            outputs = self._collect(run, plan, stops=True)
+        if len(outputs) != len(plan.calls):
+            raise CannotReplayError("the model does not call the same modules each time")
+        kept = (output.pruned(keep) for output, keep in zip(outputs, plan.kept, strict=True))
+        return Recording(tuple(kept), _stamp(plan.calls))
+
+    def _collect(
+        self, run: Callable[[], object], plan: _Plan, *, uses: "_Uses | None" = None, stops: bool = False
+    ) -> list[_Output]:
+        """Runs the model and returns what the plan's calls gave; with `uses`, also notes what was read of it."""
+        outputs: list[_Output] = []
+        n_inside = 0
+
+        def keep(part: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            nonlocal n_inside
+            if n_inside or len(outputs) == len(plan.calls):
+                return forward(*args, **kwargs)
+            if part is not plan.calls[len(outputs)]:
+                raise CannotReplayError("the model does not call the same modules each time")
+            n_inside += 1
+            if uses is not None:
+                if part is self._layer:
+                    # Its hooks read what enters it.
+                    uses.note((args, kwargs))
+                uses.is_paused = True
+            given = forward(*args, **kwargs)
+            if uses is not None:
+                uses.is_paused = False
+            n_inside -= 1
+            outputs.append(_Output.of(given))
+            if stops and len(outputs) == len(plan.calls):
+                raise _LayerReachedError
+            return given
+
+        with patched(dict.fromkeys(plan.calls, keep)):
+            try:
+                if uses is None:
+                    run()
+                else:
+                    with uses:
+                        run()
+            except _LayerReachedError:
+                pass
+        return outputs
+
+
+def run_to_layer(layer: nn.Module, run: Run) -> None:
+    """Runs a model until its layer and the hooks on it were called, and no further."""
+
+    def stop(*_: Any) -> None:
+        raise _LayerReachedError
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        run()
+    except _LayerReachedError:
+        pass
+    finally:
+        handle.remove()
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which tensors any operation reads, except while paused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.is_paused = False
+
+    def note(self, arguments: Any) -> None:
+        self.seen.update(id(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not self.is_paused and func not in _METADATA:
+            self.note((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def patched(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Lets functions run in place of modules' forward passes, inside the context; hooks on the modules stay.
+
+    Args:
+        forwards: For each module a function that takes the module, its own forward pass and the arguments. No hook
+            could do this: hooks cannot keep a module from running.
+    """
+    own: dict[nn.Module, Any] = {}
+    try:
+        for part, function in forwards.items():
+            # accelerate puts a forward pass of its own on a module in the same way.
+            own[part] = part.__dict__.get("forward")
+            part.__dict__["forward"] = _bound(function, part, part.forward)
+        yield
+    finally:
+        for part, forward in own.items():
+            if forward is None:
+                del part.__dict__["forward"]
+            else:
+                part.__dict__["forward"] = forward
+
+
+def _bound(function: Callable[..., Any], part: nn.Module, forward: Forward) -> Forward:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(part, forward, *args, **kwargs)
+
+    return call
+
+
+def _is_large(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
+
+
+def _placeholder(leaf: Tensor) -> Tensor:
+    return torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+
+
+def _stamp(modules: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:
+    """Where the weights of modules lie and how often each was written to."""
+    tensors = (tensor for part in dict.fromkeys(modules) for tensor in (*part.parameters(), *part.buffers()))
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.is_meta)
