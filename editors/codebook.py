@@ -1,6 +1,6 @@
 """The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grace_bench.editors._key_index import CosineIndex, EuclideanIndex, Rows, newest_of_least
 from grace_bench.options import check_positive
 
 Label = tuple[int, ...]
@@ -99,38 +100,42 @@ class Codebook:
         self.labels: list[Label] = []
         self.label_means: list[float] = []
         self._device = torch.device(device)
-        self._keys = torch.empty(0, 0, device=self._device)
-        self._values = torch.empty(0, 0, device=self._device)
-        self._radii = torch.empty(0, device=self._device)
+        index = CosineIndex if distance == "cosine" else EuclideanIndex
+        self._index = index(device=self._device)
+        self._values = Rows(0, 0, device=self._device)
+        self._radii = Rows(0, device=self._device)
+        self._label_ids = Rows(0, device=self._device, dtype=torch.long)
+        self._id_of_label: dict[Label, int] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def keys(self) -> Tensor:
-        """(N, D_in) float32."""
-        return self._keys[: len(self)]
+        """(N, D_in) float32, not to be written to."""
+        return self._index.keys
 
     @property
     def values(self) -> Tensor:
         """(N, D_out) float32."""
-        return self._values[: len(self)]
+        return self._values.tensor
 
     @property
     def radii(self) -> Tensor:
         """(N,) float32 deferral radii, in the units of the distance."""
-        return self._radii[: len(self)]
+        return self._radii.tensor
 
     def distances(self, queries: Tensor) -> Tensor:
         """Returns the (B, N) float32 distances of (B, D_in) queries, of any float dtype, to every key."""
-        queries = queries.float()
+        queries = queries.detach().float()
+        if self.fidelity == "strict":
+            return self._index.distances(queries)
         if self.distance == "cosine":
             similarity = functional.normalize(queries, dim=-1) @ functional.normalize(self.keys, dim=-1).T
             return (1 - similarity).clamp(min=0)
-        # Multiplying matrices is off by up to 0.5 near zero. The official code does it above 25 entries; cdist left to
-        # itself would also do it for 25 queries, and then a query's answer would depend on the batch it came in.
-        official = self.fidelity == "reference" and len(self) > _MAX_EXACT_ROWS
-        mode = "use_mm_for_euclid_dist" if official else "donot_use_mm_for_euclid_dist"
+        # The official code leaves it to cdist, which above 25 rows multiplies matrices: off by up to 0.5 near zero. For
+        # 25 queries it would do so too, and then a query's answer would depend on the batch it came in.
+        mode = "use_mm_for_euclid_dist" if len(self) > _MAX_EXACT_ROWS else "donot_use_mm_for_euclid_dist"
         return torch.cdist(self.keys, queries, p=2, compute_mode=mode).T
 
     def retrieve(self, queries: Tensor) -> Retrieval:
@@ -144,30 +149,35 @@ class Codebook:
         """
         if not len(self):
             raise IndexError("the codebook is empty")
-        distances = self.distances(queries)
-        entry = self._nearest(distances)
-        nearest = distances.gather(1, entry[:, None])[:, 0]
+        if self.fidelity == "strict":
+            entry, nearest = self._index.nearest(queries.detach().float())
+        else:
+            distances = self.distances(queries)
+            entry = distances.argmin(dim=1)
+            nearest = distances.gather(1, entry[:, None])[:, 0]
         return Retrieval(entry, nearest, nearest <= self.radii[entry])
 
     def contested(self, queries: Tensor) -> Tensor:
         """Returns a (B,) bool: which queries lie in the balls of two entries with different labels."""
-        if not len(self):
-            return torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
-        inside = self.distances(queries) <= self.radii
-        label_ids = self._label_ids().expand_as(inside)
-        highest = torch.where(inside, label_ids, -1).amax(dim=1)
-        lowest = torch.where(inside, label_ids, len(self)).amin(dim=1)
-        return inside.any(dim=1) & (highest != lowest)
+        least = torch.full((len(queries),), torch.iinfo(torch.long).max, device=queries.device)
+        greatest = torch.full_like(least, -1)
+        for some, entries, inside in self._inside(queries.detach().float()):
+            row, column = torch.nonzero(inside, as_tuple=True)
+            label_ids = self._label_ids.tensor[entries][column]
+            least[some] = least[some].scatter_reduce(0, row, label_ids, "amin")
+            greatest[some] = greatest[some].scatter_reduce(0, row, label_ids, "amax")
+        return least < greatest
 
     def overlap(self) -> float:
         """Returns the share of pairs of entries with different labels whose balls intersect; 0 without such pairs."""
-        pairs = intersecting = 0
-        label_ids = self._label_ids()
-        for i in range(1, len(self)):
-            different = label_ids[:i] != label_ids[i]
-            reach = self.radii[:i] + self.radii[i]
-            pairs += int(different.sum())
-            intersecting += int((different & (self.distances(self.keys[i : i + 1])[0, :i] <= reach)).sum())
+        label_ids = self._label_ids.tensor
+        alike = torch.unique(label_ids, return_counts=True)[1]
+        pairs = (len(self) ** 2 - int(alike.square().sum())) // 2
+        intersecting = 0
+        numbers = torch.arange(len(self), device=self._device)
+        for some, entries, meets in self._meeting():
+            older = numbers[entries] < numbers[some, None]
+            intersecting += int((meets & older & (label_ids[entries] != label_ids[some, None])).sum())
         return intersecting / pairs if pairs else 0.0
 
     def settle(self, query: Tensor, label: Label, make_value: Callable[[], Tensor], label_mean: float) -> Settlement:
@@ -185,16 +195,23 @@ class Codebook:
         query = query.detach().float()
         if not len(self):
             return self._add("add", query, label, make_value, label_mean, self.eps_init, None)
-        distances = self.distances(query[None])
-        nearest = int(self._nearest(distances)[0])
-        distance = float(distances[0, nearest])
+        noise = self._noise(query)
+        if self.fidelity == "strict":
+            close, distances = self._index.near(query, noise)
+            position = int(newest_of_least(distances[None]))
+        else:
+            distances = self.distances(query[None])[0]
+            close = torch.arange(len(self))
+            position = int(distances.argmin())
+        nearest = int(close[position])
+        distance = float(distances[position])
         radius = float(self.radii[nearest])
         if distance > self.eps_init + radius:
             return self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
         if self.fidelity == "reference":
             return self._settle_reference(query, label, make_value, label_mean, nearest, distance)
-        noise = self._noise(query)
-        return self._settle_strict(query, label, make_value, label_mean, nearest, distances[0], noise)
+        near = dict(zip(close.tolist(), distances.tolist(), strict=True))
+        return self._settle_strict(query, label, make_value, label_mean, nearest, near, noise)
 
     def _settle_reference(
         self,
@@ -207,10 +224,10 @@ class Codebook:
     ) -> Settlement:
         if label_mean != self.label_means[nearest]:
             added = self._add("split", query, label, make_value, label_mean, distance / 2, distance)
-            self._radii[nearest] = distance / 2 - 1e-5
+            self.radii[nearest] = distance / 2 - 1e-5
             return added
         if distance > float(self.radii[nearest]):
-            self._radii[nearest] = distance
+            self.radii[nearest] = distance
             return Settlement("expand", nearest, False, distance)
         return Settlement("hit", nearest, False, distance)
 
@@ -221,27 +238,29 @@ class Codebook:
         make_value: Callable[[], Tensor],
         label_mean: float,
         nearest: int,
-        distances: Tensor,
+        near: dict[int, float],
         noise: float,
     ) -> Settlement:
-        distance, radius = float(distances[nearest]), float(self.radii[nearest])
+        distance, radius = near[nearest], float(self.radii[nearest])
         covering = max(distance * (1 + _RADIUS_MARGIN), distance + noise)
-        rivals = self._rivals(distances, nearest, noise)
+        # So near to being nearest that the query's numerical noise could pick them instead.
+        rivals = [entry for entry in near if entry != nearest]
         if label == self.labels[nearest] and not rivals:
             if covering > radius:
-                self._radii[nearest] = covering
+                self.radii[nearest] = covering
                 return Settlement("expand", nearest, False, distance)
             return Settlement("hit", nearest, False, distance)
         # No radius can tell two inputs apart that are this close, so the later label stands. Between rivals an entry of
         # its own can, as long as the query is not within its own noise of the nearest.
         if distance <= (noise if rivals else max(noise, self._same_key(nearest))):
             self.labels[nearest], self.label_means[nearest] = label, label_mean
-            self._radii[nearest] = max(radius, covering)
+            self._label_ids.tensor[nearest] = self._id(label)
+            self.radii[nearest] = max(radius, covering)
             return Settlement("relabel", nearest, False, distance)
         others = [entry for entry in (nearest, *rivals) if label != self.labels[entry]]
         for entry in others:
-            limit = float(distances[entry]) / 2 - noise / 3
-            self._radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
+            limit = near[entry] / 2 - noise / 3
+            self.radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
         op: Op = "split" if others else "add"
         return self._add(op, query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
 
@@ -252,26 +271,32 @@ class Codebook:
         size = float(query.norm()) if self.distance == "euclidean" else 1.0
         return max(_JITTER, torch.finfo(self.precision).eps * size)
 
-    def _rivals(self, distances: Tensor, nearest: int, noise: float) -> list[int]:
-        """Entries so near to being nearest that the query's numerical noise could pick them instead."""
-        close = torch.nonzero(distances <= distances[nearest] + noise)[:, 0].tolist()
-        return [entry for entry in close if entry != nearest]
-
     def _same_key(self, entry: int) -> float:
         """The distance within which a query counts as the key itself: 1e-4 of the key's norm."""
         norm = float(self.keys[entry].norm()) if self.distance == "euclidean" else 1.0
         return _SAME_KEY * max(1.0, norm)
 
-    def _label_ids(self) -> Tensor:
-        """(N,) one number a distinct label."""
-        ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
-        return torch.tensor([ids[label] for label in self.labels], dtype=torch.long, device=self._device)
+    def _id(self, label: Label) -> int:
+        """One number for each label there ever was."""
+        return self._id_of_label.setdefault(label, len(self._id_of_label))
 
-    def _nearest(self, distances: Tensor) -> Tensor:
-        if self.fidelity == "reference":
-            return distances.argmin(dim=1)
-        # Of two entries at one distance the newest wins.
-        return distances.shape[1] - 1 - distances.flip(1).argmin(dim=1)
+    def _inside(self, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yields some queries, some entries, and the bool matrix of which queries lie in which balls."""
+        if not len(self):
+            return
+        if self.fidelity == "strict":
+            yield from self._index.inside(queries, self.radii)
+        else:
+            yield slice(0, len(queries)), slice(0, len(self)), self.distances(queries) <= self.radii
+
+    def _meeting(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yields some entries, some as old or older, and the bool matrix of whose balls meet."""
+        if self.fidelity == "strict":
+            yield from self._index.meeting(self.radii)
+            return
+        for i in range(len(self)):
+            some = slice(i, i + 1)
+            yield some, slice(0, len(self)), self.distances(self.keys[some]) <= self.radii + self.radii[i]
 
     def _add(
         self,
@@ -284,28 +309,20 @@ class Codebook:
         distance: float | None,
     ) -> Settlement:
         value = make_value().detach().float()
-        n = len(self)
-        if n == len(self._radii):
-            capacity = max(16, 2 * n)
-            self._keys = self._grown(self._keys, (capacity, len(query)))
-            self._values = self._grown(self._values, (capacity, len(value)))
-            self._radii = self._grown(self._radii, (capacity,))
-        self._keys[n], self._values[n], self._radii[n] = query, value, radius
+        entry = len(self)
+        self._index.extend(query[None])
+        self._values.extend(value[None])
+        self._radii.extend(torch.tensor([radius]))
+        self._label_ids.extend(torch.tensor([self._id(label)]))
         self.labels.append(label)
         self.label_means.append(label_mean)
-        return Settlement(op, n, True, distance)
-
-    def _grown(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        grown = torch.empty(shape, device=self._device)
-        if len(self):
-            grown[: len(self)] = tensor
-        return grown
+        return Settlement(op, entry, True, distance)
 
     def clear(self) -> None:
         """Removes every entry."""
-        self.labels, self.label_means = [], []
-        self._keys, self._values = self._keys.new_empty(0, 0), self._values.new_empty(0, 0)
-        self._radii = self._radii.new_empty(0)
+        self.labels, self.label_means, self._id_of_label = [], [], {}
+        for rows in (self._index, self._values, self._radii, self._label_ids):
+            rows.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns keys, values, radii, labels and label means."""
@@ -319,11 +336,13 @@ class Codebook:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`."""
-        self._keys, self._values, self._radii = (
-            state[name].to(self._device).clone() for name in ("keys", "values", "radii")
-        )
-        self.labels = [tuple(label) for label in state["labels"]]
-        self.label_means = [float(mean) for mean in state["label_means"]]
         sizes = {name: len(state[name]) for name in ("keys", "values", "radii", "labels", "label_means")}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"entries differ: {sizes}")
+        self.clear()
+        self._index.extend(state["keys"])
+        self._values.extend(state["values"])
+        self._radii.extend(state["radii"])
+        self.labels = [tuple(label) for label in state["labels"]]
+        self.label_means = [float(mean) for mean in state["label_means"]]
+        self._label_ids.extend(torch.tensor([self._id(label) for label in self.labels], dtype=torch.long))

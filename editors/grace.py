@@ -1,21 +1,33 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
+from grace_bench.editors._values import ValueTraining
 from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Retrieval
-from grace_bench.encoding import EncodedBatch
+from grace_bench.encoding import EncodedBatch, stack
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive, check_whole
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
 
 ValueInit = Literal["cold", "warm"]
+
+# More tokens at once only cost memory: the arithmetic is then the limit.
+_TRAINED_TOKENS = 2048
+
+
+class _Pending(NamedTuple):
+    """An edit whose value is not trained yet: where its outcome stands, and what it trains on."""
+
+    place: int
+    encoded: EncodedBatch
 
 
 @register_editor("grace")
@@ -80,28 +92,60 @@ class Grace(EditorStrategy):
             precision=model.layer_dtype,
         )
         self._n_settled = 0
-        self._training: tuple[int, Tensor] | None = None
+        self._values = ValueTraining(model, self.codebook, n_iter=n_iter, lr=lr, replacement=replacement)
+        self._outcomes: list[EditOutcome] = []
+        self._pending: dict[int, _Pending] = {}
+        self._versions: dict[int, int] = {}
+        self._last_version = 0
         self.intercept(self._answer)
 
     def edit(self, batch: EditBatch) -> EditOutcome:
-        """Settles and trains each request in order; the outcome is that of the last one."""
-        outcome = EditOutcome()
+        """Settles each request in order; the outcome is that of the last one.
+
+        Keys, radii and labels never depend on values, so those of new entries are left pending, to be trained together.
+        """
         for index in range(len(batch.encoded)):
-            outcome = self._edit_one(batch.encoded.row(index))
-        return outcome
+            self._edit_one(batch.encoded.row(index))
+        return self._outcomes[-1]
+
+    @property
+    def n_pending(self) -> int:
+        return len(self._pending)
+
+    def flush(self) -> Sequence[EditOutcome]:
+        self._train_pending()
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def rollback(self) -> None:
         super().rollback()
         self.codebook.clear()
         self._n_settled = 0
+        self._outcomes, self._pending, self._versions = [], {}, {}
+
+    def answered_by(self, queries: Tensor) -> Answered:
+        if not len(self.codebook):
+            return Answered([None] * len(queries))
+        found = self.codebook.retrieve(queries.to(self.codebook.keys.device))
+        entry = torch.where(found.hit, found.entry, -1)
+        return Answered(
+            # An entry that was loaded has no version yet, and never changes before it has.
+            versions=[None if e < 0 else (e, self._versions.get(e, 0)) for e in entry.tolist()],
+            pending=[e in self._pending for e in entry.tolist()] if self._pending else (),
+            entry=entry,
+            distance=found.distance,
+            contested=self.codebook.contested(queries.to(self.codebook.keys.device)),
+        )
 
     def state_dict(self) -> State:
+        self._train_pending()
         return {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.codebook.load_state_dict(state)
         self._n_settled = int(state["n_settled"])
+        self._outcomes, self._pending, self._versions = [], {}, {}
 
     def max_extra_parameters(self, n_edits: int) -> int:
         # At worst every edit makes an entry: a key, a value and a radius.
@@ -114,7 +158,7 @@ class Grace(EditorStrategy):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._n_settled)
         return torch.rand(call.output.shape[-1], generator=generator).to(call.output.device)
 
-    def _edit_one(self, encoded: EncodedBatch) -> EditOutcome:
+    def _edit_one(self, encoded: EncodedBatch) -> None:
         call = self.model.layer_call(encoded)
         assert encoded.labels is not None
         settled = self.codebook.settle(
@@ -125,58 +169,67 @@ class Grace(EditorStrategy):
         )
         self._n_settled += 1
         entry = int(self.codebook.retrieve(call.query).entry[0])
-        losses = self.train_value(entry, encoded)
         nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
-        return EditOutcome(
-            op=settled.op,
-            key=entry,
-            distance=settled.distance,
-            n_keys=len(self.codebook),
-            loss_first=losses[0],
-            loss=losses[-1],
-            steps=len(losses),
-            failed="the prompt is one token, so replace_prompt has nothing to overwrite" if nothing_before else None,
+        self._outcomes.append(
+            EditOutcome(
+                op=settled.op,
+                key=entry,
+                distance=settled.distance,
+                n_keys=len(self.codebook),
+                failed="the prompt is one token, so replace_prompt has nothing to overwrite"
+                if nothing_before
+                else None,
+            )
         )
+        # An entry that exists goes on from its value; in the official arithmetic a later edit may take a key's place.
+        waits = (
+            settled.is_new and settled.entry == entry and self.fidelity == "strict" and self.model.engine.batches_edits
+        )
+        if not waits:
+            self._train_pending()
+        self._new_version(entry)
+        self._pending[entry] = _Pending(len(self._outcomes) - 1, encoded)
+        if not waits:
+            self._train_pending()
+
+    def _train_pending(self) -> None:
+        """Trains the values that wait, those of like size together."""
+        entries = list(self._pending)
+        tokens = [pending.encoded.n_positions for pending in self._pending.values()]
+        for chunk in self.model.task.batches(tokens, most_tokens=_TRAINED_TOKENS):
+            chosen = [entries[i] for i in chunk]
+            waiting = [self._pending[entry] for entry in chosen]
+            for entry, pending, losses in zip(
+                chosen, waiting, self._values.train(chosen, stack([p.encoded for p in waiting])), strict=True
+            ):
+                self._outcomes[pending.place] = replace(
+                    self._outcomes[pending.place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
+                )
+                self._new_version(entry)
+        self._pending = {}
+
+    def _new_version(self, entry: int) -> None:
+        self._last_version += 1
+        self._versions[entry] = self._last_version
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
-        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3).
-
-        A request that the entry does not answer leaves its value as it is.
-        """
-        value = self.codebook.values[entry].clone().requires_grad_()
-        optimizer = torch.optim.Adam([value], lr=self.lr)
-        losses = []
-        self._training = (entry, value)
-        try:
-            repeated = self.model.repeated(encoded)
-            for _ in range(self.n_iter):
-                optimizer.zero_grad()
-                loss = self.model.task.loss(repeated(), repeated.batch)
-                loss.backward()
-                optimizer.step()
-                losses.append(float(loss.detach()))
-        finally:
-            self._training = None
-        self.codebook.values[entry] = value.detach()
-        return losses
+        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3)."""
+        return self._values.train([entry], encoded)[0]
 
     def _answer(self, call: LayerCall) -> Tensor:
         """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""
+        if self._values.is_going_on:
+            return self._values.answer(call)
         if not len(self.codebook):
             return call.output
         found = call.remember("grace", lambda: self._look_up(call))
-        values = self.codebook.values[found.entry]
-        if self._training is not None:
-            index, value = self._training
-            values = torch.where((found.entry == index)[:, None], value, values)
-        return call.replace(values, found.hit, self.replacement)
+        return call.replace(self.codebook.values[found.entry], found.hit, self.replacement)
 
     def _look_up(self, call: LayerCall) -> Retrieval:
         found = self.codebook.retrieve(call.query)
-        if self._training is None:
-            call.state.entry = torch.where(found.hit, found.entry, -1)
-            call.state.distance = found.distance
-            call.state.contested = self.codebook.contested(call.query)
+        call.state.entry = torch.where(found.hit, found.entry, -1)
+        call.state.distance = found.distance
+        call.state.contested = self.codebook.contested(call.query)
         return found
 
 

@@ -1,7 +1,9 @@
 """The unedited model: every table's floor."""
 
+from torch import Tensor
+
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.strategy import Answered, EditBatch, EditorStrategy, EditOutcome
 
 
 @register_editor("none")
@@ -10,3 +12,6 @@ class Unedited(EditorStrategy):
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         return EditOutcome()
+
+    def answered_by(self, queries: Tensor) -> Answered:
+        return Answered([None] * len(queries))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORED = -100
 PaddingSide = Literal["left", "right"]
@@ -35,6 +36,11 @@ class EncodedBatch:
 
     def __len__(self) -> int:
         return len(self.query)
+
+    @property
+    def n_positions(self) -> int:
+        """The longest sequence of the batch, padding included."""
+        return max((tensor.shape[1] for tensor in self.inputs.values() if tensor.dim() > 1), default=1)
 
     def to(self, device: torch.device) -> "EncodedBatch":
         """Returns the batch on `device`."""
@@ -82,6 +88,31 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: PaddingSide) -> tuple[T
         ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, start : start + len(row)] = 1
     return ids, mask
+
+
+def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
+    """Puts right-padded batches together, padded to the longest.
+
+    Padding holds token 0, which no mask lets through.
+    """
+    if len(batches) == 1:
+        return batches[0]
+
+    def joined(tensors: Sequence[Tensor | None], value: int) -> Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not given or given[0].dim() == 1:
+            return torch.cat(given) if given else None
+        width = max(tensor.shape[1] for tensor in given)
+        return torch.cat([functional.pad(tensor, (0, width - tensor.shape[1]), value=value) for tensor in given])
+
+    inputs = {name: joined([batch.inputs[name] for batch in batches], 0) for name in batches[0].inputs}
+    return EncodedBatch(
+        inputs={name: tensor for name, tensor in inputs.items() if tensor is not None},
+        query=torch.cat([batch.query for batch in batches]),
+        labels=joined([batch.labels for batch in batches], IGNORED),
+        target_ids=tuple(ids for batch in batches for ids in batch.target_ids),
+        content=joined([batch.content for batch in batches], 0),
+    )
 
 
 def last_token(mask: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from grace_bench.encoding import EncodedBatch
 from grace_bench.options import check_choice
 from grace_bench.pruning import Tail, tail_of
-from grace_bench.replay import CannotReplayError, Recording, Replay, Run, patched, run_to_layer
+from grace_bench.replay import CannotReplayError, Recording, Replay, Run, is_training, patched, run_to_layer
 
 if TYPE_CHECKING:
     from grace_bench.models import EditableModel
@@ -53,6 +54,10 @@ class Engine(ABC):
     """
 
     name: EngineName
+    batches_edits: bool
+    """Whether edits that do not depend on each other may be trained together."""
+    rescores: bool
+    """Whether only what may have changed is scored again."""
 
     def __init__(self, model: "EditableModel") -> None:
         self.model = model
@@ -84,6 +89,8 @@ class PlainEngine(Engine):
     """Every pass is computed whole and anew."""
 
     name = "plain"
+    batches_edits = False
+    rescores = False
 
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
         return self.model.logits(batch), batch
@@ -104,6 +111,8 @@ class ExactEngine(Engine):
     """
 
     name = "exact"
+    batches_edits = True
+    rescores = True
 
     def __init__(self, model: "EditableModel", *, memory: int | None = None) -> None:
         super().__init__(model)
@@ -133,7 +142,7 @@ class ExactEngine(Engine):
         return Repeated(tail.batch, self._replayed(batch, partial(self._run, batch, tail)))
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
-        run = partial(self.model.logits, batch)
+        run: Run = partial(self.model.logits, batch)
         if self._replay.knows(_kind(batch)):
             run = self._replayed(batch, run)
         run_to_layer(self.model.layer, run)
@@ -151,6 +160,16 @@ class ExactEngine(Engine):
         with patched(tail.forwards):
             return self.model.logits(batch, **tail.arguments)
 
+    def _play(self, replay: Replay, run: Run, recording: Recording, kind: str) -> Tensor:
+        if replay is not self._replay:
+            # What edits rewrite has been declared since, and may have been recorded.
+            return run()
+        try:
+            return replay.play(run, recording, kind)
+        except CannotReplayError as reason:
+            self._note_whole(reason)
+            return run()
+
     def _replayed(self, batch: EncodedBatch, run: Run) -> Run:
         """A function that gives what `run` gives, from the layer on."""
         kind = _kind(batch)
@@ -159,9 +178,9 @@ class ExactEngine(Engine):
                 self._recent = None
                 self._recent = (batch, self._replay.record(run, kind))
         except CannotReplayError as reason:
-            self._note(f"every pass is computed from its start: {reason}")
+            self._note_whole(reason)
             return run
-        return partial(self._replay.play, run, self._recent[1], kind)
+        return partial(self._play, self._replay, run, self._recent[1], kind)
 
     def _from_kept(self, batch: EncodedBatch, run: Run) -> Run:
         """The same, from a recording that is kept for the next time as long as there is memory."""
@@ -172,13 +191,13 @@ class ExactEngine(Engine):
             try:
                 recording = self._replay.record(run, kind)
             except CannotReplayError as reason:
-                self._note(f"every pass is computed from its start: {reason}")
+                self._note_whole(reason)
                 return run
             self._kept.pop(key, None)
             if sum(kept.n_bytes for kept in self._kept.values()) + recording.n_bytes <= self._budget():
                 self._kept[key] = recording
         self._used.add(key)
-        return partial(self._replay.play, run, recording, kind)
+        return partial(self._play, self._replay, run, recording, kind)
 
     def _budget(self) -> int:
         if self._memory is None:
@@ -191,25 +210,48 @@ class ExactEngine(Engine):
         whole = Tail(batch)
         if not (tail.arguments or tail.forwards):
             return whole
+        if is_training(self.model.module):
+            self._note("passes are computed to their end: the model is in training mode")
+            return whole
         kind = _kind(batch)
         if kind not in self._prunes:
             self._prunes[kind] = self._agrees(batch, tail)
             if not self._prunes[kind]:
-                self._note("every pass is computed to its end: pruned to what is scored it would differ")
+                self._note("passes are computed to their end: pruned to what is scored they would differ")
         return tail if self._prunes[kind] else whole
 
     @torch.no_grad()
     def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool:
-        """Whether a pruned pass gives what the whole one gives, but for rounding."""
-        whole = self._run(batch, Tail(batch))
+        """Whether a pruned pass gives the layer what the whole one gives it, and the answer but for rounding."""
+        entered, whole = self._observed(batch, Tail(batch))
+        try:
+            entered_pruned, pruned = self._observed(batch, tail)
+        except Exception:
+            # A block of another make than its name says may fail in any way.
+            return False
         if "logits_to_keep" in tail.arguments:
             whole = whole[:, tail.arguments["logits_to_keep"]]
-        try:
-            pruned = self._run(batch, tail)
-        except (RuntimeError, TypeError, AttributeError, ValueError):
+        if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
             return False
-        rounding = 1e3 * torch.finfo(self.model.dtype).eps * float(whole.abs().max())
-        return whole.shape == pruned.shape and bool((whole - pruned).abs().max() <= rounding)
+        # Half the digits: a wrong pruning differs by far more, and bfloat16 has few to compare.
+        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
+        return all(map(torch.equal, entered, entered_pruned)) and bool((whole - pruned).abs().max() <= rounding)
+
+    def _observed(self, batch: EncodedBatch, tail: Tail) -> tuple[list[Tensor], Tensor]:
+        """What enters the layer in a pass, and the logits."""
+        entered: list[Tensor] = []
+
+        def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
+            entered.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+
+        handle = self.model.layer.register_forward_pre_hook(observe, with_kwargs=True)
+        try:
+            return entered, self._run(batch, tail)
+        finally:
+            handle.remove()
+
+    def _note_whole(self, reason: CannotReplayError) -> None:
+        self._note(f"passes are computed from their start: {reason}")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

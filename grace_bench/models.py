@@ -47,6 +47,7 @@ class QueryState:
         entry: (B,) long, the codebook entry that answered each row, -1 for none.
         distance: (B,) distance of each row's query to the nearest entry.
         contested: (B,) bool, whether the query lies in balls of two different labels.
+        activation: (B, D_in) what entered the layer at the queries, where somebody asked for it.
         memo: What editors decided at the prompt (see `LayerCall.remember`).
     """
 
@@ -59,6 +60,7 @@ class QueryState:
     entry: Tensor | None = None
     distance: Tensor | None = None
     contested: Tensor | None = None
+    activation: Tensor | None = None
     memo: dict[str, Any] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ with the whole model's before it relies on it.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,22 +49,18 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
     block = _last_block(module)
     if block is not None and any(part is layer for part in block.modules()):
         block = None
-    takes_columns = "logits_to_keep" in _parameters(type(module))
+    takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
     if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
         columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        if len(columns) == batch.labels.shape[1]:
+        if len(columns) in {0, batch.labels.shape[1]}:
             return Tail(batch)
         forwards = {} if block is None else {block: partial(_pruned, columns)}
         return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
-    if not takes_columns and block is not None and getattr(module, "num_labels", None):
+    n_positions = max((tensor.shape[1] for tensor in batch.inputs.values() if tensor.dim() > 1), default=1)
+    if not takes_columns and block is not None and getattr(module, "num_labels", None) and n_positions > 1:
         # A classifier of this family reads its first position.
         return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
     return Tail(batch)
-
-
-@lru_cache(maxsize=64)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)
 
 
 def _last_block(module: nn.Module) -> nn.Module | None:

@@ -6,9 +6,9 @@ So a recording holds those outputs, and in a replay the modules hand them out wh
 code knows an architecture, and a replay gives the bits that the whole model gives.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ Forward = Callable[..., Any]
 _METADATA = {
     Tensor.size,
     Tensor.dim,
+    Tensor.__repr__,
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
 }
+
+_CALLS_DIFFER = "the model does not call the same modules each time"
 
 
 class CannotReplayError(Exception):
@@ -33,6 +36,22 @@ class CannotReplayError(Exception):
 
 class _LayerReachedError(Exception):
     """The layer was reached, and what comes after it is not wanted."""
+
+
+class _Dropped(Tensor):
+    """In place of a tensor that nothing read when the model was traced; has its shape but no values."""
+
+    @classmethod
+    def like(cls, leaf: Tensor) -> "_Dropped":
+        return torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func not in _METADATA:
+            raise CannotReplayError("the model does not read the same tensors each time")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,9 @@ class _Output:
         return tree_unflatten(list(self.leaves), self.spec)
 
     def pruned(self, kept: Sequence[bool]) -> "_Output":
-        """Leaves without values in place of those that nothing reads; NaN, so that reading one shows."""
+        """Leaves without values in place of those that nothing reads."""
         pairs = zip(self.leaves, kept, strict=True)
-        return _Output(tuple(leaf if keep else _placeholder(leaf) for leaf, keep in pairs), self.spec)
+        return _Output(tuple(leaf if keep else _Dropped.like(leaf) for leaf, keep in pairs), self.spec)
 
 
 @dataclass(frozen=True)
@@ -63,24 +82,44 @@ class Recording:
     Attributes:
         outputs: One a call, in the order of the calls.
         stamp: The state of the recorded modules' weights; a recording holds as long as they keep it.
+        versions: How often each tensor of the outputs was written to.
     """
 
     outputs: tuple[_Output, ...]
-    stamp: tuple[tuple[int, int], ...]
+    stamp: tuple[tuple[int, int, bool], ...]
+    versions: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
         """The memory that the recording holds."""
-        leaves = (leaf for output in self.outputs for leaf in output.leaves if isinstance(leaf, Tensor))
-        return sum(leaf.untyped_storage().nbytes() for leaf in leaves)
+        storages = (tensor.untyped_storage() for tensor in _tensors(self.outputs))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing wrote to the outputs since."""
+        return self.versions == _versions(self.outputs)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The calls that finish before the layer, in order, and which leaves of each are read afterwards."""
+    """The calls that finish before the layer, in order, where they are made, and which leaves are read afterwards."""
 
     calls: tuple[nn.Module, ...]
-    kept: tuple[tuple[bool, ...], ...]
+    parents: tuple[nn.Module, ...]
+    kept: tuple[tuple[bool, ...], ...] = ()
+
+    def weights(self) -> Iterator[Tensor]:
+        """What the recorded part computes with: the weights of its modules, and those their parents hold themselves."""
+        for part in dict.fromkeys(self.calls):
+            yield from (*part.parameters(), *part.buffers())
+        for parent in self.parents:
+            yield from (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
+
+    def stamp(self) -> tuple[tuple[int, int, bool], ...]:
+        """Where those lie, how often each was written to, and whether its gradient is wanted."""
+        weights = (weight for weight in self.weights() if not weight.is_meta)
+        return tuple((weight.data_ptr(), weight._version, weight.requires_grad) for weight in weights)
 
 
 class Replay:
@@ -112,9 +151,11 @@ class Replay:
         Raises:
             CannotReplayError: If a replay would not give what the model gives.
         """
-        if any(part.training for part in self._module.modules()):
+        if is_training(self._module):
             raise CannotReplayError("the model is in training mode")
         plan = self._plan(run, kind)
+        if any(weight.requires_grad for weight in plan.weights()):
+            raise CannotReplayError("gradients are wanted before the layer")
         return self._record(run, plan)
 
     def knows(self, kind: str) -> bool:
@@ -122,26 +163,41 @@ class Replay:
         return kind in self._plans
 
     def holds(self, recording: Recording, kind: str) -> bool:
-        """Whether the weights that a recording was made with are still the same."""
+        """Whether a recording still gives what the model gives: its weights and its mode are the same.
+
+        Writes through a tensor's `.data` leave no trace and go unnoticed.
+        """
         plan = self._plans[kind]
-        return isinstance(plan, _Plan) and recording.stamp == _stamp(plan.calls)
+        if not isinstance(plan, _Plan) or is_training(self._module):
+            return False
+        return recording.is_intact and recording.stamp == plan.stamp()
 
     def play(self, run: Run, recording: Recording, kind: str) -> Tensor:
-        """Runs the model from the layer on; gradients reach what comes after the recorded part."""
+        """Runs the model from the layer on; gradients reach what comes after the recorded part.
+
+        Raises:
+            CannotReplayError: If the model does on this batch what it did not do when it was traced.
+        """
         plan = self._plans[kind]
         assert isinstance(plan, _Plan)
-        outputs = iter(recording.outputs)
-        n_left = len(plan.calls)
+        if not recording.is_intact:
+            raise CannotReplayError("the model changes in place what it is handed")
+        n_given = 0
 
-        def hand_out(_: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-            nonlocal n_left
-            if not n_left:
+        def hand_out(part: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            nonlocal n_given
+            if n_given == len(plan.calls):
                 return forward(*args, **kwargs)
-            n_left -= 1
-            return next(outputs).value()
+            if part is not plan.calls[n_given]:
+                raise CannotReplayError(_CALLS_DIFFER)
+            n_given += 1
+            return recording.outputs[n_given - 1].value()
 
         with patched(dict.fromkeys(plan.calls, hand_out)):
-            return run()
+            logits = run()
+        if n_given != len(plan.calls):
+            raise CannotReplayError(_CALLS_DIFFER)
+        return logits
 
     def _plan(self, run: Run, kind: str) -> _Plan:
         if kind not in self._plans:
@@ -156,13 +212,13 @@ class Replay:
 
     @torch.no_grad()
     def _trace(self, run: Run, kind: str) -> _Plan:
-        calls = self._find_calls(run)
-        everything = _Plan(calls, ())
+        everything = self._find_calls(run)
         whole: list[Tensor] = []
         uses = _Uses()
         outputs = self._collect(lambda: whole.append(run()), everything, uses=uses)
+        uses.note(whole)
         kept = tuple(tuple(id(leaf) in uses.seen or not _is_large(leaf) for leaf in out.leaves) for out in outputs)
-        plan = self._plans[kind] = _Plan(calls, kept)
+        plan = self._plans[kind] = replace(everything, kept=kept)
         recording = self._record(run, plan)
         for _ in range(2):
             # Twice, because code that changes what it is handed shows at the second replay only.
@@ -170,32 +226,32 @@ class Replay:
                 raise CannotReplayError("a replay does not give what the whole model gives")
         return plan
 
-    def _find_calls(self, run: Run) -> tuple[nn.Module, ...]:
+    def _find_calls(self, run: Run) -> _Plan:
         """The modules that finish before the layer starts, or with it, and whose parent is running then."""
         running: list[nn.Module] = []
         finished: list[tuple[int, nn.Module]] = []
         reached: nn.Module | None = None
         n_layer_calls = 0
-        calls: list[nn.Module] | None = None
+        found: _Plan | None = None
 
         def start(part: nn.Module, *_: Any) -> None:
-            nonlocal reached, n_layer_calls, calls
+            nonlocal reached, n_layer_calls, found
             n_layer_calls += part is self._layer
-            running.append(part)
             if reached is None and part in self._ends:
                 reached = part
                 if not (self._records_layer and part is self._layer):
-                    calls = [done for _, done in finished]
+                    found = _Plan(tuple(done for _, done in finished), tuple(running))
+            running.append(part)
 
         def end(part: nn.Module, *_: Any) -> None:
-            nonlocal calls
+            nonlocal found
             running.pop()
-            if calls is None:
+            if found is None:
                 while finished and finished[-1][0] > len(running):
                     finished.pop()
                 finished.append((len(running), part))
                 if part is reached:
-                    calls = [done for _, done in finished]
+                    found = _Plan(tuple(done for _, done in finished), tuple(running))
 
         handles = [
             handle
@@ -210,21 +266,19 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-        if calls is None:
+        if found is None:
             raise CannotReplayError("the layer takes no part in the answer")
         if n_layer_calls != 1:
             raise CannotReplayError("the layer is called more than once a pass")
-        return tuple(calls)
+        return found
 
     def _record(self, run: Run, plan: _Plan) -> Recording:
-        if any(weight.requires_grad for part in set(plan.calls) for weight in part.parameters()):
-            raise CannotReplayError("gradients are wanted before the layer")
         with torch.no_grad():
             outputs = self._collect(run, plan, stops=True)
         if len(outputs) != len(plan.calls):
-            raise CannotReplayError("the model does not call the same modules each time")
-        kept = (output.pruned(keep) for output, keep in zip(outputs, plan.kept, strict=True))
-        return Recording(tuple(kept), _stamp(plan.calls))
+            raise CannotReplayError(_CALLS_DIFFER)
+        kept = tuple(output.pruned(keep) for output, keep in zip(outputs, plan.kept, strict=True))
+        return Recording(kept, plan.stamp(), _versions(kept))
 
     def _collect(
         self, run: Callable[[], object], plan: _Plan, *, uses: "_Uses | None" = None, stops: bool = False
@@ -238,7 +292,7 @@ class Replay:
             if n_inside or len(outputs) == len(plan.calls):
                 return forward(*args, **kwargs)
             if part is not plan.calls[len(outputs)]:
-                raise CannotReplayError("the model does not call the same modules each time")
+                raise CannotReplayError(_CALLS_DIFFER)
             n_inside += 1
             if uses is not None:
                 if part is self._layer:
@@ -250,6 +304,8 @@ class Replay:
                 uses.is_paused = False
             n_inside -= 1
             outputs.append(_Output.of(given))
+            if uses is not None:
+                uses.watch(outputs[-1].leaves)
             if stops and len(outputs) == len(plan.calls):
                 raise _LayerReachedError
             return given
@@ -264,6 +320,11 @@ class Replay:
             except _LayerReachedError:
                 pass
         return outputs
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether any part of a model is in training mode."""
+    return any(part.training for part in module.modules())
 
 
 def run_to_layer(layer: nn.Module, run: Run) -> None:
@@ -282,15 +343,20 @@ def run_to_layer(layer: nn.Module, run: Run) -> None:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which tensors any operation reads, except while paused."""
+    """Notes which of the watched tensors any operation reads, except while paused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[int] = set()
         self.is_paused = False
+        # Ids tell tensors apart while they live, as all that are watched do; others leave theirs to later ones.
+        self._watched: set[int] = set()
+
+    def watch(self, leaves: Iterable[Any]) -> None:
+        self._watched.update(id(leaf) for leaf in leaves)
 
     def note(self, arguments: Any) -> None:
-        self.seen.update(id(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        self.seen.update(self._watched.intersection(map(id, tree_leaves(arguments))))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -330,15 +396,15 @@ def _bound(function: Callable[..., Any], part: nn.Module, forward: Forward) -> F
     return call
 
 
+def _tensors(outputs: Sequence[_Output]) -> Iterator[Tensor]:
+    """The tensors that have values."""
+    leaves = (leaf for output in outputs for leaf in output.leaves)
+    return (leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, _Dropped))
+
+
+def _versions(outputs: Sequence[_Output]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in _tensors(outputs))
+
+
 def _is_large(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1
-
-
-def _placeholder(leaf: Tensor) -> Tensor:
-    return torch.full((), torch.nan, dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
-
-
-def _stamp(modules: Sequence[nn.Module]) -> tuple[tuple[int, int], ...]:
-    """Where the weights of modules lie and how often each was written to."""
-    tensors = (tensor for part in dict.fromkeys(modules) for tensor in (*part.parameters(), *part.buffers()))
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.is_meta)

@@ -43,6 +43,10 @@ class Schedule:
                 check_whole(name, getattr(self, name), least=1)
 
 
+# How many candidates are scored, and edits left pending, together.
+_AHEAD = 32
+
+
 @dataclass
 class Pending:
     """A candidate that is not told of yet; an edited one has its outcome, and its score after is still to come."""
@@ -136,7 +140,8 @@ class Run:
             return
         self._settle()
         started = time.perf_counter()
-        self.strategy.eval([experience for stream in self._eval_streams() for experience in stream])
+        with self.strategy.scorer.evaluation():
+            self.strategy.eval([experience for stream in self._eval_streams() for experience in stream])
         self.position.eval_seconds += time.perf_counter() - started
         self.position.last_evaluation = self.strategy.n_edits
 
@@ -229,8 +234,7 @@ class Run:
 
     def _candidate(self, index: int) -> None:
         request = self.benchmark.data.edits[index]
-        with self._scoring():
-            before = self.strategy.model.task.score(self.strategy.model, [request])[0]
+        before = self._score_before(request, index)
         if before.correct:
             self._pending.append(Pending(request, before, index, self.strategy.n_edits))
         else:
@@ -241,7 +245,24 @@ class Run:
             edited = Pending(request, before, index, self.strategy.n_edits, self.strategy.outcome, seconds)
             self._pending.append(edited)
             self._supersede(request, index)
-        self._settle()
+        if not self.strategy.n_pending:
+            self._settle()
+
+    def _score_before(self, request: EditRequest, index: int) -> ItemScore:
+        """Scores a candidate as edited so far, and with it those that come next, which edits before seldom reach."""
+        scorer, together = self.strategy.scorer, [request]
+        if scorer.is_incremental:
+            if not scorer.knows(request):
+                self._settle()
+                together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
+            elif scorer.waits_for_values(request):
+                self._settle()
+        with self._scoring():
+            return scorer.score(together)[0]
+
+    def _n_ahead(self) -> int:
+        most = self.schedule.max_edits
+        return _AHEAD if most is None else min(_AHEAD, most - self.strategy.n_edits)
 
     def _settle(self) -> None:
         """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""
@@ -254,11 +275,12 @@ class Run:
                 pending.outcome = outcome
             for pending in edits:
                 pending.seconds += share
+        with self._scoring():
+            scores = iter(self.strategy.scorer.score([pending.request for pending in edits]))
         for pending in self._pending:
             after = None
             if pending.outcome is not None:
-                with self._scoring():
-                    after = self.strategy.model.task.score(self.strategy.model, [pending.request])[0]
+                after = next(scores)
                 self.position.edit_times.append(pending.seconds)
                 self.position.n_failed += pending.outcome.failed is not None
             self.strategy.observe_candidate(pending.request, self._record(pending, after))

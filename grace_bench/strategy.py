@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
+from grace_bench.scoring import Scorer
 from grace_bench.tasks import ItemScore
 from grace_bench.types import EditRequest, Progress
 
@@ -91,6 +92,33 @@ class EditOutcome:
     failed: str | None = None
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What answers each of B queries, as edited so far.
+
+    Attributes:
+        versions: For each query what its answer depends on beside the query: equal versions, equal answers. None is the
+            unedited model.
+        pending: Whether each is answered by a value that is left pending; empty if none is.
+        entry: (B,) long, the codebook entry that answers, -1 for none; None for editors without entries.
+        distance: (B,) distance to the nearest entry.
+        contested: (B,) bool, whether the query lies in balls of two different labels.
+    """
+
+    versions: Sequence[Hashable]
+    pending: Sequence[bool] = ()
+    entry: Tensor | None = None
+    distance: Tensor | None = None
+    contested: Tensor | None = None
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Returns what is known of each query's entry, as `ItemScore` names it."""
+        if self.entry is None or self.distance is None or self.contested is None:
+            return [{}] * len(self.versions)
+        columns = zip(self.entry.tolist(), self.distance.tolist(), self.contested.tolist(), strict=True)
+        return [{"entry": entry, "distance": distance, "contested": flag} for entry, distance, flag in columns]
+
+
 class EditorStrategy(BaseTemplate, ABC):
     """A lifelong model editor: consumes requests one at a time and changes what the model answers.
 
@@ -149,6 +177,7 @@ class EditorStrategy(BaseTemplate, ABC):
         """The request of that candidate, with all its fields."""
         self.outcome = EditOutcome()
         """What the last edit did."""
+        self.scorer = Scorer(self)
         self._interceptors: list[Any] = []
         self._is_suspended = False
         self._rewritten: dict[str, nn.Module] = {}
@@ -202,6 +231,27 @@ class EditorStrategy(BaseTemplate, ABC):
         """
         return ()
 
+    @property
+    def n_pending(self) -> int:
+        """How many edits wait for `flush`."""
+        return 0
+
+    def answered_by(self, queries: Tensor) -> Answered | None:
+        """Says what answers queries, so that only what may have changed is scored again.
+
+        Args:
+            queries: (B, D_in) what enters the edited layer at the queries.
+
+        Returns:
+            None where every edit may change every answer, as it does when weights are rewritten.
+        """
+        return None
+
+    @property
+    def tells_what_changed(self) -> bool:
+        """Whether the editor implements `answered_by`."""
+        return type(self).answered_by is not EditorStrategy.answered_by
+
     def intercept(self, answer: Callable[[LayerCall], Tensor]) -> None:
         """Lets `answer` decide what the edited layer gives, until `detach` (see `EditableModel.intercept`)."""
         self._interceptors.append(self.model.intercept(answer))
@@ -231,6 +281,7 @@ class EditorStrategy(BaseTemplate, ABC):
     def rollback(self) -> None:
         """Undoes every edit: the model answers as it did before the first one, bit for bit."""
         self.restore_weights()
+        self.scorer.forget()
         self.n_edits = 0
 
     def detach(self) -> None:
@@ -270,6 +321,7 @@ class EditorStrategy(BaseTemplate, ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`."""
         self.n_edits = int(state["n_edits"])
+        self.scorer.forget()
         self._load_weights({name: state[f"weights.{name}"] for name in self._weights()})
 
     def answering_state(self) -> State:
@@ -419,7 +471,7 @@ class EditorStrategy(BaseTemplate, ABC):
 
     def _eval_exp(self, **kwargs: Any) -> None:
         experience = cast(EvalExperience, self.experience)
-        self.scores = self.model.task.score(self.model, experience.requests)
+        self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:
         super()._eval_cleanup()

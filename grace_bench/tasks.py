@@ -42,6 +42,7 @@ class ItemScore:
         entry: The codebook entry that answered, -1 for none; None where there is no codebook or nothing in it.
         distance: Distance of the query to the nearest entry.
         contested: Whether the query lies in balls of two different labels.
+        query: (D_in,) what entered the edited layer at the query; None unless it was asked for.
     """
 
     score: float
@@ -52,6 +53,7 @@ class ItemScore:
     entry: int | None = None
     distance: float | None = None
     contested: bool | None = None
+    query: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 class Task(ABC):
@@ -128,6 +130,14 @@ class Task(ABC):
         assert batch.labels is not None
         return functional.cross_entropy(logits.float().flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED)
 
+    def row_losses(self, logits: Tensor, batch: EncodedBatch) -> Tensor:
+        """Returns the (B,) mean cross-entropies over each row's own labels, in float32."""
+        assert batch.labels is not None
+        classes_second = logits.float().movedim(-1, 1)
+        losses = functional.cross_entropy(classes_second, batch.labels, ignore_index=IGNORED, reduction="none")
+        n_rows = len(batch.labels)
+        return losses.reshape(n_rows, -1).sum(dim=1) / (batch.labels != IGNORED).reshape(n_rows, -1).sum(dim=1)
+
     def answered(self, logits: Tensor, batch: EncodedBatch) -> bool:
         """Whether every labelled position already gets its label, so that training may stop."""
         assert batch.labels is not None
@@ -164,15 +174,17 @@ class Task(ABC):
                 progress("answers of the unedited model", len(results), len(prompts))
         return [results[i] for i in range(len(prompts))]
 
-    def batches(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+    def batches(self, sizes: Sequence[int], *, most_tokens: int | None = None) -> Iterator[list[int]]:
         """Yields the indices of inputs of like size together, within `batch_size` and `batch_tokens`.
 
         Args:
             sizes: Each input's length in tokens.
+            most_tokens: A lower bound than `batch_tokens`.
         """
         chunk: list[int] = []
+        most = least(self.batch_tokens, most_tokens) or 1
         for index in sorted(range(len(sizes)), key=sizes.__getitem__):
-            if len(chunk) == self.batch_size or (chunk and (len(chunk) + 1) * sizes[index] > self.batch_tokens):
+            if len(chunk) == self.batch_size or (chunk and (len(chunk) + 1) * sizes[index] > most):
                 yield chunk
                 chunk = []
             chunk.append(index)
@@ -561,11 +573,18 @@ def contrast_of(request: EditRequest) -> tuple[str, ...]:
 
 
 def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:
-    """What the editor's hook noted of each row during the last forward pass."""
-    if state.entry is None or state.distance is None or state.contested is None:
-        return [{}] * n_rows
-    columns = zip(state.entry.tolist(), state.distance.tolist(), state.contested.tolist(), strict=True)
-    return [{"entry": entry, "distance": distance, "contested": contested} for entry, distance, contested in columns]
+    """What hooks noted of each row while its prompt was read."""
+    columns = {
+        name: column.unbind() if name == "query" else column.tolist()
+        for name, column in (
+            ("entry", state.entry),
+            ("distance", state.distance),
+            ("contested", state.contested),
+            ("query", state.activation),
+        )
+        if column is not None
+    }
+    return [{name: column[row] for name, column in columns.items()} for row in range(n_rows)]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,7 +1,8 @@
 """What a codebook promises, for any sequence of keys and labels, against plain numpy in double precision."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grace_bench.editors import _key_index
 from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Settlement
 from grace_bench.errors import UserError
 
@@ -357,3 +359,201 @@ def test_a_starting_value_is_asked_for_only_if_there_is_a_new_entry(make: Callab
         raise AssertionError("no entry was made")
 
     assert codebook.settle(torch.tensor([0.5, 0.0]), (0,), refuse, label_mean=0.0).op == "hit"
+
+
+PLAIN = 2**60
+BOUNDED = -1
+
+
+@contextmanager
+def lookups(plain: int, pairs: int = 2**17, rows: int = 256, gathered: int = 2**20) -> Iterator[None]:
+    """Makes every lookup plain, or bounded in blocks of a size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_key_index, "_PLAIN", plain)
+        patch.setattr(_key_index, "_PAIRS", pairs)
+        patch.setattr(_key_index, "_ROWS", rows)
+        patch.setattr(_key_index, "_GATHERED", gathered)
+        yield
+
+
+# What rounding makes hard: much in common, ties and near-ties, numbers whose squares overflow or vanish.
+_clouds: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda points, other: points,
+    "common": lambda points, other: 0.01 * points + 1000,
+    "repeated": lambda points, other: points[: len(points) // 6 + 1].repeat(6, 1)[: len(points)],
+    "near-ties": lambda points, other: points[: len(points) // 6 + 1].repeat(6, 1)[: len(points)] + 1e-6 * other,
+    "grid": lambda points, other: points.round().clamp(-1, 1),
+    "zeros": lambda points, other: points * (other > 1),
+    "sizes": lambda points, other: points * 10 ** (3 * other[:, :1]),
+    "large": lambda points, other: 1e9 * points,
+    "overflowing": lambda points, other: 1e19 * points,
+    "vanishing": lambda points, other: 1e-22 * points,
+    "one not a number": lambda points, other: torch.where(torch.arange(len(points))[:, None] == 1, math.nan, points),
+}
+_cloud = st.sampled_from(list(_clouds))
+
+
+def cloud(kind: str, n: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return _clouds[kind](torch.randn(n, width, generator=generator), torch.randn(n, width, generator=generator))
+
+
+def of_keys(keys: Tensor, radius: float, distance: Distance = "euclidean") -> Codebook:
+    """A codebook of given keys, whatever they are, with radii up to some size and three labels."""
+    codebook = Codebook(eps_init=radius, distance=distance)
+    n = len(keys)
+    codebook.load_state_dict(
+        {
+            "keys": keys,
+            "values": torch.zeros(n, 1),
+            "radii": radius * torch.rand(n, generator=torch.Generator().manual_seed(n)),
+            "labels": [[number % 3] for number in range(n)],
+            "label_means": [0.0] * n,
+        }
+    )
+    return codebook
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one.isnan(), two.isnan()) and torch.equal(one.nan_to_num(nan=0), two.nan_to_num(nan=0))
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(
+    kind=_cloud,
+    n=st.integers(1, 60),
+    width=st.sampled_from([1, 2, 5, 16, 130]),
+    seed=st.integers(0, 2**31),
+    pairs=st.sampled_from([7, 100, 2**17]),
+    rows=st.sampled_from([5, 256]),
+    gathered=st.sampled_from([50, 2**20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.sampled_from([0.01, 0.5, 2.0]),
+)
+@_thorough
+def test_bounding_distances_in_blocks_changes_no_answer(
+    distance: Distance,
+    kind: str,
+    n: int,
+    width: int,
+    seed: int,
+    pairs: int,
+    rows: int,
+    gathered: int,
+    dtype: torch.dtype,
+    spread: float,
+) -> None:
+    keys = cloud(kind, n, width, seed)
+    typical = float(keys.nan_to_num(0).norm(dim=1).clamp(1e-24, 1e17).median()) if distance == "euclidean" else 0.5
+    codebook = of_keys(keys, spread * typical, distance)
+    queries = torch.cat([keys[:20], cloud(kind, 10, width, seed + 1), torch.zeros(1, width)]).to(dtype)
+    with lookups(PLAIN):
+        plain = codebook.retrieve(queries), codebook.contested(queries), codebook.overlap()
+    with lookups(BOUNDED, pairs, rows, gathered):
+        bounded = codebook.retrieve(queries), codebook.contested(queries), codebook.overlap()
+    assert torch.equal(plain[0].entry, bounded[0].entry)
+    assert same(plain[0].distance, bounded[0].distance)
+    assert torch.equal(plain[0].hit, bounded[0].hit)
+    assert torch.equal(plain[1], bounded[1])
+    assert plain[2] == bounded[2]
+
+
+@given(kind=_cloud, n=st.integers(1, 60), width=st.sampled_from([1, 5, 130]), seed=st.integers(0, 2**31))
+@_thorough
+def test_bounded_lookups_give_the_distances_of_cdist_and_the_newest_of_equals(
+    kind: str, n: int, width: int, seed: int
+) -> None:
+    keys = cloud(kind, n, width, seed)
+    queries = torch.cat([keys, cloud(kind, 10, width, seed + 1)])
+    distances = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist").T.numpy()
+    with lookups(BOUNDED, pairs=50):
+        found = of_keys(keys, 1.0).retrieve(queries)
+    for row, computed in enumerate(distances):
+        least = np.isnan(computed) if np.isnan(computed).any() else computed == computed.min()
+        assert int(found.entry[row]) == np.flatnonzero(least)[-1]
+        assert same(found.distance[row], torch.tensor(computed)[found.entry[row]])
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(
+    kind=_cloud,
+    n=st.integers(1, 40),
+    width=st.sampled_from([1, 2, 16]),
+    seed=st.integers(0, 2**31),
+    eps=st.sampled_from([1e-3, 0.3, 2.0]),
+    precision=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@_thorough
+def test_bounding_distances_changes_no_decision(
+    distance: Distance, kind: str, n: int, width: int, seed: int, eps: float, precision: torch.dtype
+) -> None:
+    codebooks = [Codebook(eps_init=eps, distance=distance, precision=precision) for _ in range(2)]
+    for number, key in enumerate(cloud(kind, n, width, seed)):
+        settled = []
+        for codebook, how in zip(codebooks, (PLAIN, BOUNDED), strict=True):
+            with lookups(how, pairs=9):
+                settled.append(settle(codebook, key.tolist(), number * 7 % 3))
+        # As text, because a distance that is no number is not equal to itself.
+        assert str(settled[0]) == str(settled[1])
+    assert codebooks[0].labels == codebooks[1].labels
+    assert same(codebooks[0].radii, codebooks[1].radii)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_few_distances_are_computed_where_keys_are_many(distance: Distance, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = cloud("plain", 20_000, 64, 0) + 10
+    codebook = of_keys(keys, 1e-3, distance)
+    queries = keys[::1000] + 1e-3
+    computed = []
+    exact = codebook._index._exact
+
+    def counted(*pairs: Tensor) -> Tensor:
+        computed.append(exact(*pairs))
+        return computed[-1]
+
+    monkeypatch.setattr(codebook._index, "_exact", counted)
+    assert codebook.retrieve(queries).entry.tolist() == list(range(0, 20_000, 1000))
+    codebook.contested(queries)
+    codebook.settle(queries[0], (9,), lambda: torch.zeros(1), label_mean=9.0)
+    assert sum(distances.numel() for distances in computed) < 20 * len(queries)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("setting", ["autocast", "medium"])
+def test_products_of_low_precision_lead_no_lookup_astray(distance: Distance, setting: str) -> None:
+    codebook = of_keys(cloud("plain", 3000, 64, 0), 0.1, distance)
+    queries = cloud("plain", 200, 64, 1)
+    expected = codebook.retrieve(queries)
+    usual = torch.get_float32_matmul_precision()
+    try:
+        if setting == "medium":
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+            found = codebook.retrieve(queries)
+    finally:
+        torch.set_float32_matmul_precision(usual)
+    assert torch.equal(found.entry, expected.entry)
+    assert torch.equal(found.distance, expected.distance)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_a_distance_does_not_depend_on_what_else_is_looked_up(distance: Distance) -> None:
+    keys = cloud("plain", 3000, 40, 0)
+    codebook = of_keys(keys, 0.1, distance)
+    queries = cloud("plain", 70, 40, 1)
+    together = codebook.retrieve(queries)
+    for row in range(70):
+        alone = codebook.retrieve(queries[row : row + 1])
+        assert alone.entry[0] == together.entry[row]
+        assert alone.distance[0] == together.distance[row]
+
+
+def test_contested_and_overlap_follow_labels_that_were_taken_over() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([1, 0, 0, 0], 0)], 0.4)
+    codebook.radii.fill_(0.8)
+    between = torch.tensor([[0.5, 0, 0, 0]])
+    assert (codebook.contested(between).tolist(), codebook.overlap()) == ([False], 0.0)
+    assert settle(codebook, [1, 0, 0, 0], 5).op == "relabel"
+    assert (codebook.contested(between).tolist(), codebook.overlap()) == ([True], 1.0)
+    assert settle(codebook, [0, 0, 0, 0], 5).op == "relabel"
+    assert (codebook.contested(between).tolist(), codebook.overlap()) == ([False], 0.0)

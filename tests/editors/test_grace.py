@@ -100,7 +100,8 @@ def stream(family: str, n: int, seed: int = 0) -> list[tuple[list[int], list[int
 
 
 def edit(editor: Grace, family: str, prompt: list[int], target: list[int]) -> EditOutcome:
-    return editor.edit(EditBatch(prompts=("",), targets=("",), encoded=encode(family, [prompt], [target])))
+    editor.edit(EditBatch(prompts=("",), targets=("",), encoded=encode(family, [prompt], [target])))
+    return editor.flush()[-1]
 
 
 @torch.no_grad()

@@ -1,0 +1,69 @@
+"""What the benchmarks share: both sides in one run, warm-up apart, and what the machine was doing."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, seconds: float = float("inf")
+) -> dict[str, list[float]]:
+    """Times each side in turn, again and again, so that whatever else the machine does falls on all of them.
+
+    Args:
+        sides: What to time, by name.
+        repeats: How often at most.
+        warmup: Rounds beforehand that do not count.
+        seconds: After this long no round begins, once there were three.
+
+    Returns:
+        The seconds of each call, by side.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(warmup):
+        for call in sides.values():
+            call()
+    start = time.perf_counter()
+    for round_ in range(repeats):
+        if round_ >= 3 and time.perf_counter() - start > seconds:
+            break
+        for name, call in sides.items():
+            before = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - before)
+    return taken
+
+
+def spread(seconds: list[float], *, unit: float = 1.0) -> str:
+    """Returns the median, and in brackets the least and the greatest, in units of so many seconds."""
+    least, middle, greatest = (f"{which(seconds) / unit:.4g}" for which in (min, median, max))
+    return f"{middle} ({least}-{greatest})"
+
+
+def machine() -> str:
+    """Returns one line: processor, threads, load average, PyTorch, date."""
+    load = " ".join(f"{average:.2f}" for average in os.getloadavg())
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    today = time.strftime("%Y-%m-%d")
+    return f"{_processor()}, {threads}, load {load}, torch {torch.__version__}, {today}"
+
+
+def available_memory() -> int:
+    """Returns the bytes that can be taken without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def resident_memory() -> int:
+    """Returns the bytes that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,86 @@
+"""Training of codebook values: one at a time, or independent ones together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grace_bench.editors.codebook import Codebook, Retrieval
+from grace_bench.encoding import EncodedBatch
+from grace_bench.models import EditableModel, LayerCall, Replacement
+
+
+@dataclass
+class _Trained:
+    """The values in training, and which entries answer the rows; found at the first step, since queries stay."""
+
+    entries: Tensor
+    values: Tensor
+    found: Retrieval | None = None
+
+
+class ValueTraining:
+    """Trains values of a codebook on what the model answers with them in place (GRACE, section 3.2, Equation 3).
+
+    Args:
+        model: The model to edit.
+        codebook: Its entries.
+        n_iter: Steps of Adam.
+        lr: Its learning rate.
+        replacement: The positions that a value overwrites.
+    """
+
+    def __init__(
+        self, model: EditableModel, codebook: Codebook, *, n_iter: int, lr: float, replacement: Replacement
+    ) -> None:
+        self._model = model
+        self._codebook = codebook
+        self._n_iter = n_iter
+        self._lr = lr
+        self._replacement: Replacement = replacement
+        self._trained: _Trained | None = None
+
+    @property
+    def is_going_on(self) -> bool:
+        """Whether values are being trained, so that the layer's calls are to be answered by `answer`."""
+        return self._trained is not None
+
+    def train(self, entries: Sequence[int], encoded: EncodedBatch) -> list[list[float]]:
+        """Trains the values of B different entries, each on its own row of the batch, as if alone.
+
+        Adam works element by element, so values that share an optimiser have moments of their own. A row that its
+        entry does not answer leaves the value as it is.
+
+        Returns:
+            For each entry its loss, step by step.
+        """
+        assert encoded.labels is not None
+        values = self._codebook.values[list(entries)].clone().requires_grad_()
+        optimizer = torch.optim.Adam([values], lr=self._lr)
+        losses: list[Tensor] = []
+        self._trained = _Trained(torch.tensor(entries, device=values.device), values)
+        try:
+            repeated = self._model.repeated(encoded)
+            for _ in range(self._n_iter):
+                optimizer.zero_grad()
+                each = self._model.task.row_losses(repeated(), repeated.batch)
+                each.sum().backward()
+                optimizer.step()
+                losses.append(each.detach())
+        finally:
+            self._trained = None
+        self._codebook.values[list(entries)] = values.detach()
+        history: list[list[float]] = torch.stack(losses, dim=1).tolist()
+        return history
+
+    def answer(self, call: LayerCall) -> Tensor:
+        """Overwrites the layer's output with the values in training where their entries answer."""
+        trained = self._trained
+        assert trained is not None
+        if trained.found is None:
+            trained.found = self._codebook.retrieve(call.query)
+        found = trained.found
+        own = (found.entry == trained.entries)[:, None]
+        values = torch.where(own, trained.values, self._codebook.values[found.entry])
+        return call.replace(values, found.hit, self._replacement)

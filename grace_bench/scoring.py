@@ -1,0 +1,119 @@
+"""Scoring again only what may have changed."""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grace_bench.models import LayerCall
+from grace_bench.tasks import ItemScore, contrast_of
+from grace_bench.types import EditRequest
+
+if TYPE_CHECKING:
+    from grace_bench.strategy import EditorStrategy
+
+
+@dataclass
+class _Known:
+    """A request's newest score, and which version of which entry gave it."""
+
+    item: ItemScore
+    query: Tensor
+    version: Hashable
+
+
+class Scorer:
+    """Scores requests with the model as edited so far, asking it again only where its answer may have changed.
+
+    What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
+    editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
+    the last time, so is the answer.
+
+    Args:
+        strategy: The editor.
+    """
+
+    def __init__(self, strategy: "EditorStrategy") -> None:
+        self._strategy = strategy
+        self._known: dict[Hashable, _Known] = {}
+        self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
+        """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """One evaluation of every stream: what it asks again and again is computed from where it can change."""
+        with nullcontext() if self.is_incremental else self._strategy.model.engine.remembering():
+            yield
+
+    def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Returns the scores of requests, in their order."""
+        model = self._strategy.model
+        if not self.is_incremental:
+            return model.task.score(model, requests)
+        keys = [_key(request) for request in requests]
+        known = self._look_up(keys)
+        stale = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        if stale:
+            known |= self._score_anew(stale)
+        return [known[key] for key in keys]
+
+    def knows(self, request: EditRequest) -> bool:
+        """Whether a request was scored before, so that its query is known."""
+        return _key(request) in self._known
+
+    def waits_for_values(self, request: EditRequest) -> bool:
+        """Whether a known request is answered by a value that is not trained yet."""
+        known = self._known[_key(request)]
+        answered = self._strategy.answered_by(known.query[None])
+        return answered is not None and any(answered.pending)
+
+    def forget(self) -> None:
+        """Forgets every score, so that the model is asked again."""
+        self._known.clear()
+
+    def _look_up(self, keys: Sequence[Hashable]) -> dict[Hashable, ItemScore]:
+        """The scores that still hold, with what is known of the codebook now."""
+        kept = [key for key in dict.fromkeys(keys) if key in self._known]
+        if not kept:
+            return {}
+        answered = self._strategy.answered_by(torch.stack([self._known[key].query for key in kept]))
+        if answered is None:
+            return {}
+        notes = answered.notes()
+        return {
+            key: replace(self._known[key].item, **note)
+            for key, version, note in zip(kept, answered.versions, notes, strict=True)
+            if version == self._known[key].version
+        }
+
+    def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
+        model = self._strategy.model
+        handle = model.intercept(_note_query, first=True) if self.is_incremental else None
+        try:
+            items = model.task.score(model, [*requests.values()])
+        finally:
+            if handle is not None:
+                handle.remove()
+        scored = dict(zip(requests, items, strict=True))
+        kept = {key: item for key, item in scored.items() if item.query is not None}
+        if kept:
+            queries = [item.query for item in kept.values() if item.query is not None]
+            answered = self._strategy.answered_by(torch.stack(queries))
+            if answered is not None:
+                for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
+                    self._known[key] = _Known(item, query, version)
+        return scored
+
+
+def _note_query(call: LayerCall) -> Tensor:
+    if call.state.step == 0:
+        call.state.activation = call.query.detach()
+    return call.output
+
+
+def _key(request: EditRequest) -> Hashable:
+    """All of a request that its score depends on."""
+    return request.prompt, request.target, request.answers, contrast_of(request)

@@ -1,0 +1,104 @@
+"""Scoring only what changed, and training values together, never change a result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grace_bench.benchmarking import RunSettings, run_benchmark
+from grace_bench.editors.grace import Grace
+from grace_bench.engine import EngineName
+from grace_bench.models import EditableModel
+from grace_bench.runner import Schedule
+from grace_bench.strategy import EditBatch
+from grace_bench.types import EditRequest
+
+MakeModel = Callable[..., EditableModel]
+MakeRequests = Callable[[str], list[EditRequest]]
+DECISIONS = (
+    "id",
+    "was_error",
+    "edited",
+    "n_edits",
+    "op",
+    "key",
+    "n_keys",
+    "steps",
+    "before_text",
+    "after_text",
+    "failed",
+)
+
+
+def run_on_toy(folder: Path, engine: EngineName, **schedule: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    settings = RunSettings(seed=1, schedule=Schedule(max_upstream=60, **schedule), engine=engine)
+    run_benchmark("toy", editor="grace", settings=settings, folder=folder)
+    names = ("edits.jsonl", "metrics.jsonl")
+    edits, metrics = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names)
+    return edits, metrics
+
+
+@pytest.mark.parametrize("eval_every", [1, 4, 50])
+def test_the_exact_engine_decides_and_scores_as_the_plain_one(tmp_path: Path, eval_every: int) -> None:
+    exact, plain = (
+        run_on_toy(tmp_path / name, name, max_edits=20, eval_every=eval_every) for name in ("exact", "plain")
+    )
+    for ours, theirs in zip(exact[0], plain[0], strict=True):
+        assert {name: ours[name] for name in DECISIONS} == {name: theirs[name] for name in DECISIONS}
+        for name in ("score_before", "score_after", "distance"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
+    ops = {record["op"] for record in exact[0]}
+    assert {"add", "expand"} <= ops, "some edits meet entries that wait for their values"
+    for ours, theirs in zip(exact[1], plain[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_values_trained_together_are_those_trained_alone(make_model: MakeModel, make_requests: MakeRequests) -> None:
+    for task in ("classification", "qa", "completion"):
+        values, losses = [], []
+        for engine in ("exact", "plain"):
+            model = make_model(task)
+            model = EditableModel(
+                model.module, layer=model.layer_name, task=model.task, tokenizer=model.tokenizer, engine=engine
+            )
+            with Grace(model=model, n_iter=30, lr=0.1, eps_init=1e-3) as editor:
+                outcomes = []
+                for request in make_requests(task)[:5]:
+                    editor.edit(_batch(model, request))
+                    assert editor.n_pending <= 5 if engine == "exact" else not editor.n_pending
+                outcomes = editor.flush()
+                values.append(editor.codebook.values.clone())
+                losses.append([outcome.loss for outcome in outcomes])
+        torch.testing.assert_close(*values, rtol=0, atol=1e-3)
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_a_second_evaluation_without_an_edit_asks_the_model_nothing(
+    make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model("qa"), make_requests("qa")
+    passes: list[int] = []
+    model.module.get_encoder().register_forward_hook(lambda *_: passes.append(1))  # type: ignore[operator]
+    with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
+        first = editor.scorer.score(requests)
+        assert passes
+        passes.clear()
+        assert editor.scorer.score(requests) == first
+        assert not passes
+        editor.edit_text(requests[0].prompt, requests[0].target)
+        passes.clear()
+        again = editor.scorer.score(requests)
+        n_asked = len(passes)
+        assert [item.entry for item in again] == [0, *[-1] * (len(requests) - 1)]
+        fresh = model.task.score(model, requests)
+        assert again == fresh
+        assert 0 < n_asked <= 3, "only the edited request was generated and scored again"
+
+
+def _batch(model: EditableModel, request: EditRequest) -> EditBatch:
+    encoded = model.encode_batch([request.prompt], [request.target])
+    return EditBatch(prompts=(request.prompt,), targets=(request.target,), encoded=encoded)
