@@ -53,17 +53,6 @@ def machine() -> str:
     return f"{_processor()}, {threads}, load {load}, torch {torch.__version__}, {today}"
 
 
-def available_memory() -> int:
-    """Returns the bytes that can be taken without swapping."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-
-
-def resident_memory() -> int:
-    """Returns the bytes that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

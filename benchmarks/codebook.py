@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
-from _measure import available_memory, interleave, machine, resident_memory, spread
+from _measure import interleave, machine, spread
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -42,10 +43,9 @@ def main() -> None:
     for n in options.sizes:
         # Keys and the state they come from, or before and after they grow; and the distances of the plain side.
         needed = n * (2.2 * options.width + 3 * BATCH) * 4
-        if needed > available_memory():
-            print(
-                f"{n} keys: left out, {needed / 2**30:.1f} GiB are needed, {available_memory() / 2**30:.1f} available"
-            )
+        available = psutil.virtual_memory().available
+        if needed > available:
+            print(f"{n} keys: left out, {needed / 2**30:.1f} GiB are needed, {available / 2**30:.1f} available")
             continue
         rows[n] = measure(n, options.width, options.repeats, options.seconds)
         rows[n]["append"] = [append(n, options.width)]
@@ -101,9 +101,9 @@ def filled(n: int, width: int) -> tuple[Codebook, float]:
         "label_means": [0.0] * n,
     }
     gc.collect()
-    before = resident_memory()
+    before = psutil.Process().memory_info().rss
     codebook.load_state_dict(state)
-    return codebook, (resident_memory() - before) / n - codebook.values.element_size()
+    return codebook, (psutil.Process().memory_info().rss - before) / n - codebook.values.element_size()
 
 
 def plain(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ class ValueTraining:
         """Whether values are being trained, so that the layer's calls are to be answered by `answer`."""
         return self._trained is not None
 
+    @torch.enable_grad()  # Evaluation asks for values that wait, and does so without gradients.
     def train(self, entries: Sequence[int], encoded: EncodedBatch) -> list[list[float]]:
         """Trains the values of B different entries, each on its own row of the batch, as if alone.
 

@@ -56,8 +56,7 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
             return Tail(batch)
         forwards = {} if block is None else {block: partial(_pruned, columns)}
         return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
-    n_positions = max((tensor.shape[1] for tensor in batch.inputs.values() if tensor.dim() > 1), default=1)
-    if not takes_columns and block is not None and getattr(module, "num_labels", None) and n_positions > 1:
+    if not takes_columns and block is not None and getattr(module, "num_labels", None) and batch.n_positions > 1:
         # A classifier of this family reads its first position.
         return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
     return Tail(batch)

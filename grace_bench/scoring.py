@@ -91,12 +91,11 @@ class Scorer:
 
     def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
         model = self._strategy.model
-        handle = model.intercept(_note_query, first=True) if self.is_incremental else None
+        handle = model.intercept(_note_query, first=True)
         try:
             items = model.task.score(model, [*requests.values()])
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
         scored = dict(zip(requests, items, strict=True))
         kept = {key: item for key, item in scored.items() if item.query is not None}
         if kept:

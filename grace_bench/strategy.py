@@ -471,6 +471,9 @@ class EditorStrategy(BaseTemplate, ABC):
 
     def _eval_exp(self, **kwargs: Any) -> None:
         experience = cast(EvalExperience, self.experience)
+        if self.n_pending:
+            # A loop of Avalanche's own evaluates without asking first whether edits wait.
+            self.flush()
         self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:

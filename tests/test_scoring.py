@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from grace_bench.benchmark import EditExperience, eval_stream
 from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.editors.grace import Grace
 from grace_bench.engine import EngineName
@@ -97,6 +98,17 @@ def test_a_second_evaluation_without_an_edit_asks_the_model_nothing(
         fresh = model.task.score(model, requests)
         assert again == fresh
         assert 0 < n_asked <= 3, "only the edited request was generated and scored again"
+
+
+def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel, make_requests: MakeRequests) -> None:
+    model, requests = make_model("qa"), make_requests("qa")[:2]
+    with Grace(model=model, n_iter=60, lr=0.3, eps_init=1e-3) as editor:
+        for request in requests:
+            editor.train(EditExperience(request), eval_streams=[])
+        assert editor.n_pending == 2
+        editor.eval([*eval_stream("edited", requests)])
+        assert not editor.n_pending
+        assert editor.scorer.score(requests) == model.task.score(model, requests)
 
 
 def _batch(model: EditableModel, request: EditRequest) -> EditBatch:
