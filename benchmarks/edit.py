@@ -1,135 +1,166 @@
 """Seconds an edit takes GRACE: the exact engine against the plain one, on random weights at real sizes.
 
-    OMP_NUM_THREADS=2 python benchmarks/edit.py --models t5 bert gpt2
+    OMP_NUM_THREADS=2 python benchmarks/edit.py
+    OMP_NUM_THREADS=2 python benchmarks/edit.py --models gpt2 --replacement replace_last
 
-T5-small v1.1 with questions of 12 tokens, 32 at hand; BERT-base with 512 tokens; GPT-2 small with 90 prompt and 30
-target tokens. Both sides make the same edits from the same start, interleaved; the first round warms up and is not
-counted. Prints a line a model with the medians, their spread and the ratio, and how far first and last losses differ.
+T5-small v1.1 with questions of 12 tokens, BERT-base with 512 tokens, GPT-2 small with 90 prompt and 30 target tokens.
+The exact engine is given as many requests as `--at-hand` says and trains their values together; the plain one makes
+the first of these edits, one at a time. Both start from the same weights; rounds are interleaved, and a short one goes
+before them. Beside the measured seconds stands the limit: the floating-point operations that each engine needs for an
+edit, counted, over those that a large matrix product reaches in the same run.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
 
 import torch
 from _measure import interleave, machine, spread
-from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from _models import SIZES, Size
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from grace_bench.editors import Grace
-from grace_bench.encoding import IGNORED, EncodedBatch
 from grace_bench.engine import EngineName
-from grace_bench.models import EditableModel
+from grace_bench.models import EditableModel, Replacement
 from grace_bench.strategy import EditBatch
+from grace_bench.types import EditRequest
+
+N_PLAIN = 4
 
 
-def t5(n: int) -> tuple[nn.Module, str, str, list[EncodedBatch]]:
-    """T5-small v1.1, the paper's layer, questions of 12 tokens and answers of 4."""
-    config = T5Config(
-        vocab_size=32128,
-        d_model=512,
-        d_kv=64,
-        d_ff=1024,
-        num_layers=8,
-        num_heads=6,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
+class Side:
+    """One engine with its requests.
+
+    Args:
+        engine: Its name.
+        size: The model's size.
+        module: The network.
+        requests: What is edited.
+        replacement: What GRACE's values overwrite.
+    """
+
+    def __init__(
+        self,
+        engine: EngineName,
+        size: Size,
+        module: nn.Module,
+        requests: Sequence[EditRequest],
+        replacement: Replacement,
+    ) -> None:
+        self.model: EditableModel = size.editable(module, engine)
+        self.requests = requests
+        self.replacement: Replacement = replacement
+        self.losses: list[tuple[float | None, float | None]] = []
+
+    def edit(self, n_iter: int) -> None:
+        """Edits every request, starting from an empty codebook."""
+        with Grace(model=self.model, n_iter=n_iter, eps_init=1e-3, replacement=self.replacement) as editor:
+            for request in self.requests:
+                encoded = self.model.encode_batch([request.prompt], [request.target])
+                editor.edit(EditBatch(prompts=(request.prompt,), targets=(request.target,), encoded=encoded))
+            self.losses = [(outcome.loss_first, outcome.loss) for outcome in editor.flush()]
+
+    def operations(self, n_iter: int) -> float:
+        """Returns the floating-point operations of one edit, from those of one and of two steps."""
+        counts = []
+        for steps in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                self.edit(steps)
+            counts.append(counter.get_total_flops())
+        return (counts[0] + (n_iter - 1) * (counts[1] - counts[0])) / len(self.requests)
+
+
+def peak() -> float:
+    """Returns the floating-point operations a second that a product of two large matrices reaches."""
+    left, right = torch.randn(2, 2048, 2048).unbind()
+    seconds = []
+    for _ in range(8):
+        before = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - before)
+    return float(2 * 2048**3 / median(seconds))
+
+
+def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement: Replacement) -> dict[str, Any]:
+    """Returns what one model's row of the table shows."""
+    module, requests = size.module(), size.requests(at_hand)
+    exact = Side("exact", size, module, requests, replacement)
+    plain = Side("plain", size, module, requests[:N_PLAIN], replacement)
+    for side in (exact, plain):
+        side.edit(2)
+    fastest = peak()
+    seconds = interleave(
+        {"plain": lambda: plain.edit(n_iter), "exact": lambda: exact.edit(n_iter)}, repeats=repeats, warmup=0
     )
-    batches = []
-    for ids, answer in zip(_tokens(n, 12, 32000), _tokens(n, 4, 32000), strict=True):
-        start = torch.zeros(1, 1, dtype=torch.long)
-        inputs = {**_inputs(ids), "decoder_input_ids": torch.cat([start, answer[:, :-1]], dim=1)}
-        batches.append(_batch(inputs, 11, answer, answer))
-    return T5ForConditionalGeneration(config), "encoder.block.4.layer.1.DenseReluDense.wo", "qa", batches
-
-
-def bert(n: int) -> tuple[nn.Module, str, str, list[EncodedBatch]]:
-    """BERT-base, the paper's layer, 512 tokens."""
-    batches = [
-        _batch(_inputs(ids), 511, torch.tensor([i % 11]), torch.tensor([[i % 11]]))
-        for i, ids in enumerate(_tokens(n, 512, 30000))
+    taken = {
+        name: [value / len(side.requests) for value in seconds[name]]
+        for name, side in (("plain", plain), ("exact", exact))
+    }
+    apart = [
+        abs((a or 0.0) - (b or 0.0))
+        for pair in zip(plain.losses, exact.losses, strict=False)
+        for a, b in zip(*pair, strict=True)
     ]
-    model = BertForSequenceClassification(BertConfig(num_labels=11))
-    return model, "bert.encoder.layer.10.output.dense", "classification", batches
-
-
-def gpt2(n: int) -> tuple[nn.Module, str, str, list[EncodedBatch]]:
-    """GPT-2 small, block 8 of 12, 90 prompt tokens and 30 that follow."""
-    batches = []
-    for ids in _tokens(n, 120, 50000):
-        labels = torch.full_like(ids, IGNORED)
-        labels[:, 89:119] = ids[:, 90:]
-        batches.append(_batch(_inputs(ids), 89, labels, ids[:, 90:]))
-    return GPT2LMHeadModel(GPT2Config()), "transformer.h.8.mlp.c_fc", "language_modelling", batches
-
-
-def _tokens(n: int, length: int, vocabulary: int) -> Sequence[Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(10, vocabulary, (n, 1, length), generator=generator).unbind()
-
-
-def _inputs(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _batch(inputs: dict[str, Tensor], query: int, labels: Tensor, target: Tensor) -> EncodedBatch:
-    return EncodedBatch(
-        inputs=inputs, query=torch.tensor([query]), labels=labels, target_ids=(tuple(target[0].tolist()),)
-    )
-
-
-MODELS: dict[str, tuple[Callable[[int], tuple[nn.Module, str, str, list[EncodedBatch]]], int]] = {
-    "t5": (t5, 32),
-    "bert": (bert, 1),
-    "gpt2": (gpt2, 1),
-}
-"""What makes a model with its requests, and how many of them are at hand."""
+    needed = {"plain": plain.operations(n_iter), "exact": exact.operations(n_iter)}
+    fastest = max(fastest, peak())
+    return {
+        **taken,
+        "ratio": median(taken["plain"]) / median(taken["exact"]),
+        "limit": median(taken["plain"]) / (needed["exact"] / fastest),
+        "counted": needed["plain"] / needed["exact"],
+        "reached": {name: needed[name] / median(taken[name]) / fastest for name in taken},
+        "apart": max(apart),
+        "fastest": fastest,
+        "notes": exact.model.engine.notes,
+    }
 
 
 def main() -> None:
     """Measures the models that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--at-hand", type=int, help="requests at hand; 32 for T5, 1 for the others, unless given")
     parser.add_argument("--replacement", default="replace_prompt", choices=["replace_prompt", "replace_last"])
     parser.add_argument("--steps", type=int, default=100, help="steps of Adam an edit (100)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds that count, after one that does not (3)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     options = parser.parse_args()
-    print(machine())
-    lines = []
+    print(f"before: {machine()}")
+    table = Table(title=f"Seconds an edit of {options.steps} steps, {options.replacement}: median (least-greatest)")
+    for heading in ("model", "at hand", "plain", "exact", "ratio", "limit", "counted", "of peak", "losses apart"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
     for name in options.models:
-        make, n_edits = MODELS[name]
-        torch.manual_seed(0)
-        module, layer, task, requests = make(n_edits)
-        losses: dict[EngineName, list[float]] = {}
-
-        def side(engine: EngineName) -> Callable[[], object]:
-            model = EditableModel(module, layer=layer, task=task, engine=engine)  # noqa: B023 - called in this round
-
-            def edit() -> None:
-                with Grace(model=model, n_iter=options.steps, eps_init=1e-3, replacement=options.replacement) as editor:
-                    for request in requests:  # noqa: B023
-                        editor.edit(EditBatch(prompts=("",), targets=("",), encoded=request))
-                    outcomes = editor.flush()
-                losses[engine] = [loss or 0.0 for o in outcomes for loss in (o.loss_first, o.loss)]  # noqa: B023
-
-            return edit
-
-        seconds = interleave({"exact": side("exact"), "plain": side("plain")}, repeats=options.repeats, warmup=1)
-        each = {engine: [value / n_edits for value in values] for engine, values in seconds.items()}
-        median = {engine: sorted(values)[len(values) // 2] for engine, values in each.items()}
-        apart = max(abs(a - b) for a, b in zip(losses["exact"], losses["plain"], strict=True))
-        lines.append(
-            f"{name}: plain {spread(each['plain'])}, exact {spread(each['exact'])}, "
-            f"ratio {median['plain'] / median['exact']:.1f}, losses apart by at most {apart:.1e}"
+        at_hand = options.at_hand or (32 if name == "t5" else 1)
+        row = measure(
+            SIZES[name],
+            at_hand=at_hand,
+            n_iter=options.steps,
+            repeats=options.repeats,
+            replacement=options.replacement,
         )
-    print(*lines, sep="\n")
+        print(f"{name}: {row}", flush=True)
+        reached = row["reached"]
+        table.add_row(
+            name,
+            str(at_hand),
+            spread(row["plain"]),
+            spread(row["exact"]),
+            *(f"{row[key]:.1f}" for key in ("ratio", "limit", "counted")),
+            f"{reached['plain']:.0%} / {reached['exact']:.0%}",
+            f"{row['apart']:.1e}",
+        )
+    print(f"after: {machine()}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        "ratio: plain / exact; limit: what it would be at the peak, with the exact engine's operations; counted: the "
+        "ratio of operations; of peak: the share of the peak that plain and exact reach",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

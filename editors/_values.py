@@ -62,7 +62,9 @@ class ValueTraining:
         losses: list[Tensor] = []
         self._trained = _Trained(torch.tensor(entries, device=values.device), values)
         try:
-            repeated = self._model.repeated(encoded)
+            # Positions before the only one that is overwritten stay as they are.
+            first_changed = max(0, int(encoded.query.min())) if self._replacement == "replace_last" else 0
+            repeated = self._model.repeated(encoded, first_changed=first_changed)
             for _ in range(self._n_iter):
                 optimizer.zero_grad()
                 each = self._model.task.row_losses(repeated(), repeated.batch)

@@ -58,6 +58,19 @@ class EncodedBatch:
         content = None if self.content is None else self.content[:, columns]
         return replace(self, labels=self.labels[:, columns], content=content)
 
+    def until(self, position: int) -> "EncodedBatch":
+        """Returns a decoder's inputs before a position, without labels."""
+        inputs = {name: tensor[:, :position] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, query=self.query.clamp(max=position - 1), labels=None, content=None)
+
+    def since(self, position: int) -> "EncodedBatch":
+        """Returns a decoder's inputs from a position on, as they follow a cache of the rest; labels stay whole."""
+        # The mask goes on covering what is cached.
+        inputs = {
+            name: tensor if name == "attention_mask" else tensor[:, position:] for name, tensor in self.inputs.items()
+        }
+        return replace(self, inputs=inputs, query=self.query - position)
+
     def row(self, index: int) -> "EncodedBatch":
         """Returns the batch of the one row `index`, padding kept."""
         window = slice(index, index + 1)

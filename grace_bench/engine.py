@@ -9,6 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 from grace_bench.encoding import EncodedBatch
 from grace_bench.options import check_choice
@@ -69,8 +71,8 @@ class Engine(ABC):
         """Returns logits that cover every labelled position, and the batch with the labels they are aligned with."""
 
     @abstractmethod
-    def repeated(self, batch: EncodedBatch) -> Repeated:
-        """Makes ready to run a batch many times."""
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
+        """Makes ready to run a batch many times; before `first_changed` the layer gives its own output each time."""
 
     @abstractmethod
     def reach_layer(self, batch: EncodedBatch) -> None:
@@ -95,7 +97,7 @@ class PlainEngine(Engine):
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
         return self.model.logits(batch), batch
 
-    def repeated(self, batch: EncodedBatch) -> Repeated:  # noqa: D102
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
         return Repeated(batch, partial(self.model.logits, batch))
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
@@ -132,19 +134,20 @@ class ExactEngine(Engine):
 
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
         tail = self._tail(batch)
-        run = partial(self._run, batch, tail)
+        run = self._pruned(batch, tail)
         if self._used is None:
             return run(), tail.batch
         return self._from_kept(batch, run)(), tail.batch
 
-    def repeated(self, batch: EncodedBatch) -> Repeated:  # noqa: D102
-        tail = self._tail(batch)
-        return Repeated(tail.batch, self._replayed(batch, partial(self._run, batch, tail)))
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
+        tail = self._tail(batch, first_changed)
+        given = batch.since(tail.start) if tail.start else batch
+        return Repeated(tail.batch, self._replayed(given, self._pruned(batch, tail), kind=_kind(batch, tail.start)))
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
         run: Run = partial(self.model.logits, batch)
         if self._replay.knows(_kind(batch)):
-            run = self._replayed(batch, run)
+            run = self._replayed(batch, run, kind=_kind(batch))
         run_to_layer(self.model.layer, run)
 
     @contextmanager
@@ -156,9 +159,28 @@ class ExactEngine(Engine):
             self._kept = {key: recording for key, recording in self._kept.items() if key in self._used}
             self._used = None
 
-    def _run(self, batch: EncodedBatch, tail: Tail) -> Tensor:
-        with patched(tail.forwards):
-            return self.model.logits(batch, **tail.arguments)
+    def _pruned(self, batch: EncodedBatch, tail: Tail) -> Run:
+        """A function that runs a batch for its tail."""
+        past = self._keys_and_values(batch.until(tail.start)) if tail.start else None
+        given = batch.since(tail.start) if tail.start else batch
+
+        def run() -> Tensor:
+            arguments = dict(tail.arguments)
+            if past is not None:
+                # Each pass adds its own to the cache it is given, in a tensor of its own.
+                arguments["past_key_values"] = copy(past)
+                arguments["past_key_values"].layers = [copy(layer) for layer in past.layers]
+            with patched(tail.forwards):
+                return self.model.logits(given, **arguments)
+
+        return run
+
+    @torch.no_grad()
+    def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        with self.model.bypassing():
+            self.model.logits(batch, past_key_values=cache)
+        return cache
 
     def _play(self, replay: Replay, run: Run, recording: Recording, kind: str) -> Tensor:
         if replay is not self._replay:
@@ -170,9 +192,8 @@ class ExactEngine(Engine):
             self._note_whole(reason)
             return run()
 
-    def _replayed(self, batch: EncodedBatch, run: Run) -> Run:
+    def _replayed(self, batch: EncodedBatch, run: Run, *, kind: str) -> Run:
         """A function that gives what `run` gives, from the layer on."""
-        kind = _kind(batch)
         try:
             if self._recent is None or self._recent[0] is not batch or not self._replay.holds(self._recent[1], kind):
                 self._recent = None
@@ -205,20 +226,22 @@ class ExactEngine(Engine):
             self._memory = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // 4
         return self._memory
 
-    def _tail(self, batch: EncodedBatch) -> Tail:
-        tail = tail_of(self.model.module, self.model.layer, batch)
-        whole = Tail(batch)
-        if not (tail.arguments or tail.forwards):
-            return whole
+    def _tail(self, batch: EncodedBatch, first_changed: int = 0) -> Tail:
+        tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)
+        if tail.is_whole:
+            return tail
         if is_training(self.model.module):
             self._note("passes are computed to their end: the model is in training mode")
-            return whole
-        kind = _kind(batch)
+            return Tail(batch)
+        kind = _kind(batch, tail.start)
         if kind not in self._prunes:
             self._prunes[kind] = self._agrees(batch, tail)
             if not self._prunes[kind]:
-                self._note("passes are computed to their end: pruned to what is scored they would differ")
-        return tail if self._prunes[kind] else whole
+                what = "behind cached keys and values" if tail.start else "pruned to what is scored"
+                self._note(f"passes are computed whole: {what} they would differ")
+        if self._prunes[kind]:
+            return tail
+        return self._tail(batch) if tail.start else Tail(batch)
 
     @torch.no_grad()
     def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool:
@@ -230,12 +253,14 @@ class ExactEngine(Engine):
             # A block of another make than its name says may fail in any way.
             return False
         if "logits_to_keep" in tail.arguments:
-            whole = whole[:, tail.arguments["logits_to_keep"]]
+            whole = whole[:, tail.start + tail.arguments["logits_to_keep"]]
         if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
             return False
         # Half the digits: a wrong pruning differs by far more, and bfloat16 has few to compare.
         rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
-        return all(map(torch.equal, entered, entered_pruned)) and bool((whole - pruned).abs().max() <= rounding)
+        # Fewer positions in a product may round differently from the first layer on.
+        enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
+        return enters_alike and bool((whole - pruned).abs().max() <= rounding)
 
     def _observed(self, batch: EncodedBatch, tail: Tail) -> tuple[list[Tensor], Tensor]:
         """What enters the layer in a pass, and the logits."""
@@ -244,9 +269,10 @@ class ExactEngine(Engine):
         def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
             entered.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
+        run = self._pruned(batch, tail)
         handle = self.model.layer.register_forward_pre_hook(observe, with_kwargs=True)
         try:
-            return entered, self._run(batch, tail)
+            return entered, run()
         finally:
             handle.remove()
 
@@ -278,8 +304,8 @@ def make_engine(name: EngineName, model: "EditableModel", *, memory_mb: int | No
     )
 
 
-def _kind(batch: EncodedBatch) -> str:
-    return ",".join(sorted(batch.inputs))
+def _kind(batch: EncodedBatch, start: int = 0) -> str:
+    return ",".join([*sorted(batch.inputs), *(["past"] if start else [])])
 
 
 def _digest(batch: EncodedBatch) -> bytes:

@@ -371,9 +371,14 @@ class EditableModel(nn.Module):
         with torch.no_grad():
             return self.task.answers(self, prompts)
 
-    def repeated(self, batch: EncodedBatch) -> Repeated:
-        """Makes ready to run a batch many times, while only what the edited layer gives, or its weights, may change."""
-        return self.engine.repeated(batch)
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
+        """Makes ready to run a batch many times, while only what the edited layer gives, or its weights, may change.
+
+        Args:
+            batch: The inputs and their labels.
+            first_changed: The first position at which the layer's output may change; 0 where its weights do.
+        """
+        return self.engine.repeated(batch, first_changed=first_changed)
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 A causal model's head is asked for the labelled positions alone (transformers' `logits_to_keep`). In the last block a
 position only matters to others by its key and value, so all else is computed for the wanted positions alone. How a
-block is put together differs by family: each has one function here. None is trusted: the engine compares a pruned pass
-with the whole model's before it relies on it.
+block is put together differs by family: each has one function here. What comes before the first position that changes
+enters a causal model by its keys and values alone. None of this is trusted: the engine compares a pruned pass with the
+whole model's before it relies on it.
 """
 
 import inspect
@@ -31,20 +32,28 @@ class Tail:
         batch: The batch, its labels those of the positions that are scored.
         arguments: What the forward pass is called with beside the inputs.
         forwards: What runs in place of modules' own forward passes (see `replay.patched`).
+        start: The first position that is run; those before it are read from a cache of keys and values.
     """
 
     batch: EncodedBatch
     arguments: Mapping[str, Any] = field(default_factory=dict)
     forwards: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    start: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return not (self.arguments or self.forwards)
 
 
-def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
+def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_changed: int = 0) -> Tail:
     """Returns how to run a batch for its labelled positions; the whole of it where nothing can be left out.
 
     Args:
         module: The whole model.
         layer: The edited layer, whose block stays whole.
         batch: Inputs, with labels or without.
+        first_changed: The first position at which the layer may give something else from one pass to the next.
     """
     block = _last_block(module)
     if block is not None and any(part is layer for part in block.modules()):
@@ -52,6 +61,9 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
     takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
     if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
         columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
+        start = first_changed if _continues(module, batch) and len(columns) and first_changed <= columns[0] else 0
+        if start:
+            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, start=start)
         if len(columns) in {0, batch.labels.shape[1]}:
             return Tail(batch)
         forwards = {} if block is None else {block: partial(_pruned, columns)}
@@ -60,6 +72,11 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch) -> Tail:
         # A classifier of this family reads its first position.
         return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
     return Tail(batch)
+
+
+def _continues(module: nn.Module, batch: EncodedBatch) -> bool:
+    """Whether a model can go on from keys and values of the inputs' first part."""
+    return "past_key_values" in inspect.signature(module.forward).parameters and "decoder_input_ids" not in batch.inputs
 
 
 def _last_block(module: nn.Module) -> nn.Module | None:

@@ -465,3 +465,92 @@ def test_an_edit_behind_the_last_block_acts_where_it_acts_in_the_whole_model(
         for _ in range(2):
             assert_close(scored(repeated(), repeated.batch), expected)
         handle.remove()
+
+
+# What comes before the first position that changes is computed once.
+
+EACH_BLOCK = pytest.mark.parametrize("block", [0, 1, 2])
+
+
+@each_causal
+@EACH_BLOCK
+def test_gradients_behind_cached_keys_and_values_are_those_of_the_whole_model(family: Family, block: int) -> None:
+    model = family.model(block=block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(family.task):
+            delta = torch.randn(len(batch), model.layer_call(batch).output.shape[-1], requires_grad=True)
+
+            def answer(call: LayerCall, delta: Tensor = delta) -> Tensor:
+                every = torch.ones(len(delta), dtype=torch.bool)
+                return call.replace(call.output_at_query + delta, every, "replace_last")
+
+            handle = model.intercept(answer)
+            repeated = model.repeated(batch, first_changed=int(batch.query.min()))
+            first, second = (model.task.loss(repeated(), repeated.batch) for _ in range(2))
+            whole = model.task.loss(model.logits(batch), batch)
+            gradients = [torch.autograd.grad(loss, delta)[0] for loss in (first, second, whole)]
+            handle.remove()
+            assert torch.equal(gradients[0], gradients[1])
+            assert torch.equal(first, second)
+            assert gradients[2].any()
+            assert_close(gradients[0], gradients[2])
+            assert_close(first, whole)
+
+
+@each_causal
+def test_what_comes_before_the_first_changed_position_runs_once(family: Family) -> None:
+    model = family.model()
+    for lengths in ([9, 6, 4], [12]):
+        batch = encoded(family.task, lengths)
+        first = int(batch.query.min())
+        model.repeated(batch, first_changed=first)
+        with widths_at(model.find_layer(family.witness)) as widths:
+            repeated = model.repeated(batch, first_changed=first)
+            assert widths == [first], "the cache is filled"
+            for _ in range(3):
+                repeated()
+            assert widths == [first] + 3 * [max(lengths) - first]
+
+
+@pytest.mark.parametrize("first_changed", [0, 8])
+def test_a_model_that_cannot_start_behind_what_changes_is_run_from_its_start(first_changed: int) -> None:
+    family = CAUSAL["gpt2"]
+    model, batch = family.model(), encoded(family.task, [9])
+    assert int((batch.labels != IGNORED).any(dim=0).nonzero()[0]) < 8, "a label lies before the position"
+    with torch.no_grad():
+        repeated = model.repeated(batch, first_changed=first_changed)
+        assert_close(scored(repeated(), repeated.batch), scored(model.logits(batch), batch))
+    assert model.engine.notes == []
+
+
+class ForgetsItsCache(GPT2LMHeadModel):
+    def forward(self, *args: Any, past_key_values: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+class RefusesACache(GPT2LMHeadModel):
+    def forward(self, *args: Any, past_key_values: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            raise NotImplementedError
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@pytest.mark.parametrize("make", [ForgetsItsCache, RefusesACache])
+def test_a_model_that_cannot_go_on_from_a_cache_is_pruned_without_one_and_says_so_once(
+    make: type[GPT2LMHeadModel],
+) -> None:
+    torch.manual_seed(0)
+    module = make(GPT2Config(initializer_range=0.3, **GPT2_SIZES))
+    model, batch = EditableModel(module, layer=GPT2_LAYER, task="completion"), encoded("completion", [9])
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            repeated = model.repeated(batch, first_changed=int(batch.query.min()))
+            assert_close(scored(repeated(), repeated.batch), scored(model.logits(batch), batch))
+            assert repeated().shape[1] == 2, "the head is still asked for the labelled positions alone"
+    assert [str(warning.message) for warning in caught if warning.category is RuntimeWarning] == [
+        f"{model.name}: {note}" for note in model.engine.notes
+    ]
+    assert len(model.engine.notes) == 1
+    assert "behind cached keys and values they would differ" in model.engine.notes[0]

@@ -1,0 +1,132 @@
+"""Models at the sizes that papers use, with random weights, and requests of the lengths they meet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from grace_bench.engine import EngineName
+from grace_bench.models import EditableModel
+from grace_bench.tasks import get_task
+from grace_bench.types import EditRequest, TaskName
+
+ANSWER_TOKENS = 8
+"""The longest free answer; with random weights nearly every answer is that long."""
+_N_LABELS = 11
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, the layer that is edited, and the lengths of its requests.
+
+    Attributes:
+        make: Makes the network; its weights follow from PyTorch's seed.
+        layer: The layer to edit.
+        task: What the model is used for.
+        n_prompt: Tokens of a prompt.
+        n_target: Tokens of a target.
+        says: The size in words.
+    """
+
+    make: Callable[[], nn.Module]
+    layer: str
+    task: TaskName
+    n_prompt: int
+    n_target: int
+    says: str
+
+    def module(self) -> nn.Module:
+        """Returns the network, the same every time."""
+        torch.manual_seed(0)
+        return self.make().eval()
+
+    def editable(self, module: nn.Module, engine: EngineName) -> EditableModel:
+        """Returns a network as an engine runs it."""
+        tokenizer = _word_tokenizer(int(module.config.vocab_size), ends=self.task == "qa")  # type: ignore[union-attr, arg-type]
+        # As a run does: the plain engine takes one input at a time.
+        task = get_task(self.task, max_new_tokens=ANSWER_TOKENS, batch_size=1 if engine == "plain" else 64)
+        return EditableModel(module, layer=self.layer, task=task, tokenizer=tokenizer, engine=engine)
+
+    def requests(self, n: int, *, seed: int = 0) -> list[EditRequest]:
+        """Returns n requests of random words."""
+        generator = torch.Generator().manual_seed(seed)
+        # The end of the question, or of the answer, is a token too.
+        n_ends = int(self.task == "qa")
+        n_words = [self.n_prompt - n_ends, self.n_target - n_ends]
+        requests = []
+        for number in range(n):
+            prompt, target = (
+                " ".join(f"w{word}" for word in torch.randint(30000, (length,), generator=generator).tolist())
+                for length in n_words
+            )
+            label: str | int = number % _N_LABELS if self.task == "classification" else target
+            requests.append(EditRequest(id=str(number), prompt=prompt, target=label))
+        return requests
+
+
+def _t5() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=32128,
+            d_model=512,
+            d_kv=64,
+            d_ff=1024,
+            num_layers=8,
+            num_heads=6,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+SIZES = {
+    "t5": Size(
+        make=_t5,
+        layer="encoder.block.4.layer.1.DenseReluDense.wo",
+        task="qa",
+        n_prompt=12,
+        n_target=4,
+        says="T5-small v1.1, questions of 12 tokens, answers of 4",
+    ),
+    "bert": Size(
+        make=lambda: BertForSequenceClassification(BertConfig(num_labels=_N_LABELS)),
+        layer="bert.encoder.layer.10.output.dense",
+        task="classification",
+        n_prompt=512,
+        n_target=1,
+        says="BERT-base, 512 tokens",
+    ),
+    "gpt2": Size(
+        make=lambda: GPT2LMHeadModel(GPT2Config()),
+        layer="transformer.h.8.mlp.c_fc",
+        task="language_modelling",
+        n_prompt=90,
+        n_target=30,
+        says="GPT-2 small, 90 prompt and 30 target tokens",
+    ),
+}
+
+
+def _word_tokenizer(vocabulary: int, *, ends: bool) -> Any:
+    """One token a word; with `ends`, an end token behind each text."""
+    tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(vocabulary - 3))]
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<pad>"
+    )

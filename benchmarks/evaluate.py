@@ -1,0 +1,143 @@
+"""Seconds that scoring inputs takes: the exact engine against the plain one, on random weights at real sizes.
+
+    OMP_NUM_THREADS=2 python benchmarks/evaluate.py
+
+The sizes are those of `edit.py`; T5 generates its answers. In each round the exact engine scores the inputs
+
+- anew: nothing is known of them;
+- full: again, after the edited layer's weights changed, so that every answer may have changed;
+- one edit: again, after GRACE edited one of them;
+- a tenth: again, after GRACE edited a tenth of them.
+
+The plain engine scores all inputs in all four cases, one at a time; one such pass a round stands for them. A small
+round goes before. The table's last column is the largest difference of any score from those of the plain engine with
+the same weights and codebook.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from _measure import machine, spread
+from _models import SIZES, Size
+from rich.console import Console
+from rich.table import Table
+
+from grace_bench.editors import Grace
+from grace_bench.editors.ft import FineTune
+from grace_bench.strategy import EditBatch, EditorStrategy
+from grace_bench.tasks import ItemScore
+from grace_bench.types import EditRequest
+
+CASES = ("anew", "full", "one edit", "a tenth")
+
+
+def score(editor: EditorStrategy, requests: Sequence[EditRequest]) -> list[ItemScore]:
+    """Scores the inputs as one evaluation of a run does."""
+    with editor.scorer.evaluation(), torch.no_grad():
+        return editor.scorer.score(requests)
+
+
+def edit(editor: EditorStrategy, requests: Sequence[EditRequest]) -> None:
+    """Edits requests and finishes them."""
+    for request in requests:
+        encoded = editor.model.encode_batch([request.prompt], [request.target])
+        editor.edit(EditBatch(prompts=(request.prompt,), targets=(request.target,), encoded=encoded))
+    editor.flush()
+
+
+def change_weights(editor: EditorStrategy) -> None:
+    """Changes the layer's weights a little, as fine-tuning would."""
+    with torch.no_grad():
+        for weight in editor.model.layer.parameters():
+            weight.mul_(1.01)
+
+
+def apart(given: Sequence[ItemScore], expected: Sequence[ItemScore]) -> float:
+    """Returns the largest difference of two lists of scores; of perplexities, that of their logarithms."""
+
+    def number(item: ItemScore) -> float:
+        return math.log(item.score) if item.score > 1 else item.score
+
+    return max(abs(number(a) - number(b)) for a, b in zip(given, expected, strict=True))
+
+
+def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
+    """Returns what one model's rows of the table show."""
+    frozen, rewritten, plain, plain_rewritten = (
+        size.editable(size.module(), "plain" if is_plain else "exact") for is_plain in (False, False, True, True)
+    )
+    grace, tuned = Grace(model=frozen, n_iter=1, eps_init=1e-3), FineTune(model=rewritten)
+    plain_grace, plain_tuned = Grace(model=plain, n_iter=1, eps_init=1e-3), FineTune(model=plain_rewritten)
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *CASES)}
+    scores: dict[str, list[ItemScore]] = {}
+
+    def timed(name: str, call: Callable[[], list[ItemScore]]) -> None:
+        before = time.perf_counter()
+        scores[name] = call()
+        seconds[name].append(time.perf_counter() - before)
+
+    def one_round(requests: Sequence[EditRequest]) -> None:
+        grace.rollback()
+        tenth = max(2, len(requests) // 10)
+        timed("plain", lambda: score(plain_grace, requests))
+        timed("anew", lambda: score(grace, requests))
+        edit(grace, requests[:1])
+        timed("one edit", lambda: score(grace, requests))
+        edit(grace, requests[1 : tenth + 1])
+        timed("a tenth", lambda: score(grace, requests))
+        change_weights(tuned)
+        timed("full", lambda: score(tuned, requests))
+
+    one_round(size.requests(8, seed=1))
+    requests = size.requests(n)
+    score(tuned, requests)
+    for values in seconds.values():
+        values.clear()
+    for _ in range(repeats):
+        one_round(requests)
+    for _ in range(repeats + 1):
+        change_weights(plain_tuned)
+    differences = {"anew": apart(scores["anew"], scores["plain"])}
+    differences["full"] = apart(scores["full"], score(plain_tuned, requests))
+    plain_grace.load_state_dict(grace.state_dict())
+    differences["a tenth"] = apart(scores["a tenth"], score(plain_grace, requests))
+    return {"seconds": seconds, "apart": differences, "notes": [*frozen.engine.notes, *rewritten.engine.notes]}
+
+
+def main() -> None:
+    """Measures the models that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--inputs", type=int, default=1000, help="how many inputs are scored (1000)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
+    options = parser.parse_args()
+    print(f"before: {machine()}")
+    table = Table(title=f"Seconds a scoring of {options.inputs} inputs takes: median (least-greatest)")
+    for heading in ("model", "case", "plain", "exact", "ratio", "scores apart"):
+        table.add_column(heading, justify="left" if heading in {"model", "case"} else "right")
+    for name in options.models:
+        measured = measure(SIZES[name], n=options.inputs, repeats=options.repeats)
+        print(f"{name}: {measured}", flush=True)
+        seconds = measured["seconds"]
+        for case in CASES:
+            ratio = median(seconds["plain"]) / median(seconds[case])
+            difference = measured["apart"].get(case)
+            table.add_row(
+                name,
+                case,
+                spread(seconds["plain"]),
+                spread(seconds[case]),
+                f"{ratio:.1f}",
+                "-" if difference is None else f"{difference:.1e}",
+            )
+    print(f"after: {machine()}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
