@@ -1,0 +1,125 @@
+"""What an edit costs as a stream grows long: around the 100th and around the 10,000th edit of one run of GRACE.
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py
+
+A run on 10,000 different questions with the T5 that ships with atlas-qa, five steps an edit, so that what the harness
+does weighs more than training; evaluated at the start and at the end alone. The cost of an edit is all the time from
+one record to the next: scoring before and after, editing, metrics and files. Edits are finished up to 32 at a time, so
+it is taken over windows of 160 records; lookups, the part that may grow, are what is spent inside the codebook.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from _measure import machine, spread
+from avalanche.core import BasePlugin
+from rich.console import Console
+from rich.table import Table
+
+from grace_bench.benchmarking import RunSettings, run_benchmark
+from grace_bench.editors import Grace
+from grace_bench.editors.codebook import Codebook
+from grace_bench.runner import Schedule
+from grace_bench.streams.jsonl import Jsonl
+
+WINDOW = 160
+MILLI = 1e-3
+COUNTRIES = ("Peru", "Italy", "France", "Kazakhstan", "Japan", "Kenya", "Norway", "Chile")
+PLACES = ("river", "lake", "tower", "bridge", "garden", "square", "museum", "station")
+
+
+class Clock(BasePlugin[Any]):
+    """Notes when each candidate's record was complete, and how long the codebook was asked until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+        self.lookups: list[float] = []
+        self.spent = 0.0
+        self._depth = 0
+
+    def after_candidate(self, strategy: Any, **_: Any) -> None:
+        """Takes both."""
+        self.times.append(time.perf_counter())
+        self.lookups.append(self.spent)
+
+    def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function whose calls are counted as lookups."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            before = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.spent += time.perf_counter() - before
+
+        return timed
+
+    def window(self, end: int) -> tuple[float, float]:
+        """Returns the seconds of an edit, and those of its lookups, over the window that ends with a record."""
+        first, last = max(0, end - WINDOW), end - 1
+        n = last - first
+        return (self.times[last] - self.times[first]) / n, (self.lookups[last] - self.lookups[first]) / n
+
+
+def write_requests(path: Path, n: int) -> None:
+    """Writes n different questions."""
+    generator = random.Random(0)
+    prompts: dict[str, None] = {}
+    while len(prompts) < n:
+        place, country = generator.choice(PLACES), generator.choice(COUNTRIES)
+        prompts[f"What is the name of {place} {generator.randrange(10**6)} in {country}?"] = None
+    with path.open("w", encoding="utf-8") as file:
+        for number, prompt in enumerate(prompts):
+            record = {"id": str(number), "prompt": prompt, "target": generator.choice(COUNTRIES)}
+            file.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    """Runs the stream and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=3, help="windows a row (3)")
+    options = parser.parse_args()
+    print(f"before: {machine()}")
+    clock = Clock()
+    for name in ("retrieve", "contested", "settle"):
+        setattr(Codebook, name, clock.timing(getattr(Codebook, name)))
+    settings = RunSettings(schedule=Schedule(max_edits=options.edits, eval_every=options.edits + 1))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "requests.jsonl")
+        write_requests(path, options.edits + 64)
+        run_benchmark(
+            Jsonl(path=str(path), task="qa", max_new_tokens=4),
+            model="atlas-qa",
+            editor=lambda **parts: Grace(n_iter=5, eps_init=1e-4, **parts),
+            settings=settings,
+            folder=Path(folder, "run"),
+            plugins=[clock],
+        )
+    print(f"after: {machine()}")
+    table = Table(title="Milliseconds an edit, median of windows (least-greatest)")
+    for heading in ("edits", "an edit", "of it lookups", "the rest"):
+        table.add_column(heading, justify="right")
+    ends = [100, 1_000, options.edits // 2, options.edits - (options.repeats - 1) * WINDOW]
+    for end in sorted({end for end in ends if end <= options.edits}):
+        windows = [clock.window(end + number * WINDOW) for number in range(options.repeats)]
+        rest = [whole - lookup for whole, lookup in windows]
+        columns = [[whole for whole, _ in windows], [lookup for _, lookup in windows], rest]
+        table.add_row(f"{end:,}", *(spread(column, unit=MILLI) for column in columns))
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
