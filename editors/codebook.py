@@ -1,7 +1,7 @@
 """The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,12 +34,14 @@ class Settlement:
         entry: The entry that holds the edit.
         is_new: Whether that entry was made by it.
         distance: Distance to the nearest entry beforehand, None if there was none.
+        is_close: Whether rounding in another batch could have decided otherwise.
     """
 
     op: Op
     entry: int
     is_new: bool
     distance: float | None
+    is_close: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,12 +208,20 @@ class Codebook:
         nearest = int(close[position])
         distance = float(distances[position])
         radius = float(self.radii[nearest])
+        # What strict radii add to a distance is the whole noise, so that an edited input is no close decision again.
+        limits = [radius, radius + self.eps_init]
+        if self.fidelity == "strict" and label != self.labels[nearest]:
+            limits.append(max(noise, self._same_key(nearest)))
+        is_close = min(abs(distance - limit) for limit in limits) <= 2 / 3 * noise
+        is_close |= int((distances <= distance + noise).sum()) > 1
         if distance > self.eps_init + radius:
-            return self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
-        if self.fidelity == "reference":
-            return self._settle_reference(query, label, make_value, label_mean, nearest, distance)
-        near = dict(zip(close.tolist(), distances.tolist(), strict=True))
-        return self._settle_strict(query, label, make_value, label_mean, nearest, near, noise)
+            settled = self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
+        elif self.fidelity == "reference":
+            settled = self._settle_reference(query, label, make_value, label_mean, nearest, distance)
+        else:
+            near = dict(zip(close.tolist(), distances.tolist(), strict=True))
+            settled = self._settle_strict(query, label, make_value, label_mean, nearest, near, noise)
+        return replace(settled, is_close=is_close)
 
     def _settle_reference(
         self,

@@ -176,6 +176,7 @@ class Grace(EditorStrategy):
                 key=entry,
                 distance=settled.distance,
                 n_keys=len(self.codebook),
+                is_close=settled.is_close,
                 failed="the prompt is one token, so replace_prompt has nothing to overwrite"
                 if nothing_before
                 else None,

@@ -68,6 +68,7 @@ class Position:
         edited: Indices of the edited requests that ERR is taken over.
         superseded: Indices of the edited requests whose input was edited again with another target.
         n_failed: Edits the editor could not make.
+        n_close: Edits in which rounding could have decided otherwise.
         edit_times: Seconds each edit took.
         eval_seconds: Seconds spent scoring.
         last_evaluation: The clock of the newest evaluation.
@@ -77,6 +78,7 @@ class Position:
     edited: list[int] = field(default_factory=list)
     superseded: list[int] = field(default_factory=list)
     n_failed: int = 0
+    n_close: int = 0
     edit_times: list[float] = field(default_factory=list)
     eval_seconds: float = 0.0
     last_evaluation: int | None = None
@@ -155,6 +157,7 @@ class Run:
             "n_candidates": self.position.index,
             "n_superseded": len(self.position.superseded),
             "n_failed": self.position.n_failed,
+            "n_close": self.position.n_close,
         }
 
     def cost(self) -> Cost:
@@ -283,6 +286,7 @@ class Run:
                 after = next(scores)
                 self.position.edit_times.append(pending.seconds)
                 self.position.n_failed += pending.outcome.failed is not None
+                self.position.n_close += pending.outcome.is_close
             self.strategy.observe_candidate(pending.request, self._record(pending, after))
         self._pending = []
 

@@ -80,6 +80,7 @@ class EditOutcome:
         loss: Loss at the last step.
         steps: Gradient steps taken.
         failed: Why the edit could not be made; None if it was.
+        is_close: Whether rounding, as in another batch, could have decided otherwise.
     """
 
     op: str | None = None
@@ -90,6 +91,7 @@ class EditOutcome:
     loss: float | None = None
     steps: int = 0
     failed: str | None = None
+    is_close: bool = False
 
 
 @dataclass(frozen=True)

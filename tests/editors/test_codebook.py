@@ -199,6 +199,34 @@ def test_strict_decisions_follow_the_published_rules(edits: list[Edit], eps: flo
                 assert float(codebook.radii[-1]) == pytest.approx(min(eps, distances[0] / 2), abs=2e-6)
 
 
+@pytest.mark.parametrize("fidelity", ["strict", "reference"])
+@given(edits=_edits, eps=_eps, seed=st.integers(0, 2**16))
+@_thorough
+def test_a_decision_that_is_not_close_is_the_same_for_a_query_that_moved(
+    fidelity: Fidelity, edits: list[Edit], eps: float, seed: int
+) -> None:
+    moves = torch.randn(len(edits), WIDTH, generator=torch.Generator().manual_seed(seed))
+    for number, (key, label) in enumerate(edits):
+        codebook, other = (filled(edits[:number], eps, fidelity=fidelity) for _ in range(2))
+        moved = torch.tensor(key) + 5e-6 * moves[number] / moves[number].norm()
+        first, second = settle(codebook, key, label), settle(other, moved.tolist(), label)
+        if not first.is_close:
+            assert (first.op, first.entry) == (second.op, second.entry)
+
+
+def test_decisions_on_the_edge_are_close_and_others_are_not() -> None:
+    def is_close(x: float, label: int) -> bool:
+        codebook = filled([([0, 0, 0, 0], 0), ([10, 0, 0, 0], 1)], 1.0)
+        return settle(codebook, [x, 0, 0, 0], label).is_close
+
+    assert [is_close(x, 0) for x in (1.0, 2.0, 5.0)] == [True, True, True]
+    assert [is_close(x, 0) for x in (0.0, 0.5, 1.5, 4.9)] == [False, False, False, False]
+    assert is_close(1e-4, 1)
+    assert not is_close(1e-4, 0)
+    codebook = filled([([0, 0, 0, 0], 0), ([1.5, 0, 0, 0], 0)], 1.0)
+    assert not settle(codebook, [1.5, 0, 0, 0], 0).is_close, "an edited input lies well inside its own ball"
+
+
 def test_strict_expands_to_just_beyond_the_distance() -> None:
     codebook = filled([([0, 0, 0, 0], 0), ([1.5, 0, 0, 0], 0)], 1.0)
     assert codebook.radii.tolist() == pytest.approx([1.5 * (1 + 1e-4)])
