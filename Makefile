@@ -39,7 +39,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,ray,slurm,dashboard]"
 	touch $@
 
 clean:
