@@ -6,18 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_bench.editors.codebook import Codebook, Retrieval
+from grace_bench.editors.codebook import Codebook
 from grace_bench.encoding import EncodedBatch
 from grace_bench.models import EditableModel, LayerCall, Replacement
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trained:
-    """The values in training, and which entries answer the rows; found at the first step, since queries stay."""
+    """The values in training, what answers the rows that they do not answer, and which rows are answered at all."""
 
-    entries: Tensor
     values: Tensor
-    found: Retrieval | None = None
+    others: Tensor
+    is_own: Tensor
+    is_answered: Tensor
 
 
 class ValueTraining:
@@ -47,11 +48,16 @@ class ValueTraining:
         return self._trained is not None
 
     @torch.enable_grad()  # Evaluation asks for values that wait, and does so without gradients.
-    def train(self, entries: Sequence[int], encoded: EncodedBatch) -> list[list[float]]:
+    def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[list[float]]:
         """Trains the values of B different entries, each on its own row of the batch, as if alone.
 
         Adam works element by element, so values that share an optimiser have moments of their own. A row that its
         entry does not answer leaves the value as it is.
+
+        Args:
+            entries: The entries.
+            answering: The entry that answers each row as the codebook was when it was edited, -1 for none.
+            encoded: The rows.
 
         Returns:
             For each entry its loss, step by step.
@@ -60,7 +66,9 @@ class ValueTraining:
         values = self._codebook.values[list(entries)].clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=self._lr)
         losses: list[Tensor] = []
-        self._trained = _Trained(torch.tensor(entries, device=values.device), values)
+        answered = torch.tensor(answering, device=values.device)
+        is_own = answered == torch.tensor(entries, device=values.device)
+        self._trained = _Trained(values, self._codebook.values[answered], is_own[:, None], answered >= 0)
         try:
             # Positions before the only one that is overwritten stay as they are.
             first_changed = max(0, int(encoded.query.min())) if self._replacement == "replace_last" else 0
@@ -81,9 +89,5 @@ class ValueTraining:
         """Overwrites the layer's output with the values in training where their entries answer."""
         trained = self._trained
         assert trained is not None
-        if trained.found is None:
-            trained.found = self._codebook.retrieve(call.query)
-        found = trained.found
-        own = (found.entry == trained.entries)[:, None]
-        values = torch.where(own, trained.values, self._codebook.values[found.entry])
-        return call.replace(values, found.hit, self._replacement)
+        values = torch.where(trained.is_own, trained.values, trained.others)
+        return call.replace(values, trained.is_answered, self._replacement)

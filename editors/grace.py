@@ -24,10 +24,11 @@ _TRAINED_TOKENS = 2048
 
 
 class _Pending(NamedTuple):
-    """An edit whose value is not trained yet: where its outcome stands, and what it trains on."""
+    """An edit whose value is not trained yet: where its outcome stands, what it trains on, and what answers it."""
 
     place: int
     encoded: EncodedBatch
+    answering: int
 
 
 @register_editor("grace")
@@ -102,7 +103,8 @@ class Grace(EditorStrategy):
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Settles each request in order; the outcome is that of the last one.
 
-        Keys, radii and labels never depend on values, so those of new entries are left pending, to be trained together.
+        Keys, radii and labels never depend on values, so values are left pending, to be trained together: those of
+        different entries do not depend on each other.
         """
         for index in range(len(batch.encoded)):
             self._edit_one(batch.encoded.row(index))
@@ -168,7 +170,8 @@ class Grace(EditorStrategy):
             label_mean=float(encoded.labels.float().mean()),
         )
         self._n_settled += 1
-        entry = int(self.codebook.retrieve(call.query).entry[0])
+        found = self.codebook.retrieve(call.query)
+        entry = int(found.entry[0])
         nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
         self._outcomes.append(
             EditOutcome(
@@ -182,14 +185,12 @@ class Grace(EditorStrategy):
                 else None,
             )
         )
-        # An entry that exists goes on from its value; in the official arithmetic a later edit may take a key's place.
-        waits = (
-            settled.is_new and settled.entry == entry and self.fidelity == "strict" and self.model.engine.batches_edits
-        )
-        if not waits:
+        waits = self.fidelity == "strict" and self.model.engine.batches_edits
+        if entry in self._pending:
+            # What comes later goes on from the value that waits.
             self._train_pending()
         self._new_version(entry)
-        self._pending[entry] = _Pending(len(self._outcomes) - 1, encoded)
+        self._pending[entry] = _Pending(len(self._outcomes) - 1, encoded, entry if found.hit[0] else -1)
         if not waits:
             self._train_pending()
 
@@ -200,9 +201,9 @@ class Grace(EditorStrategy):
         for chunk in self.model.task.batches(tokens, most_tokens=_TRAINED_TOKENS):
             chosen = [entries[i] for i in chunk]
             waiting = [self._pending[entry] for entry in chosen]
-            for entry, pending, losses in zip(
-                chosen, waiting, self._values.train(chosen, stack([p.encoded for p in waiting])), strict=True
-            ):
+            answering = [pending.answering for pending in waiting]
+            histories = self._values.train(chosen, answering, stack([pending.encoded for pending in waiting]))
+            for entry, pending, losses in zip(chosen, waiting, histories, strict=True):
                 self._outcomes[pending.place] = replace(
                     self._outcomes[pending.place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
                 )
@@ -215,7 +216,8 @@ class Grace(EditorStrategy):
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
         """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3)."""
-        return self._values.train([entry], encoded)[0]
+        found = self.codebook.retrieve(self.model.layer_call(encoded).query)
+        return self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)[0]
 
     def _answer(self, call: LayerCall) -> Tensor:
         """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""
