@@ -1,10 +1,12 @@
 """The validated records that a run leaves on disk."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
@@ -188,6 +190,31 @@ def read_edits(path: Path) -> dict[str, EditRecord]:
             raise UserError(f"{path}:{number}: {first_error(error)}") from error
         records[record.id] = record
     return records
+
+
+def read_predictions(
+    path: Path, *, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]] | None = None
+) -> pa.Table:
+    """Reads columns of a `predictions.parquet`.
+
+    Args:
+        path: The file.
+        columns: Their names.
+        filters: Conditions that every row meets, as pyarrow takes them.
+
+    Raises:
+        UserError: If it is missing, is no Parquet or a column is missing or of another type, naming file and column.
+    """
+    try:
+        schema = pq.read_schema(path)
+        for field in PREDICTIONS:
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
+        return pq.read_table(path, columns=list(columns), filters=None if filters is None else list(filters))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {error.strerror or 'no such file'}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
 
 
 def read_result(path: Path) -> RunResult:
