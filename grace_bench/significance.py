@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 
 import numpy as np
 import pyarrow.compute as pc
@@ -85,14 +86,17 @@ def compare(
     the requests both edited, since of the others only one has a score. The difference may then deviate from that of the
     two means, each of which is over the editor's own edits.
 
-    Resampling. What is drawn with replacement are requests, each with its probes and with its scores under every seed:
-    the same request under two seeds is not two independent observations (cluster bootstrap, Davison & Hinkley 1997,
-    section 3.8). The seeds are held fixed; the p-value is thus about other edits of the same stream, and says nothing
-    of other seeds, of which two or three are too few to resample. The statistic of a resample is a ratio, because the
-    seeds of a stream need not share their requests: the summed differences over the summed weights, an item weighing
-    1 / (items of its seed).
+    Requests are drawn with replacement, each with its probes and with its scores under every seed: the same request
+    under two seeds is not two independent observations (cluster bootstrap, Davison & Hinkley 1997, section 3.8). The
+    statistic of a resample is a ratio, because the seeds of a stream need not share their requests: summed differences
+    over summed weights, an item weighing 1 / (items of its seed).
 
-    Test. The p-value is the share of resamples that deviate from the observed difference by at least its size (Efron &
+    Seeds are too few to draw from. Where the seeds' mean differences vary by more than their choice of requests
+    explains, as when an editor collapses in one order of three, each resample deviates by a draw from Student's t with
+    seeds - 1 degrees of freedom beside, times the standard error that this variance gives. One seed says nothing of
+    others: the p-value is then about other requests only.
+
+    The p-value is the share of resamples that deviate from the observed difference by at least its size (Efron &
     Tibshirani 1993, chapter 16), with one added to both counts (Davison & Hinkley 1997, chapter 4). The interval is
     symmetric and from the same deviations, so the two agree. Where few requests differ the bootstrap is optimistic, so
     the p-value is at least 2 ** (1 - n) for n requests that differ: the least that a sign test can give.
@@ -129,15 +133,20 @@ def compare(
             pairs[number] = of_roles
     if not pairs:
         raise UserError(f"{names[0]} and {names[1]} have no scores of the same requests in {' and '.join(roles)}")
-    samples = [_Sample.over_seeds([of_roles[index] for of_roles in pairs.values()]) for index in range(len(roles))]
+    samples = [_Sample.over_seeds(parts) for parts in zip(*pairs.values(), strict=True)]
     used = [part for of_roles in pairs.values() for part in of_roles]
     rng = np.random.default_rng(seed)
     difference = float(np.mean([sample.sums.sum() for sample in samples]))
-    deviations = np.abs(np.mean([sample.resampled(n_resamples, rng) for sample in samples], axis=0) - difference)
+    deviations = np.mean([sample.resampled(n_resamples, rng) for sample in samples], axis=0) - difference
+    if len(pairs) > 1:
+        # Turned with the difference, so that the order of the two editors changes nothing but signs.
+        towards = math.copysign(1.0, difference)
+        deviations += towards * _seed_error(list(pairs.values())) * rng.standard_t(len(pairs) - 1, size=n_resamples)
+    distances = np.abs(deviations)
     # Equal up to rounding is equal: with scores of 0 and 1 many resamples deviate by exactly the difference.
-    n_as_far = int(np.count_nonzero(deviations >= abs(difference) * (1 - 1e-9)))
+    n_as_far = int(np.count_nonzero(distances >= abs(difference) * (1 - 1e-9)))
     n_differing = sum(int(np.count_nonzero(sample.sums)) for sample in samples)
-    width = float(np.quantile(deviations, 1 - SIGNIFICANCE_LEVEL))
+    width = float(np.quantile(distances, 1 - SIGNIFICANCE_LEVEL))
     return Comparison(
         first=names[0],
         second=names[1],
@@ -181,6 +190,18 @@ class _Pairs:
     n_unpaired: int
     n_nan: int
 
+    def mean(self) -> float:
+        """Returns the mean difference."""
+        return sum(self.differences.values()) / len(self.differences)
+
+    def variance(self) -> float:
+        """Returns the sampling variance of the mean, the items of a request being one draw; 0 for a single request."""
+        mean, deviations = self.mean(), defaultdict[str, float](float)
+        for (request_id, _), difference in self.differences.items():
+            deviations[request_id] += (difference - mean) / len(self.differences)
+        n_requests = len(deviations)
+        return sum(d * d for d in deviations.values()) * n_requests / (n_requests - 1) if n_requests > 1 else 0.0
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -214,6 +235,17 @@ class _Sample:
             drawn = rng.integers(n_requests, size=(min(step, n_resamples - start), n_requests))
             means.append(self.sums[drawn].sum(axis=1) / self.weights[drawn].sum(axis=1))
         return np.concatenate(means)
+
+
+def _seed_error(pairs: Sequence[Sequence[_Pairs]]) -> float:
+    """Returns the standard error of the mean over seeds, without what the choice of requests explains.
+
+    The variance between seeds is the sample variance of their mean differences less the mean sampling variance of
+    these, no less than 0.
+    """
+    means = [sum(part.mean() for part in of_roles) / len(of_roles) for of_roles in pairs]
+    sampling = [sum(part.variance() for part in of_roles) / len(of_roles) ** 2 for of_roles in pairs]
+    return math.sqrt(max(0.0, variance(means) - fmean(sampling)) / len(pairs))
 
 
 def _runs_by_seed(folders: Sequence[Path]) -> dict[int, tuple[RunResult, Path]]:
