@@ -466,6 +466,10 @@ def _differing_settings(result: RunResult, groups: Sequence[Sequence[RunResult]]
     differing = [
         name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
     ]
+    # The budget has a column of its own: it is part of the name only where nothing else tells two rows apart.
+    told = [name for name in differing if name != "tuning_budget"]
+    if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in told) for s in others) == 1:
+        differing = told
     return ", ".join(f"{name}={_setting_text(own, name)}" for name in differing)
 
 
@@ -535,7 +539,7 @@ def _notes(table: Table) -> list[str]:
 def _body(table: Table) -> list[Line]:
     """The rows as texts, each with whether it is marked."""
     best = {column.name: table.best(column) for column in table.columns}
-    lines = []
+    lines: list[Line] = []
     for index, row in enumerate(table.rows):
         names = [row.model, row.name][-_n_names(table) :]
         budget = MISSING if row.tuning_budget is None else visible(row.tuning_budget)
@@ -572,7 +576,8 @@ class _Fitted:
         else:
             yield _grid(self.table, [*names, *scores], deviation="\n±")
             yield _grid(self.table, [*names, *costs], deviation="\n±")
-        yield from (Text(note) for note in _notes(self.table))
+        if notes := _notes(self.table):
+            yield Text("\n".join([*notes, ""]))
 
 
 _UNBOUNDED_WIDTH = 10_000
