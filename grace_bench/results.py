@@ -212,7 +212,7 @@ def read_predictions(
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
         return pq.read_table(path, columns=list(columns), filters=None if filters is None else list(filters))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: {error.strerror or 'no such file'}") from error
+        raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
 

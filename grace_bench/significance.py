@@ -260,12 +260,8 @@ def _runs_by_seed(folders: Sequence[Path]) -> dict[int, tuple[RunResult, Path]]:
 
 def _final_scores(folder: Path) -> _Scores:
     path = folder / "predictions.parquet"
-    clock = read_predictions(path, columns=["n_edits"])["n_edits"]
-    table = read_predictions(
-        path,
-        columns=["stream", "request_id", "probe", "score"],
-        filters=[("n_edits", "=", pc.max(clock).as_py())] if len(clock) else None,
-    )
+    table = read_predictions(path, columns=["n_edits", "stream", "request_id", "probe", "score"])
+    table = table.filter(pc.equal(table["n_edits"], pc.max(table["n_edits"])))
     scores: dict[str, dict[_Item, float]] = defaultdict(dict)
     columns = (table[name].to_pylist() for name in ("stream", "request_id", "probe", "score"))
     for stream, request_id, probe, score in zip(*columns, strict=True):
