@@ -644,7 +644,7 @@ def _render_latex(leaderboard: Leaderboard) -> str:
             for cell in of_method.get(method, [(MISSING, False)] * len(columns))
         ]
         lines.append(latex_cells([(visible(method), False), *cells]))
-    notes = [note for table in tables for note in _paper_notes(table)]
+    notes = [note for table in tables for note in _paper_notes(table, several_models)]
     lines += [
         r"\bottomrule",
         r"\end{tabular}",
@@ -682,12 +682,13 @@ def _paper_cells(table: Table, columns: Sequence[Column], several_models: bool) 
     }
 
 
-def _paper_notes(table: Table) -> list[str]:
+def _paper_notes(table: Table, several_models: bool) -> list[str]:
     seeds: dict[int, list[str]] = {}
     budgets: dict[str, list[str]] = {}
     for row in table.rows:
-        seeds.setdefault(len(row.seeds), []).append(row.name)
-        budgets.setdefault(MISSING if row.tuning_budget is None else row.tuning_budget, []).append(row.name)
+        method = _method(row, several_models)
+        seeds.setdefault(len(row.seeds), []).append(method)
+        budgets.setdefault(MISSING if row.tuning_budget is None else row.tuning_budget, []).append(method)
     return [
         visible(f"{text}.")
         for text in (
