@@ -82,6 +82,7 @@ class Row:
         seeds: The runs' seeds in ascending order.
         cells: Figures by column name; a figure that no run has is left out.
         is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
+        results: The runs, by seed.
         folders: The run folders, in the order of `seeds`; empty where they are not known.
         comparison: This row with the first of its table, in the score that ranks it; None for the first, and where the
             two cannot be compared.
@@ -96,6 +97,7 @@ class Row:
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
     is_floor: bool
+    results: tuple[RunResult, ...]
     folders: tuple[Path, ...] = ()
     comparison: Comparison | None = None
     p_holm: float | None = None
@@ -207,7 +209,7 @@ class Leaderboard:
         Raises:
             UserError: As `find_results` and the constructor do.
         """
-        files = _find_files(paths)
+        files = find_result_files(paths)
         # Of a result under another name, what lies beside it need not be of its run.
         folders = [file.parent if file.name == RESULT_FILE else None for file in files]
         return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
@@ -226,10 +228,11 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
     Raises:
         UserError: If a path does not exist or holds no result, or a result is broken.
     """
-    return [read_result(file) for file in _find_files(paths)]
+    return [read_result(file) for file in find_result_files(paths)]
 
 
-def _find_files(paths: Iterable[Path]) -> list[Path]:
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder; looks and refuses as `find_results`."""
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_file():
@@ -437,6 +440,7 @@ def _build_row(
         cells=cells,
         is_floor=all(_left_alone(result) for result in results),
         folders=tuple(folder for folder in folders if folder is not None),
+        results=tuple(results),
     )
 
 
@@ -480,7 +484,8 @@ def _setting_text(settings: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _cell_text(row: Row, column: Column) -> str:
+def cell_text(row: Row, column: Column) -> str:
+    """Returns a row's figure as people read it: mean ± deviation, the number of runs where not all have it."""
     cell = row.cells.get(column.name)
     if cell is None:
         return MISSING
@@ -494,7 +499,7 @@ def _cell_text(row: Row, column: Column) -> str:
 
 def _marked_text(table: Table, row: Row, column: Column) -> str:
     """A cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
-    text = _cell_text(row, column)
+    text = cell_text(row, column)
     return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
 
 
@@ -748,7 +753,9 @@ _COMPARED = ("difference", "low", "high", "p_value", "n_items", "n_seeds", "n_un
 def _missing_row(table: Table, editor: str) -> Row:
     """A record's row for an editor without a run in the table."""
     model = table.models[0] if len(table.models) == 1 else MISSING
-    return Row(model=model, editor=editor, settings="", tuning_budget=None, seeds=(), cells={}, is_floor=False)
+    return Row(
+        model=model, editor=editor, settings="", tuning_budget=None, seeds=(), cells={}, is_floor=False, results=()
+    )
 
 
 def _render_csv(leaderboard: Leaderboard) -> str:

@@ -45,14 +45,14 @@ def show_request(folder: Path, request_id: str) -> None:
 def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | None] | None:
     if not path.is_file():
         return None
-    table = read_predictions(
+    rows = read_predictions(
         path,
         columns=["n_edits", "score", "text"],
         filters=[("request_id", "=", request_id), ("stream", "=", "edited")],
     )
-    if not len(table):
+    if not rows:
         return None
-    row = max(table.to_pylist(), key=lambda row: row["n_edits"])
+    row = max(rows, key=lambda row: row["n_edits"])
     return row["n_edits"], row["score"], row["text"]
 
 

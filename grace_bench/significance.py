@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean, variance
 
 import numpy as np
-import pyarrow.compute as pc
 
 from grace_bench.comparability import refuse_mixtures
 from grace_bench.errors import UserError
@@ -260,14 +259,14 @@ def _runs_by_seed(folders: Sequence[Path]) -> dict[int, tuple[RunResult, Path]]:
 
 def _final_scores(folder: Path) -> _Scores:
     path = folder / "predictions.parquet"
-    table = read_predictions(path, columns=["n_edits", "stream", "request_id", "probe", "score"])
-    table = table.filter(pc.equal(table["n_edits"], pc.max(table["n_edits"])))
+    last = max((row["n_edits"] for row in read_predictions(path, columns=["n_edits"])), default=0)
     scores: dict[str, dict[_Item, float]] = defaultdict(dict)
-    columns = (table[name].to_pylist() for name in ("stream", "request_id", "probe", "score"))
-    for stream, request_id, probe, score in zip(*columns, strict=True):
-        if (request_id, probe) in scores[stream]:
-            raise UserError(f"{path}: two scores of request '{request_id}' in '{stream}' at the end")
-        scores[stream][request_id, probe] = math.nan if score is None else score
+    columns = ["stream", "request_id", "probe", "score"]
+    for row in read_predictions(path, columns=columns, filters=[("n_edits", "=", last)]):
+        item = (row["request_id"], row["probe"])
+        if item in scores[row["stream"]]:
+            raise UserError(f"{path}: two scores of request '{item[0]}' in '{row['stream']}' at the end")
+        scores[row["stream"]][item] = math.nan if row["score"] is None else row["score"]
     return scores
 
 
