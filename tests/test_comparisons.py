@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from grace_bench.registry import EDITORS
 from grace_bench.results import PREDICTIONS
 from grace_bench.runner import Schedule
 from grace_bench.significance import compare, holm
+from grace_bench.strategy import EditorStrategy
 
 SCHEDULE = Schedule(max_edits=12, eval_every=6, max_upstream=None)
 
@@ -33,8 +33,13 @@ SCHEDULE = Schedule(max_edits=12, eval_every=6, max_upstream=None)
 def toy_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three editors on toy under two seeds."""
     out = tmp_path_factory.mktemp("toy")
-    grace = partial(EDITORS.get("grace"), eps_init=0.5, replacement="replace_last")
-    for name, editor in (("grace", grace), ("ft", "ft"), ("none", "none")):
+
+    def grace(**parts: Any) -> EditorStrategy:
+        editor: EditorStrategy = EDITORS.get("grace")(eps_init=0.5, replacement="replace_last", **parts)
+        return editor
+
+    editors: dict[str, Any] = {"grace": grace, "ft": "ft", "none": "none"}
+    for name, editor in editors.items():
         for seed in (0, 1):
             folder = out / f"{name}-s{seed}"
             settings = RunSettings(seed=seed, schedule=SCHEDULE, threads=1)

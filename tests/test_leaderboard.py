@@ -464,7 +464,7 @@ def latex_rows(text: str) -> dict[str, str]:
 
 
 def test_latex_is_one_table_of_methods_by_streams_as_in_the_paper() -> None:
-    perplexity = {"protocol": PERPLEXITY, "stream": "hallucination", "model": "gpt2"}
+    perplexity: dict[str, Any] = {"protocol": PERPLEXITY, "stream": "hallucination", "model": "gpt2"}
     results = [
         run("ft", scores={"Avg": 0.3, "TRR": 0.2}),
         run("grace"),
