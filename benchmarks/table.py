@@ -12,11 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grace_bench.jobs import compose, execute, execute_meta_training
+from grace_bench.jobs import compose, execute, execute_meta_training, folder_of
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.results import RunResult
 
 
 def main() -> None:
@@ -37,8 +36,8 @@ def main() -> None:
     learners = [pair for pair in pairs if EDITORS.get(pair[1]).needs_meta_training]
     side_by_side(meta_train, learners, jobs=options.jobs)
     runs = [(*pair, seed) for pair, seed in product(pairs, options.seeds)]
-    results = side_by_side(partial(run, out=str(options.out), n_edits=options.edits), runs, jobs=options.jobs)
-    print_leaderboard(Leaderboard(results), "markdown")
+    folders = side_by_side(partial(run, out=str(options.out), n_edits=options.edits), runs, jobs=options.jobs)
+    print_leaderboard(Leaderboard.read(folders), "markdown")
 
 
 def meta_train(pair: tuple[str, str]) -> None:
@@ -47,12 +46,13 @@ def meta_train(pair: tuple[str, str]) -> None:
     execute_meta_training(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
 
 
-def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> RunResult:
-    """Carries out one run, or reuses it."""
+def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> Path:
+    """Carries out one run, or reuses it, and returns its folder."""
     stream, editor, seed = which
     config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}"])
     config.out = out
-    return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    return folder_of(config)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
+    board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.set_defaults(command=_leaderboard)
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
@@ -199,9 +200,15 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    from grace_bench.leaderboard import Leaderboard, find_results, print_leaderboard
+    from grace_bench.leaderboard import Leaderboard, print_leaderboard
 
-    print_leaderboard(Leaderboard(find_results(options.runs), by_stream=options.by == "stream"), options.format)
+    leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream")
+    if options.compare is None:
+        print_leaderboard(leaderboard, options.format)
+    else:
+        from grace_bench.comparisons import compare_editors, print_comparisons
+
+        print_comparisons(compare_editors(leaderboard, *options.compare), options.format)
     return 0
 
 
@@ -227,6 +234,13 @@ def _pretrain(arguments: list[str]) -> int:
 
     pretrain(options.stream, options.overrides, options.out or MODELS_FOLDER / options.stream, seed=options.seed)
     return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) != 2 or not all(names):
+        raise argparse.ArgumentTypeError(f"'{text}' is not two editors with a comma between")
+    return names
 
 
 def _positive(text: str) -> int:

@@ -10,7 +10,6 @@ from grace_bench.jobs import compose, execute, folder_of
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.results import RunResult
 
 _STREAMS = ("atlas-qa", "atlas-text")
 _FOR_COMPARISON = ("grace", "none")
@@ -25,8 +24,8 @@ def demo(out: Path, *, n_edits: int) -> None:
         out: Where run folders are made; finished runs there are reused.
         n_edits: Edits an editor makes.
     """
-    results = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
-    print_leaderboard(Leaderboard(results))
+    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
+    print_leaderboard(Leaderboard.read(folders))
     print(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
 
@@ -43,7 +42,8 @@ def _pairs() -> Iterator[tuple[str, str]]:
     yield from pairs
 
 
-def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> RunResult:
+def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
+    """Returns the run's folder."""
     stream, editor = pair
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
     # Not an override: a path may hold what the override grammar gives a meaning.
@@ -53,4 +53,5 @@ def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> RunResult:
     if folder.exists() and not (folder / "result.json").exists():
         config.existing = "rerun"
     # Several runs cannot each move a bar in one terminal.
-    return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    return folder

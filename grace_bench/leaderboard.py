@@ -1,17 +1,15 @@
 """Leaderboards: finished runs side by side, a row an editor, means and deviations over seeds.
 
 What was not measured the same way is never ranked together: runs on one stream must share its content, the protocol
-(tuning budget aside, which is a column) and, for each model name, the weights.
+(tuning budget aside, which is a column) and, for each model name, the weights. Rows that do not differ significantly
+from the first of their table are marked.
 """
 
-import csv
-import io
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
@@ -22,14 +20,19 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from grace_bench.comparability import refuse_mixtures, value_text
 from grace_bench.errors import UserError, did_you_mean
+from grace_bench.formats import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
 from grace_bench.results import Protocol, RunResult, read_result
+from grace_bench.significance import SIGNIFICANCE_LEVEL, STREAM_ROLES, Comparison, compare, holm
 from grace_bench.terminal import table_console
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 
 RESULT_FILE = "result.json"
 MISSING = "–"
+TIED = "≈"
+UNCOMPARED = "?"
 
 _SCORES = ("TRR", "ERR", "Avg", "ES", "Holdout")
 _OPTIONAL_SCORES = ("ARR", "Locality", "Portability")
@@ -79,6 +82,12 @@ class Row:
         seeds: The runs' seeds in ascending order.
         cells: Figures by column name; a figure that no run has is left out.
         is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
+        results: The runs, by seed.
+        folders: The run folders, in the order of `seeds`; empty where they are not known.
+        comparison: This row with the first of its table, in the score that ranks it; None for the first, and where the
+            two cannot be compared.
+        p_holm: The comparison's p-value, corrected for the rows of the table (Holm 1979).
+        not_compared: Why there is no comparison; None where there is one and for the first row.
     """
 
     model: str
@@ -88,11 +97,23 @@ class Row:
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
     is_floor: bool
+    results: tuple[RunResult, ...]
+    folders: tuple[Path, ...] = ()
+    comparison: Comparison | None = None
+    p_holm: float | None = None
+    not_compared: str | None = None
 
     @property
     def name(self) -> str:
         """The editor, with the settings that tell it from its neighbours."""
         return f"{self.editor} ({self.settings})" if self.settings else self.editor
+
+    @property
+    def mark(self) -> str:
+        """What stands beside the ranking score: `≈` if it is not significantly off the first row's, `?` if unknown."""
+        if self.not_compared is not None:
+            return UNCOMPARED
+        return TIED if self.p_holm is not None and self.p_holm >= SIGNIFICANCE_LEVEL else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +128,7 @@ class Table:
         ranked_by: The column that orders the rows: `Avg`, or `ERR` where no run has an Avg, as with perplexity.
         columns: The measured columns.
         rows: Best first; rows without the ranking figure come last.
+        missing: Editors that have runs in other tables and none in this one.
     """
 
     stream: str
@@ -116,6 +138,7 @@ class Table:
     ranked_by: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
 
     def best(self, column: Column) -> frozenset[int]:
         """Returns the indices of the rows to mark as best in a column.
@@ -144,6 +167,8 @@ class Leaderboard:
 
     Args:
         results: Finished runs, at least one.
+        folders: The run folder of each result in their order, None where it is not known. Rows without them are not
+            compared.
         by_stream: Whether the models of a stream stand in one table; otherwise each model has its own, so that editors
             are compared on equal terms. Streams never share a table: their scores have no common scale.
 
@@ -156,15 +181,38 @@ class Leaderboard:
             runs and the first field that differs.
     """
 
-    def __init__(self, results: Sequence[RunResult], *, by_stream: bool = False) -> None:
+    def __init__(
+        self, results: Sequence[RunResult], *, folders: Sequence[Path | None] = (), by_stream: bool = False
+    ) -> None:
         if not results:
             raise UserError("a leaderboard needs at least one finished run")
-        _refuse_mixtures(results)
+        refuse_mixtures(results)
+        folder_of: dict[tuple[Any, ...], Path] = {}
+        for result, folder in zip(results, folders, strict=True) if folders else ():
+            if folder is not None:
+                folder_of.setdefault((_configuration(result), result.seed), folder)
         groups: dict[tuple[str, ...], list[RunResult]] = {}
         for result in _without_repeats(results):
             key = (result.stream.name,) if by_stream else (result.stream.name, result.model.name)
             groups.setdefault(key, []).append(result)
-        self.tables: tuple[Table, ...] = tuple(_build_table(groups[key]) for key in sorted(groups))
+        editors = sorted({result.editor.name for result in results})
+        self.tables: tuple[Table, ...] = tuple(_build_table(groups[key], editors, folder_of) for key in sorted(groups))
+
+    @classmethod
+    def read(cls, paths: Iterable[Path], *, by_stream: bool = False) -> "Leaderboard":
+        """Makes a leaderboard of the runs in some folders.
+
+        Args:
+            paths: As `find_results` takes them.
+            by_stream: As for the constructor.
+
+        Raises:
+            UserError: As `find_results` and the constructor do.
+        """
+        files = find_result_files(paths)
+        # Of a result under another name, what lies beside it need not be of its run.
+        folders = [file.parent if file.name == RESULT_FILE else None for file in files]
+        return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
 
 
 def find_results(paths: Iterable[Path]) -> list[RunResult]:
@@ -180,6 +228,11 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
     Raises:
         UserError: If a path does not exist or holds no result, or a result is broken.
     """
+    return [read_result(file) for file in find_result_files(paths)]
+
+
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder; looks and refuses as `find_results`."""
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_file():
@@ -187,12 +240,12 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
         elif path.is_dir():
             found = _result_files(path)
         else:
-            raise UserError(f"{_shown(str(path))}: no such file or folder")
+            raise UserError(f"{visible(str(path))}: no such file or folder")
         if not found:
-            raise UserError(f"{_shown(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
+            raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
         for file in found:
             files.setdefault(file.resolve(), file)
-    return [read_result(file) for file in files.values()]
+    return list(files.values())
 
 
 def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
@@ -234,7 +287,7 @@ def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableT
 
 def _result_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise UserError(f"{_shown(str(error.filename))}: {error.strerror}") from error
+        raise UserError(f"{visible(str(error.filename))}: {error.strerror}") from error
 
     found = []
     for where, folders, files in os.walk(folder, onerror=refuse):
@@ -243,29 +296,6 @@ def _result_files(folder: Path) -> list[Path]:
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
-
-
-def _refuse_mixtures(results: Sequence[RunResult]) -> None:
-    """Raises if two runs on one stream were not measured alike."""
-    first_on_stream: dict[str, RunResult] = {}
-    first_of_model: dict[tuple[str, str], RunResult] = {}
-    for result in results:
-        first = first_on_stream.setdefault(result.stream.name, result)
-        _refuse_difference(first, result, "stream", {"fingerprint", "task"})
-        _refuse_difference(first, result, "protocol", set(Protocol.model_fields) - {"tuning_budget"})
-        first = first_of_model.setdefault((result.stream.name, result.model.name), result)
-        _refuse_difference(first, result, "model", {"dtype"})
-        _refuse_difference(first, result, "model", {"fingerprint"})
-
-
-def _refuse_difference(first: RunResult, second: RunResult, part: str, fields: set[str]) -> None:
-    one, two = (getattr(run, part).model_dump(mode="json", include=fields) for run in (first, second))
-    name = next((name for name in one if one[name] != two[name]), None)
-    if name is not None:
-        raise UserError(
-            f"runs {_shown(first.run_id)} and {_shown(second.run_id)} cannot stand in one table: {part}.{name} is "
-            f"{_value_text(one[name])} in the first and {_value_text(two[name])} in the second"
-        )
 
 
 def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:
@@ -277,9 +307,9 @@ def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:
         differing = next((name for name in [*one, *two] if one.get(name) != two.get(name)), None)
         if differing is not None:
             raise UserError(
-                f"runs {_shown(earlier.run_id)} and {_shown(result.run_id)} share configuration and seed but differ: "
-                f"{_shown(differing)} is {_value_text(one.get(differing))} in the first and "
-                f"{_value_text(two.get(differing))} in the second; leave one of them out"
+                f"runs {visible(earlier.run_id)} and {visible(result.run_id)} share configuration and seed but differ: "
+                f"{visible(differing)} is {value_text(one.get(differing))} in the first and "
+                f"{value_text(two.get(differing))} in the second; leave one of them out"
             )
     return list(kept.values())
 
@@ -291,13 +321,13 @@ def _configuration(result: RunResult) -> tuple[Any, ...]:
         (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
         for name, value in _settings(result).items()
     )
-    return (result.stream.name, result.model.name, result.editor.name, settings, result.protocol.tuning_budget)
+    return (result.stream.name, result.model.name, result.editor.name, settings)
 
 
 def _settings(result: RunResult) -> dict[str, Any]:
     """The settings that tell two runs of one editor on one model apart, by dotted name."""
     editor = result.editor.model_dump(mode="json", exclude={"name", "seed"})
-    return {**_flattened(editor), "layer": result.model.layer}
+    return {**_flattened(editor), "layer": result.model.layer, "tuning_budget": result.protocol.tuning_budget}
 
 
 def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -310,14 +340,16 @@ def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _build_table(results: Sequence[RunResult]) -> Table:
+def _build_table(
+    results: Sequence[RunResult], editors: Sequence[str], folder_of: Mapping[tuple[Any, ...], Path]
+) -> Table:
     first = results[0]
     columns = _columns(results)
     by_configuration: dict[tuple[Any, ...], list[RunResult]] = {}
     for result in results:
         by_configuration.setdefault(_configuration(result), []).append(result)
     groups = list(by_configuration.values())
-    rows = [_build_row(group, columns, _differing_settings(group[0], groups)) for group in groups]
+    rows = [_build_row(group, columns, _differing_settings(group[0], groups), folder_of) for group in groups]
     ranked_by = "Avg" if any("Avg" in row.cells for row in rows) else "ERR"
     sign = -1 if first.protocol.higher_is_better else 1
 
@@ -332,8 +364,40 @@ def _build_table(results: Sequence[RunResult]) -> Table:
         protocol=first.protocol,
         ranked_by=ranked_by,
         columns=columns,
-        rows=tuple(sorted(rows, key=rank)),
+        rows=_compared_with_first(sorted(rows, key=rank), ranked_by),
+        missing=tuple(editor for editor in editors if editor not in {row.editor for row in rows}),
     )
+
+
+def _compared_with_first(rows: Sequence[Row], ranked_by: str) -> tuple[Row, ...]:
+    """Compares each ranked row with the first."""
+    first, *others = rows
+    compared = [first]
+    for row in others:
+        if ranked_by in row.cells:
+            try:
+                row = replace(row, comparison=compare_rows(row, first, ranked_by))
+            except UserError as error:
+                row = replace(row, not_compared=str(error))
+        compared.append(row)
+    indices = [index for index, row in enumerate(compared) if row.comparison is not None]
+    corrected = holm([row.comparison.p_value for row in compared if row.comparison is not None])
+    for index, p_value in zip(indices, corrected, strict=True):
+        compared[index] = replace(compared[index], p_holm=p_value)
+    return tuple(compared)
+
+
+def compare_rows(first: Row, second: Row, metric: str) -> Comparison:
+    """Compares two rows of a table in one score.
+
+    Raises:
+        UserError: If that cannot be done, with the reason.
+    """
+    for row in (first, second):
+        if not row.folders:
+            raise UserError("the run folders are not known")
+    role = STREAM_ROLES.get(metric, "edited")
+    return compare(first.folders, second.folders, names=(first.name, second.name), stream_role=role, metric=metric)
 
 
 def _columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
@@ -352,8 +416,15 @@ def _columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
     )
 
 
-def _build_row(results: Sequence[RunResult], columns: Sequence[Column], settings: str) -> Row:
+def _build_row(
+    results: Sequence[RunResult],
+    columns: Sequence[Column],
+    settings: str,
+    folder_of: Mapping[tuple[Any, ...], Path],
+) -> Row:
+    results = sorted(results, key=lambda result: result.seed)
     first = results[0]
+    folders = [folder_of.get((_configuration(result), result.seed)) for result in results]
     cells = {}
     for column in columns:
         figures = [figure for result in results if (figure := _figure(result, column.name)) is not None]
@@ -365,9 +436,11 @@ def _build_row(results: Sequence[RunResult], columns: Sequence[Column], settings
         editor=first.editor.name,
         settings=settings,
         tuning_budget=first.protocol.tuning_budget,
-        seeds=tuple(sorted(result.seed for result in results)),
+        seeds=tuple(result.seed for result in results),
         cells=cells,
         is_floor=all(_left_alone(result) for result in results),
+        folders=tuple(folder for folder in folders if folder is not None),
+        results=tuple(results),
     )
 
 
@@ -397,6 +470,10 @@ def _differing_settings(result: RunResult, groups: Sequence[Sequence[RunResult]]
     differing = [
         name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
     ]
+    # The budget has a column of its own: it is part of the name only where nothing else tells two rows apart.
+    told = [name for name in differing if name != "tuning_budget"]
+    if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in told) for s in others) == 1:
+        differing = told
     return ", ".join(f"{name}={_setting_text(own, name)}" for name in differing)
 
 
@@ -407,30 +484,23 @@ def _setting_text(settings: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _value_text(value: Any) -> str:
-    return _shown(json.dumps(value, ensure_ascii=False))
-
-
-def _shown(text: str) -> str:
-    r"""Returns the text with characters that steer a terminal or a line written as escapes.
-
-    >>> _shown("a\x1b[1m")
-    'a\\x1b[1m'
-    """
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else c
-        for c in text
-    )
-
-
-def _cell_text(row: Row, column: Column) -> str:
+def cell_text(row: Row, column: Column) -> str:
+    """Returns a row's figure as people read it: mean ± deviation, the number of runs where not all have it."""
     cell = row.cells.get(column.name)
     if cell is None:
         return MISSING
     text = _number(cell.mean, column)
     if cell.std is not None:
         text += f" ± {_number(cell.std, column)}"
-    return text if cell.n == len(row.seeds) else f"{text} (n={cell.n})"
+    if cell.n != len(row.seeds):
+        text += f" (n={cell.n})"
+    return text
+
+
+def _marked_text(table: Table, row: Row, column: Column) -> str:
+    """A cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
+    text = cell_text(row, column)
+    return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
 
 
 def _number(value: float, column: Column) -> str:
@@ -441,7 +511,7 @@ def _number(value: float, column: Column) -> str:
 def _caption(table: Table) -> str:
     direction = "higher" if table.protocol.higher_is_better else "lower"
     models = ", ".join(table.models)
-    return _shown(
+    return visible(
         f"{table.stream} · {models} · {table.protocol.main_score}, {direction} is better · ranked by {table.ranked_by}"
     )
 
@@ -456,17 +526,32 @@ def _headers(table: Table) -> list[str]:
     return [*names, *(column.header for column in table.columns), "tuning", "runs"]
 
 
-def _body(table: Table) -> list[list[tuple[str, bool]]]:
+def _notes(table: Table) -> list[str]:
+    """What the marks of a table mean."""
+    notes = []
+    if any(row.mark == TIED for row in table.rows):
+        notes.append(
+            f"{TIED} {table.ranked_by} not significantly off the first row's (paired bootstrap over requests, "
+            f"p ≥ {SIGNIFICANCE_LEVEL} after Holm's correction for the table's rows)"
+        )
+    reasons = dict.fromkeys(row.not_compared for row in table.rows if row.not_compared is not None)
+    notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
+    if table.missing:
+        notes.append(f"{MISSING} no run here: {', '.join(table.missing)}")
+    return [visible(note) for note in notes]
+
+
+def _body(table: Table) -> list[Line]:
     """The rows as texts, each with whether it is marked."""
     best = {column.name: table.best(column) for column in table.columns}
-    lines = []
+    lines: list[Line] = []
     for index, row in enumerate(table.rows):
         names = [row.model, row.name][-_n_names(table) :]
-        budget = MISSING if row.tuning_budget is None else _shown(row.tuning_budget)
+        budget = MISSING if row.tuning_budget is None else visible(row.tuning_budget)
         lines.append(
             [
-                *((_shown(name), False) for name in names),
-                *((_cell_text(row, column), index in best[column.name]) for column in table.columns),
+                *((visible(name), False) for name in names),
+                *((_marked_text(table, row, column), index in best[column.name]) for column in table.columns),
                 (budget, False),
                 (str(len(row.seeds)), False),
             ]
@@ -496,6 +581,8 @@ class _Fitted:
         else:
             yield _grid(self.table, [*names, *scores], deviation="\n±")
             yield _grid(self.table, [*names, *costs], deviation="\n±")
+        if notes := _notes(self.table):
+            yield Text("\n".join([*notes, ""]))
 
 
 _UNBOUNDED_WIDTH = 10_000
@@ -525,71 +612,103 @@ def _grid(table: Table, chosen: Sequence[int], *, deviation: str) -> RichTable:
 def _render_markdown(leaderboard: Leaderboard) -> str:
     blocks = []
     for table in leaderboard.tables:
-        n_names = _n_names(table)
-        headers = _headers(table)
-        lines = [
-            _markdown_row(_markdown_text(header) for header in headers),
-            _markdown_row(":---" if index < n_names else "---:" for index in range(len(headers))),
-        ]
-        for line in _body(table):
-            texts = ((_markdown_text(text), marked) for text, marked in line)
-            lines.append(_markdown_row(f"**{text}**" if marked else text for text, marked in texts))
-        blocks.append(f"{_markdown_text(_caption(table))}\n\n" + "\n".join(lines) + "\n")
+        shown = markdown_table(_headers(table), _body(table), n_names=_n_names(table))
+        notes = "".join(f"\n{markdown_text(note)}\n" for note in _notes(table))
+        blocks.append(f"{markdown_text(_caption(table))}\n\n{shown}{notes}")
     return "\n".join(blocks)
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~#$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-
-
-def _markdown_text(text: str) -> str:
-    return text.translate(_MARKDOWN)
 
 
 def _render_latex(leaderboard: Leaderboard) -> str:
-    blocks = []
-    for table in leaderboard.tables:
-        n_names = _n_names(table)
-        headers = _headers(table)
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex_text(_caption(table))}}}",
-            rf"\begin{{tabular}}{{{'l' * n_names}{'r' * (len(headers) - n_names)}}}",
-            r"\hline",
-            " & ".join(_latex_text(header) for header in headers) + r" \\",
-            r"\hline",
+    """One table in the layout of table 1 of Hartvigsen et al. 2023: a row a method, a group of columns a stream."""
+    tables = leaderboard.tables
+    several_models = any(len(table.models) > 1 for table in tables)
+    methods = list(dict.fromkeys(_method(row, several_models) for table in tables for row in table.rows))
+    groups = [_paper_columns(table) for table in tables]
+    titles, rules, start = [], [], 2
+    for table, columns in zip(tables, groups, strict=True):
+        titles.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(_group_title(table))}}}")
+        rules.append(rf"\cmidrule(lr){{{start}-{start + len(columns) - 1}}}")
+        start += len(columns)
+    headers = ["Method", *(_PAPER_HEADERS.get(c.name, c.header) for columns in groups for c in columns)]
+    lines = [
+        "% \\usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{l{'r' * (start - 2)}}}",
+        r"\toprule",
+        " & " + " & ".join(titles) + r" \\",
+        " ".join(rules),
+        latex_cells([(header, False) for header in headers]),
+        r"\midrule",
+    ]
+    cells_of = [_paper_cells(table, columns, several_models) for table, columns in zip(tables, groups, strict=True)]
+    for method in methods:
+        cells = [
+            cell
+            for of_method, columns in zip(cells_of, groups, strict=True)
+            for cell in of_method.get(method, [(MISSING, False)] * len(columns))
         ]
-        for line in _body(table):
-            texts = ((_latex_text(text), marked) for text, marked in line)
-            lines.append(" & ".join(rf"\textbf{{{text}}}" if marked else text for text, marked in texts) + r" \\")
-        lines += [r"\hline", r"\end{tabular}", r"\end{table}"]
-        blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks)
+        lines.append(latex_cells([(visible(method), False), *cells]))
+    notes = [note for table in tables for note in _paper_notes(table, several_models)]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{latex_text(' '.join(dict.fromkeys(notes)))}}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-_LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        '"': r"\textquotedbl{}",
-        "±": r"$\pm$",
-        "·": r"\textperiodcentered{}",
-        MISSING: "--",
+_PAPER_HEADERS = {"Avg": "Avg."}
+
+
+def _method(row: Row, several_models: bool) -> str:
+    return f"{row.model} {row.name}" if several_models else row.name
+
+
+def _group_title(table: Table) -> str:
+    direction = "↑" if table.protocol.higher_is_better else "↓"
+    return visible(f"{table.stream} ({', '.join(table.models)}; {table.protocol.main_score} {direction})")
+
+
+def _paper_columns(table: Table) -> list[Column]:
+    """TRR, ERR, their mean (for perplexity ARR in its place) and the number of edits."""
+    third = "Avg" if table.ranked_by == "Avg" else "ARR"
+    return [column for column in table.columns if column.name in ("TRR", "ERR", third, "n_edits")]
+
+
+def _paper_cells(table: Table, columns: Sequence[Column], several_models: bool) -> dict[str, Line]:
+    best = {column.name: table.best(column) for column in columns}
+    return {
+        _method(row, several_models): [
+            (_marked_text(table, row, column), index in best[column.name]) for column in columns
+        ]
+        for index, row in enumerate(table.rows)
     }
-)
 
 
-def _latex_text(text: str) -> str:
-    return text.translate(_LATEX)
+def _paper_notes(table: Table, several_models: bool) -> list[str]:
+    seeds: dict[int, list[str]] = {}
+    budgets: dict[str, list[str]] = {}
+    for row in table.rows:
+        method = _method(row, several_models)
+        seeds.setdefault(len(row.seeds), []).append(method)
+        budgets.setdefault(MISSING if row.tuning_budget is None else row.tuning_budget, []).append(method)
+    return [
+        visible(f"{text}.")
+        for text in (
+            "Mean ± standard deviation over seeds, bold the best of a column",
+            f"{table.stream}: n = {_shared_by(seeds)}; tuning {_shared_by(budgets)}",
+            *_notes(replace(table, missing=())),
+        )
+    ]
+
+
+def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
+    """`3`, or `3 (grace, ft), 1 (none)` where rows differ."""
+    if len(groups) == 1:
+        return str(next(iter(groups)))
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
 
 
 def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
@@ -600,14 +719,14 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     ordered += [name for name in columns if name not in ordered]
     records = []
     for table in leaderboard.tables:
-        for rank, row in enumerate(table.rows, start=1):
+        for rank, row in enumerate((*table.rows, *(_missing_row(table, editor) for editor in table.missing)), start=1):
             record: dict[str, Any] = {
                 "stream": table.stream,
                 "task": table.task,
                 "main_score": table.protocol.main_score,
                 "higher_is_better": table.protocol.higher_is_better,
                 "ranked_by": table.ranked_by,
-                "rank": rank,
+                "rank": rank if row.seeds else None,
                 "model": row.model,
                 "editor": row.editor,
                 "settings": row.settings,
@@ -620,19 +739,28 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
                 record[f"{name}_mean"] = cell.mean if cell else None
                 record[f"{name}_std"] = cell.std if cell else None
                 record[f"{name}_n"] = cell.n if cell else 0
+            for name in _COMPARED:
+                record[f"vs_first_{name}"] = getattr(row.comparison, name, None)
+            record["vs_first_p_holm"] = row.p_holm
+            record["vs_first_not_compared"] = row.not_compared
             records.append(record)
     return records
 
 
+_COMPARED = ("difference", "low", "high", "p_value", "n_items", "n_seeds", "n_unpaired", "n_nan")
+
+
+def _missing_row(table: Table, editor: str) -> Row:
+    """A record's row for an editor without a run in the table."""
+    model = table.models[0] if len(table.models) == 1 else MISSING
+    return Row(
+        model=model, editor=editor, settings="", tuning_budget=None, seeds=(), cells={}, is_floor=False, results=()
+    )
+
+
 def _render_csv(leaderboard: Leaderboard) -> str:
     records = _records(leaderboard)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        record["seeds"] = " ".join(str(seed) for seed in record["seeds"])
-        writer.writerow({name: _shown(v) if isinstance(v, str) else v for name, v in record.items()})
-    return buffer.getvalue()
+    return csv_text([{**record, "seeds": " ".join(str(seed) for seed in record["seeds"])} for record in records])
 
 
 def _render_json(leaderboard: Leaderboard) -> str:

@@ -192,6 +192,12 @@ def test_the_tuning_budget_stands_in_the_table_and_keeps_rows_apart() -> None:
         ("grace", "20 trials"),
     ]
     assert "| 20 trials |" in str(render(Leaderboard(results), "markdown"))
+    assert {row.name for row in table.rows} == {"ft", "grace (tuning_budget=20 trials)", "grace (tuning_budget=null)"}
+
+
+def test_the_tuning_budget_is_no_part_of_a_name_that_other_settings_tell_apart() -> None:
+    table = only_table(run(protocol={"tuning_budget": "20 trials"}, lr=1.0), run(lr=0.1))
+    assert {row.name for row in table.rows} == {"grace (lr=1.0)", "grace (lr=0.1)"}
 
 
 # --- order and marks -------------------------------------------------------------------------------------------------
@@ -436,19 +442,63 @@ def test_markdown_is_a_table_whose_cells_cannot_break_out() -> None:
 
 def test_latex_is_escaped() -> None:
     results = [run(NASTY, seed=seed, scores={"TRR": 0.9 + seed / 100}) for seed in (0, 1)]
-    text = str(render(Leaderboard([*results, run("b", scores={"n_keys": None})]), "latex"))
+    text = str(render(Leaderboard([*results, run("b", scores={"ERR": None})]), "latex"))
     escaped = (
         r"a\textbar{}b\&c\_d\textless{}e\textgreater{}\textbackslash{}f\%g\#h\{i\}\textasciitilde{}"
         r"j\textasciicircum{}k[bold]l*m`n\$o\textbackslash{}x1b[31m\textbackslash{}n\textbackslash{}u202e"
     )
     assert f"\n{escaped} & " in text
     assert r"\textbf{0.905 $\pm$ 0.007}" in text
-    assert r" & \#E & keys & " in text
     assert "& -- &" in text
-    body = text.partition(r"\hline")[2].rpartition(r"\hline")[0]
+    body = text.partition(r"\midrule")[2].rpartition(r"\bottomrule")[0]
     rows = [line for line in body.splitlines() if line.endswith(r"\\")]
-    assert len({line.replace(r"\&", "").count("&") for line in rows}) == 1
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {4}
     assert text.isascii() or "·" not in text
+
+
+def latex_rows(text: str) -> dict[str, str]:
+    """The cells of a LaTeX table by method, with spaces between."""
+    body = text.partition("\\midrule\n")[2].partition("\\bottomrule")[0]
+    cells = [line.removesuffix(r" \\").split(" & ") for line in body.splitlines()]
+    return {method: " ".join(figures) for method, *figures in cells}
+
+
+def test_latex_is_one_table_of_methods_by_streams_as_in_the_paper() -> None:
+    perplexity: dict[str, Any] = {"protocol": PERPLEXITY, "stream": "hallucination", "model": "gpt2"}
+    results = [
+        run("ft", scores={"Avg": 0.3, "TRR": 0.2}),
+        run("grace"),
+        run("grace", scores={"Avg": None, "ERR": 7.14, "TRR": 15.84, "ARR": 10.0, "n_edits": 1392.0}, **perplexity),
+        run("memory", scores={"Avg": None, "ERR": 9.5, "TRR": 20.0, "ARR": None}, **perplexity),
+    ]
+    text = str(render(Leaderboard(results), "latex"))
+    lines = text.splitlines()
+    assert r"\begin{tabular}{lrrrrrrrr}" in lines
+    titles = next(line for line in lines if "multicolumn" in line)
+    assert r"\multicolumn{4}{c}{atlas-qa (atlas-qa; f1 $\uparrow$)}" in titles
+    assert r"\multicolumn{4}{c}{hallucination (gpt2; perplexity $\downarrow$)}" in titles
+    assert r"\cmidrule(lr){2-5} \cmidrule(lr){6-9}" in lines
+    assert r"Method & TRR & ERR & Avg. & \#E & TRR & ERR & ARR & \#E \\" in lines
+    assert latex_rows(text) == {
+        "grace": r"\textbf{0.900} \textbf{0.800} \textbf{0.850} 300 \textbf{15.84} \textbf{7.14} 10.00 1392",
+        "ft": r"0.200 \textbf{0.800} ? 0.300 300 -- -- -- --",
+        "memory": "-- -- -- -- 20.00 ? 9.50 -- 300",
+    }
+
+
+def test_the_caption_in_latex_tells_seeds_and_budgets() -> None:
+    results = [run(seed=seed, protocol={"tuning_budget": "5 trials"}) for seed in (0, 1)]
+    text = str(render(Leaderboard([*results, run("ft", scores={"Avg": 0.1})]), "latex"))
+    assert "atlas-qa: n = 2 (grace), 1 (ft); tuning 5 trials (grace), -- (ft)." in text
+
+
+@pytest.mark.parametrize("fmt", ["table", "markdown"])
+def test_an_editor_without_a_run_on_a_stream_is_shown_as_missing_there(fmt: Any) -> None:
+    leaderboard = Leaderboard([run("grace"), run("ft"), run("grace", stream="scotus"), run("a|b", stream="scotus")])
+    assert [table.missing for table in leaderboard.tables] == [("a|b",), ("ft",)]
+    shown = as_terminal(leaderboard) if fmt == "table" else str(render(leaderboard, "markdown"))
+    assert "– no run here: ft" in shown
+    assert r"– no run here: a\|b".replace("\\", "\\" if fmt == "markdown" else "") in shown
 
 
 def test_the_terminal_shows_names_and_obeys_none() -> None:
@@ -488,9 +538,13 @@ def test_csv_and_json_carry_mean_deviation_and_n_at_full_precision() -> None:
     leaderboard = Leaderboard(results)
     from_json = json.loads(str(render(leaderboard, "json")))
     from_csv = list(csv.DictReader(io.StringIO(str(render(leaderboard, "csv")))))
-    assert len(from_json) == len(from_csv) == 2
+    assert len(from_json) == len(from_csv) == 4
     assert list(from_json[0]) == list(from_json[1]) == list(from_csv[0])
-    first, second = from_json
+    first, missing_there, second, missing_here = from_json
+    assert (missing_there["stream"], missing_there["editor"]) == ("atlas-qa", "ft")
+    assert (missing_here["stream"], missing_here["editor"]) == ("other", NASTY)
+    for record in (missing_there, missing_here):
+        assert (record["rank"], record["n_runs"], record["ERR_mean"], record["ERR_n"]) == (None, 0, None, 0)
     assert first["editor"] == NASTY
     assert (first["seeds"], from_csv[0]["seeds"]) == ([0, 1, 2], "0 1 2")
     for record in (first, from_csv[0]):
