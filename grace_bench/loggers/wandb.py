@@ -9,11 +9,29 @@ from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench.errors import reason_of
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+INIT_TIMEOUT = 30.0
+"""Seconds that a run waits for W&B to answer at its start, unless WANDB_INIT_TIMEOUT says otherwise."""
+FINISH_TIMEOUT = 120.0
+"""Seconds that a run waits for W&B to take what is left at its end, unless WANDB_FINISH_TIMEOUT says otherwise."""
+
+
+def logged_in() -> bool:
+    """Tells whether W&B has a key, asking nobody and sending nothing.
+
+    Raises:
+        Exception: Whatever W&B has against the key itself.
+    """
+    import wandb
+
+    # What is found is W&B's to use, not to be told of in front of every run.
+    wandb.setup(settings=wandb.Settings(silent=True))
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 class WandbLogger(RunLogger):
@@ -59,15 +77,26 @@ class WandbLogger(RunLogger):
             self._guard(lambda: self._close(result))
 
     def _open(self, plan: RunPlan) -> None:
+        # W&B's reports on itself go to the same server, and hold up the end of the program if that one hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mode: str | None = self._mode
+        try:
+            if mode == "auto":
+                # W&B's own switch comes first.
+                mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+            self._run = self._start(plan, mode)
+        except Exception as error:
+            if mode in ("offline", "disabled") or isinstance(error, ImportError):
+                raise
+            self._run = self._start(plan, "offline")
+            _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
+
+    def _start(self, plan: RunPlan, mode: str) -> Any:
         import wandb
 
-        mode: Mode | None = self._mode
-        if mode == "auto":
-            # None leaves it to W&B's own switch.
-            chosen = os.environ.get("WANDB_MODE")
-            mode = None if chosen else "online" if wandb.login(prompt=False, verify=False) else "offline"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
+        run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
@@ -75,10 +104,19 @@ class WandbLogger(RunLogger):
             config=plan.config,
             dir=str(self._folder),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=timeout,
+                # One request may take no longer than all of them.
+                x_graphql_timeout_seconds=timeout,
+                finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
+                finish_timeout_raises=True,
+            ),
         )
-        self._run.define_metric("n_edits")
-        self._run.define_metric("*", step_metric="n_edits")
+        run.define_metric("n_edits")
+        run.define_metric("*", step_metric="n_edits")
+        return run
 
     def _send(self, n_edits: int) -> None:
         values, self._values = self._values, {}
@@ -113,8 +151,17 @@ class WandbLogger(RunLogger):
                 # An open run would take in what the next one logs.
                 with suppress(Exception):
                     run.finish(exit_code=1)
-            reason = str(error).strip().splitlines()
-            print(
-                f"grace-bench: W&B is off for this run ({reason[0] if reason else type(error).__name__})",
-                file=sys.stderr,
-            )
+            kept = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
+            _say(f"W&B is off for this run ({reason_of(error)}){kept}")
+
+
+def _sync(run: Any) -> str:
+    return f"wandb sync {run.settings.sync_dir}"
+
+
+def _seconds(variable: str, default: float) -> float:
+    return float(os.environ.get(variable, default))
+
+
+def _say(text: str) -> None:
+    print(f"grace-bench: {text}", file=sys.stderr)
