@@ -117,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.set_defaults(command=_leaderboard)
 
+    dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
+    dashboard.add_argument("project", nargs="?", default="grace-bench", help="the W&B project (default grace-bench)")
+    dashboard.add_argument("--entity", help="the project's owner (default: who is logged in)")
+    dashboard.add_argument("--group", help="only the runs of this W&B group, as atlas-qa/atlas-qa")
+    dashboard.add_argument("--out", type=Path, default=Path("dashboard"), help="where the specification is written")
+    dashboard.set_defaults(command=_dashboard)
+
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -202,6 +209,13 @@ def _leaderboard(options: argparse.Namespace) -> int:
     from grace_bench.leaderboard import Leaderboard, find_results, print_leaderboard
 
     print_leaderboard(Leaderboard(find_results(options.runs), by_stream=options.by == "stream"), options.format)
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from grace_bench.dashboard import dashboard
+
+    dashboard(options.project, entity=options.entity, group=options.group, out=options.out, say=print)
     return 0
 
 

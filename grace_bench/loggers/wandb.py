@@ -1,10 +1,13 @@
 """Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
 
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
@@ -13,6 +16,7 @@ from grace_bench.errors import reason_of
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
+from grace_bench.wandb_account import logged_in, no_reports_on_itself
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_TIMEOUT = 30.0
@@ -21,21 +25,10 @@ FINISH_TIMEOUT = 120.0
 """Seconds that a run waits for W&B to take what is left at its end, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
-def logged_in() -> bool:
-    """Tells whether W&B has a key, asking nobody and sending nothing.
-
-    Raises:
-        Exception: Whatever W&B has against the key itself.
-    """
-    import wandb
-
-    # What is found is W&B's to use, not to be told of in front of every run.
-    wandb.setup(settings=wandb.Settings(silent=True))
-    return bool(wandb.login(prompt=False, verify=False))
-
-
 class WandbLogger(RunLogger):
     """Logs the configuration, every metric against `n_edits`, one table of edits, and the run folder as an artifact.
+
+    At the end it adds ERR by the age of the edit, the last metrics as `final/NAME` and the costs as `cost/NAME`.
 
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
 
@@ -77,8 +70,7 @@ class WandbLogger(RunLogger):
             self._guard(lambda: self._close(result))
 
     def _open(self, plan: RunPlan) -> None:
-        # W&B's reports on itself go to the same server, and hold up the end of the program if that one hangs.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        no_reports_on_itself()
         self._folder.mkdir(parents=True, exist_ok=True)
         mode: str | None = self._mode
         try:
@@ -116,6 +108,8 @@ class WandbLogger(RunLogger):
         )
         run.define_metric("n_edits")
         run.define_metric("*", step_metric="n_edits")
+        run.define_metric("age")
+        run.define_metric("ERR_by_age", step_metric="age")
         return run
 
     def _send(self, n_edits: int) -> None:
@@ -129,9 +123,12 @@ class WandbLogger(RunLogger):
         run, self._run = self._run, None
         if result is not None:
             records = read_edits(self._folder / "edits.jsonl").values()
+            for age, score in _retention_by_age(records, self._folder / "predictions.parquet"):
+                run.log({"age": age, "ERR_by_age": score})
             rows = [list(record.model_dump(mode="json").values()) for record in records]
             run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
             run.summary.update({f"final/{name}": value for name, value in result.metrics.items()})
+            run.summary.update({f"cost/{name}": value for name, value in result.cost.model_dump().items()})
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
@@ -153,6 +150,30 @@ class WandbLogger(RunLogger):
                     run.finish(exit_code=1)
             kept = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
             _say(f"W&B is off for this run ({reason_of(error)}){kept}")
+
+
+def _retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[tuple[float, float]]:
+    """Returns the mean score of the last evaluation by the age of the edit, in tenths of the run.
+
+    The age of an edit is the number of edits made after it; a tenth stands at the middle of its ages.
+    """
+    import pyarrow.parquet as pq
+
+    made = {record.id: record.n_edits for record in records if record.edited}
+    if not made:
+        return []
+    n_edits = max(made.values())
+    rows = pq.read_table(
+        predictions,
+        columns=["request_id", "score"],
+        filters=[("stream", "=", "edited"), ("n_edits", "=", n_edits)],
+    ).to_pylist()
+    width = math.ceil(n_edits / 10)
+    scores: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["score"] is not None and math.isfinite(row["score"]):
+            scores[(n_edits - made[row["request_id"]]) // width].append(row["score"])
+    return [(tenth * width + (width - 1) / 2, fmean(scores[tenth])) for tenth in sorted(scores)]
 
 
 def _sync(run: Any) -> str:
