@@ -143,6 +143,9 @@ def _run(overrides: list[str]) -> int:
         print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
         print("paper=zsre, scotus or hallucination takes a published setting whole, paper=figure4 a published sweep.")
         return 0
+    from grace_bench.wandb_account import import_avalanche
+
+    import_avalanche()
     from grace_bench.jobs import run_hydra
 
     run_hydra(overrides)

@@ -7,7 +7,7 @@ from typing import Any
 
 from grace_bench.errors import UserError, reason_of
 from grace_bench.files import write_atomically
-from grace_bench.wandb_account import logged_in, no_reports_on_itself
+from grace_bench.wandb_account import logged_in, quieten
 
 CURVES = ("TRR", "ERR", "Holdout", "ES", "n_keys")
 OVERLAP = ("codebook_overlap", "codebook_overlap/queries")
@@ -60,13 +60,13 @@ def dashboard(project: str, *, entity: str | None, group: str | None, out: Path,
     Raises:
         UserError: If wandb-workspaces is missing, a file cannot be written, or W&B does not take what is published.
     """
-    no_reports_on_itself()
     try:
         import wandb
         import wandb_workspaces  # noqa: F401
     except ImportError as error:
         raise UserError(f'{error.name} is missing: pip install "grace-bench[dashboard]"') from error
     try:
+        quieten()
         publishes = logged_in()
         owner = entity or ((wandb.Api().default_entity or "") if publishes else "")
     except Exception as error:

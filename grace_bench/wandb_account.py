@@ -1,6 +1,8 @@
-"""Whether W&B has a key, and what it may send of its own."""
+"""W&B before a run: whether it is there, whether it has a key, and what it may send of its own."""
 
 import os
+import sys
+from types import ModuleType
 
 
 def logged_in() -> bool:
@@ -11,14 +13,29 @@ def logged_in() -> bool:
     """
     import wandb
 
-    # What is found is W&B's to use, not to be told of in front of every run.
-    wandb.setup(settings=wandb.Settings(silent=True))
     return bool(wandb.login(prompt=False, verify=False))
 
 
-def no_reports_on_itself() -> None:
-    """Turns W&B's reports on itself off, unless the environment asks for them.
+def quieten() -> None:
+    """Keeps W&B from telling where it found a key, and from reporting on itself unless the environment asks for it.
 
-    They go to the same server, and hold up the end of the program if that one hangs.
+    Its reports go to the same server, and hold up the end of the program if that one hangs.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=True))
+
+
+def import_avalanche() -> None:
+    """Imports Avalanche also where wandb cannot be imported: it wants wandb for charts that nothing here draws."""
+    try:
+        import wandb  # noqa: F401
+    except Exception:
+        sys.modules["wandb"] = ModuleType("wandb")
+        try:
+            import avalanche.evaluation.metrics
+            import avalanche.logging  # noqa: F401
+        finally:
+            # Whoever else wants it hears that it is not there.
+            del sys.modules["wandb"]

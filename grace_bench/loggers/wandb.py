@@ -16,7 +16,7 @@ from grace_bench.errors import reason_of
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
-from grace_bench.wandb_account import logged_in, no_reports_on_itself
+from grace_bench.wandb_account import logged_in, quieten
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_TIMEOUT = 30.0
@@ -70,7 +70,7 @@ class WandbLogger(RunLogger):
             self._guard(lambda: self._close(result))
 
     def _open(self, plan: RunPlan) -> None:
-        no_reports_on_itself()
+        quieten()
         self._folder.mkdir(parents=True, exist_ok=True)
         mode: str | None = self._mode
         try:
