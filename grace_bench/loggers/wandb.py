@@ -123,7 +123,7 @@ class WandbLogger(RunLogger):
         run, self._run = self._run, None
         if result is not None:
             records = read_edits(self._folder / "edits.jsonl").values()
-            for age, score in _retention_by_age(records, self._folder / "predictions.parquet"):
+            for age, score in retention_by_age(records, self._folder / "predictions.parquet"):
                 run.log({"age": age, "ERR_by_age": score})
             rows = [list(record.model_dump(mode="json").values()) for record in records]
             run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
@@ -152,7 +152,7 @@ class WandbLogger(RunLogger):
             _say(f"W&B is off for this run ({reason_of(error)}){kept}")
 
 
-def _retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[tuple[float, float]]:
+def retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[tuple[float, float]]:
     """Returns the mean score of the last evaluation by the age of the edit, in tenths of the run.
 
     The age of an edit is the number of edits made after it; a tenth stands at the middle of its ages.
