@@ -62,7 +62,8 @@ class _Answers(BaseHTTPRequestHandler):
         elif "viewer" in query:
             data = {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         elif "models" in query:
-            node = {"id": "p", "name": "proj", "entityName": "me", "createdAt": "2024-01-01", "isBenchmark": False, "user": None}
+            node = {"id": "p", "name": "proj", "entityName": "me", "createdAt": "2024-01-01"}
+            node |= {"isBenchmark": False, "user": None}
             page = {"endCursor": None, "hasNextPage": False}
             data = {"models": {"edges": [{"node": node, "cursor": "c"}], "pageInfo": page}}
         self._send(data)
