@@ -72,7 +72,7 @@ class WandbLogger(RunLogger):
     def _open(self, plan: RunPlan) -> None:
         quieten()
         self._folder.mkdir(parents=True, exist_ok=True)
-        mode: str | None = self._mode
+        mode: str = self._mode
         try:
             if mode == "auto":
                 # W&B's own switch comes first.
