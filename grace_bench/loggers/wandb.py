@@ -84,7 +84,7 @@ class WandbLogger(RunLogger):
             self._run = self._start(plan, "offline")
             _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
 
-    def _start(self, plan: RunPlan, mode: str) -> Any:
+    def _start(self, plan: RunPlan, mode: Any) -> Any:
         import wandb
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
