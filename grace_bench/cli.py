@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.set_defaults(command=_leaderboard)
 
+    dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
+    dashboard.add_argument("project", nargs="?", default="grace-bench", help="the W&B project (default grace-bench)")
+    dashboard.add_argument("--entity", help="the project's owner (default: who is logged in)")
+    dashboard.add_argument("--group", help="only the runs of this W&B group, as atlas-qa/atlas-qa")
+    dashboard.add_argument("--out", type=Path, default=Path("dashboard"), help="where the specification is written")
+    dashboard.set_defaults(command=_dashboard)
+
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -137,6 +144,9 @@ def _run(overrides: list[str]) -> int:
         print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
         print("paper=zsre, scotus or hallucination takes a published setting whole, paper=figure4 a published sweep.")
         return 0
+    from grace_bench.wandb_account import import_avalanche
+
+    import_avalanche()
     from grace_bench.jobs import run_hydra
 
     run_hydra(overrides)
@@ -209,6 +219,13 @@ def _leaderboard(options: argparse.Namespace) -> int:
         from grace_bench.comparisons import compare_editors, print_comparisons
 
         print_comparisons(compare_editors(leaderboard, *options.compare), options.format)
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from grace_bench.dashboard import dashboard
+
+    dashboard(options.project, entity=options.entity, group=options.group, out=options.out, say=print)
     return 0
 
 

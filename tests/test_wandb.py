@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+from grace_bench.dashboard import make_report, make_workspace, specification
 from grace_bench.jobs import compose, execute
 from grace_bench.results import EditRecord, RunResult
 
@@ -120,6 +122,58 @@ def test_the_offline_run_holds_the_run_folder_as_an_artifact_without_wandb_itsel
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert held == {path for path in on_disk if not path.startswith("wandb/")}
     assert {"config.yaml", "edits.jsonl", "metrics.jsonl", "predictions.parquet", "result.json"} <= held
+
+
+def test_the_offline_run_holds_err_by_the_age_of_the_edit(offline: Any) -> None:
+    result, folder, records = offline
+    history = [items_of(record.history.item) for record in records if record.HasField("history")]
+    logged = {row["age"]: row["ERR_by_age"] for row in history if "age" in row}
+    edits = [json.loads(line) for line in (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
+    age = {line["id"]: result.metrics["n_edits"] - line["n_edits"] for line in edits if line["edited"]}
+    table = pd.read_parquet(folder / "predictions.parquet").query("stream == 'edited' and n_edits == 4")
+    # Four edits are fewer than ten tenths, so every age stands for itself.
+    assert logged == {age[row.request_id]: row.score for row in table.itertuples()}
+    assert len(logged) == 4
+    assert sum(logged.values()) / 4 == pytest.approx(result.metrics["ERR"])
+    defined = [record.metric for record in records if record.HasField("metric")]
+    assert any(metric.name == "ERR_by_age" and metric.step_metric == "age" for metric in defined)
+
+
+def test_the_offline_run_holds_the_last_metrics_and_the_costs_in_its_summary(offline: Any) -> None:
+    result, _, records = offline
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= items_of(record.summary.update)
+    assert {f"final/{name}": value for name, value in result.metrics.items()}.items() <= summary.items()
+    assert {f"cost/{name}": value for name, value in result.cost.model_dump().items()}.items() <= summary.items()
+
+
+def test_every_panel_of_the_dashboard_shows_what_a_run_logs(offline: Any) -> None:
+    _, _, records = offline
+    logged: set[str] = set()
+    for record in records:
+        logged |= {*items_of(record.history.item), *items_of(record.summary.update)}
+    for make in (make_workspace, make_report):
+        shown = set(metrics_of(specification(make("project", entity="", group=None))))
+        assert {"TRR", "ERR", "Holdout", "ES", "n_keys", "n_edits", "age", "ERR_by_age", "final/Avg"} <= shown
+        assert shown <= logged
+
+
+def metrics_of(specified: Any) -> Iterator[str]:
+    """Names that panels and tables show, wherever they stand in a specification."""
+    if isinstance(specified, list):
+        for part in specified:
+            yield from metrics_of(part)
+    if isinstance(specified, dict):
+        for key, value in specified.items():
+            if key == "metrics":
+                yield from value
+            elif key in ("xAxis", "yAxis") and value != "_step":
+                yield value.removeprefix("summary:")
+            elif key == "columnPinned":
+                yield from (name.removeprefix("summary:") for name in value if name.startswith("summary:"))
+            else:
+                yield from metrics_of(value)
 
 
 def test_the_offline_run_ends_well(offline: Any) -> None:

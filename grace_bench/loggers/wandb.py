@@ -1,23 +1,34 @@
 """Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
 
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench.errors import reason_of
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
+from grace_bench.wandb_account import logged_in, quieten
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+INIT_TIMEOUT = 30.0
+"""Seconds that a run waits for W&B to answer at its start, unless WANDB_INIT_TIMEOUT says otherwise."""
+FINISH_TIMEOUT = 120.0
+"""Seconds that a run waits for W&B to take what is left at its end, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
 class WandbLogger(RunLogger):
     """Logs the configuration, every metric against `n_edits`, one table of edits, and the run folder as an artifact.
+
+    At the end it adds ERR by the age of the edit, the last metrics as `final/NAME` and the costs as `cost/NAME`.
 
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
 
@@ -59,15 +70,25 @@ class WandbLogger(RunLogger):
             self._guard(lambda: self._close(result))
 
     def _open(self, plan: RunPlan) -> None:
+        quieten()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mode: str = self._mode
+        try:
+            if mode == "auto":
+                # W&B's own switch comes first.
+                mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+            self._run = self._start(plan, mode)
+        except Exception as error:
+            if mode in ("offline", "disabled") or isinstance(error, ImportError):
+                raise
+            self._run = self._start(plan, "offline")
+            _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
+
+    def _start(self, plan: RunPlan, mode: Any) -> Any:
         import wandb
 
-        mode: Mode | None = self._mode
-        if mode == "auto":
-            # None leaves it to W&B's own switch.
-            chosen = os.environ.get("WANDB_MODE")
-            mode = None if chosen else "online" if wandb.login(prompt=False, verify=False) else "offline"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
+        run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
@@ -75,10 +96,21 @@ class WandbLogger(RunLogger):
             config=plan.config,
             dir=str(self._folder),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=timeout,
+                # One request may take no longer than all of them.
+                x_graphql_timeout_seconds=timeout,
+                finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
+                finish_timeout_raises=True,
+            ),
         )
-        self._run.define_metric("n_edits")
-        self._run.define_metric("*", step_metric="n_edits")
+        run.define_metric("n_edits")
+        run.define_metric("*", step_metric="n_edits")
+        run.define_metric("age")
+        run.define_metric("ERR_by_age", step_metric="age")
+        return run
 
     def _send(self, n_edits: int) -> None:
         values, self._values = self._values, {}
@@ -91,9 +123,12 @@ class WandbLogger(RunLogger):
         run, self._run = self._run, None
         if result is not None:
             records = read_edits(self._folder / "edits.jsonl").values()
+            for age, score in retention_by_age(records, self._folder / "predictions.parquet"):
+                run.log({"age": age, "ERR_by_age": score})
             rows = [list(record.model_dump(mode="json").values()) for record in records]
             run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
             run.summary.update({f"final/{name}": value for name, value in result.metrics.items()})
+            run.summary.update({f"cost/{name}": value for name, value in result.cost.model_dump().items()})
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
@@ -113,8 +148,41 @@ class WandbLogger(RunLogger):
                 # An open run would take in what the next one logs.
                 with suppress(Exception):
                     run.finish(exit_code=1)
-            reason = str(error).strip().splitlines()
-            print(
-                f"grace-bench: W&B is off for this run ({reason[0] if reason else type(error).__name__})",
-                file=sys.stderr,
-            )
+            kept = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
+            _say(f"W&B is off for this run ({reason_of(error)}){kept}")
+
+
+def retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[tuple[float, float]]:
+    """Returns the mean score of the last evaluation by the age of the edit, in tenths of the run.
+
+    The age of an edit is the number of edits made after it; a tenth stands at the middle of its ages.
+    """
+    import pyarrow.parquet as pq
+
+    made = {record.id: record.n_edits for record in records if record.edited}
+    if not made:
+        return []
+    n_edits = max(made.values())
+    rows = pq.read_table(
+        predictions,
+        columns=["request_id", "score"],
+        filters=[("stream", "=", "edited"), ("n_edits", "=", n_edits)],
+    ).to_pylist()
+    width = math.ceil(n_edits / 10)
+    scores: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["score"] is not None and math.isfinite(row["score"]):
+            scores[(n_edits - made[row["request_id"]]) // width].append(row["score"])
+    return [(tenth * width + (width - 1) / 2, fmean(scores[tenth])) for tenth in sorted(scores)]
+
+
+def _sync(run: Any) -> str:
+    return f"wandb sync {run.settings.sync_dir}"
+
+
+def _seconds(variable: str, default: float) -> float:
+    return float(os.environ.get(variable, default))
+
+
+def _say(text: str) -> None:
+    print(f"grace-bench: {text}", file=sys.stderr)

@@ -1,0 +1,41 @@
+"""W&B before a run: whether it is there, whether it has a key, and what it may send of its own."""
+
+import os
+import sys
+from types import ModuleType
+
+
+def logged_in() -> bool:
+    """Tells whether W&B has a key, asking nobody and sending nothing.
+
+    Raises:
+        Exception: Whatever W&B has against the key itself.
+    """
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def quieten() -> None:
+    """Keeps W&B from telling where it found a key, and from reporting on itself unless the environment asks for it.
+
+    Its reports go to the same server, and hold up the end of the program if that one hangs.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=True))
+
+
+def import_avalanche() -> None:
+    """Imports Avalanche also where wandb cannot be imported: it wants wandb for charts that nothing here draws."""
+    try:
+        import wandb  # noqa: F401
+    except Exception:
+        sys.modules["wandb"] = ModuleType("wandb")
+        try:
+            import avalanche.evaluation.metrics
+            import avalanche.logging  # noqa: F401
+        finally:
+            # Whoever else wants it hears that it is not there.
+            del sys.modules["wandb"]

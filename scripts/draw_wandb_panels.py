@@ -1,0 +1,78 @@
+"""Draws the panels of the W&B dashboard from finished run folders: python scripts/draw_wandb_panels.py RUNS OUT.
+
+The pictures of docs/wandb.md show what the panels show of the same runs; they are not screenshots of the web app.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from grace_bench.dashboard import CURVES, OVERLAP
+from grace_bench.loggers.wandb import retention_by_age
+from grace_bench.results import RunResult, read_edits, read_result
+
+
+def main(runs: Path, out: Path) -> None:
+    """Writes `wandb-curves.png` and `wandb-panels.png`.
+
+    Args:
+        runs: The folder of one stream and model, with an editor a folder.
+        out: Where the pictures go.
+    """
+    editors: dict[str, list[tuple[Path, RunResult]]] = defaultdict(list)
+    for path in sorted(runs.glob("*/*/result.json")):
+        result = read_result(path)
+        editors[result.editor.name].append((path.parent, result))
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = {
+        name: pd.concat([pd.read_json(folder / "metrics.jsonl", lines=True) for folder, _ in found])
+        for name, found in editors.items()
+    }
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(15, 2.8), layout="constrained")
+    for axis, metric in zip(axes, CURVES, strict=True):
+        for number, (name, table) in enumerate(metrics.items()):
+            _band(axis, table, "n_edits", metric, name, f"C{number}")
+        axis.set(title=metric, xlabel="n_edits")
+    axes[0].legend(fontsize=8)
+    figure.savefig(out / "wandb-curves.png", dpi=80)
+
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2), layout="constrained")
+    for number, (name, found) in enumerate(editors.items()):
+        colour = f"C{number}"
+        ages = []
+        for folder, _ in found:
+            records = read_edits(folder / "edits.jsonl").values()
+            ages += retention_by_age(records, folder / "predictions.parquet")
+        _band(axes[0], pd.DataFrame(ages, columns=["age", "ERR"]), "age", "ERR", name, colour)
+        seconds = [result.cost.seconds_per_edit_p50 for _, result in found]
+        axes[1].scatter(seconds, [result.metrics["Avg"] for _, result in found], label=name, color=colour, s=18)
+        for axis, metric in zip(axes[2:], OVERLAP, strict=True):
+            _band(axis, metrics[name], "n_edits", metric, name, colour)
+    axes[0].set(title="ERR by age of the edit", xlabel="age (edits made since)")
+    axes[1].set(title="Avg by seconds an edit", xlabel="seconds (median)", xscale="log")
+    for axis, metric in zip(axes[2:], OVERLAP, strict=True):
+        axis.set(title=metric, xlabel="n_edits")
+    axes[1].legend(fontsize=8)
+    figure.savefig(out / "wandb-panels.png", dpi=80)
+
+
+def _band(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, name: str, colour: str) -> None:
+    """Draws the mean over seeds with one standard deviation either side."""
+    if y not in table:
+        return
+    over_seeds = table.dropna(subset=[y]).groupby(x)[y]
+    mean, spread = over_seeds.mean(), over_seeds.std().fillna(0.0)
+    axis.plot(mean.index, mean, label=name, color=colour)
+    axis.fill_between(mean.index, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
