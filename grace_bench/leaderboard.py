@@ -79,6 +79,7 @@ class Row:
         seeds: The runs' seeds in ascending order.
         cells: Figures by column name; a figure that no run has is left out.
         is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
+        results: The runs, by seed.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Row:
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
     is_floor: bool
+    results: tuple[RunResult, ...]
 
     @property
     def name(self) -> str:
@@ -180,6 +182,11 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
     Raises:
         UserError: If a path does not exist or holds no result, or a result is broken.
     """
+    return [read_result(file) for file in find_result_files(paths)]
+
+
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder; looks and refuses as `find_results`."""
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_file():
@@ -192,7 +199,7 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
             raise UserError(f"{_shown(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
         for file in found:
             files.setdefault(file.resolve(), file)
-    return [read_result(file) for file in files.values()]
+    return list(files.values())
 
 
 def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
@@ -368,6 +375,7 @@ def _build_row(results: Sequence[RunResult], columns: Sequence[Column], settings
         seeds=tuple(sorted(result.seed for result in results)),
         cells=cells,
         is_floor=all(_left_alone(result) for result in results),
+        results=tuple(sorted(results, key=lambda result: result.seed)),
     )
 
 

@@ -1,10 +1,13 @@
 """The validated records that a run leaves on disk."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
@@ -23,6 +26,8 @@ PREDICTIONS = pa.schema(
     ]
 )
 """The columns of `predictions.parquet`."""
+
+Line = TypeVar("Line", bound=BaseModel)
 
 # JSON has no NaN: a score that is not a number is written as null, and counted beside it.
 JsonFloat = Annotated[
@@ -68,6 +73,26 @@ class EditRecord(BaseModel):
     key: int | None = None
     distance: JsonFloat = None
     n_keys: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation: a line of `metrics.jsonl`.
+
+    Attributes:
+        n_edits: Edits made before it.
+        metrics: Figures by metric name; None for one that is not a number.
+    """
+
+    n_edits: int
+    metrics: Mapping[str, float | None]
+
+
+class _EvaluationLine(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    __pydantic_extra__: dict[str, float | None]
+    n_edits: int
 
 
 class StreamInfo(BaseModel):
@@ -173,21 +198,39 @@ def read_edits(path: Path) -> dict[str, EditRecord]:
     Raises:
         UserError: If it is missing or a line is broken, naming file, line and field.
     """
+    return {record.id: record for record in _read_lines(path, EditRecord)}
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Reads a `metrics.jsonl`, in its order.
+
+    Raises:
+        UserError: If it is missing or a line is broken, naming file, line and field.
+    """
+    return [
+        Evaluation(n_edits=line.n_edits, metrics=line.model_extra or {}) for line in _read_lines(path, _EvaluationLine)
+    ]
+
+
+def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]]) -> list[Any]:
+    """Reads rows of a `predictions.parquet`, each as a dictionary of the columns asked for.
+
+    Args:
+        path: The file.
+        columns: The columns to read.
+        filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
+
+    Raises:
+        UserError: If it cannot be read, or a column is missing or of another type.
+    """
     try:
-        # Not splitlines, which also breaks at characters that may stand in a text.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not lines[-1]:
-        lines.pop()
-    records = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = EditRecord.model_validate_json(line)
-        except ValidationError as error:
-            raise UserError(f"{path}:{number}: {first_error(error)}") from error
-        records[record.id] = record
-    return records
+        schema = pq.read_schema(path)
+        for field in PREDICTIONS:
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
+        return pq.read_table(path, columns=list(columns), filters=list(filters)).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
 
 
 def read_result(path: Path) -> RunResult:
@@ -213,6 +256,23 @@ def read_result(path: Path) -> RunResult:
 
 class _Header(BaseModel):
     schema_version: int
+
+
+def _read_lines(path: Path, model: type[Line]) -> list[Line]:
+    try:
+        # Not splitlines, which also breaks at characters that may stand in a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not lines[-1]:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(model.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {first_error(error)}") from error
+    return records
 
 
 def first_error(error: ValidationError) -> str:

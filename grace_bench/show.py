@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.results import PREDICTIONS, read_edits
+from grace_bench.results import read_edits, read_predictions
 from grace_bench.terminal import table_console
 
 
@@ -46,21 +45,14 @@ def show_request(folder: Path, request_id: str) -> None:
 def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | None] | None:
     if not path.is_file():
         return None
-    try:
-        schema = pq.read_schema(path)
-        for field in PREDICTIONS:
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
-                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
-        table = pq.read_table(
-            path,
-            columns=["n_edits", "score", "text"],
-            filters=[("request_id", "=", request_id), ("stream", "=", "edited")],
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-    if not len(table):
+    rows = read_predictions(
+        path,
+        columns=["n_edits", "score", "text"],
+        filters=[("request_id", "=", request_id), ("stream", "=", "edited")],
+    )
+    if not rows:
         return None
-    row = max(table.to_pylist(), key=lambda row: row["n_edits"])
+    row = max(rows, key=lambda row: row["n_edits"])
     return row["n_edits"], row["score"], row["text"]
 
 
