@@ -117,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.set_defaults(command=_leaderboard)
 
+    report = commands.add_parser("report", help="runs compared on one page: curves, forgetting, cost, leaderboard")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
+    report.set_defaults(command=_report)
+
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -202,6 +207,13 @@ def _leaderboard(options: argparse.Namespace) -> int:
     from grace_bench.leaderboard import Leaderboard, find_results, print_leaderboard
 
     print_leaderboard(Leaderboard(find_results(options.runs), by_stream=options.by == "stream"), options.format)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from grace_bench.report import write_report
+
+    print(write_report(options.runs, options.out))
     return 0
 
 

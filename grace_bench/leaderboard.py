@@ -431,7 +431,8 @@ def _shown(text: str) -> str:
     )
 
 
-def _cell_text(row: Row, column: Column) -> str:
+def cell_text(row: Row, column: Column) -> str:
+    """Returns a row's figure as people read it: mean ± deviation, the number of runs where not all have it."""
     cell = row.cells.get(column.name)
     if cell is None:
         return MISSING
@@ -474,7 +475,7 @@ def _body(table: Table) -> list[list[tuple[str, bool]]]:
         lines.append(
             [
                 *((_shown(name), False) for name in names),
-                *((_cell_text(row, column), index in best[column.name]) for column in table.columns),
+                *((cell_text(row, column), index in best[column.name]) for column in table.columns),
                 (budget, False),
                 (str(len(row.seeds)), False),
             ]
