@@ -386,7 +386,7 @@ class _Group:
             "difference": self._difference(best, second),
             "below_floor": floor.name if floor and beaten else None,
             "forgetting": self._forgetting(best, runs),
-            "seconds": _quantity(_mean(best, "seconds_per_edit"), "s"),
+            "cost": ", ".join(self._cost_facts(best)),
         }
 
     def _difference(self, best: Row, second: Row | None) -> Difference | None:
@@ -411,12 +411,17 @@ class _Group:
             "is_floor": row.is_floor,
             "upstream": _onset(upstream),
             "TRR": ends("TRR"),
-            "edits": _onset(edits),
+            "edits": _onset(edits) if self._learned(runs) else {"text": "too little learned", "first": None},
             "ES": ends("ES")[1],
             "ERR": ends("ERR")[1],
             "lost": f"{sum(lost)} of {sum(map(int, n_edits))}",
             "lost_share": sum(lost) / sum(n_edits) if sum(n_edits) else 0.0,
         }
+
+    def _learned(self, runs: Sequence[Run]) -> bool:
+        """Whether there is anything to forget: below the threshold nothing could fall by more than it."""
+        learned = [figure for run in runs for _, figure in series_of(run.evaluations, "ES")]
+        return not self.higher or max(learned, default=0.0) > FORGETTING_THRESHOLD
 
     @property
     def _decimals(self) -> int:
@@ -487,16 +492,9 @@ class _Group:
             seconds, quality = row.cells.get("seconds_per_edit"), row.cells.get(ranked_by)
             if seconds is None or quality is None or seconds.mean <= 0:
                 continue
-            extra = max(result.cost.extra_parameters for result in row.results)
-            keys = _mean(row, "n_keys")
-            facts = [
-                f"{_quantity(seconds.mean, 's')} an edit",
-                *([f"{keys:.0f} keys"] if keys is not None else []),
-                f"{extra:,} numbers added to the model",
-            ]
             figures = [value for result in row.results if (value := result.metrics.get(ranked_by)) is not None]
             point = Point.of(seconds.mean, figures)
-            series.append({**self._series(row, [point]), "note": [", ".join(facts)]})
+            series.append({**self._series(row, [point]), "note": [", ".join(self._cost_facts(row))]})
         return {
             "id": f"{group}-cost",
             "kind": "scatter",
@@ -509,6 +507,15 @@ class _Group:
             "thinned": None,
             "series": series,
         }
+
+    def _cost_facts(self, row: Row) -> list[str]:
+        seconds, keys = row.cells.get("seconds_per_edit"), row.cells.get("n_keys")
+        extra = max(result.cost.extra_parameters for result in row.results)
+        return [
+            *([f"{seconds.mean:.3g} s an edit (median)"] if seconds else []),
+            *([f"{keys.mean:.0f} keys"] if keys else []),
+            f"{extra:,} numbers added to the model",
+        ]
 
     def _series(self, row: Row, points: Sequence[Point]) -> dict[str, Any]:
         return {
@@ -567,15 +574,6 @@ def _onset(found: Sequence[int | None]) -> dict[str, Any]:
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}–{last}"
-
-
-def _mean(row: Row, name: str) -> float | None:
-    cell = row.cells.get(name)
-    return None if cell is None else cell.mean
-
-
-def _quantity(value: float | None, unit: str) -> str:
-    return "–" if value is None else f"{value:.3g} {unit}"
 
 
 def _short(value: float) -> float | None:

@@ -126,7 +126,9 @@
         ...axis, title: title(chart.y),
         ...(chart.log ? { type: "log" } : chart.share ? { range: [-0.03, 1.03] } : { rangemode: "tozero" }),
       },
-      legend: { orientation: "h", x: 0, y: -0.24, yanchor: "top", maxheight: 0.35 },
+      // A finger on a chart scrolls the page.
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+      legend: { orientation: "h", x: 0, y: -0.2, yanchor: "top", maxheight: 0.35 },
     };
   };
 
@@ -157,6 +159,7 @@
       draw(entry.target.id);
     }
   }, { rootMargin: "400px" });
+  if (matchMedia("(max-width: 40rem)").matches) form.querySelector("details").open = false;
   apply();
   for (const chart of data.charts) observer.observe(document.getElementById(chart.id));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { for (const id of drawn) draw(id); });
