@@ -48,7 +48,7 @@ def edit(name: str, *, after: float | None, end: float, age: int = 0) -> KeptEdi
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     run_benchmark(
-        "toy", editor="ft", settings=RunSettings(schedule=Schedule(max_edits=6, eval_every=3), seed=1), folder=folder
+        "toy", editor="grace", settings=RunSettings(schedule=Schedule(max_edits=6, eval_every=3), seed=1), folder=folder
     )
     return folder
 

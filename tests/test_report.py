@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.cli import main
 from grace_bench.leaderboard import Leaderboard, find_results
+from grace_bench.registry import EDITORS as REGISTERED
 from grace_bench.report import MAX_POINTS, read_runs, render_report
 
 EDITORS = ("none", "ft", "grace")
@@ -54,10 +56,13 @@ def copy_run(source: Path, target: Path, change: Callable[[dict[str, Any]], None
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real runs of three editors on the toy stream, two seeds each; they end after different numbers of edits."""
     folder = tmp_path_factory.mktemp("runs")
-    for editor in EDITORS:
+    for name in EDITORS:
+        # The points of the toy stream have no prompt to replace.
+        options = {"replacement": "replace_last"} if name == "grace" else {}
+        editor = partial(REGISTERED.get(name), **options)
         for seed in SEEDS:
             settings = RunSettings(seed=seed, schedule=Schedule(max_edits=20, eval_every=5, max_upstream=60))
-            run_benchmark("toy", editor=editor, settings=settings, folder=folder / f"{editor}-s{seed}")
+            run_benchmark("toy", editor=editor, settings=settings, folder=folder / f"{name}-s{seed}")
     return folder
 
 

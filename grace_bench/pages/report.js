@@ -39,7 +39,8 @@
     for (const id of drawn) draw(id);
   };
 
-  form.addEventListener("input", apply);
+  form.addEventListener("change", apply);
+  form.elements.text.addEventListener("input", apply);
   form.addEventListener("submit", (event) => event.preventDefault());
   // The form is reset only after the event.
   form.addEventListener("reset", () => setTimeout(() => { switchedOff.clear(); apply(); }));
