@@ -136,6 +136,9 @@
   const draw = (id) => {
     const chart = chartAt.get(id);
     const element = document.getElementById(id);
+    // What is hidden has no size to draw in; it is drawn when filters show it again.
+    if (element.offsetParent === null) return;
+    observer.unobserve(element);
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
     const config = { responsive: true, displaylogo: false, displayModeBar: false };
@@ -155,9 +158,7 @@
   // Charts are drawn when they come into view: hundreds of them would keep the page from opening.
   const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      observer.unobserve(entry.target);
-      draw(entry.target.id);
+      if (entry.isIntersecting) draw(entry.target.id);
     }
   }, { rootMargin: "400px" });
   if (matchMedia("(max-width: 40rem)").matches) form.querySelector("details").open = false;
