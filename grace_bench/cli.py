@@ -229,6 +229,13 @@ def _dashboard(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from grace_bench.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     from grace_bench.verify import verify_files
 
