@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.set_defaults(command=_leaderboard)
 
+    report = commands.add_parser("report", help="runs compared on one page: curves, forgetting, cost, leaderboard")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
+    report.set_defaults(command=_report)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
     dashboard.add_argument("project", nargs="?", default="grace-bench", help="the W&B project (default grace-bench)")
     dashboard.add_argument("--entity", help="the project's owner (default: who is logged in)")
@@ -219,6 +223,13 @@ def _leaderboard(options: argparse.Namespace) -> int:
         from grace_bench.comparisons import compare_editors, print_comparisons
 
         print_comparisons(compare_editors(leaderboard, *options.compare), options.format)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from grace_bench.report import write_report
+
+    print(write_report(options.runs, options.out))
     return 0
 
 

@@ -10,11 +10,11 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grace_bench.curves import (
     FORGETTING_THRESHOLD,
@@ -35,6 +35,7 @@ from grace_bench.files import write_atomically
 from grace_bench.leaderboard import Column, Leaderboard, Row, Table, cell_text, find_result_files
 from grace_bench.registry import EDITORS
 from grace_bench.results import Evaluation, RunResult, read_evaluations, read_result
+from grace_bench.significance import Comparison
 
 TRAITS = ("needs_subject", "needs_replay", "needs_meta_training", "freezes_weights")
 """The class attributes of an editor that rows can be filtered by."""
@@ -55,35 +56,6 @@ _CURVES = {
     "Locality": "neighbouring inputs",
     "Portability": "what follows from the edits",
 }
-
-
-class Difference(Protocol):
-    """A comparison of two rows of a table: `first` minus `second` in one metric, with its interval and p-value."""
-
-    @property
-    def first(self) -> str: ...  # noqa: D102
-    @property
-    def second(self) -> str: ...  # noqa: D102
-    @property
-    def metric(self) -> str: ...  # noqa: D102
-    @property
-    def difference(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float: ...  # noqa: D102
-    @property
-    def high(self) -> float: ...  # noqa: D102
-    @property
-    def p_value(self) -> float: ...  # noqa: D102
-    @property
-    def n_items(self) -> int: ...  # noqa: D102
-    @property
-    def n_seeds(self) -> int: ...  # noqa: D102
-    @property
-    def is_significant(self) -> bool: ...  # noqa: D102
-
-
-Differences = Mapping[tuple[str, str], Sequence[Difference]]
-"""Comparisons by the stream and the model of their table; `first` and `second` are names of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +93,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """
     page = out / _PAGE
     _refuse_foreign(page)
-    html = render_report(read_runs(paths), differences={})
+    html = render_report(read_runs(paths))
     try:
         write_atomically(page, html)
     except OSError as error:
@@ -151,12 +123,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def render_report(runs: Sequence[Run], *, differences: Differences) -> str:
+def render_report(runs: Sequence[Run]) -> str:
     """Returns the page as HTML.
 
     Args:
         runs: The runs, at least one.
-        differences: Comparisons to show; a table without any has no section for them.
 
     Raises:
         UserError: If two runs cannot stand side by side (see `Leaderboard`).
@@ -165,14 +136,11 @@ def render_report(runs: Sequence[Run], *, differences: Differences) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    board = Leaderboard([run.result for run in runs])
+    board = Leaderboard([run.result for run in runs], folders=[run.folder for run in runs])
     by_result = {id(run.result): run for run in runs}
     labels = sorted({(row.editor, row.name) for table in board.tables for row in table.rows})
     index = {name: number for number, (_, name) in enumerate(labels)}
-    groups = [
-        _Group(table, by_result, index, differences.get((table.stream, table.models[0]), ())).context(number)
-        for number, table in enumerate(board.tables)
-    ]
+    groups = [_Group(table, by_result, index).context(number) for number, table in enumerate(board.tables)]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("grace_bench", "pages"),
         autoescape=True,
@@ -297,16 +265,18 @@ class _Group:
         table: The table.
         by_result: The runs by the identity of their results.
         index: The number of each row's name, which fixes its look on the whole page.
-        differences: Comparisons of the table's rows.
     """
 
-    def __init__(
-        self, table: Table, by_result: Mapping[int, Run], index: Mapping[str, int], differences: Sequence[Difference]
-    ) -> None:
+    def __init__(self, table: Table, by_result: Mapping[int, Run], index: Mapping[str, int]) -> None:
         self.table = table
         self.runs = [[by_result[id(result)] for result in row.results] for row in table.rows]
         self.index = index
-        self.differences = differences
+        # Each row with the first, p-values corrected for the rows of the table.
+        self.differences = [
+            replace(row.comparison, p_value=row.p_holm)
+            for row in table.rows
+            if row.comparison is not None and row.p_holm is not None
+        ]
         self.higher = table.protocol.higher_is_better
 
     def context(self, number: int) -> dict[str, Any]:
@@ -389,7 +359,7 @@ class _Group:
             "cost": ", ".join(self._cost_facts(best)),
         }
 
-    def _difference(self, best: Row, second: Row | None) -> Difference | None:
+    def _difference(self, best: Row, second: Row | None) -> Comparison | None:
         names = {best.name, second.name if second else None}
         return next(
             (d for d in self.differences if d.metric == self.table.ranked_by and {d.first, d.second} == names), None

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -434,46 +433,36 @@ def test_two_hundred_runs_open_quickly_and_can_be_narrowed_down(browser: Browser
     assert [name for name, shown in browser.visibility("g3-TRR").items() if shown] == ["grace (eps_init=7.0)"]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """What the page needs of a comparison."""
-
-    first: str
-    second: str
-    metric: str
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    n_items: int
-    n_seeds: int
-    is_significant: bool
-
-
 def _cells(html: str, table: str) -> list[str]:
     body = re.search(rf'(?s)<table class="sortable {table}">.*?</table>', html)
     return [] if body is None else re.findall(r"<t[dh][^>]*>([^<]*)</t", body[0])
 
 
-def test_differences_stand_beside_the_best_and_leave_no_trace_where_there_are_none(runs: Path) -> None:
+def test_differences_from_the_first_row_stand_beside_it(runs: Path) -> None:
     read = read_runs([runs])
-    best, second = [row for row in Leaderboard([run.result for run in read]).tables[0].rows if not row.is_floor]
-    compared = Compared(best.name, second.name, "Avg", 0.25, 0.125, 0.5, 0.0004, 900, 2, True)
-    html = render_report(read, differences={("toy", "toy"): [compared]})
-    assert _cells(html, "differences") == [
-        *(best.name, second.name, "Avg", "+0.250", "+0.125", "+0.500", "0.0004", "900", "2", "✓ yes")
-    ]
-    assert "a real difference (p = 0.0004)" in html
-    plain = render_report(read, differences={})
-    assert _cells(plain, "differences") == []
-    assert "real difference" not in plain
+    rows = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0].rows
+    expected = []
+    for row in rows[1:]:
+        found = row.comparison
+        assert found is not None
+        assert row.p_holm is not None
+        numbers = (f"{value:+.3f}" for value in (found.difference, found.low, found.high))
+        counts = (f"{row.p_holm:.2g}", str(found.n_items), str(found.n_seeds))
+        expected += [row.name, rows[0].name, "Avg", *numbers, *counts, "· not shown" if row.mark else "✓ yes"]
+    assert _cells(render_report(read), "differences") == expected
+
+
+def test_runs_that_cannot_be_compared_leave_no_trace_of_differences(runs: Path) -> None:
+    html = render_report(read_runs([runs / "ft-s0"]))
+    assert _cells(html, "differences") == []
+    assert "real difference" not in html
 
 
 def test_long_curves_are_thinned_and_say_so(runs: Path, tmp_path: Path) -> None:
     run = copy_run(runs / "grace-s0", tmp_path / "run")
     lines = [json.dumps({"n_edits": n, "TRR": 1.0 - n / 2000}) for n in range(1200)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    html = render_report(read_runs([run]), differences={})
+    html = render_report(read_runs([run]))
     assert f"{MAX_POINTS} of 1200 evaluations are drawn" in html
     data = json.loads(re.findall(r'(?s)<script type="application/json" id="data">(.*?)</script>', html)[0])
     (series,) = next(chart for chart in data["charts"] if chart["id"] == "g0-TRR")["series"]
@@ -481,7 +470,7 @@ def test_long_curves_are_thinned_and_say_so(runs: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_runs_make_the_same_page(runs: Path, page: Path, two_streams: Path) -> None:
-    assert render_report(read_runs([two_streams]), differences={}) == page.read_text(encoding="utf-8")
+    assert render_report(read_runs([two_streams])) == page.read_text(encoding="utf-8")
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else_written(runs: Path, tmp_path: Path) -> None:
@@ -564,5 +553,5 @@ def test_two_protocols_share_no_page(runs: Path, tmp_path: Path) -> None:
 
 def test_an_editor_that_is_not_installed_has_unknown_traits(runs: Path, tmp_path: Path) -> None:
     copy_run(runs / "ft-s0", tmp_path / "run", lambda record: record["editor"].update(name="of_a_friend"))
-    html = render_report(read_runs([tmp_path]), differences={})
+    html = render_report(read_runs([tmp_path]))
     assert "unknown: the editor is not installed" in html
