@@ -42,14 +42,22 @@ def _draw_separability(overrides: Sequence[str], out: Path) -> list[Path]:
     from grace_bench.figures.separability import draw_separability
 
     study, files = draw_separability(overrides, out)
-    table = Table(title=f"{study.stream} · {study.model}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"stream {study.stream} · model {study.model}", title_justify="left", box=None, pad_edge=False)
     for header in ("layer", "distance", "question"):
         table.add_column(header, no_wrap=True)
-    for header in ("AUC", "95 %", "positive pairs", "negative pairs"):
+    for header in ("AUC", "95 %", "TPR at 0.1 % FPR", "positive pairs", "negative pairs"):
         table.add_column(header, justify="right", no_wrap=True)
     for curve in study.curves:
         interval = f"{curve.auc_low:.3f} to {curve.auc_high:.3f}"
         counts = f"{curve.n_positive:,}", f"{curve.n_negative:,}"
-        table.add_row(curve.layer, curve.distance, curve.question, f"{curve.auc:.3f}", interval, *counts)
+        table.add_row(
+            curve.layer,
+            curve.distance,
+            curve.question,
+            f"{curve.auc:.3f}",
+            interval,
+            f"{curve.strict_rate:.3f}",
+            *counts,
+        )
     table_console().print(table, markup=False)
     return files

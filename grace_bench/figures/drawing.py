@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette for all kinds of colour vision, without black, for the reference, and the faint yellow.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK = "#333333"
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (8, 2, 1.5, 2, 1.5, 2)))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (9, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 _DPI = 200
@@ -74,7 +74,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def add_caption(figure: "Figure", *sentences: str) -> None:
     """Puts small lines below a figure that say what it shows."""
-    width = int(figure.get_figwidth() * 19)
+    width = int(figure.get_figwidth() * 19.5)
     text = "\n".join(line for sentence in sentences for line in textwrap.wrap(plain(sentence), width))
     figure.supxlabel(text, fontsize=6.5, color="#666666", x=0.01, ha="left", linespacing=1.4)
 
@@ -157,9 +157,11 @@ def plain(text: str) -> str:
 
 
 def file_name(*parts: str) -> str:
-    """Returns a file name of letters, digits, dots and hyphens.
+    """Returns a file name of letters, digits, dots and hyphens; a model that is named like its stream is left out.
 
     >>> file_name("curves", "atlas-qa", "My Model/$x")
     'curves-atlas-qa-my-model-x'
+    >>> file_name("curves", "toy", "toy")
+    'curves-toy'
     """
-    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") or "x" for part in parts)
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") or "x" for part in dict.fromkeys(parts))

@@ -81,9 +81,7 @@ def draw_overlap(paths: Sequence[Path], out: Path) -> list[Path]:
     """
     groups = [group for group in read_groups(paths) if _rows_with(group, _OVERLAP)]
     if not groups:
-        raise UserError(
-            "no run among those given has 'codebook_overlap': it takes an editor with a codebook, like grace"
-        )
+        raise UserError("no run given has 'codebook_overlap', which takes an editor with a codebook")
     return _draw_each(groups, out, "overlap", overlap_figure)
 
 
@@ -135,32 +133,36 @@ def curves_figure(group: Group) -> "Figure":
     n_columns = 3
     n_rows = -(-(len(panels) + 1) // n_columns)
     figure = new_figure(7.4, 2.1 * n_rows + 0.5)
-    grid = [axes for line in figure.subplots(n_rows, n_columns, squeeze=False) for axes in line]
+    grid = [axes for line in figure.subplots(n_rows, n_columns, squeeze=False, sharex=True) for axes in line]
     handles: dict[int, Any] = {}
     for axes, (metric, title) in zip(grid, panels.items(), strict=False):
         handles |= _draw_lines(axes, group, rows, metric)
         _name_score(axes, title, metric, group.table.protocol)
         axes.set_xlabel("edits")
+        axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.axis("off")
     legend_in(grid[len(panels)], [handles[index] for index in sorted(handles)])
-    figure.suptitle(plain(f"{group.table.stream} · {', '.join(group.table.models)}"))
+    figure.suptitle(plain(f"stream {group.table.stream} · model {', '.join(group.table.models)}"))
     _caption(figure, group.table, rows, "Lines: mean over seeds; bands: least to greatest.")
     return figure
 
 
 def overlap_figure(group: Group) -> "Figure":
     """Returns the shares of balls and of queries in conflict against the number of edits, a line a codebook."""
+    from matplotlib.ticker import PercentFormatter
+
     rows = _rows_with(group, _OVERLAP)
     figure = new_figure(7.4, 2.9)
     handles: dict[int, Any] = {}
-    for axes, (metric, title) in zip(figure.subplots(1, 2), _OVERLAP.items(), strict=True):
+    for axes, (metric, title) in zip(figure.subplots(1, 2, sharex=True), _OVERLAP.items(), strict=True):
         handles |= _draw_lines(axes, group, rows, metric)
         axes.set_title(title)
         axes.set_xlabel("edits")
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     figure.legend(handles=[handles[index] for index in rows], loc="outside right center", handlelength=3.2)
-    figure.suptitle(plain(f"{group.table.stream} · {', '.join(group.table.models)}"))
+    figure.suptitle(plain(f"stream {group.table.stream} · model {', '.join(group.table.models)}"))
     _caption(figure, group.table, rows, "Lines: mean over seeds; bands: least to greatest.")
     return figure
 
@@ -173,6 +175,7 @@ def sweep_figure(group: Group) -> "Figure":
     radii = sorted({radius for _, radius in runs})
     names = layer_names(layers)
     panels = {m: t for m, t in _SWEEP.items() if any(_final(results, m) for results in runs.values())}
+    several = any(len(results) > 1 for results in runs.values())
     figure = new_figure(7.4, 2.75)
     for axes, (metric, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for index, layer in enumerate(layers):
@@ -181,7 +184,7 @@ def sweep_figure(group: Group) -> "Figure":
             axes.errorbar(
                 list(points),
                 [fmean(figures) for figures in points.values()],
-                yerr=[stdev(figures) if len(figures) > 1 else 0.0 for figures in points.values()],
+                yerr=[stdev(figures) if len(figures) > 1 else 0.0 for figures in points.values()] if several else None,
                 label=names[index],
                 capsize=2,
                 elinewidth=0.8,
@@ -192,14 +195,15 @@ def sweep_figure(group: Group) -> "Figure":
         axes.set_xlabel("deferral radius eps_init")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(layers), 6), handlelength=3.2)
-    shared = "" if len(set(layers)) == len(set(names)) and names == layers else f" · {_pattern(layers[0])}"
+    shared = "" if names == layers else f", layer {_pattern(layers[0])}"
     rows = [index for index, row in enumerate(table.rows) if row.editor == "grace"]
     distance = next(iter(runs.values()))[0].editor.model_dump().get("distance", "")
     _caption(
         figure,
         table,
         rows,
-        f"grace, {distance} distance{shared}. Scores at the end of the runs: mean, bars: standard deviation over seeds.",
+        f"grace, {distance} distance{shared}. Scores at the end of the runs"
+        + (": mean over seeds, bars: standard deviation." if several else "."),
     )
     return figure
 
@@ -244,8 +248,8 @@ def _sweep_runs(table: Table) -> dict[tuple[str, float], list[RunResult]]:
             name = next((name for name in {**one, **two} if one.get(name) != two.get(name)), None)
             if name is not None:
                 raise UserError(
-                    f"runs {first.run_id} and {result.run_id} differ in editor.{name} ({one.get(name)}, {two.get(name)}): "
-                    "a sweep of radius and block is drawn of runs that differ in editor.eps_init and layer alone"
+                    f"runs {first.run_id} and {result.run_id} differ in editor.{name}: "
+                    "the runs of a sweep may differ in editor.eps_init and layer alone"
                 )
             radius = float(result.editor.model_dump()["eps_init"])
             runs.setdefault((result.model.layer, radius), []).append(result)
@@ -302,7 +306,7 @@ def _markers(points: Sequence[Point], place: int) -> slice:
 def _name_score(axes: "Axes", title: str, metric: str, protocol: Protocol) -> None:
     axes.set_title(title)
     if metric == "n_keys":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
     elif protocol.main_score == "perplexity":
         lines = [value for line in axes.lines for value in line.get_ydata() if value > 0]
         if lines and max(lines) > _WIDE * min(lines):
@@ -326,7 +330,7 @@ def _caption(figure: "Figure", table: Table, rows: Sequence[int], how: str) -> N
     edits = "the whole stream" if protocol.max_edits is None else f"at most {protocol.max_edits} edits"
     add_caption(
         figure,
-        f"{how} {table.stream}, {', '.join(table.models)}. Seeds {of}.",
+        f"{how} Stream {table.stream}, model {', '.join(table.models)}, {'seed' if of.isdecimal() else 'seeds'} {of}.",
         f"Protocol {protocol.version}: {protocol.main_score}, split {protocol.split}, {edits}, evaluated every "
         f"{protocol.eval_every}, {upstream} upstream requests, {protocol.decoding} decoding, query {protocol.query}.",
     )

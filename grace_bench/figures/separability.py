@@ -1,8 +1,8 @@
 """How well distance at a layer predicts that two inputs want the same answer: whether GRACE can work there.
 
-GRACE answers an input as it was taught for the nearest key, if that is near enough. So inputs that want one answer have to
-lie nearer to each other than inputs that want different ones, at the layer that is edited and under the distance
-that is used. The pairs here are of an edit, which may become a key, with any other input of the stream.
+GRACE answers an input as it was taught for the nearest key, if that is near enough. So inputs that want one answer have
+to lie nearer to each other than inputs that want different ones, at the layer that is edited and under the distance in
+use. The pairs here are of an edit, which may become a key, with any other input of the stream.
 """
 
 import csv
@@ -47,6 +47,7 @@ Question = Literal["same answer", "same fact"]
 MAX_INPUTS = 600
 """The most inputs that are paired: a third edits, the rest holdout and upstream."""
 _RESAMPLES = 200
+_STRICT = 1e-3
 _DRAWN_POINTS = 400
 
 
@@ -77,6 +78,8 @@ class Separability:
             those about one fact only, in other words.
         auc: Area under the ROC curve: how often a pair that wants the same lies nearer than one that does not.
         auc_low, auc_high: 95 % interval, bootstrapped over facts.
+        strict_rate: Share of the pairs that want the same within the greatest radius that holds at most one in a
+            thousand of those that do not: what is left to generalise with when next to nothing else may change.
         n_positive, n_negative: Pairs of either kind.
         false_positive_rate, true_positive_rate: The ROC curve, from (0, 0) to (1, 1).
     """
@@ -87,6 +90,7 @@ class Separability:
     auc: float
     auc_low: float
     auc_high: float
+    strict_rate: float
     n_positive: int
     n_negative: int
     false_positive_rate: NDArray[np.float64]
@@ -116,8 +120,9 @@ def draw_separability(overrides: Sequence[str], out: Path) -> tuple[Study, list[
     """Studies a model on a stream and draws the ROC curves; the figures are also written as CSV and JSON.
 
     Args:
-        overrides: Settings of a run (`stream=`, `model=`, …), of which `layer=` and the `distance=` of this study may be
-            several, parted by commas. By default these are the default layer in every block, and all distances.
+        overrides: Settings of a run (`stream=`, `model=`, …), of which `layer=` and the `distance=` may be
+            several, between commas. By default these are the default layer in every block and
+            all distances.
         out: Receives the files.
 
     Returns:
@@ -185,8 +190,8 @@ def study(overrides: Sequence[str]) -> Study:
     }
     if not questions:
         raise UserError(
-            f"stream '{opened.benchmark.name}' has no edits that share an answer or a fact with other inputs and differ "
-            "in it from others: there is nothing to tell apart"
+            f"stream '{opened.benchmark.name}' has no edits that share an answer or fact with other inputs and differ "
+            "in it from others"
         )
     curves = []
     for layer in layers:
@@ -233,8 +238,16 @@ def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest
 def pair_distances(queries: Tensor, distance: Distance | str) -> NDArray[np.float32]:
     """Returns the (N, N) distances between (N, D) activations, as a codebook computes them."""
     codebook = Codebook(eps_init=1.0, distance=distance)  # type: ignore[arg-type]
-    for number, query in enumerate(queries):
-        codebook._add("add", query, (number,), lambda: torch.zeros(1), 0.0, 0.0, None)
+    n = len(queries)
+    codebook.load_state_dict(
+        {
+            "keys": queries,
+            "values": torch.zeros(n, 1),
+            "radii": torch.zeros(n),
+            "labels": [(number,) for number in range(n)],
+            "label_means": [0.0] * n,
+        }
+    )
     distances: NDArray[np.float32] = codebook.distances(queries).numpy()
     return distances
 
@@ -281,6 +294,7 @@ def separability(
         auc=float(np.trapezoid(true, false)),
         auc_low=float(low),
         auc_high=float(high),
+        strict_rate=float(true[false <= _STRICT].max()),
         n_positive=int(positive.sum()),
         n_negative=int((~positive).sum()),
         false_positive_rate=false,
@@ -294,7 +308,7 @@ def separability_figure(result: Study) -> "Figure":
     distances = list(dict.fromkeys(curve.distance for curve in result.curves))
     layers = list(dict.fromkeys(curve.layer for curve in result.curves))
     names = dict(zip(layers, layer_names(layers), strict=True))
-    figure = new_figure(2.6 * len(distances) + 0.6, 2.5 * len(questions) + 0.8)
+    figure = new_figure(2.6 * len(distances) + 0.6, 2.6 * len(questions) + 1.5)
     grid = figure.subplots(len(questions), len(distances), squeeze=False, sharex=True, sharey=True)
     for row, question in zip(grid, questions, strict=True):
         for axes, distance in zip(row, distances, strict=True):
@@ -314,13 +328,14 @@ def separability_figure(result: Study) -> "Figure":
         row[0].set_ylabel("pairs that want the same,\nshare within the radius")
     for axes in grid[-1]:
         axes.set_xlabel("pairs that want different answers,\nshare within the radius")
-    figure.suptitle(plain(f"{result.stream} · {result.model}"))
+    figure.suptitle(plain(f"stream {result.stream} · model {result.model}"))
     inputs = ", ".join(f"{n} {role}" for role, n in result.n_inputs.items())
     counts = {c.question: f"{c.question}: {c.n_positive:,} pairs against {c.n_negative:,}" for c in result.curves}
     add_caption(
         figure,
-        f"Layers: {', '.join(layers)}. Pairs of an edit with another input (of {inputs}; split {result.split}, drawn with "
-        f"seed {result.seed}), identical prompts left out. {'; '.join(counts.values())}.",
+        f"Layers: {', '.join(layers)}.",
+        f"Pairs of an edit with another input (of {inputs}; split {result.split}, drawn with seed {result.seed}), "
+        f"identical prompts left out. {'; '.join(counts.values())}.",
         "Same answer: equal targets; same fact: of these, the pairs about one fact in other words; against pairs with "
         "different answers. Intervals are bootstrapped over facts.",
     )

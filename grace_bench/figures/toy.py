@@ -1,4 +1,4 @@
-"""The paper's Figure 2: what GRACE does to a classifier of points in the plane, with the balls of its codebook drawn."""
+"""The paper's Figure 2: what GRACE does to a classifier of points in the plane, with the balls drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from grace_bench.benchmarking import open_benchmark
 from grace_bench.errors import UserError
 from grace_bench.figures.drawing import INK, PALETTE, add_caption, new_figure, save, styled
 from grace_bench.jobs import asked_of, compose
+from grace_bench.loggers import RunLogger
 from grace_bench.registry import METRICS
 from grace_bench.runner import Run
 from grace_bench.streams.toy import EXTENT, TURNED, label_before, parse_point
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FIXED = ("stream", "editor", "model", "out", "existing")
-_RESOLUTION = 181
+_RESOLUTION = 151
 _BELOW, _ABOVE = "#f7d9c4", "#c9dff2"
 
 
@@ -106,7 +107,9 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
     prompts = [f"({x:.4f}, {y:.4f})" for y in axis for x in axis]
     shape = (resolution, resolution)
     before = np.array(model.answer(prompts), dtype=np.int64).reshape(shape)
-    evaluator = EvaluationPlugin(*(METRICS.get(name)() for name in METRICS.entries()), collect_all=False)
+    evaluator = EvaluationPlugin(
+        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[RunLogger()], collect_all=False
+    )
     with make(model=model, evaluator=evaluator) as editor:
         run = Run(opened.benchmark, editor, settings.schedule)
         run.run()
@@ -135,7 +138,7 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
 
 def toy_figure(edits: ToyEdits) -> "Figure":
     """Returns four panels: classes before, wanted and after with the edited points, and which ball answers where."""
-    figure = new_figure(7.6, 2.85)
+    figure = new_figure(7.6, 2.6)
     panels = figure.subplots(1, 4)
     points = np.array([parse_point(request.prompt) for request in edits.edited])
     for axes, title, classes in zip(
@@ -144,9 +147,8 @@ def toy_figure(edits: ToyEdits) -> "Figure":
         _draw_classes(axes, edits.axis, classes)
         _draw_disc(axes)
         axes.set_title(title)
-    for axes in (panels[0], panels[2]):
-        axes.plot(points[:, 0], points[:, 1], ".", color=INK, markersize=2.2, gid="edited")
-    _draw_balls(panels[2], edits, linewidth=0.7)
+    panels[0].plot(points[:, 0], points[:, 1], ".", color=INK, markersize=2.2)
+    _draw_balls(panels[2], edits, linewidth=0.8)
     balls = panels[3]
     _draw_answered(balls, edits)
     _draw_balls(balls, edits, linewidth=1.0)
@@ -165,8 +167,9 @@ def toy_figure(edits: ToyEdits) -> "Figure":
         f"grace on toy, layer {edits.layer}, eps_init {settings['eps_init']:g}, {settings['distance']} distance, "
         f"{settings['replacement']}, seed {edits.seed}: {len(edits.edited)} edits, {len(edits.keys)} keys; {scores}.",
         "Balls live in the space of the layer's input: an outline bounds the points of the plane whose activation lies "
-        "inside one ball; a tint says which entry answers a point, a star marks the point whose activation is the key, "
-        "dots are edited points. Dashed: the disc that turned.",
+        "inside one ball; a tint says which entry answers a point (none "
+        "where the nearest key's ball does not reach), "
+        "a star marks the point whose activation is the key, dots are edited points. Dashed: the disc that turned.",
     )
     return figure
 
