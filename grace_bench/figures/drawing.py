@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK = "#333333"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (9, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 
 _DPI = 200
 _STYLE: dict[str, Any] = {
@@ -126,7 +126,7 @@ def editor_styles(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Returns the colour, dashes and marker of a line by its number; the first 210 all differ."""
+    """Returns the colour, dashes and marker of a line by its number; the first 330 all differ."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "linestyle": _DASHES[index % len(_DASHES)],

@@ -320,11 +320,14 @@ def separability_figure(result: Study) -> "Figure":
                 axes.plot(
                     curve.false_positive_rate[kept],
                     curve.true_positive_rate[kept],
-                    label=f"{names[curve.layer]}: {curve.auc:.3f} [{curve.auc_low:.3f}, {curve.auc_high:.3f}]",
+                    label=f"{names[curve.layer]}: {curve.auc:.3f} [{curve.auc_low:.3f}, {curve.auc_high:.3f}], "
+                    f"{curve.strict_rate:.3f}",
                     **{**line_style(layers.index(curve.layer)), "marker": ""},
                 )
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=f"{question} · {distance}")
-            axes.legend(loc="lower right", title="AUC [95 %]", title_fontsize=6.5, fontsize=6.2, handlelength=2.4)
+            axes.legend(
+                loc="lower right", title="AUC [95 %], TPR at 0.1 % FPR", title_fontsize=6, fontsize=5.8, handlelength=2
+            )
         row[0].set_ylabel("pairs that want the same,\nshare within the radius")
     for axes in grid[-1]:
         axes.set_xlabel("pairs that want different answers,\nshare within the radius")

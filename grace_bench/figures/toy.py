@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _FIXED = ("stream", "editor", "model", "out", "existing")
 _RESOLUTION = 151
+_BALLS = (*PALETTE, "#000000", "#A69B00")
 _BELOW, _ABOVE = "#f7d9c4", "#c9dff2"
 
 
@@ -202,7 +203,7 @@ def _draw_answered(axes: "Axes", edits: ToyEdits) -> None:
 
 
 def _ball_colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
+    return _BALLS[index % len(_BALLS)]
 
 
 def _window(edits: ToyEdits) -> tuple[float, float, float, float]:
