@@ -412,3 +412,29 @@ def test_the_curves_drawn_are_the_curves_found(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_group_without_codebooks_is_passed_over_beside_one_that_has_them(runs: Path, tmp_path: Path) -> None:
     assert [path.name for path in draw_overlap([runs], tmp_path)] == ["overlap-toy.svg", "overlap-toy.png"]
+
+
+def test_perplexities_of_several_magnitudes_are_drawn_on_a_logarithmic_axis(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for file in (tmp_path / "runs").rglob("result.json"):
+        result = json.loads(file.read_text())
+        result["protocol"] |= {"main_score": "perplexity", "higher_is_better": False}
+        file.write_text(json.dumps(result))
+        factor = 1e5 if result["editor"]["name"] == "ft" else 2.0
+        lines = [{k: v if k == "n_edits" else factor * v for k, v in e.items()} for e in evaluations(file.parent)]
+        (file.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = read_groups([tmp_path / "runs"])
+    with styled():
+        axes = axes_of(curves_figure(found), "TRR")
+    assert axes.get_yscale() == "log"
+    assert "perplexity" in axes.get_ylabel()
+    save(axes.figure, tmp_path, "curves")
+    assert "100000" in texts(tmp_path / "curves.svg")
+
+
+def test_balls_too_small_for_the_grid_leave_the_regions_alone() -> None:
+    edits = edit_toy(["max_edits=2", "max_upstream=5", "editor.eps_init=0.0001"], resolution=11)
+    with styled():
+        figure = toy_figure(edits)
+    assert (edits.entry == -1).all()
+    assert len(figure.axes[3].collections) == 0

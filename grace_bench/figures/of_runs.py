@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from grace_bench.curves import Point, mean_curve, series_of
 from grace_bench.errors import UserError
 from grace_bench.figures.drawing import (
@@ -308,8 +310,8 @@ def _name_score(axes: "Axes", title: str, metric: str, protocol: Protocol) -> No
     if metric == "n_keys":
         axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
     elif protocol.main_score == "perplexity":
-        lines = [value for line in axes.lines for value in line.get_ydata() if value > 0]
-        if lines and max(lines) > _WIDE * min(lines):
+        drawn = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)]
+        if drawn and max(drawn) > _WIDE * min(drawn) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")

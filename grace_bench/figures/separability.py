@@ -166,7 +166,7 @@ def study(overrides: Sequence[str]) -> Study:
             chosen[name] = [part for part in value.split(",") if part]
         else:
             others.append(override)
-    distances = chosen["distance"] or list(get_args(Distance))
+    distances: list[Any] = chosen["distance"] or list(get_args(Distance))
     for distance in distances:
         check_choice("distance", distance, get_args(Distance))
     config = compose(others)
@@ -235,9 +235,9 @@ def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest
     return torch.stack([found[index] for index in range(len(requests))])
 
 
-def pair_distances(queries: Tensor, distance: Distance | str) -> NDArray[np.float32]:
+def pair_distances(queries: Tensor, distance: Distance) -> NDArray[np.float32]:
     """Returns the (N, N) distances between (N, D) activations, as a codebook computes them."""
-    codebook = Codebook(eps_init=1.0, distance=distance)  # type: ignore[arg-type]
+    codebook = Codebook(eps_init=1.0, distance=distance)
     n = len(queries)
     codebook.load_state_dict(
         {
