@@ -134,7 +134,7 @@ def curves_figure(group: Group) -> "Figure":
     rows = [index for index, row in enumerate(group.table.rows) if any(group.evaluations[index])]
     n_columns = 3
     n_rows = -(-(len(panels) + 1) // n_columns)
-    figure = new_figure(7.4, 2.1 * n_rows + 0.5)
+    figure = new_figure(7.4 + _room_for_names(group, rows, spare=22), 2.1 * n_rows + 0.5)
     grid = [axes for line in figure.subplots(n_rows, n_columns, squeeze=False, sharex=True) for axes in line]
     handles: dict[int, Any] = {}
     for axes, (metric, title) in zip(grid, panels.items(), strict=False):
@@ -155,7 +155,7 @@ def overlap_figure(group: Group) -> "Figure":
     from matplotlib.ticker import PercentFormatter
 
     rows = _rows_with(group, _OVERLAP)
-    figure = new_figure(7.4, 2.9)
+    figure = new_figure(7.4 + _room_for_names(group, rows, spare=8), max(2.9, 1.0 + 0.16 * len(rows)))
     handles: dict[int, Any] = {}
     for axes, (metric, title) in zip(figure.subplots(1, 2, sharex=True), _OVERLAP.items(), strict=True):
         handles |= _draw_lines(axes, group, rows, metric)
@@ -297,6 +297,11 @@ def _draw_lines(axes: "Axes", group: Group, rows: Sequence[int], metric: str) ->
             low, high = [point.low for point in points], [point.high for point in points]
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return handles
+
+
+def _room_for_names(group: Group, rows: Sequence[int], *, spare: int) -> float:
+    """Inches that a legend needs for names of more letters than there is room for."""
+    return 0.06 * max(0, *(len(group.table.rows[index].name) - spare for index in rows))
 
 
 def _markers(points: Sequence[Point], place: int) -> slice:
