@@ -40,6 +40,24 @@ the run it is for; what was trained before is reused, what was interrupted goes 
   grace-bench meta-train editor=mend stream=atlas-qa
   grace-bench run editor=mend stream=atlas-qa max_edits=100
 """
+_FIGURE_HELP = """usage: grace-bench figure KIND [RUNS ... | option=value ...] --out DIR
+
+Draws a figure as SVG and PNG.
+
+  curves RUNS ...             scores over the edits, a line an editor
+  sweep RUNS ...              scores of grace by deferral radius and edited block
+  overlap RUNS ...            how the balls of codebooks come to overlap
+  toy [option=value ...]      grace on points in the plane, its balls drawn; takes the options of a run
+  separability [option=value ...]
+                              how well distance at a layer predicts that two inputs want the same answer; takes
+                              stream=, model= and other options of a run, several layers as layer=a,b and distance=a,b
+
+  grace-bench figure curves runs --out figures
+  grace-bench figure separability stream=atlas-qa distance=euclidean,cosine --out figures
+
+  RUNS        run folders, or folders that hold some; a figure for each stream and model in them
+  --out DIR   the folder to write; figures of the same names in it are replaced
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(given[1:])
         if given[:1] == ["meta-train"]:
             return _meta_train(given[1:])
+        if given[:1] == ["figure"]:
+            return _figure(given[1:])
         if given[:1] == ["pretrain"]:
             return _pretrain(given[1:])
         parser = _parser()
@@ -128,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     dashboard.add_argument("--group", help="only the runs of this W&B group, as atlas-qa/atlas-qa")
     dashboard.add_argument("--out", type=Path, default=Path("dashboard"), help="where the specification is written")
     dashboard.set_defaults(command=_dashboard)
+
+    commands.add_parser(
+        "figure", help="curves, sweeps, balls and their overlap, and what distance predicts", add_help=False
+    )
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -244,6 +268,21 @@ def _report(options: argparse.Namespace) -> int:
     from grace_bench.report import write_report
 
     print(write_report(options.runs, options.out))
+    return 0
+
+
+def _figure(arguments: list[str]) -> int:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(_FIGURE_HELP, end="")
+        return 0
+    parser = _Parser(prog="grace-bench figure", add_help=False)
+    parser.add_argument("kind", choices=["curves", "sweep", "overlap", "toy", "separability"])
+    parser.add_argument("given", nargs="*")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_intermixed_args(arguments)
+    from grace_bench.figures.commands import draw
+
+    draw(options.kind, options.given, options.out, say=print)
     return 0
 
 

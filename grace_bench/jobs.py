@@ -102,7 +102,7 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
     Raises:
         UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
     """
-    stream, asked = _asked(config)
+    stream, asked = asked_of(config)
     folder = folder_of(config)
     finished, aside = _existing(folder, config.existing)
     if finished is not None:
@@ -139,7 +139,7 @@ def execute_meta_training(config: DictConfig, *, say: Say) -> None:
     Raises:
         UserError: If the editor needs no meta-training, or the configuration asks for what cannot be.
     """
-    stream, asked = _asked(config)
+    stream, asked = asked_of(config)
     with progress_bars() as progress:
         figures = meta_train(stream, **asked, progress=progress)
     for name, value in figures.items():
@@ -152,13 +152,13 @@ def folder_of(config: DictConfig) -> Path:
     Raises:
         UserError: If the configuration asks for what cannot be.
     """
-    stream, asked = _asked(config)
+    stream, asked = asked_of(config)
     slug = model_slug(asked["model"], list(known_models()))
     name = registered_name(config.editor)
     return Path(config.out) / stream.registered_name / slug / name / f"{config_hash(config)}-s{config.seed}"
 
 
-def _asked(config: DictConfig) -> tuple[Any, dict[str, Any]]:
+def asked_of(config: DictConfig) -> tuple[Any, dict[str, Any]]:
     """Returns the stream, and what a configuration asks of any work on it."""
     check_options(config)
     stream, editor = make_stream(config), make_editor(config)

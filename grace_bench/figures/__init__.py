@@ -1,0 +1,1 @@
+"""Figures of finished runs, of streams and of models, drawn by `grace-bench figure`."""
