@@ -137,7 +137,9 @@ def _run(overrides: list[str]) -> int:
         print("tuned=FOLDER takes your own, as sweep=tune writes them.")
         print("paper=zsre, scotus or hallucination takes a published setting whole.")
         print("sweep=figure4 or ablations is a published sweep, sweep=tune chooses an editor's settings on validation.")
-        print("hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes.")
+        print(
+            "hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes."
+        )
         return 0
     from grace_bench.sweeps import run
 

@@ -33,8 +33,8 @@ from grace_bench.config import (
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
-from grace_bench.results import RunResult, read_result
 from grace_bench.presets import take_presets
+from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Schedule
 from grace_bench.terminal import progress_bars
 from grace_bench.zoo import known_models, resolve_model

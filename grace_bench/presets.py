@@ -1,4 +1,4 @@
-"""Settings in files of the user's own: a folder with a file `STREAM/EDITOR.yaml` for each pair, as `sweep=tune` writes."""
+"""Settings in files of the user's own: in a folder, `STREAM/EDITOR.yaml` for each pair, as `sweep=tune` writes them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -327,7 +327,7 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
         UserError: If there is no such cluster, or a local one lacks what a run needs.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 
     settings: Any = OmegaConf.to_container(multirun.hydra.launcher.ray, resolve=True)
     init, remote = settings["init"], settings["remote"]
@@ -356,7 +356,8 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
             except RayTaskError as error:
                 sweep_run.outcome = Outcome("failed", reason_of(error.cause))
             except RayError as error:
-                if attempt < retries:
+                # Without Ray on this machine nothing can be submitted any more.
+                if attempt < retries and not isinstance(error, LocalRayletDiedError):
                     print(f"lost, begun again: {sweep_run.label}", flush=True)
                     under_way[submit(sweep_run, attempt + 1)] = (sweep_run, attempt + 1)
                     continue

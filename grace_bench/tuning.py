@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from grace_bench.config import registered_name
@@ -37,7 +37,9 @@ def search_space(stream: str, editor: str) -> dict[str, list[Any]]:
         editor: The editor, which says the rest.
     """
     folder = Path(str(files("grace_bench.conf"))) / "search"
-    layers = next((path for name in (f"{stream}_{editor}", stream) if (path := folder / f"{name}.yaml").is_file()), None)
+    layers = next(
+        (path for name in (f"{stream}_{editor}", stream) if (path := folder / f"{name}.yaml").is_file()), None
+    )
     space: dict[str, list[Any]] = {}
     for path in (layers, folder / f"{editor}.yaml"):
         if path is not None and path.is_file():
@@ -95,18 +97,12 @@ def quality(result: RunResult) -> float:
 
 
 def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[[str], None]) -> None:
-    space = [name for name in search_space(stream, editor)]
-    varied = [
-        name
-        for name in dict.fromkeys([*space, *(_name(item) for run in trials for item in run.overrides)])
-        if name in space or len({_shown(run, name) for run in trials}) > 1
-    ]
-    # Not the seed: a setting's quality is its mean over seeds.
-    varied = [name for name in varied if name == "layer" or name.startswith("editor.")]
+    given = dict.fromkeys(item.partition("=")[0] for run in trials for item in run.overrides)
+    names = [name for name in given if name == "layer" or name.startswith("editor.")]
     results: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
     configs = {}
     for run in trials:
-        setting = tuple(_shown(run, name) for name in varied)
+        setting = tuple(_shown(run, name) for name in names)
         configs.setdefault(setting, run.config)
         if run.outcome is not None and run.outcome.state != "failed" and run.folder is not None:
             results[setting].append(read_result(run.folder / "result.json"))
@@ -116,29 +112,30 @@ def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[
         for setting in configs
     }
     best = max(scores, key=scores.__getitem__)
-    _print(stream, editor, varied, scores, results, best)
-    if not results[best]:
-        say(f"{editor} on {stream}: no trial was finished, nothing is chosen")
+    _print(stream, editor, names, scores, results, best)
+    if scores[best] == -math.inf:
+        say(f"{editor} on {stream}: no trial has a score, nothing is chosen")
         return
     most = max(trial.metrics.get("n_edits") or 0 for found in results.values() for trial in found)
     max_edits = configs[best].max_edits
     budget = f"{len(trials)} runs of {'' if most == max_edits else 'at most '}{max_edits} validation edits"
-    say(f"{editor} on {stream}: best of {budget}: {' '.join(map(_assignment, varied, best))}")
-    preset = _preset(configs[best], varied, budget)
+    chosen = " ".join(f"{name}={value}" for name, value in zip(names, best, strict=True))
+    say(f"{editor} on {stream}: best of {budget}: {chosen}")
+    preset = _preset(configs[best], names, budget)
     say(f"written: {_write(PRESETS / stream / f'{editor}.yaml', preset)} (taken with tuned={PRESETS})")
 
 
 def _print(
     stream: str,
     editor: str,
-    varied: Sequence[str],
+    names: Sequence[str],
     scores: Mapping[tuple[str, ...], float],
     results: Mapping[tuple[str, ...], Sequence[RunResult]],
     best: tuple[str, ...],
 ) -> None:
     table = Table(title=f"{editor} on {stream}, validation", title_justify="left", title_style="bold", box=None)
-    for name in ("", "score", *(name.removeprefix("editor.") for name in varied), *_SHOWN):
-        table.add_column(name, overflow="fold")
+    for column in ("", "score", *(name.removeprefix("editor.") for name in names), *_SHOWN):
+        table.add_column(column, overflow="fold")
     for setting, score in scores.items():
         figures = []
         for name in _SHOWN:
@@ -149,13 +146,13 @@ def _print(
     table_console().print(table)
 
 
-def _preset(config: Any, varied: Sequence[str], budget: str) -> str:
+def _preset(config: DictConfig, names: Sequence[str], budget: str) -> str:
     chosen: dict[str, Any] = {"tuning_budget": budget}
     # A layer is a layer of this model.
     if config.model is not None:
         chosen["model"] = config.model
     node = OmegaConf.create(chosen)
-    for name in varied:
+    for name in names:
         OmegaConf.update(node, name, OmegaConf.select(config, name))
     command = " ".join(shlex.join(["grace-bench", *sys.argv[1:]]).split())
     text = yaml.safe_dump(OmegaConf.to_container(node), sort_keys=False, allow_unicode=True)
@@ -182,14 +179,6 @@ def _values(values: Sequence[Any]) -> str:
     return ",".join(f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value) for value in values)
 
 
-def _name(override: str) -> str:
-    return override.partition("=")[0]
-
-
 def _shown(run: SweepRun, name: str) -> str:
     value = OmegaConf.select(run.config, name)
     return _values([OmegaConf.to_container(value)]) if OmegaConf.is_list(value) else str(value)
-
-
-def _assignment(name: str, value: str) -> str:
-    return f"{name}={value}"
