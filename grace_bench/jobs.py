@@ -4,12 +4,10 @@ import json
 import platform
 import re
 import shutil
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from grace_bench.config import (
     write_config,
 )
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.files import set_aside, write_atomically
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.presets import take_presets
@@ -207,11 +206,7 @@ def _existing(folder: Path, existing: str) -> tuple[RunResult | None, Path | Non
     if not folder.exists():
         return None, None
     if existing == "rerun":
-        stamp = f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-        names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
-        aside = next(path for path in map(folder.with_name, names) if not path.exists())
-        folder.rename(aside)
-        return None, aside
+        return None, set_aside(folder)
     if (folder / "result.json").is_file():
         return read_result(folder / "result.json"), None
     raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
@@ -267,8 +262,7 @@ def record_failure(folder: Path, error: BaseException) -> None:
             "host": platform.node(),
             "traceback": "".join(traceback.format_exception(error)),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_atomically(folder / "error.json", json.dumps(record, indent=1))
 
 
 def one_line(error: Exception) -> str:

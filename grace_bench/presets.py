@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from grace_bench.errors import UserError
 
 _GROUP = "own"
+_SETTINGS = ("editor", "layer", "model", "tuning_budget")
 
 
 def take_presets(overrides: Sequence[str]) -> list[str]:
@@ -49,4 +50,7 @@ def _read(path: Path) -> dict[str, object]:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
         raise UserError(f"{path}: should be settings, as option: value")
+    for key in node:
+        if key not in _SETTINGS:
+            raise UserError(f"{path}: has '{key}', which no preset has (there are: {', '.join(_SETTINGS)})")
     return node

@@ -3,7 +3,6 @@
 import math
 import shlex
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from grace_bench.config import registered_name
 from grace_bench.errors import UserError
+from grace_bench.files import set_aside, write_atomically
 from grace_bench.jobs import given_options
 from grace_bench.results import RunResult, read_result
 from grace_bench.sweeps import SweepRun, preset_parts
@@ -162,10 +162,9 @@ def _preset(config: DictConfig, names: Sequence[str], budget: str) -> str:
 def _write(path: Path, text: str) -> Path:
     """Writes a preset; another one of that name is set aside."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            path.rename(path.with_name(f".{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
-        path.write_text(text, encoding="utf-8")
+            set_aside(path)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     return path
