@@ -336,11 +336,11 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
         init = {"object_store_memory": 100_000_000, "include_dashboard": False, **init, "address": "local"}
     retries = remote.pop("max_retries", _MAX_RETRIES)
     try:
-        ray.init(**{"logging_level": "warning", **init})
-        task = ray.remote(**{"num_cpus": 1, **remote, "max_retries": 0})(_on_ray)
-    except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"hydra.launcher.ray: {reason_of(error)}") from error
-    try:
+        try:
+            task = ray.remote(**{"num_cpus": 1, **remote, "max_retries": 0})(_on_ray)
+            ray.init(**{"logging_level": "warning", **init})
+        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"hydra.launcher.ray: {reason_of(error)}") from error
         if init.get("address") == "local":
             _check_resources(remote, ray.cluster_resources())
 
