@@ -150,7 +150,10 @@ def run(overrides: Sequence[str]) -> int:
         launcher = given.get("hydra/launcher")
         if launcher is not None:
             raise UserError(f"hydra/launcher={launcher} launches sweeps: add -m")
-        execute(compose(overrides), say=print)
+        try:
+            execute(compose(overrides), say=print)
+        except OmegaConfBaseException as error:
+            raise UserError(one_line(error)) from error
         return 0
     preset = given.get("sweep")
     tunes = preset == "tune"
@@ -261,7 +264,7 @@ def _is_installed(module: str) -> bool:
 def _runs(multirun: DictConfig, loader: ConfigLoader) -> Iterable[SweepRun]:
     """Yields the runs that Hydra's own sweeper would launch for a multirun."""
     parser = OverridesParser.create(config_loader=loader)
-    overrides = parser.parse_overrides(OmegaConf.to_container(multirun.hydra.overrides.task))
+    overrides = parser.parse_overrides(list(multirun.hydra.overrides.task))
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     for chosen in batch:
         config = loader.load_sweep_config(multirun, chosen)
@@ -345,7 +348,8 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
             _check_resources(remote, ray.cluster_resources())
 
         def submit(sweep_run: SweepRun, attempt: int) -> Any:
-            return task.remote(job, OmegaConf.to_container(sweep_run.config, resolve=False), attempt > 0)
+            plain: Any = OmegaConf.to_container(sweep_run.config, resolve=False)
+            return task.remote(job, plain, attempt > 0)
 
         under_way = {submit(sweep_run, 0): (sweep_run, 0) for sweep_run in runs}
         while under_way:

@@ -37,12 +37,10 @@ def search_space(stream: str, editor: str) -> dict[str, list[Any]]:
         editor: The editor, which says the rest.
     """
     folder = Path(str(files("grace_bench.conf"))) / "search"
-    layers = next(
-        (path for name in (f"{stream}_{editor}", stream) if (path := folder / f"{name}.yaml").is_file()), None
-    )
+    layers = f"{stream}_{editor}" if (folder / f"{stream}_{editor}.yaml").is_file() else stream
     space: dict[str, list[Any]] = {}
-    for path in (layers, folder / f"{editor}.yaml"):
-        if path is not None and path.is_file():
+    for path in (folder / f"{layers}.yaml", folder / f"{editor}.yaml"):
+        if path.is_file():
             space.update(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     return space
 
@@ -100,7 +98,7 @@ def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[
     given = dict.fromkeys(item.partition("=")[0] for run in trials for item in run.overrides)
     names = [name for name in given if name == "layer" or name.startswith("editor.")]
     results: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
-    configs = {}
+    configs: dict[tuple[str, ...], DictConfig] = {}
     for run in trials:
         setting = tuple(_shown(run, name) for name in names)
         configs.setdefault(setting, run.config)
