@@ -337,6 +337,8 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
     if init.get("address") is None and "RAY_ADDRESS" not in os.environ:
         # Runs leave their results on disk; Ray would set aside a third of the memory for its own store of objects.
         init = {"object_store_memory": 100_000_000, "include_dashboard": False, **init, "address": "local"}
+        # Nor is anybody told of it who was not asked for.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     retries = remote.pop("max_retries", _MAX_RETRIES)
     try:
         try:
