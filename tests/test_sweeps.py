@@ -27,9 +27,9 @@ from grace_bench.results import read_result
 from grace_bench.sweeps import Job, preset_parts, sweep_name
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
-SMALL = ("stream=toy", "max_edits=8", "eval_every=4", "max_upstream=40", "wandb.mode=disabled")
+SMALL = ("stream=toy", "max_edits=6", "eval_every=4", "max_upstream=40", "wandb.mode=disabled")
 # Long enough that one is still going on when its process is found.
-EIGHT = (*SMALL, "editor=grace", "editor.n_iter=200", "seed=0,1,2,3,4,5,6,7")
+EIGHT = (*SMALL, "editor=grace", "editor.n_iter=100", "seed=0,1,2,3,4,5,6,7")
 RAY = (
     "hydra/launcher=ray",
     "hydra.launcher.ray.init.num_cpus=2",
