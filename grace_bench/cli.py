@@ -170,15 +170,19 @@ def _run(overrides: list[str]) -> int:
         print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
         print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
         print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
-        print("paper=zsre, scotus or hallucination takes a published setting whole, paper=figure4 a published sweep.")
+        print("tuned=FOLDER takes your own, as sweep=tune writes them.")
+        print("paper=zsre, scotus or hallucination takes a published setting whole.")
+        print("sweep=figure4 or ablations is a published sweep, sweep=tune chooses an editor's settings on validation.")
+        print(
+            "hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes."
+        )
         return 0
     from grace_bench.wandb_account import import_avalanche
 
     import_avalanche()
-    from grace_bench.jobs import run_hydra
+    from grace_bench.sweeps import run
 
-    run_hydra(overrides)
-    return 0
+    return run(overrides)
 
 
 def _meta_train(overrides: list[str]) -> int:

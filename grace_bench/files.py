@@ -1,6 +1,8 @@
 """Writing files so that they are whole or not there."""
 
 import os
+import time
+from itertools import count
 from pathlib import Path
 
 
@@ -13,3 +15,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder to a hidden name beside it, with the time, that nothing has yet; returns that."""
+    stamp = f".{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
+    aside = next(name for name in map(path.with_name, names) if not name.exists())
+    path.rename(aside)
+    return aside

@@ -1,13 +1,13 @@
 """A run as the command line makes it: from a composed configuration to a run folder."""
 
-import os
+import json
+import platform
 import re
 import shutil
-import sys
-import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.resources import files
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from grace_bench.config import (
     registered_name,
     write_config,
 )
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.files import set_aside, write_atomically
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
+from grace_bench.presets import take_presets
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Schedule
 from grace_bench.terminal import progress_bars
@@ -39,56 +41,29 @@ from grace_bench.zoo import known_models, resolve_model
 Say = Callable[[str], None]
 
 
-def run_hydra(overrides: Sequence[str]) -> None:
-    """Composes one configuration, or several after `-m`, and carries out each.
-
-    Raises:
-        UserError: If the overrides do not compose, or a run was asked for what cannot be.
-    """
-    overrides = _checked(overrides)
-    register_configs(overrides)
-    # Hydra otherwise prints its own errors over several lines and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: list[UserError] = []
-    process = os.getpid()
-    arguments = sys.argv
-
-    def job(config: DictConfig) -> None:
-        # Hydra has read its own by now; results note what was typed.
-        sys.argv = arguments
-        try:
-            execute(config, say=print)
-        except (UserError, OmegaConfBaseException) as error:
-            if os.getpid() != process:
-                raise
-            # Hydra would write a line of its own first.
-            failures.append(error if isinstance(error, UserError) else UserError(_one_line(error)))
-
-    sys.argv = ["grace-bench", *overrides]
-    try:
-        hydra.main(version_base="1.3", config_path="pkg://grace_bench.conf", config_name="run")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
-    finally:
-        sys.argv = arguments
-    if failures:
-        others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
-        raise UserError(f"{failures[0]}{others}")
-
-
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Returns the configuration that overrides give.
 
     Raises:
         UserError: If they do not compose.
     """
-    overrides = _checked(overrides)
-    register_configs(overrides)
+    overrides = prepared(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
-            return hydra.compose("run", list(overrides))
+            return hydra.compose("run", overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
+
+
+def prepared(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides as Hydra takes them, and puts the configs they ask for where Hydra finds them.
+
+    Raises:
+        UserError: If they name what does not exist.
+    """
+    overrides = _checked(take_presets(overrides))
+    register_configs(overrides)
+    return overrides
 
 
 def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> RunResult:
@@ -113,6 +88,7 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, folder / "config.yaml")
+        (folder / "error.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"out={config.out}: {error.strerror or error}") from error
     try:
@@ -124,6 +100,9 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
             shutil.rmtree(folder)
             if aside is not None:
                 aside.rename(folder)
+        raise
+    except Exception as error:
+        record_failure(folder, error)
         raise
     say(summary(result, folder))
     return result
@@ -227,11 +206,7 @@ def _existing(folder: Path, existing: str) -> tuple[RunResult | None, Path | Non
     if not folder.exists():
         return None, None
     if existing == "rerun":
-        stamp = f".{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-        names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
-        aside = next(path for path in map(folder.with_name, names) if not path.exists())
-        folder.rename(aside)
-        return None, aside
+        return None, set_aside(folder)
     if (folder / "result.json").is_file():
         return read_result(folder / "result.json"), None
     raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
@@ -243,15 +218,7 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     Tuned settings hold for a model they were chosen on only, a published layer for the published model only, and
     either's budget where nothing of them is set by hand.
     """
-    given: dict[str, str] = {}
-    flags = [override for override in overrides if override in ("-m", "--multirun")]
-    overrides = [override for override in overrides if override not in flags]
-    for override in overrides:
-        if override.startswith("-"):
-            raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
-        name, _, given[name] = override.partition("=")
-        if not name or name.startswith(("~", "+")) or "=" not in override:
-            raise UserError(f"{override!r} should be option=value")
+    given = given_options(overrides)
     presets = Path(str(files("grace_bench.conf")))
     for group in ("paper", "tuned"):
         known = sorted(path.stem for path in (presets / group).glob("*.yaml"))
@@ -267,11 +234,39 @@ def _checked(overrides: Sequence[str]) -> list[str]:
     # What is set by hand was not chosen by the tuning.
     if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
         added.append("tuning_budget=null")
-    # Hydra reads flags in front only.
-    return [*flags[:1], *overrides, *added]
+    return [*overrides, *added]
 
 
-def _one_line(error: Exception) -> str:
+def given_options(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns the options that overrides give, with their values as typed.
+
+    Raises:
+        UserError: If one is not of the form `option=value`.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        if override.startswith("-"):
+            raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
+        name, _, given[name] = override.partition("=")
+        if not name or name.startswith(("~", "+")) or "=" not in override:
+            raise UserError(f"{override!r} should be option=value")
+    return given
+
+
+def record_failure(folder: Path, error: BaseException) -> None:
+    """Writes what a run died of into its folder as `error.json`, by which it is known as failed."""
+    with suppress(OSError):
+        record = {
+            "error": type(error).__name__,
+            "reason": reason_of(error),
+            "host": platform.node(),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        write_atomically(folder / "error.json", json.dumps(record, indent=1))
+
+
+def one_line(error: Exception) -> str:
+    """Returns what Hydra or OmegaConf say over several lines as one."""
     unknown = re.match(r"Could not override '([^']+)'", str(error))
     if unknown:
         return f"there is no option {unknown[1]}"

@@ -52,7 +52,6 @@ EDITS: dict[str, dict[str, Any]] = {
     "defer": {"n_iter": 100, "lr": 0.1, "threshold": 0.5},
     "memory": {"n_iter": 100, "lr": 0.1, "n_slots": 100},
 }
-T5_BLOCK = "encoder.block.{}.layer.1.DenseReluDense.wo"
 
 each_paper = pytest.mark.parametrize("paper", RUNS)
 
@@ -119,20 +118,6 @@ def told(*arguments: str) -> str:
     assert out.getvalue() == ""
     (line,) = err.getvalue().splitlines()
     return line
-
-
-@pytest.mark.parametrize("flags", [[], ["-m"]], ids=["plain", "multirun"])
-def test_figure_4_is_a_sweep_of_radii_and_blocks(flags: list[str], tmp_path: Any) -> None:
-    line = told("run", *flags, "paper=figure4", "stream.path=nowhere", f"out={tmp_path / 'runs'}")
-    assert "nowhere" in line
-    assert line.endswith("(and 15 more of the runs)")
-    assert not list(tmp_path.rglob("result.json"))
-
-
-def test_figure_4_starts_from_the_zsre_setting() -> None:
-    config, zsre = compose(["paper=figure4"]), compose(["paper=zsre"])
-    assert config == zsre
-    assert config.layer == T5_BLOCK.format(4)
 
 
 def test_an_unknown_paper_is_one_line_with_the_closest_and_all_there_are() -> None:
