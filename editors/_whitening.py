@@ -15,11 +15,11 @@ _LEAST_SHRINKAGE = 1e-4
 
 @dataclass(frozen=True)
 class Whitening:
-    """Maps x to W (x - m), with W = sqrt(v) C^(-1/2).
+    """Maps x to W (x - m), with W = c C^(-1/2), C the shrunk covariance of activations and m their mean.
 
-    C is the covariance of the activations and v the mean of its diagonal. So the length of a mapped difference is the
-    Mahalanobis distance times sqrt(v): the mean of its square over pairs of activations is that of euclidean distance,
-    and a radius means about the same in both.
+    The length of a mapped difference is c times its Mahalanobis distance. The scale c makes the mean square of that,
+    over pairs of the activations, what it is for euclidean distance, so that a radius is as large a part of what
+    activations differ by.
 
     Attributes:
         mean: (D,) float64, m.
@@ -46,12 +46,13 @@ class Whitening:
             raise UserError("whitening needs at least two upstream activations, all of them finite")
         mean = samples.mean(dim=0)
         covariance = shrunk_covariance(samples)
-        variance = float(covariance.diagonal().mean())
-        if variance <= 0:
+        if float(covariance.trace()) <= 0:
             raise UserError("whitening needs upstream activations that differ: here all are the same")
         eigenvalues, directions = torch.linalg.eigh(covariance)
-        matrix = (directions * (variance / eigenvalues).sqrt()) @ directions.T
-        return cls(mean.to(device), matrix.to(device))
+        matrix = (directions / eigenvalues.sqrt()) @ directions.T
+        centred = samples - mean
+        scale = centred.norm() / (centred @ matrix).norm()
+        return cls(mean.to(device), (scale * matrix).to(device))
 
     @cached_property
     def gain(self) -> float:
