@@ -371,9 +371,9 @@ class Codebook:
             self.radii[entry] = radius
             return True, False
         others = self._others(self.keys[entry], label, radius, noise, but=entry)
-        # As another label's entry it loses its ball, so balls that were no neighbours' may lie in it.
-        gives_way = label != self.labels[entry]
-        room, needed = others.most_room if gives_way else others.room, self._length(covering)
+        # An entry that takes another label may share its ball with others of its old one: these have to give way.
+        changes = label != self.labels[entry]
+        room, needed = others.most_room if changes else others.room, self._length(covering)
         is_same = distance <= noise
         is_close = abs(room - needed) <= 2 / 3 * noise or (room < needed and abs(distance - noise) <= 2 / 3 * noise)
         if room < needed and not is_same:
