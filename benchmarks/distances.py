@@ -3,8 +3,9 @@
     python benchmarks/distances.py
 
 A radius means something else in each distance, so `eps_init` is chosen for each on the stream's validation split, with
-the published overlap and the same number of runs, as `benchmarks/tune.py` chooses; both policies then get that radius.
-Everything else is the stream's tuned setting. Finished runs are reused.
+the published overlap and the same number of runs, as `benchmarks/tune.py` chooses; both policies then get that radius,
+and the third of those tried, at which balls meet. Everything else is the stream's tuned setting. Finished runs are
+reused.
 """
 
 import argparse
@@ -61,8 +62,10 @@ def main() -> None:
         if (stream, distance) not in best or found[0] > best[stream, distance][0]:
             best[stream, distance] = found
     settings = [
-        (stream, distance, policy, best[stream, distance][1])
-        for stream, distance, policy in product(options.streams, RADII, POLICIES)
+        (stream, distance, policy, radius)
+        for stream, (distance, radii) in product(options.streams, RADII.items())
+        for radius in sorted({best[stream, distance][1], radii[2]})
+        for policy in POLICIES
     ]
     runs = [(*setting, seed, "edits") for setting, seed in product(settings, options.seeds)]
     results = side_by_side(partial(go, n_edits=options.edits), runs, jobs=options.jobs)
@@ -71,8 +74,9 @@ def main() -> None:
     n_seeds = len(options.seeds)
     for number, (stream, distance, policy, radius) in enumerate(settings):
         same = results[number * n_seeds : (number + 1) * n_seeds]
+        shown = f"{radius:g} (chosen)" if radius == best[stream, distance][1] else f"{radius:g}"
         cells = [spread(same, name) for name in ("n_edits", *COLUMNS)]
-        print(f"| {stream} | {distance} | {policy} | {radius:g} | " + " | ".join(cells) + " |")
+        print(f"| {stream} | {distance} | {policy} | {shown} | " + " | ".join(cells) + " |")
 
 
 def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int) -> RunResult:
