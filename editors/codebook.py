@@ -193,14 +193,7 @@ class Codebook:
 
     def distances(self, queries: Tensor) -> Tensor:
         """Returns the (B, N) float32 distances of (B, D_in) queries, of any float dtype, to every key."""
-        return self._distances(self._mapped(queries))
-
-    def _mapped(self, queries: Tensor) -> Tensor:
-        """Queries as keys are kept: float32, and whitened where distances are."""
-        queries = queries.detach()
-        return queries.float() if self.whitening is None else self.whitening(queries)
-
-    def _distances(self, queries: Tensor) -> Tensor:
+        queries = self._mapped(queries)
         if self.fidelity == "strict":
             return self._index.distances(queries)
         if self.distance == "cosine":
@@ -273,7 +266,7 @@ class Codebook:
             close, distances = self._index.near(query, noise)
             position = int(newest_of_least(distances[None]))
         else:
-            distances = self._distances(query[None])[0]
+            distances = self.distances(query[None])[0]
             close = torch.arange(len(self))
             position = int(distances.argmin())
         nearest = int(close[position])
@@ -420,6 +413,11 @@ class Codebook:
     def _distances_of(self, lengths: Tensor) -> Tensor:
         lengths = lengths.clamp(min=0)
         return 2 * (lengths.clamp(max=math.pi) / 2).sin().square() if self.distance == "cosine" else lengths
+
+    def _mapped(self, queries: Tensor) -> Tensor:
+        """Queries as keys are kept: float32, and whitened where distances are."""
+        queries = queries.detach()
+        return queries.float() if self.whitening is None else self.whitening(queries)
 
     def _noise(self, query: Tensor) -> float:
         """The distance by which rounding may move a query, as it enters the layer, in another batch, with some room."""
