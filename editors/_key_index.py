@@ -126,6 +126,14 @@ class KeyIndex(ABC):
             return entry, distances[entry]
         return self._near(query[None], slack)[1:]
 
+    def within(self, query: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the (M,) entries, oldest first, whose (N,) reach takes in a (D,) query, and their (M,) distances."""
+        found = [
+            torch.nonzero(inside[0])[:, 0] + entries.start for _, entries, inside in self.inside(query[None], reach)
+        ]
+        entry = torch.cat(found)
+        return entry, self._pairs(query[None], torch.zeros_like(entry), entry)
+
     def inside(self, queries: Tensor, radii: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields some of (B, D) queries, some entries, and the bool matrix of which lie in balls of (N,) radii."""
         for some in _slices(len(queries), _ROWS):

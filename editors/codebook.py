@@ -1,5 +1,6 @@
 """The codebook: keys, values, deferral radii and labels, in front of one layer (Hartvigsen et al. 2023, section 3)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,18 +10,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from grace_bench.editors._key_index import CosineIndex, EuclideanIndex, Rows, newest_of_least
+from grace_bench.editors._whitening import Whitening
+from grace_bench.errors import UserError
 from grace_bench.options import check_positive
 
 Label = tuple[int, ...]
 Op = Literal["add", "expand", "split", "hit", "relabel"]
-Distance = Literal["euclidean", "cosine"]
+Distance = Literal["euclidean", "cosine", "mahalanobis"]
 Fidelity = Literal["strict", "reference"]
+Overlap = Literal["allow", "shrink"]
 
 # Rounding in another batch may move a query by 1e-5, and so the difference of two distances by twice that; the rest is
 # for the rounding of the distances themselves.
 _JITTER = 3e-5
 _RADIUS_MARGIN = 1e-4
 _SAME_KEY = 1e-4
+# What balls of two labels keep between them, of the distance of their keys: radii are added up in float32.
+_GAP = 1e-6
 # torch.cdist's own threshold: with more rows than this it multiplies matrices.
 _MAX_EXACT_ROWS = 25
 
@@ -59,6 +65,33 @@ class Retrieval:
     hit: Tensor
 
 
+@dataclass(frozen=True)
+class _Others:
+    """Entries of other labels whose balls reach, or nearly, into one about a centre. All are lengths (see `_length`).
+
+    Attributes:
+        entry: (M,) long.
+        distance: (M,) float64, from the centre.
+        radius: (M,) float64.
+        gap: (M,) float64, the least that is kept between the balls.
+    """
+
+    entry: Tensor
+    distance: Tensor
+    radius: Tensor
+    gap: Tensor
+
+    @property
+    def room(self) -> float:
+        """The greatest radius of a ball about the centre that reaches into none of theirs; negative inside one."""
+        return float((self.distance - self.radius - self.gap).min()) if len(self.entry) else math.inf
+
+    @property
+    def most_room(self) -> float:
+        """The same after they shrank to their keys."""
+        return float((self.distance - self.gap).min()) if len(self.entry) else math.inf
+
+
 class Codebook:
     """Keys, values, radii and labels, growing in amortised constant time.
 
@@ -69,20 +102,27 @@ class Codebook:
     activations do in another batch. With euclidean distance this holds for `eps_init` above 2e-5, unless two entries of
     the codebook lie within 1e-4 of each other. Cosine distance has no such bound in absolute terms, because it grows as
     queries get shorter: there the promise is about moves of 1e-5 times the query's norm, for queries within a distance
-    of 0.5 of an entry.
+    of 0.5 of an entry. Mahalanobis distance counts a move up to `Whitening.gain` times, and every margin with it.
+
+    With `overlap="shrink"` no two balls of different labels ever intersect: d > r1 + r2 of their keys and radii, and
+    for cosine distance the same of the angles, so that no query lies in both. A new or growing ball ends where another
+    begins; where an entry cannot grow to an edited input, the input gets an entry of its own. Balls of other labels
+    shrink in a split, as ever, and where they hold the edited input itself, then too to half their distance from it.
 
     Args:
         eps_init: Radius of a new entry.
-        distance: `euclidean`, or `cosine` (1 - cosine similarity; 1 to everything for a query of zeros, or nearly so
-            for one shorter than 1e-12).
+        distance: `euclidean`; `cosine` (1 - cosine similarity; 1 to everything for a query of zeros, or nearly so
+            for one shorter than 1e-12); or `mahalanobis`, for which `whiten` must come first.
         fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
             non-negative, every edited query inside its own ball, and compares labels rather than their means.
+        overlap: Whether balls of different labels may overlap: `allow`, as in the paper, or `shrink`.
         device: Where the tensors are.
         precision: The dtype that queries were computed in. In bfloat16 and float16 the moves of 1e-5 become moves of a
             third of the dtype's epsilon times the query's norm, and every margin of `strict` grows with them.
 
     Raises:
-        UserError: If `eps_init` is not a positive, finite number.
+        UserError: If `eps_init` is not a positive, finite number, or `reference` is asked for what the official code
+            does not have.
     """
 
     def __init__(
@@ -91,14 +131,22 @@ class Codebook:
         eps_init: float,
         distance: Distance = "euclidean",
         fidelity: Fidelity = "strict",
+        overlap: Overlap = "allow",
         device: torch.device | str = "cpu",
         precision: torch.dtype = torch.float32,
     ) -> None:
         check_positive("editor.eps_init", eps_init)
+        if fidelity == "reference":
+            for option, value, known in (("distance", distance, "mahalanobis"), ("overlap", overlap, "shrink")):
+                if value == known:
+                    raise UserError(f"editor.{option}={value} needs editor.fidelity=strict: the official code has none")
         self.eps_init = eps_init
         self.distance = distance
         self.fidelity = fidelity
+        self.overlap_policy = overlap
         self.precision = precision
+        self.whitening: Whitening | None = None
+        """What keys and queries are mapped by before their distance is taken; None unless `whiten` was called."""
         self.labels: list[Label] = []
         self.label_means: list[float] = []
         self._device = torch.device(device)
@@ -114,7 +162,7 @@ class Codebook:
 
     @property
     def keys(self) -> Tensor:
-        """(N, D_in) float32, not to be written to."""
+        """(N, D_in) float32, not to be written to; whitened, where distances are."""
         return self._index.keys
 
     @property
@@ -127,9 +175,25 @@ class Codebook:
         """(N,) float32 deferral radii, in the units of the distance."""
         return self._radii.tensor
 
+    @property
+    def needs_whitening(self) -> bool:
+        """Whether `whiten` must come before the first entry."""
+        return self.distance == "mahalanobis" and self.whitening is None
+
+    def whiten(self, activations: Tensor) -> None:
+        """Estimates Mahalanobis distance from (n, D_in) activations of the kind that queries are.
+
+        Raises:
+            UserError: If the codebook has entries, which were measured otherwise, or no distance follows from the
+                activations.
+        """
+        if len(self):
+            raise UserError("a codebook is whitened before its first entry")
+        self.whitening = Whitening.from_activations(activations.to(self._device))
+
     def distances(self, queries: Tensor) -> Tensor:
         """Returns the (B, N) float32 distances of (B, D_in) queries, of any float dtype, to every key."""
-        queries = queries.detach().float()
+        queries = self._mapped(queries)
         if self.fidelity == "strict":
             return self._index.distances(queries)
         if self.distance == "cosine":
@@ -152,7 +216,7 @@ class Codebook:
         if not len(self):
             raise IndexError("the codebook is empty")
         if self.fidelity == "strict":
-            entry, nearest = self._index.nearest(queries.detach().float())
+            entry, nearest = self._index.nearest(self._mapped(queries))
         else:
             distances = self.distances(queries)
             entry = distances.argmin(dim=1)
@@ -163,7 +227,7 @@ class Codebook:
         """Returns a (B,) bool: which queries lie in the balls of two entries with different labels."""
         least = torch.full((len(queries),), torch.iinfo(torch.long).max, device=queries.device)
         greatest = torch.full_like(least, -1)
-        for some, entries, inside in self._inside(queries.detach().float()):
+        for some, entries, inside in self._inside(self._mapped(queries)):
             row, column = torch.nonzero(inside, as_tuple=True)
             label_ids = self._label_ids.tensor[entries][column]
             least[some] = least[some].scatter_reduce(0, row, label_ids, "amin")
@@ -194,10 +258,10 @@ class Codebook:
         Returns:
             What was done, and the entry that holds the edit.
         """
-        query = query.detach().float()
+        noise = self._noise(query.detach().float())
+        query = self._mapped(query)
         if not len(self):
             return self._add("add", query, label, make_value, label_mean, self.eps_init, None)
-        noise = self._noise(query)
         if self.fidelity == "strict":
             close, distances = self._index.near(query, noise)
             position = int(newest_of_least(distances[None]))
@@ -215,13 +279,13 @@ class Codebook:
         is_close = min(abs(distance - limit) for limit in limits) <= 2 / 3 * noise
         is_close |= int((distances <= distance + noise).sum()) > 1
         if distance > self.eps_init + radius:
-            settled = self._add("add", query, label, make_value, label_mean, self.eps_init, distance)
+            settled = self._add("add", query, label, make_value, label_mean, self.eps_init, distance, noise)
         elif self.fidelity == "reference":
             settled = self._settle_reference(query, label, make_value, label_mean, nearest, distance)
         else:
             near = dict(zip(close.tolist(), distances.tolist(), strict=True))
             settled = self._settle_strict(query, label, make_value, label_mean, nearest, near, noise)
-        return replace(settled, is_close=is_close)
+        return replace(settled, is_close=is_close or settled.is_close)
 
     def _settle_reference(
         self,
@@ -255,35 +319,117 @@ class Codebook:
         covering = max(distance * (1 + _RADIUS_MARGIN), distance + noise)
         # So near to being nearest that the query's numerical noise could pick them instead.
         rivals = [entry for entry in near if entry != nearest]
+        is_close = False
         if label == self.labels[nearest] and not rivals:
             if covering > radius:
-                self.radii[nearest] = covering
-                return Settlement("expand", nearest, False, distance)
+                grown, is_close = self._grow(nearest, label, distance, covering, covering, noise)
+                if grown:
+                    return Settlement("expand", nearest, False, distance, is_close)
+                settled = self._add("add", query, label, make_value, label_mean, self.eps_init, distance, noise)
+                return replace(settled, is_close=is_close or settled.is_close)
             return Settlement("hit", nearest, False, distance)
         # No radius can tell two inputs apart that are this close, so the later label stands. Between rivals an entry of
         # its own can, as long as the query is not within its own noise of the nearest.
         if distance <= (noise if rivals else max(noise, self._same_key(nearest))):
-            self.labels[nearest], self.label_means[nearest] = label, label_mean
-            self._label_ids.tensor[nearest] = self._id(label)
-            self.radii[nearest] = max(radius, covering)
-            return Settlement("relabel", nearest, False, distance)
+            grown, is_close = self._grow(nearest, label, distance, covering, max(radius, covering), noise)
+            if grown:
+                self.labels[nearest], self.label_means[nearest] = label, label_mean
+                self._label_ids.tensor[nearest] = self._id(label)
+                return Settlement("relabel", nearest, False, distance, is_close)
         others = [entry for entry in (nearest, *rivals) if label != self.labels[entry]]
         for entry in others:
-            limit = near[entry] / 2 - noise / 3
-            self.radii[entry] = max(0.0, min(float(self.radii[entry]), limit))
+            self.radii[entry] = max(0.0, min(float(self.radii[entry]), self._half(near[entry], noise)))
         op: Op = "split" if others else "add"
-        return self._add(op, query, label, make_value, label_mean, min(self.eps_init, distance / 2), distance)
+        radius = min(self.eps_init, distance / 2)
+        settled = self._add(op, query, label, make_value, label_mean, radius, distance, noise)
+        return replace(settled, is_close=is_close or settled.is_close)
+
+    def _grow(
+        self, entry: int, label: Label, distance: float, covering: float, radius: float, noise: float
+    ) -> tuple[bool, bool]:
+        """Gives an entry a greater radius, for a label, unless balls of other labels leave no room for it.
+
+        Args:
+            entry: The entry.
+            label: The label it has from now on.
+            distance: Of the edited input.
+            covering: The radius that covers it.
+            radius: The one that is wanted, at least `covering`.
+            noise: Of the query.
+
+        Returns:
+            Whether it grew, and whether rounding could have decided otherwise.
+        """
+        if self.overlap_policy == "allow":
+            self.radii[entry] = radius
+            return True, False
+        others = self._others(self.keys[entry], label, radius, noise, but=entry)
+        # An entry that takes another label may share its ball with others of its old one: these have to give way.
+        changes = label != self.labels[entry]
+        room, needed = others.most_room if changes else others.room, self._length(covering)
+        is_same = distance <= noise
+        is_close = abs(room - needed) <= 2 / 3 * noise or (room < needed and abs(distance - noise) <= 2 / 3 * noise)
+        if room < needed and not is_same:
+            return False, is_close
+        others = self._push_back(others, needed, noise)
+        self.radii[entry] = min(radius, self._distance(others.room))
+        return True, is_close
+
+    def _others(self, centre: Tensor, label: Label, radius: float, noise: float, *, but: int | None = None) -> _Others:
+        """Finds the entries of other labels whose balls come near one of a radius about a (D,) centre."""
+        reach = self._lengths(self.radii.double()) + (self._length(radius) + noise)
+        entry, distance = self._index.within(centre, self._distances_of(reach).float())
+        other = self._label_ids.tensor[entry] != self._id(label)
+        if but is not None:
+            other &= entry != but
+        entry, length = entry[other], self._lengths(distance[other].double())
+        return _Others(entry, length, self._lengths(self.radii[entry].double()), noise / 3 + _GAP * length)
+
+    def _push_back(self, others: _Others, needed: float, noise: float) -> _Others:
+        """Shrinks the balls that leave less than the needed length: to half their distance, or more where they must."""
+        crowding = others.distance - others.radius - others.gap < needed
+        most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
+        radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)
+        self.radii[others.entry[crowding]] = self._distances_of(radius[crowding]).float()
+        return replace(others, radius=radius)
+
+    def _half(self, distance: float, noise: float) -> float:
+        """The radius that a split leaves to an entry at a distance."""
+        if self.overlap_policy == "allow":
+            return distance / 2 - noise / 3
+        return self._distance(self._length(distance) / 2 - noise / 3)
+
+    def _length(self, distance: float) -> float:
+        """A distance as a length, which obeys the triangle inequality: for cosine distance the angle."""
+        return float(self._lengths(torch.tensor(distance, dtype=torch.float64)))
+
+    def _lengths(self, distances: Tensor) -> Tensor:
+        return 2 * (distances / 2).clamp(0, 1).sqrt().asin() if self.distance == "cosine" else distances
+
+    def _distance(self, length: float) -> float:
+        """The distance that a length is of; 0 for a negative one."""
+        return float(self._distances_of(torch.tensor(length, dtype=torch.float64)))
+
+    def _distances_of(self, lengths: Tensor) -> Tensor:
+        lengths = lengths.clamp(min=0)
+        return 2 * (lengths.clamp(max=math.pi) / 2).sin().square() if self.distance == "cosine" else lengths
+
+    def _mapped(self, queries: Tensor) -> Tensor:
+        """Queries as keys are kept: float32, and whitened where distances are."""
+        queries = queries.detach()
+        return queries.float() if self.whitening is None else self.whitening(queries)
 
     def _noise(self, query: Tensor) -> float:
-        """The distance by which rounding may move a query in another batch, with some room."""
-        if torch.finfo(self.precision).bits >= 32:
-            return _JITTER
-        size = float(query.norm()) if self.distance == "euclidean" else 1.0
-        return max(_JITTER, torch.finfo(self.precision).eps * size)
+        """The distance by which rounding may move a query, as it enters the layer, in another batch, with some room."""
+        noise = _JITTER
+        if torch.finfo(self.precision).bits < 32:
+            size = 1.0 if self.distance == "cosine" else float(query.norm())
+            noise = max(_JITTER, torch.finfo(self.precision).eps * size)
+        return noise if self.whitening is None else noise * self.whitening.gain
 
     def _same_key(self, entry: int) -> float:
         """The distance within which a query counts as the key itself: 1e-4 of the key's norm."""
-        norm = float(self.keys[entry].norm()) if self.distance == "euclidean" else 1.0
+        norm = 1.0 if self.distance == "cosine" else float(self.keys[entry].norm())
         return _SAME_KEY * max(1.0, norm)
 
     def _id(self, label: Label) -> int:
@@ -317,7 +463,16 @@ class Codebook:
         label_mean: float,
         radius: float,
         distance: float | None,
+        noise: float = _JITTER,
     ) -> Settlement:
+        is_close = False
+        if self.overlap_policy == "shrink" and len(self):
+            others = self._others(query, label, radius, noise)
+            needed = 2 / 3 * noise
+            slack = others.distance - others.radius - others.gap - needed
+            is_close = bool((slack.abs() <= 2 / 3 * noise).any())
+            op = "split" if bool((slack < 0).any()) else op
+            radius = min(radius, self._distance(self._push_back(others, needed, noise).room))
         value = make_value().detach().float()
         entry = len(self)
         self._index.extend(query[None])
@@ -326,22 +481,24 @@ class Codebook:
         self._label_ids.extend(torch.tensor([self._id(label)]))
         self.labels.append(label)
         self.label_means.append(label_mean)
-        return Settlement(op, entry, True, distance)
+        return Settlement(op, entry, True, distance, is_close)
 
     def clear(self) -> None:
-        """Removes every entry."""
+        """Removes every entry; the distance stays what it is."""
         self.labels, self.label_means, self._id_of_label = [], [], {}
         for rows in (self._index, self._values, self._radii, self._label_ids):
             rows.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns keys, values, radii, labels and label means."""
+        """Returns keys, values, radii, labels and label means, and what whitens queries."""
+        whitening = self.whitening
         return {
             "keys": self.keys.clone(),
             "values": self.values.clone(),
             "radii": self.radii.clone(),
             "labels": [list(label) for label in self.labels],
             "label_means": list(self.label_means),
+            **({} if whitening is None else {"whitening": whitening.matrix, "whitening_mean": whitening.mean}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,6 +507,8 @@ class Codebook:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"entries differ: {sizes}")
         self.clear()
+        if self.distance == "mahalanobis" and "whitening" in state:
+            self.whitening = Whitening(state["whitening_mean"].to(self._device), state["whitening"].to(self._device))
         self._index.extend(state["keys"])
         self._values.extend(state["values"])
         self._radii.extend(state["radii"])

@@ -10,8 +10,9 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.editors._values import ValueTraining
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Retrieval
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
 from grace_bench.encoding import EncodedBatch, stack
+from grace_bench.errors import UserError
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive, check_whole
 from grace_bench.registry import register_editor
@@ -43,9 +44,12 @@ class Grace(EditorStrategy):
         value_init: `cold` starts a value uniformly in [0, 1), `warm` at the layer's own output.
         replacement: The positions of the layer's output an entry overwrites: the query position, all of them, or those
             before the query.
-        distance: Between keys and queries.
+        distance: Between keys and queries: `euclidean`, `cosine`, or `mahalanobis`, which `calibrate` makes ready: the
+            covariance is that of upstream activations, so that directions in which inputs differ anyway count less.
         fidelity: `reference` reproduces the official code step by step; `strict` corrects what
             `docs/fidelity.md` lists.
+        overlap: `allow` lets balls of different labels overlap, as in the paper; with `shrink` a new or growing ball
+            ends where one of another label begins.
         seed: Seeds cold values; every edit has a generator of its own, so that nothing else moves them.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
@@ -65,6 +69,7 @@ class Grace(EditorStrategy):
         replacement: Replacement = "replace_prompt",
         distance: Distance = "euclidean",
         fidelity: Fidelity = "strict",
+        overlap: Overlap = "allow",
         seed: int = 0,
         plugins: Sequence[BasePlugin] = (),
         evaluator: EvaluationPlugin | None = None,
@@ -74,6 +79,7 @@ class Grace(EditorStrategy):
         check_choice("editor.replacement", replacement, get_args(Replacement))
         check_choice("editor.distance", distance, get_args(Distance))
         check_choice("editor.fidelity", fidelity, get_args(Fidelity))
+        check_choice("editor.overlap", overlap, get_args(Overlap))
         check_whole("editor.n_iter", n_iter, least=1)
         check_positive("editor.lr", lr)
         check_whole("editor.seed", seed, least=0)
@@ -84,11 +90,13 @@ class Grace(EditorStrategy):
         self.replacement: Replacement = replacement
         self.distance = distance
         self.fidelity = fidelity
+        self.overlap = overlap
         self.seed = seed
         self.codebook = Codebook(
             eps_init=eps_init,
             distance=distance,
             fidelity=fidelity,
+            overlap=overlap,
             device=model.layer_device,
             precision=model.layer_dtype,
         )
@@ -100,12 +108,29 @@ class Grace(EditorStrategy):
         self._last_version = 0
         self.intercept(self._answer)
 
+    @property
+    def needs_upstream(self) -> bool:
+        return self.codebook.needs_whitening
+
+    def calibrate(self, queries: Tensor) -> None:
+        if self.distance != "mahalanobis":
+            super().calibrate(queries)
+        self.codebook.whiten(queries)
+
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Settles each request in order; the outcome is that of the last one.
 
         Keys, radii and labels never depend on values, so values are left pending, to be trained together: those of
         different entries do not depend on each other.
+
+        Raises:
+            UserError: If the distance needs `calibrate` first.
         """
+        if self.codebook.needs_whitening:
+            raise UserError(
+                "editor.distance=mahalanobis needs upstream activations before the first edit: call "
+                "editor.calibrate(model.queries(prompts)) with inputs that the model is used for"
+            )
         for index in range(len(batch.encoded)):
             self._edit_one(batch.encoded.row(index))
         return self._outcomes[-1]
@@ -151,7 +176,9 @@ class Grace(EditorStrategy):
 
     def max_extra_parameters(self, n_edits: int) -> int:
         # At worst every edit makes an entry: a key, a value and a radius.
-        return n_edits * (self.codebook.keys.shape[1] + self.codebook.values.shape[1] + 1)
+        whitening = self.codebook.whitening
+        constant = 0 if whitening is None else whitening.matrix.numel() + whitening.mean.numel()
+        return constant + n_edits * (self.codebook.keys.shape[1] + self.codebook.values.shape[1] + 1)
 
     def initial_value(self, call: LayerCall) -> Tensor:
         """Returns the (D_out,) value that a new entry starts from."""

@@ -1,6 +1,7 @@
 """`run_benchmark`: one editor on one stream, from settings to a result and its files."""
 
 import hashlib
+import math
 import platform
 import re
 import sys
@@ -14,6 +15,7 @@ import torch
 from avalanche.core import BasePlugin
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins.evaluation import EvaluationPlugin
+from torch import Tensor
 
 from grace_bench.benchmark import EditBenchmark, probe_requests
 from grace_bench.engine import EngineName, make_engine
@@ -28,6 +30,9 @@ from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
 from grace_bench.types import EditStream, Progress
+
+_MOST_UPSTREAM = 4096
+"""So many activations are enough to estimate a covariance from; they are held at once."""
 
 _ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
 """Scores that a result names also where there is nothing to measure them on."""
@@ -132,6 +137,8 @@ def run_benchmark(
         if strategy.needs_subject:
             _check_subjects(strategy, benchmark)
         strategy.prepare(benchmark.data.train, progress=progress)
+        if strategy.needs_upstream:
+            strategy.calibrate(_upstream_queries(strategy, benchmark))
         run = Run(benchmark, strategy, settings.schedule, progress=progress)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
@@ -358,6 +365,25 @@ def _check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
                 f"request '{request.id}': field 'subject': editor '{strategy.registered_name}' needs one that occurs "
                 f"in the prompt"
             )
+
+
+def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Tensor:
+    """The (n, D_in) activations at the queries of upstream requests; of many, those evenly spaced."""
+    upstream = benchmark.data.upstream
+    if not upstream:
+        raise UserError(
+            f"editor '{strategy.registered_name}' with these options needs upstream inputs, and stream "
+            f"'{benchmark.name}' has none"
+        )
+    some = upstream[:: math.ceil(len(upstream) / _MOST_UPSTREAM)]
+    prompts = [request.prompt for request in some if request.prompt.strip()]
+    texts = [str(request.target) for request in some if not request.prompt.strip()]
+    parts = []
+    if prompts:
+        parts.append(strategy.model.queries(prompts))
+    if texts:
+        parts.append(strategy.model.queries([""] * len(texts), texts))
+    return torch.cat(parts)
 
 
 def _default_model(stream: EditStream) -> str:

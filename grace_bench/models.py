@@ -425,6 +425,25 @@ class EditableModel(nn.Module):
             raise UserError(f"layer={self.layer_name} is never called: name a module inside it")
         return seen[0]
 
+    def queries(self, prompts: Sequence[str], targets: Sequence[str | int] | None = None) -> Tensor:
+        """Returns the (n, D_in) float32 activations that enter the edited layer at the queries of n prompts.
+
+        Args:
+            prompts: n texts, at least one.
+            targets: n texts that follow them; only needed where a prompt is empty, because its target is running text.
+
+        Raises:
+            UserError: As `layer_call`.
+        """
+        sizes = [
+            self.task.size(self, prompt, targets[i : i + 1] if targets else ()) for i, prompt in enumerate(prompts)
+        ]
+        rows: dict[int, Tensor] = {}
+        for chunk in self.task.batches(sizes):
+            chosen = [prompts[index] for index in chunk], targets and [targets[index] for index in chunk]
+            rows.update(zip(chunk, self.layer_call(self.encode_batch(*chosen)).query.float(), strict=True))
+        return torch.stack([rows[index] for index in range(len(prompts))])
+
     def intercept(self, answer: Callable[[LayerCall], Tensor], *, first: bool = False) -> Any:
         """Lets `answer` decide what the edited layer gives.
 

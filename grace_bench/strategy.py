@@ -208,6 +208,23 @@ class EditorStrategy(BaseTemplate, ABC):
             UserError: If the editor must be meta-trained first, or lacks what it prepares from.
         """
 
+    @property
+    def needs_upstream(self) -> bool:
+        """Whether `calibrate` must come before its first edit, with the options it has."""
+        return False
+
+    def calibrate(self, queries: Tensor) -> None:
+        """Tells of the inputs that the model is used for; a run calls it once, before its first edit, if it is needed.
+
+        Args:
+            queries: (n, D_in) what enters the edited layer at their queries (`EditableModel.queries`). More of upstream
+                requests, their answers for one, no editor is shown.
+
+        Raises:
+            UserError: If the editor needs none, has edits already, or cannot work with them.
+        """
+        raise UserError(f"editor '{self.registered_name}' needs no upstream activations with its options")
+
     def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
         """Trains the editor itself on requests of the stream's `train` role, keeps the result and makes it ready.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grace_bench.editors import _key_index
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Settlement
+from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Settlement
 from grace_bench.errors import UserError
 
 WIDTH = 4
@@ -40,9 +40,13 @@ def settle(codebook: Codebook, key: list[float], label: int) -> Settlement:
 
 
 def filled(
-    edits: list[Edit], eps_init: float, distance: Distance = "euclidean", fidelity: Fidelity = "strict"
+    edits: list[Edit],
+    eps_init: float,
+    distance: Distance = "euclidean",
+    fidelity: Fidelity = "strict",
+    overlap: Overlap = "allow",
 ) -> Codebook:
-    codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity)
+    codebook = Codebook(eps_init=eps_init, distance=distance, fidelity=fidelity, overlap=overlap)
     for key, label in edits:
         settle(codebook, key, label)
     return codebook
@@ -585,3 +589,239 @@ def test_contested_and_overlap_follow_labels_that_were_taken_over() -> None:
     assert (codebook.contested(between).tolist(), codebook.overlap()) == ([True], 1.0)
     assert settle(codebook, [0, 0, 0, 0], 5).op == "relabel"
     assert (codebook.contested(between).tolist(), codebook.overlap()) == ([False], 0.0)
+
+
+# Of the inputs that the edits below are like, whose directions differ a thousandfold in variance.
+_upstream = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 1, 0.1, 0.003])
+
+
+def measuring(distance: Distance, eps: float, overlap: Overlap = "allow", **options: torch.dtype) -> Codebook:
+    """An empty codebook, whitened if its distance wants that."""
+    codebook = Codebook(eps_init=eps, distance=distance, overlap=overlap, **options)  # type: ignore[arg-type]
+    if codebook.needs_whitening:
+        codebook.whiten(_upstream)
+    return codebook
+
+
+def lengths(codebook: Codebook, distances: np.ndarray) -> np.ndarray:
+    """Distances as numbers that add up along a way: angles for cosine distance."""
+    return np.arccos(np.clip(1 - distances, -1, 1)) if codebook.distance == "cosine" else distances
+
+
+each_distance = pytest.mark.parametrize("distance", ["euclidean", "cosine", "mahalanobis"])
+
+
+@each_distance
+@given(edits=_edits, queries=_queries, eps=_eps)
+@_thorough
+def test_shrinking_keeps_balls_of_different_labels_apart(
+    distance: Distance, edits: list[Edit], queries: list[list[float]], eps: float
+) -> None:
+    codebook = measuring(distance, eps, "shrink")
+    keys: list[Tensor] = []
+    for key, label in edits:
+        if distance == "cosine":
+            assume(not any(key) or np.linalg.norm(key) > 1e-3)
+        settle(codebook, key, label)
+        keys += [codebook.keys[-1].clone()] * (len(codebook) - len(keys))
+        assert (codebook.radii >= 0).all()
+        assert codebook.overlap() == 0.0
+        radii = lengths(codebook, codebook.radii.double().numpy())
+        for entry, centre in enumerate(keys):
+            points = codebook.keys.double().numpy()
+            gaps = np.linalg.norm(points - centre.double().numpy(), axis=1)
+            if distance == "cosine":
+                gaps = lengths(codebook, true_distances(codebook, centre))
+            others = np.array([other != codebook.labels[entry] for other in codebook.labels])
+            assert (gaps[others] >= (radii + radii[entry])[others] - 1e-6).all()
+    points = torch.tensor([*queries, *(key for key, _ in edits)])
+    if distance != "cosine" or bool((points.norm(dim=1) > 0).all()):
+        assert not codebook.contested(points).any()
+
+
+@each_distance
+@given(edits=_edits, eps=st.sampled_from([0.05, 0.5, 3.0]), seed=st.integers(0, 2**31))
+@_thorough
+def test_with_shrinking_too_an_edited_input_hits_an_entry_of_its_label_also_when_its_query_moves(
+    distance: Distance, edits: list[Edit], eps: float, seed: int
+) -> None:
+    codebook = measuring(distance, eps, "shrink")
+    generator = torch.Generator().manual_seed(seed)
+    makers: dict[int, Tensor] = {}
+    gain = 1.0 if codebook.whitening is None else codebook.whitening.gain
+    for key, label in edits:
+        query = torch.tensor(key)
+        if distance == "cosine":
+            assume(query.norm() > 1e-3)
+            assume(not len(codebook) or codebook.distances(query[None]).min() < 0.5 or len(codebook) < 2)
+        assume(len(codebook) < 2 or float(codebook.distances(query[None])[0].sort().values[1]) > 1e-4 * gain)
+        settled = settle(codebook, key, label)
+        if settled.is_new or settled.op == "relabel":
+            makers.pop(settled.entry, None)
+        if settled.is_new:
+            makers[settled.entry] = query
+        direction = torch.randn(16, WIDTH, generator=generator)
+        moved = query + 1e-5 * direction / direction.norm(dim=1, keepdim=True) * (
+            query.norm() if distance == "cosine" else 1
+        )
+        found = codebook.retrieve(torch.cat([query[None], moved]))
+        assert found.hit.all()
+        assert (found.entry == settled.entry).all()
+        assert codebook.labels[settled.entry] == (label,)
+    # An input that made an entry stays its key, so that it is answered by it unless its label is contradicted.
+    for entry, query in makers.items():
+        found = codebook.retrieve(query[None])
+        assert (found.entry.item(), found.hit.item()) == (entry, True)
+
+
+@given(edits=_edits, eps=_eps, seed=st.integers(0, 2**16))
+@_thorough
+def test_with_shrinking_too_a_decision_that_is_not_close_is_the_same_for_a_query_that_moved(
+    edits: list[Edit], eps: float, seed: int
+) -> None:
+    moves = torch.randn(len(edits), WIDTH, generator=torch.Generator().manual_seed(seed))
+    for number, (key, label) in enumerate(edits):
+        codebook, other = (measuring("euclidean", eps, "shrink") for _ in range(2))
+        for earlier in edits[:number]:
+            settle(codebook, *earlier)
+            settle(other, *earlier)
+        moved = torch.tensor(key) + 5e-6 * moves[number] / moves[number].norm()
+        first, second = settle(codebook, key, label), settle(other, moved.tolist(), label)
+        if not first.is_close:
+            # A repeated input may grow its entry by the last bit, or hit it.
+            same = [settled.op.replace("expand", "hit") for settled in (first, second)]
+            assert (same[0], first.entry) == (same[1], second.entry)
+
+
+@each_distance
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_shrinking_changes_nothing_while_there_is_one_label(distance: Distance, edits: list[Edit], eps: float) -> None:
+    allow, shrink = measuring(distance, eps), measuring(distance, eps, "shrink")
+    for key, _ in edits:
+        assert settle(allow, key, 0) == settle(shrink, key, 0)
+    assert torch.equal(allow.radii, shrink.radii)
+
+
+def test_a_ball_ends_where_another_label_begins() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([3.2, 0, 0, 0], 1), ([1.9, 0, 0, 0], 1)], 1.0, overlap="shrink")
+    assert codebook.radii.tolist() == pytest.approx([1.0, 1.3], abs=1e-3)
+    # The nearest entry could grow to this input only into the other's ball.
+    settled = settle(codebook, [0, 1.95, 0, 0], 0)
+    assert (settled.op, settled.entry) == ("add", 2)
+    assert codebook.radii.tolist() == pytest.approx([1.0, 1.3, 1.0], abs=1e-3)
+    settled = settle(codebook, [1.2, -1.5, 0, 0], 2)
+    gaps = [math.hypot(1.2, 1.5) - 0.9605, math.hypot(2.0, 1.5) - 1.3]
+    assert (settled.op, settled.entry) == ("split", 3)
+    assert codebook.radii.tolist() == pytest.approx([0.9605, 1.3, 1.0, min(0.9605, *gaps)], abs=1e-3)
+
+
+def test_balls_of_other_labels_that_hold_the_edited_input_give_way() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([5, 0, 0, 0], 1)], 1.0, overlap="shrink")
+    codebook.radii[0], codebook.radii[1] = 4.5, 0.4
+    # Its nearest has its label; the other's ball reaches beyond it.
+    settled = settle(codebook, [4.0, 0, 0, 0], 1)
+    assert (settled.op, settled.entry) == ("split", 2)
+    assert codebook.radii.tolist() == pytest.approx([2.0, 0.4, 1.0], abs=1e-3)
+
+
+def test_an_entry_that_takes_another_label_loses_what_lies_in_balls_of_its_old_one() -> None:
+    codebook = filled([([0, 0, 0, 0], 0), ([1.5, 0, 0, 0], 0), ([0, 2.6, 0, 0], 0)], 1.0, overlap="shrink")
+    assert settle(codebook, [0, 0, 0, 0], 1).op == "relabel"
+    assert codebook.labels == [(1,), (0,)]
+    assert codebook.radii.tolist() == pytest.approx([1.5 * (1 + 1e-4), 1.0], abs=1e-3)
+    assert settle(codebook, [0, 2.6, 0, 0], 1).op == "relabel"
+    assert settle(codebook, [0, 0, 0, 0], 0).op == "relabel"
+    assert codebook.overlap() == 0.0
+
+
+@pytest.mark.parametrize("overlap", ["allow", "shrink"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine", "mahalanobis"])
+@given(
+    kind=_cloud,
+    n=st.integers(1, 40),
+    width=st.sampled_from([2, 16]),
+    seed=st.integers(0, 2**31),
+    eps=st.sampled_from([1e-3, 0.3, 2.0]),
+)
+@settings(max_examples=60)
+def test_bounding_distances_changes_no_decision_of_a_policy_or_a_distance(
+    distance: Distance, overlap: Overlap, kind: str, n: int, width: int, seed: int, eps: float
+) -> None:
+    assume(kind != "one not a number")
+    codebooks = [Codebook(eps_init=eps, distance=distance, overlap=overlap) for _ in range(2)]
+    for codebook in codebooks if distance == "mahalanobis" else ():
+        codebook.whiten(cloud("plain", 20, width, 5))
+    for number, key in enumerate(cloud(kind, n, width, seed)):
+        settled = []
+        for codebook, how in zip(codebooks, (PLAIN, BOUNDED), strict=True):
+            with lookups(how, pairs=9):
+                settled.append(settle(codebook, key.tolist(), number * 7 % 3))
+        assert settled[0] == settled[1]
+    assert codebooks[0].labels == codebooks[1].labels
+    assert torch.equal(codebooks[0].radii, codebooks[1].radii)
+
+
+@each_distance
+def test_shrinking_among_many_keys_computes_few_distances(distance: Distance, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = cloud("plain", 20_000, 64, 0) + 10
+    codebook = Codebook(eps_init=1e-3, distance=distance, overlap="shrink")
+    if distance == "mahalanobis":
+        codebook.whiten(keys[:500])
+        keys = codebook.whitening(keys)  # type: ignore[misc]
+    codebook.load_state_dict(of_keys(keys, 1e-3, "euclidean").state_dict())
+    computed = []
+    exact = codebook._index._exact
+    monkeypatch.setattr(codebook._index, "_exact", lambda *pairs: computed.append(exact(*pairs)) or computed[-1])
+    for label in (9, 9, 8):
+        settle(codebook, [10.0] * 64, label)
+    assert sum(distances.numel() for distances in computed) < 2000
+
+
+@given(edits=_edits, eps=_eps)
+@_thorough
+def test_mahalanobis_decides_as_euclidean_does_on_whitened_inputs(edits: list[Edit], eps: float) -> None:
+    mahalanobis, euclidean = measuring("mahalanobis", eps), Codebook(eps_init=eps)
+    assert mahalanobis.whitening is not None
+    for key, label in edits:
+        whitened = mahalanobis.whitening(torch.tensor(key))
+        one, two = settle(mahalanobis, key, label), settle(euclidean, whitened.tolist(), label)
+        # The margins for rounding are wider where rounding counts more.
+        assume(one.op == two.op or not one.is_close)
+        assume(one.distance is None or one.distance > 1e-3 or one.distance == 0.0)
+        assert (one.op, one.entry) == (two.op, two.entry)
+
+
+@pytest.mark.parametrize("overlap", ["allow", "shrink"])
+@given(edits=_edits, more=_edits, eps=_eps)
+@_thorough
+def test_a_loaded_state_measures_and_decides_as_the_original(
+    overlap: Overlap, edits: list[Edit], more: list[Edit], eps: float
+) -> None:
+    original = measuring("mahalanobis", eps, overlap)
+    for key, label in edits:
+        settle(original, key, label)
+    loaded = Codebook(eps_init=eps, distance="mahalanobis", overlap=overlap)
+    loaded.load_state_dict(original.state_dict())
+    for key, label in more:
+        assert settle(original, key, label) == settle(loaded, key, label)
+    assert torch.equal(original.keys, loaded.keys)
+    assert torch.equal(original.radii, loaded.radii)
+
+
+def test_a_codebook_keeps_its_distance_when_it_is_cleared_and_changes_it_only_while_it_is_empty() -> None:
+    codebook = measuring("mahalanobis", 1.0)
+    settle(codebook, [1.0, 2, 3, 4], 0)
+    before = codebook.distances(torch.ones(1, WIDTH))
+    with pytest.raises(UserError, match="before its first entry"):
+        codebook.whiten(_upstream)
+    codebook.clear()
+    assert not codebook.needs_whitening
+    settle(codebook, [1.0, 2, 3, 4], 0)
+    assert torch.equal(codebook.distances(torch.ones(1, WIDTH)), before)
+
+
+@pytest.mark.parametrize("option", [{"distance": "mahalanobis"}, {"overlap": "shrink"}])
+def test_what_the_official_code_does_not_have_is_refused_in_reference(option: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=f"editor.{next(iter(option))}=.* needs editor.fidelity=strict"):
+        Codebook(eps_init=1.0, fidelity="reference", **option)  # type: ignore[arg-type]

@@ -362,6 +362,7 @@ def test_generation_answers_as_teacher_forcing_does(family: str, replacement: Re
         ({"replacement": "replace_lst"}, "did you mean 'replace_last'"),
         ({"distance": "manhattan"}, "editor.distance=manhattan"),
         ({"fidelity": "strct"}, "did you mean 'strict'"),
+        ({"overlap": "shrnk"}, "did you mean 'shrink'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -371,3 +372,89 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
     assert message in str(caught.value)
     before = snapshot(model, "gpt2")
     assert identical(before, snapshot(model, "gpt2"))
+
+
+def calibrated(family: str, **options: Any) -> Grace:
+    """An editor with Mahalanobis distance, calibrated on other prompts than those of `stream`."""
+    editor = editor_on(tiny(family), distance="mahalanobis", n_iter=5, **options)
+    editor.calibrate(upstream_queries(editor.model, family))
+    return editor
+
+
+def upstream_queries(model: EditableModel, family: str) -> Tensor:
+    requests = stream(family, 30, seed=9)
+    return model.layer_call(encode(family, [p for p, _ in requests], [t for _, t in requests])).query
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("overlap", ["allow", "shrink"])
+def test_a_calibrated_editor_is_saved_resumed_and_rolled_back_bit_for_bit(
+    family: str, overlap: str, tmp_path: Path
+) -> None:
+    editor = calibrated(family, overlap=overlap)
+    before = snapshot(editor.model, family)
+    requests = stream(family, 5)
+    for prompt, target in requests[:3]:
+        edit(editor, family, prompt, target)
+    expected, state = snapshot(editor.model, family), editor.state_dict()
+    assert not identical(before, expected)
+    assert 0 <= editor.extra_parameters <= editor.max_extra_parameters(3)
+    editor.save_pretrained(tmp_path)
+    loaded = Grace.from_pretrained(tmp_path, model=tiny(family))
+    assert identical(expected, snapshot(loaded.model, family))
+    resumed = editor_on(tiny(family), distance="mahalanobis", n_iter=5, overlap=overlap)
+    resumed.load_state_dict(state)
+    for prompt, target in requests[3:]:
+        edit(editor, family, prompt, target)
+        edit(resumed, family, prompt, target)
+    assert_same_state(editor.state_dict(), resumed.state_dict())
+    editor.rollback()
+    assert identical(before, snapshot(editor.model, family))
+    for prompt, target in requests[:3]:
+        edit(editor, family, prompt, target)
+    assert identical(expected, snapshot(editor.model, family))
+
+
+def test_an_uncalibrated_editor_says_how_to_calibrate_it_and_others_need_no_calibration() -> None:
+    editor = editor_on(tiny("gpt2"), distance="mahalanobis")
+    assert editor.needs_upstream
+    with pytest.raises(UserError, match=r"editor\.calibrate\(model\.queries\(prompts\)\)") as caught:
+        edit(editor, "gpt2", [5, 6, 7], [1, 2])
+    assert "\n" not in str(caught.value)
+    assert not len(editor.codebook)
+    queries = upstream_queries(editor.model, "gpt2")
+    editor.calibrate(queries)
+    assert not editor.needs_upstream
+    edit(editor, "gpt2", [5, 6, 7], [1, 2])
+    with pytest.raises(UserError, match="before its first entry"):
+        editor.calibrate(queries)
+    plain = editor_on(tiny("gpt2"))
+    assert not plain.needs_upstream
+    with pytest.raises(UserError, match="needs no upstream activations"):
+        plain.calibrate(queries)
+
+
+@pytest.mark.parametrize("options", [{"distance": "mahalanobis"}, {"overlap": "shrink"}])
+def test_what_the_official_code_lacks_is_refused_with_its_fidelity(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"needs editor\.fidelity=strict"):
+        editor_on(tiny("gpt2"), fidelity="reference", **options)
+
+
+def test_after_a_ball_shrinks_what_it_answered_is_looked_up_anew() -> None:
+    editor = editor_on(tiny("gpt2"), eps_init=10.0, n_iter=5, overlap="shrink")
+    first, second = stream("gpt2", 2)
+    edit(editor, "gpt2", *first)
+    queries = editor.model.layer_call(
+        encode("gpt2", [p for p, _ in stream("gpt2", 20)], [t for _, t in stream("gpt2", 20)])
+    ).query
+    before = editor.answered_by(queries)
+    edit(editor, "gpt2", second[0], [token % 7 + 1 for token in second[1]])
+    after = editor.answered_by(queries)
+    assert editor.codebook.overlap() == 0.0
+    found = editor.codebook.retrieve(queries)
+    assert after.entry is not None
+    assert before.entry is not None
+    assert after.entry.tolist() == torch.where(found.hit, found.entry, -1).tolist()
+    left = (before.entry == 0) & (after.entry == -1)
+    assert left.any()
+    assert all(version is None for version, has_left in zip(after.versions, left, strict=True) if has_left)

@@ -1,0 +1,90 @@
+"""The linear map under which Mahalanobis distance is euclidean distance, estimated from activations."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from grace_bench.errors import UserError
+
+# Of the mean variance, at least this is added to every direction: one that never varied would else count infinitely,
+# and a query's rounding along it with it.
+_LEAST_SHRINKAGE = 1e-4
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Maps x to W (x - m), with W = c C^(-1/2), C the shrunk covariance of activations and m their mean.
+
+    The length of a mapped difference is c times its Mahalanobis distance. The scale c makes the mean square of that,
+    over pairs of the activations, what it is for euclidean distance, so that a radius is as large a part of what
+    activations differ by.
+
+    Attributes:
+        mean: (D,) float64, m.
+        matrix: (D, D) float64, W; symmetric.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def from_activations(cls, activations: Tensor) -> "Whitening":
+        """Estimates mean and covariance, the latter shrunk towards v I (Ledoit & Wolf 2004).
+
+        Args:
+            activations: (n, D), n at least 2; fewer than D are enough.
+
+        Raises:
+            UserError: If there are fewer than two, or they do not vary, or are not finite.
+        """
+        device = activations.device
+        # A decomposition of the same numbers gives the same bits on the CPU, wherever the model is.
+        samples = activations.detach().cpu().double()
+        if len(samples) < 2 or not bool(torch.isfinite(samples).all()):
+            raise UserError("whitening needs at least two upstream activations, all of them finite")
+        mean = samples.mean(dim=0)
+        covariance = shrunk_covariance(samples)
+        if float(covariance.trace()) <= 0:
+            raise UserError("whitening needs upstream activations that differ: here all are the same")
+        eigenvalues, directions = torch.linalg.eigh(covariance)
+        matrix = (directions / eigenvalues.sqrt()) @ directions.T
+        centred = samples - mean
+        scale = centred.norm() / (centred @ matrix).norm()
+        return cls(mean.to(device), (scale * matrix).to(device))
+
+    @cached_property
+    def gain(self) -> float:
+        """The most by which a difference grows, at least 1."""
+        return max(1.0, float(torch.linalg.eigvalsh(self.matrix.cpu()).max()))
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Maps (..., D) points of any float dtype to float32.
+
+        The product is taken in float64, so that rounding makes no difference between a point alone and in a batch.
+        """
+        with torch.autocast(points.device.type, enabled=False):
+            return ((points.double() - self.mean) @ self.matrix).float()
+
+
+def shrunk_covariance(samples: Tensor) -> Tensor:
+    """Returns (1 - s) S + s v I, where S is the covariance of (n, D) samples and v the mean of its diagonal.
+
+    The share s is the estimate, free of parameters, that makes the expected squared error least: the mean squared
+    distance of the samples' own products x xᵀ from S over n, relative to that of S from v I (Ledoit & Wolf 2004, A
+    well-conditioned estimator for large-dimensional covariance matrices). It is at least 1e-4 here.
+
+    Args:
+        samples: (n, D) float64.
+    """
+    n = len(samples)
+    centred = samples - samples.mean(dim=0)
+    covariance = centred.T @ centred / n
+    identity = torch.eye(len(covariance), dtype=samples.dtype, device=samples.device)
+    variance = covariance.diagonal().mean()
+    dispersion = (covariance - variance * identity).square().sum()
+    # The sum over samples of |x xᵀ - S|² is that of |x|⁴ - |S|².
+    noise = (centred.square().sum(dim=1).square().mean() - covariance.square().sum()) / n
+    share = (noise / dispersion).nan_to_num(nan=1.0).clamp(_LEAST_SHRINKAGE, 1.0)
+    return (1 - share) * covariance + share * variance * identity
