@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grace_bench.jobs import compose, execute, folder_of
+from grace_bench.jobs import compose, execute
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
@@ -48,9 +48,7 @@ def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> RunResult:
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
     # Not an override: a path may hold what the override grammar gives a meaning.
     config.out = out
-    # A demo that was interrupted is simply run again.
-    folder = folder_of(config)
-    if folder.exists() and not (folder / "result.json").exists():
-        config.existing = "rerun"
+    # A demo that was interrupted goes on where it was.
+    config.existing = "resume"
     # Several runs cannot each move a bar in one terminal.
     return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))

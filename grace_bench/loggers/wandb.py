@@ -1,6 +1,7 @@
 """Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
 
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
@@ -20,6 +22,9 @@ class WandbLogger(RunLogger):
     """Logs the configuration, every metric against `n_edits`, one table of edits, and the run folder as an artifact.
 
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
+
+    The id of the W&B run stands in `wandb/run-id`, so that a run that goes on is the same one there; what it logged
+    between its last checkpoint and its end is logged again, at the same `n_edits`.
 
     Args:
         folder: The run folder, which the table of edits is read from; `wandb/` is made in it.
@@ -71,6 +76,8 @@ class WandbLogger(RunLogger):
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
+            id=self._id(),
+            resume="allow",
             job_type=plan.editor,
             config=plan.config,
             dir=str(self._folder),
@@ -79,6 +86,12 @@ class WandbLogger(RunLogger):
         )
         self._run.define_metric("n_edits")
         self._run.define_metric("*", step_metric="n_edits")
+
+    def _id(self) -> str:
+        path = self._folder / "wandb" / "run-id"
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(4))
+        return path.read_text(encoding="utf-8")
 
     def _send(self, n_edits: int) -> None:
         values, self._values = self._values, {}
@@ -97,7 +110,7 @@ class WandbLogger(RunLogger):
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
-                if path.is_file() and relative.parts[0] != "wandb":
+                if path.is_file() and relative.parts[0] != "wandb" and not relative.name.startswith("."):
                     artifact.add_file(str(path), name=relative.as_posix())
             run.log_artifact(artifact)
         run.finish(exit_code=0 if result is not None else 1)
