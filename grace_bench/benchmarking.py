@@ -19,10 +19,10 @@ from grace_bench.benchmark import EditBenchmark, probe_requests
 from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
+from grace_bench.keeping import KeptRun
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel, pick_threads
-from grace_bench.keeping import KeptRun
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
 from grace_bench.runner import Run, Schedule, seed_everything

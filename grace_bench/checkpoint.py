@@ -7,7 +7,6 @@ disk before it is renamed: one that has its name was whole, and one that was dam
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field

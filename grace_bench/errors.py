@@ -15,7 +15,7 @@ class RunFailure(Exception):  # noqa: N818 - the counterpart of `UserError`, for
     """A run failed for a known reason, such as a full disk: the command line prints one line and exits with code 1."""
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - as its base class
+class Interrupted(KeyboardInterrupt):
     """A run was ended by a signal, after a checkpoint: the command line exits with code 130."""
 
 

@@ -73,7 +73,9 @@ class KeptRun:
         self._checkpoints.drop_broken()
         if say is not None:
             where = (
-                "starts anew, without a checkpoint" if loaded.state is None else f"resumed at {loaded.n_edits} edits"
+                "started anew, without a whole checkpoint"
+                if loaded.state is None
+                else f"resumed at {loaded.n_edits} edits"
             )
             changed = self._environment.get("before_resuming")
             parts = [f"dropped {', '.join(dropped)}"] if dropped else []

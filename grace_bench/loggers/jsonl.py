@@ -24,7 +24,8 @@ _PARTS = "predictions"
 class JsonlLogger(RunLogger):
     """Writes `edits.jsonl`, a line a candidate, and `metrics.jsonl`, a line an evaluation; each line flushed at once.
 
-    Its state is the text of both, so that a run that goes on has them as they were, whatever became of the files.
+    Its state is the text of both, so that a run that goes on has them as they were, whatever became of the files, and
+    what the next line of metrics begins with.
 
     Args:
         folder: The run folder.
@@ -38,10 +39,12 @@ class JsonlLogger(RunLogger):
         self._texts = dict.fromkeys(self._paths, "")
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {name: path.read_text(encoding="utf-8") for name, path in self._paths.items()}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in self._paths.items()}
+        return {**texts, "values": dict(self._values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
         self._texts = {name: state[name] for name in self._paths}
+        self._values = dict(state["values"])
 
     def dropped(self) -> list[str]:
         """Returns what `start` will drop from the files, or put back into them, in words."""
@@ -100,7 +103,7 @@ class PredictionsLogger(RunLogger):
         self._newest: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the files of the evaluations so far, by path from the folder of all checkpoints, with their SHA-256."""
+        """Returns the SHA-256 of the files of the evaluations so far, by path from the folder of all checkpoints."""
         return dict(self._parts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
