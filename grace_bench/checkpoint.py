@@ -29,7 +29,10 @@ _TENSOR = "$tensor"
 
 
 class _Manifest(BaseModel):
-    """What a checkpoint is of, and the SHA-256 of each of its files, by path from the folder of all checkpoints."""
+    """What a checkpoint is of, and the SHA-256 of each of its files, by path from the folder of all checkpoints.
+
+    Its own `digest` is that of everything else in it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,6 +40,12 @@ class _Manifest(BaseModel):
     identity: dict[str, Any]
     n_edits: int
     files: dict[str, str]
+    digest: str = ""
+
+    def sealed(self) -> "_Manifest":
+        """Returns the manifest with its digest."""
+        content = json.dumps(self.model_dump(exclude={"digest"}), sort_keys=True)
+        return self.model_copy(update={"digest": digest(content.encode())})
 
 
 class _Version(BaseModel):
@@ -89,25 +98,29 @@ class Checkpoints:
         """
         numbers = self._numbers()
         name = f"{max(numbers, default=0) + 1:06d}"
-        partial = self._folder / f".{name}.partial"
         self._remove_partial()
-        partial.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         values = _without_tensors(state, "", tensors)
         files = {
             "state.json": json.dumps(values).encode(),
             "tensors.safetensors": safetensors.torch.save(tensors),
         }
-        digests = dict(beside or {})
-        for file, content in files.items():
-            write_synced(partial / file, content)
-            digests[f"{name}/{file}"] = digest(content)
+        digests = {**(beside or {}), **{f"{name}/{file}": digest(content) for file, content in files.items()}}
         manifest = _Manifest(
             schema_version=SCHEMA_VERSION, identity=self._identity, n_edits=n_edits, files=digests
-        ).model_dump_json(indent=2)
-        write_synced(partial / "manifest.json", f"{manifest}\n".encode())
-        sync_folder(partial)
-        partial.rename(self._folder / name)
+        ).sealed()
+        files["manifest.json"] = f"{manifest.model_dump_json(indent=2)}\n".encode()
+        partial = self._folder / f".{name}.partial"
+        try:
+            partial.mkdir(parents=True)
+            for file, content in files.items():
+                write_synced(partial / file, content)
+            sync_folder(partial)
+            partial.rename(self._folder / name)
+        except OSError:
+            # What is left of it would only take room that a full disk does not have.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         sync_folder(self._folder)
         for number in numbers[: 1 - _KEPT]:
             shutil.rmtree(self._path(number))
@@ -166,6 +179,8 @@ class Checkpoints:
             manifest = _Manifest.model_validate_json(text)
         except ValidationError as error:
             raise _BrokenError("manifest.json is not whole") from error
+        if manifest != manifest.sealed():
+            raise _BrokenError("manifest.json is not whole")
         self._check_identity(path, manifest.identity)
         return manifest
 

@@ -162,7 +162,7 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
                 return finished
             is_new = _begin(folder, config, say)
         except OSError as error:
-            what = f"out={config.out}" if config.existing != "resume" else str(folder)
+            what = str(folder) if (folder / "config.yaml").exists() else f"out={config.out}"
             if error.errno in _DISK_FULL:
                 raise RunFailure(f"{what}: {error.strerror}") from error
             raise UserError(f"{what}: {error.strerror or error}") from error

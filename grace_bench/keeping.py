@@ -94,10 +94,10 @@ class KeptRun:
             # What was taken up is on disk already; before that there is nothing to save.
             interruption.can_wait = self._saved_at is not None
             for _ in self._run.steps():
+                interruption.can_wait = True
                 is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
                 if is_due or interruption.is_asked:
                     self.save()
-                interruption.can_wait = True
                 if interruption.is_asked:
                     raise Interrupted(
                         f"interrupted at {strategy.n_edits} edits; `grace-bench resume {self._folder}` goes on"

@@ -1,7 +1,6 @@
 """Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
 
 import os
-import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -72,11 +71,12 @@ class WandbLogger(RunLogger):
             chosen = os.environ.get("WANDB_MODE")
             mode = None if chosen else "online" if wandb.login(prompt=False, verify=False) else "offline"
         self._folder.mkdir(parents=True, exist_ok=True)
+        kept = self._folder / "wandb" / "run-id"
         self._run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
-            id=self._id(),
+            id=kept.read_text(encoding="utf-8") if kept.exists() else None,
             resume="allow",
             job_type=plan.editor,
             config=plan.config,
@@ -84,14 +84,10 @@ class WandbLogger(RunLogger):
             mode=mode,
             settings=wandb.Settings(silent=True, console="off"),
         )
+        if kept.parent.is_dir():
+            write_atomically(kept, self._run.id)
         self._run.define_metric("n_edits")
         self._run.define_metric("*", step_metric="n_edits")
-
-    def _id(self) -> str:
-        path = self._folder / "wandb" / "run-id"
-        if not path.exists():
-            write_atomically(path, secrets.token_hex(4))
-        return path.read_text(encoding="utf-8")
 
     def _send(self, n_edits: int) -> None:
         values, self._values = self._values, {}
