@@ -231,7 +231,7 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         # A file takes no two names for one memory.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _without_tensors(part, f"{name}/{key}", tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_tensors(part, f"{name}/{i}", tensors) for i, part in enumerate(value)]

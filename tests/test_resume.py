@@ -402,6 +402,19 @@ def test_existing_resume_says_of_each_run_of_a_sweep_what_became_of_it(
     assert captured.err == f"grace-bench: {tmp_path / 'nothing' / 'config.yaml'}: No such file or directory\n"
 
 
+def test_in_wandb_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    options = [*SMALL[:-1], "wandb.mode=offline", "editor=none", f"out={tmp_path}"]
+    assert main(["run", *options]) == 0
+    folder = folder_in(tmp_path)
+    (folder / "result.json").unlink()
+    # A segment is named by the second in which it began.
+    time.sleep(1)
+    assert main(["resume", str(folder)]) == 0
+    segments = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(segments) == 2
+    assert {name.rsplit("-", 1)[1] for name in segments} == {(folder / "wandb" / "run-id").read_text()}
+
+
 def test_a_configuration_that_was_changed_since_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *SMALL, "editor=none", f"out={tmp_path}"]) == 0
     folder = folder_in(tmp_path)
