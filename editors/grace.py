@@ -1,7 +1,8 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -28,6 +29,8 @@ class _Pending(NamedTuple):
     """An edit whose value is not trained yet: where its outcome stands, what it trains on, and what answers it."""
 
     place: int
+    prompt: str
+    target: str | int
     encoded: EncodedBatch
     answering: int
 
@@ -104,8 +107,7 @@ class Grace(EditorStrategy):
         self._values = ValueTraining(model, self.codebook, n_iter=n_iter, lr=lr, replacement=replacement)
         self._outcomes: list[EditOutcome] = []
         self._pending: dict[int, _Pending] = {}
-        self._versions: dict[int, int] = {}
-        self._last_version = 0
+        self._versions: dict[int, str] = {}
         self.intercept(self._answer)
 
     @property
@@ -131,8 +133,8 @@ class Grace(EditorStrategy):
                 "editor.distance=mahalanobis needs upstream activations before the first edit: call "
                 "editor.calibrate(model.queries(prompts)) with inputs that the model is used for"
             )
-        for index in range(len(batch.encoded)):
-            self._edit_one(batch.encoded.row(index))
+        for index, (prompt, target) in enumerate(zip(batch.prompts, batch.targets, strict=True)):
+            self._edit_one(prompt, target, batch.encoded.row(index))
         return self._outcomes[-1]
 
     @property
@@ -156,8 +158,7 @@ class Grace(EditorStrategy):
         found = self.codebook.retrieve(queries.to(self.codebook.keys.device))
         entry = torch.where(found.hit, found.entry, -1)
         return Answered(
-            # An entry that was loaded has no version yet, and never changes before it has.
-            versions=[None if e < 0 else (e, self._versions.get(e, 0)) for e in entry.tolist()],
+            versions=[None if e < 0 else self._version(e) for e in entry.tolist()],
             pending=[e in self._pending for e in entry.tolist()] if self._pending else (),
             entry=entry,
             distance=found.distance,
@@ -165,14 +166,25 @@ class Grace(EditorStrategy):
         )
 
     def state_dict(self) -> State:
-        self._train_pending()
-        return {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}
+        state = {**super().state_dict(), **self.codebook.state_dict(), "n_settled": self._n_settled}
+        if self._outcomes:
+            state["outcomes"] = [asdict(outcome) for outcome in self._outcomes]
+            state["pending"] = [
+                [entry, waiting.place, waiting.prompt, waiting.target, waiting.answering]
+                for entry, waiting in self._pending.items()
+            ]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.codebook.load_state_dict(state)
         self._n_settled = int(state["n_settled"])
-        self._outcomes, self._pending, self._versions = [], {}, {}
+        self._versions = {}
+        self._outcomes = [EditOutcome(**outcome) for outcome in state.get("outcomes", ())]
+        self._pending = {
+            entry: _Pending(place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
+            for entry, place, prompt, target, answering in state.get("pending", ())
+        }
 
     def max_extra_parameters(self, n_edits: int) -> int:
         # At worst every edit makes an entry: a key, a value and a radius.
@@ -187,7 +199,7 @@ class Grace(EditorStrategy):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._n_settled)
         return torch.rand(call.output.shape[-1], generator=generator).to(call.output.device)
 
-    def _edit_one(self, encoded: EncodedBatch) -> None:
+    def _edit_one(self, prompt: str, target: str | int, encoded: EncodedBatch) -> None:
         call = self.model.layer_call(encoded)
         assert encoded.labels is not None
         settled = self.codebook.settle(
@@ -216,8 +228,8 @@ class Grace(EditorStrategy):
         if entry in self._pending:
             # What comes later goes on from the value that waits.
             self._train_pending()
-        self._new_version(entry)
-        self._pending[entry] = _Pending(len(self._outcomes) - 1, encoded, entry if found.hit[0] else -1)
+        answering = entry if found.hit[0] else -1
+        self._pending[entry] = _Pending(len(self._outcomes) - 1, prompt, target, encoded, answering)
         if not waits:
             self._train_pending()
 
@@ -234,15 +246,19 @@ class Grace(EditorStrategy):
                 self._outcomes[pending.place] = replace(
                     self._outcomes[pending.place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
                 )
-                self._new_version(entry)
+                self._versions.pop(entry, None)
         self._pending = {}
 
-    def _new_version(self, entry: int) -> None:
-        self._last_version += 1
-        self._versions[entry] = self._last_version
+    def _version(self, entry: int) -> str:
+        """What answers of an entry depend on: the digest of its value."""
+        if entry not in self._versions:
+            value = self.codebook.values[entry].cpu().numpy().tobytes()
+            self._versions[entry] = hashlib.blake2b(value, digest_size=16).hexdigest()
+        return self._versions[entry]
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
         """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3)."""
+        self._versions.pop(entry, None)
         found = self.codebook.retrieve(self.model.layer_call(encoded).query)
         return self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)[0]
 

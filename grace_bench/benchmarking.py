@@ -21,6 +21,7 @@ from grace_bench.benchmark import EditBenchmark, probe_requests
 from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
+from grace_bench.keeping import KeptRun
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel, pick_threads
@@ -54,6 +55,7 @@ class RunSettings:
         engine_memory_mb: What the exact engine may keep between evaluations; None for a quarter of the free memory.
         threads: torch threads, or `auto` by model size.
         tuning_budget: How the hyperparameters were chosen, as the table shows it.
+        checkpoint_every: Write a checkpoint after every so many edits, beside the start.
     """
 
     seed: int = 0
@@ -67,6 +69,7 @@ class RunSettings:
     engine_memory_mb: int | None = None
     threads: int | Literal["auto"] = "auto"
     tuning_budget: str | None = None
+    checkpoint_every: int = 50
 
 
 def run_benchmark(
@@ -85,8 +88,13 @@ def run_benchmark(
     loggers: Sequence[BaseLogger] = (),
     plugins: Sequence[BasePlugin] = (),
     progress: Progress | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Runs one editor on one stream.
+
+    With a folder, the run's state is kept there as it goes on, and on SIGINT and SIGTERM: a run that was stopped in any
+    way and resumed ends with the same bytes as one that never was, times aside.
 
     Args:
         stream: A stream, or the name of a registered one.
@@ -104,12 +112,16 @@ def run_benchmark(
         loggers: Avalanche loggers; those of `grace_bench.loggers` also hear of the run's start and end.
         plugins: Avalanche plugins that live on experience-level callbacks.
         progress: Called as a long stream is read, the unedited model is asked, and an editor prepares.
+        resume: Go on from the newest whole checkpoint in the folder, if there is one.
+        say: Takes a line on where a resumed run goes on, and what of its files was dropped.
 
     Returns:
         The result; with `folder`, also written there as `result.json`.
 
     Raises:
-        UserError: If a name is unknown, data cannot be read, or the parts do not fit together.
+        UserError: If a name is unknown, data cannot be read, the parts do not fit together, or a checkpoint is of
+            another configuration, model or data.
+        Interrupted: After a signal, once the run's state is on disk.
     """
     settings = settings or RunSettings()
     opened = open_benchmark(
@@ -126,6 +138,7 @@ def run_benchmark(
     fingerprint = editable.fingerprint
     check_fit(editable, benchmark)
     files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
+    kept: KeptRun | None = None
     evaluator = EvaluationPlugin(
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[*files, *loggers], collect_all=False
     )
@@ -136,10 +149,19 @@ def run_benchmark(
     try:
         if strategy.needs_subject:
             _check_subjects(strategy, benchmark)
-        strategy.prepare(benchmark.data.train, progress=progress)
-        if strategy.needs_upstream:
-            strategy.calibrate(_upstream_queries(strategy, benchmark))
         run = Run(benchmark, strategy, settings.schedule, progress=progress)
+        if folder is not None:
+            kept = KeptRun(
+                folder,
+                run,
+                loggers=[*files, *watchers],
+                identity=_identity(strategy, benchmark, settings, fingerprint),
+                environment=describe_environment(editable),
+            )
+        if not (resume and kept is not None and kept.take_up(say)):
+            strategy.prepare(benchmark.data.train, progress=progress)
+            if strategy.needs_upstream:
+                strategy.calibrate(_upstream_queries(strategy, benchmark))
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
             folder=folder,
@@ -153,7 +175,10 @@ def run_benchmark(
         )
         for watcher in (*files, *watchers):
             watcher.start(plan)
-        run.run()
+        if kept is None:
+            run.run()
+        else:
+            kept.carry_out(every=settings.checkpoint_every)
         result = RunResult(
             run_id=plan.run_id,
             stream=StreamInfo(
@@ -191,14 +216,15 @@ def run_benchmark(
             before={**_ALWAYS_NAMED, **run.before},
             metrics={**_ALWAYS_NAMED, **run.metrics()},
             cost=run.cost(),
-            environment=describe_environment(editable),
+            environment=describe_environment(editable) if kept is None else kept.environment(),
         )
-        if folder is not None:
+        if folder is not None and kept is not None:
             strategy.save_pretrained(folder / "editor")
             # A folder with a result is a whole one.
             for file in files:
                 file.finish(result)
             write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
+            kept.clear()
         return result
     finally:
         for watcher in (*files, *watchers):
@@ -314,6 +340,25 @@ def open_benchmark(
     editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
     return Opened(benchmark, editable, path)
+
+
+def _identity(
+    strategy: EditorStrategy, benchmark: EditBenchmark, settings: RunSettings, fingerprint: str
+) -> dict[str, Any]:
+    """Everything that decides what a run computes, by the names of the options where there are such."""
+    model = strategy.model
+    return {
+        "stream": benchmark.fingerprint,
+        "model": fingerprint,
+        "layer": model.layer_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "editor": {"name": strategy.registered_name, **strategy.settings()},
+        "seed": settings.seed,
+        **vars(settings.schedule),
+        **{name: getattr(settings, name) for name in ("split", "batch_size", "engine")},
+        "protocol": {"query": settings.query, "prefix_length": settings.prefix_length},
+        "max_new_tokens": benchmark.max_new_tokens,
+    }
 
 
 def describe_environment(model: EditableModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from grace_bench.errors import UserError
+from grace_bench.errors import RunFailure, UserError
 
 _RUN_HELP = """usage: grace-bench run [-m] [option=value ...]
 
@@ -95,8 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"grace-bench: {_shown(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("grace-bench: interrupted", file=sys.stderr)
+    except RunFailure as error:
+        print(f"grace-bench: {_shown(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"grace-bench: {_shown(str(interrupt)) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -119,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
+
+    resume = commands.add_parser("resume", help="go on with runs that were interrupted or failed")
+    resume.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    resume.set_defaults(command=_resume)
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
@@ -183,6 +190,13 @@ def _run(overrides: list[str]) -> int:
     from grace_bench.sweeps import run
 
     return run(overrides)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from grace_bench.jobs import resume
+
+    resume(options.runs, say=print)
+    return 0
 
 
 def _meta_train(overrides: list[str]) -> int:

@@ -13,8 +13,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from hydra_zen import builds, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from grace_bench.errors import UserError
+from grace_bench.errors import UserError, reason_of
+from grace_bench.files import write_atomically
 from grace_bench.options import check_choice, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
@@ -26,6 +29,7 @@ _NOT_IN_THE_HASH = (
     "batch_tokens",
     "engine_memory_mb",
     "threads",
+    "checkpoint_every",
     "out",
     "existing",
     "wandb",
@@ -35,6 +39,7 @@ _LEAST = {
     "batch_size": 1,
     "batch_tokens": 1,
     "threads": 1,
+    "checkpoint_every": 1,
     "engine_memory_mb": 0,
     "protocol.prefix_length": 1,
 }
@@ -42,7 +47,7 @@ _CHOICES = {
     "split": ("edits", "validation"),
     "engine": ("exact", "plain"),
     "protocol.query": ("prefix", "last_token"),
-    "existing": ("reuse", "rerun"),
+    "existing": ("reuse", "resume", "rerun"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
 
@@ -134,7 +139,25 @@ def config_hash(config: DictConfig) -> str:
 
 def write_config(config: DictConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    write_atomically(path, OmegaConf.to_yaml(config, resolve=True))
+
+
+def read_config(path: Path) -> DictConfig:
+    """Reads what `write_config` wrote.
+
+    Raises:
+        UserError: If it is missing or is no configuration of a run.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a configuration ({reason_of(error)})") from error
+    missing = next((name for name in ("stream", "editor", "seed", "out") if name not in config), None)
+    if not isinstance(config, DictConfig) or missing is not None:
+        raise UserError(f"{path}: field '{missing}': is missing")
+    return config
 
 
 def _instantiate(node: DictConfig) -> Any:

@@ -48,10 +48,8 @@ def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
     # Not an override: a path may hold what the override grammar gives a meaning.
     config.out = out
-    # A demo that was interrupted is simply run again.
-    folder = folder_of(config)
-    if folder.exists() and not (folder / "result.json").exists():
-        config.existing = "rerun"
+    # A demo that was interrupted goes on where it was.
+    config.existing = "resume"
     # Several runs cannot each move a bar in one terminal.
     execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
-    return folder
+    return folder_of(config)

@@ -7,7 +7,7 @@ pruned to what is scored (`pruning`). `plain` computes every pass whole, as the 
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -86,6 +86,14 @@ class Engine(ABC):
     def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - an engine that keeps nothing need not know
         """Declares which modules' weights edits may change from now on."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was decided so far about how passes are computed, as JSON values."""
+        return {"notes": list(self.notes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, so that nothing is decided anew from other batches."""
+        self.notes = list(state["notes"])
+
 
 class PlainEngine(Engine):
     """Every pass is computed whole and anew."""
@@ -149,6 +157,13 @@ class ExactEngine(Engine):
         if self._replay.knows(_kind(batch)):
             run = self._replayed(batch, run, kind=_kind(batch))
         run_to_layer(self.model.layer, run)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().state_dict(), "prunes": dict(self._prunes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self._prunes = dict(state["prunes"])
 
     @contextmanager
     def remembering(self) -> Iterator[None]:  # noqa: D102

@@ -11,6 +11,14 @@ class UserError(Exception):
     """
 
 
+class RunFailure(Exception):  # noqa: N818 - the counterpart of `UserError`, for what is nobody's mistake
+    """A run failed for a known reason, such as a full disk: the command line prints one line and exits with code 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended by a signal, after a checkpoint: the command line exits with code 130."""
+
+
 class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, not a defect
     """An editor could not carry out one edit; the run records the reason and goes on."""
 

@@ -10,17 +10,39 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a file under another name, makes sure it is on disk, and renames it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    write_synced(partial, text.encode())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a file and makes sure that its content is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or folder to a hidden name beside it, with the time, that nothing has yet; returns that."""
-    stamp = f".{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
-    aside = next(name for name in map(path.with_name, names) if not name.exists())
+    """Renames a file or folder to a hidden name beside it; returns that."""
+    aside = name_aside(path)
     path.rename(aside)
     return aside
+
+
+def name_aside(path: Path) -> Path:
+    """Returns a hidden name beside a file or folder, with the time, that nothing has yet."""
+    stamp = f".{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
+    return next(name for name in map(path.with_name, names) if not name.exists())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that the names in a folder are on disk."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,12 +1,13 @@
 """A run as the command line makes it: from a composed configuration to a run folder."""
 
+import errno
 import json
 import platform
 import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from grace_bench.config import (
     config_hash,
     make_editor,
     make_stream,
+    read_config,
     register_configs,
     registered_name,
     write_config,
 )
-from grace_bench.errors import UserError, did_you_mean, reason_of
-from grace_bench.files import set_aside, write_atomically
+from grace_bench.errors import RunFailure, UserError, did_you_mean, reason_of
+from grace_bench.files import name_aside, write_atomically
+from grace_bench.lock import FolderLock
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.presets import take_presets
@@ -39,6 +42,15 @@ from grace_bench.terminal import progress_bars
 from grace_bench.zoo import known_models, resolve_model
 
 Say = Callable[[str], None]
+
+_FAILURE = "error.json"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _raise_first(failures: Sequence[UserError]) -> None:
+    if failures:
+        others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{others}")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -67,7 +79,7 @@ def prepared(overrides: Sequence[str]) -> list[str]:
 
 
 def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> RunResult:
-    """Carries out one run in its folder, or reuses the finished one.
+    """Carries out one run in its folder, goes on with an unfinished one if asked to, or reuses the finished one.
 
     Args:
         config: The composed configuration.
@@ -75,37 +87,105 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
         console: Where progress is shown; standard error by default.
 
     Raises:
-        UserError: If the folder holds an unfinished run, or the configuration asks for what cannot be.
+        UserError: If the folder holds an unfinished run that is not to be resumed, another process is at work on it, or
+            the configuration asks for what cannot be.
+        RunFailure: If the disk takes no more.
     """
+    return _execute_in(folder_of(config), config, say=say, console=console)
+
+
+def resume(folders: Sequence[Path], *, say: Say) -> None:
+    """Goes on with runs that were interrupted or failed, each with the configuration in its folder.
+
+    Args:
+        folders: The run folders; those of finished runs are told of and left as they are.
+        say: Takes lines for the user.
+
+    Raises:
+        UserError: If a folder holds no run, or one that cannot go on; the others are carried out all the same.
+        RunFailure: If the disk takes no more.
+    """
+    register_configs(())
+    failures: list[UserError] = []
+    for folder in folders:
+        try:
+            config = read_config(folder / "config.yaml")
+            config.existing = "resume"
+            expected = folder_of(config).name
+            if re.fullmatch(r"[0-9a-f]{8}-s\d+", folder.name) and folder.name != expected:
+                raise UserError(f"{folder / 'config.yaml'}: was changed since the run began (it is of {expected} now)")
+            _execute_in(folder, config, say=say, console=None)
+        except UserError as error:
+            failures.append(error)
+    _raise_first(failures)
+
+
+def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
     stream, asked = asked_of(config)
-    folder = folder_of(config)
-    finished, aside = _existing(folder, config.existing)
+    finished = None if config.existing == "rerun" else _finished(folder, stream, say)
     if finished is not None:
-        if finished.stream.fingerprint != fingerprint_requests(stream.load()):
-            raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts anew")
-        say(f"finished before, reused: {folder}")
         return finished
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder / "config.yaml")
-        (folder / "error.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"out={config.out}: {error.strerror or error}") from error
-    try:
-        result = _run_in(folder, config, stream, asked, console)
-    except UserError:
-        # A mistake found before the first candidate leaves nothing to go on from, so it may be put right and run again.
-        edits = folder / "edits.jsonl"
-        if not edits.exists() or not edits.stat().st_size:
-            shutil.rmtree(folder)
-            if aside is not None:
-                aside.rename(folder)
-        raise
-    except Exception as error:
-        record_failure(folder, error)
-        raise
+    with ExitStack() as stack:
+        try:
+            aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
+            stack.enter_context(FolderLock(folder))
+            # Another process may have had it until now.
+            finished = _finished(folder, stream, say)
+            if finished is not None:
+                return finished
+            is_new = _begin(folder, config, say)
+        except OSError as error:
+            what = str(folder) if (folder / "config.yaml").exists() else f"out={config.out}"
+            if error.errno in _DISK_FULL:
+                raise RunFailure(f"{what}: {error.strerror}") from error
+            raise UserError(f"{what}: {error.strerror or error}") from error
+        try:
+            result = _run_in(folder, config, stream, asked, say, console)
+        except Exception as error:
+            edits = folder / "edits.jsonl"
+            if is_new and isinstance(error, UserError) and not (edits.exists() and edits.stat().st_size):
+                # A mistake found before the first candidate leaves nothing to go on from: it may be put right.
+                shutil.rmtree(folder)
+                if aside is not None:
+                    aside.rename(folder)
+                raise
+            if not isinstance(error, UserError):
+                record_failure(folder, error)
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise RunFailure(
+                    f"{folder}: {error.strerror}; what was kept before is whole: with room, `grace-bench resume "
+                    f"{folder}` goes on"
+                ) from error
+            raise
     say(summary(result, folder))
     return result
+
+
+def _begin(folder: Path, config: DictConfig, say: Say) -> bool:
+    """Makes a locked folder ready for its run, and returns whether that one is new."""
+    is_new = all(path.name.startswith(".") for path in folder.iterdir())
+    if not is_new and config.existing != "resume":
+        raise UserError(
+            f"{folder}: holds an unfinished run: `grace-bench resume {folder}` goes on with it; existing=rerun sets it "
+            f"aside and starts anew"
+        )
+    if not (folder / "config.yaml").exists():
+        write_config(config, folder / "config.yaml")
+    if is_new and config.existing == "resume":
+        say(f"{folder}: started")
+    failure = folder / _FAILURE
+    if failure.exists():
+        say(f"{folder}: retried, after it failed ({_failure_in(failure)})")
+        failure.unlink()
+    return is_new
+
+
+def _failure_in(path: Path) -> str:
+    try:
+        record = json.loads(path.read_bytes())
+        return f"{record['error']}: {record['reason']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "for a reason that was not recorded whole"
 
 
 def execute_meta_training(config: DictConfig, *, say: Say) -> None:
@@ -166,23 +246,28 @@ def _settings(config: DictConfig) -> RunSettings:
         engine_memory_mb=config.engine_memory_mb,
         threads=config.threads,
         tuning_budget=config.tuning_budget,
+        checkpoint_every=config.checkpoint_every,
     )
 
 
-def _run_in(folder: Path, config: DictConfig, stream: Any, asked: dict[str, Any], console: Console | None) -> RunResult:
+def _run_in(
+    folder: Path, config: DictConfig, stream: Any, asked: dict[str, Any], say: Say, console: Console | None
+) -> RunResult:
     plain: Any = OmegaConf.to_container(config, resolve=True)
     with progress_bars(console) as progress:
         return run_benchmark(
             stream,
             **asked,
             folder=folder,
-            run_id=folder.relative_to(config.out).as_posix(),
+            run_id=folder_of(config).relative_to(config.out).as_posix(),
             config=plain,
             loggers=[
                 ProgressLogger(console),
                 WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),
             ],
             progress=progress,
+            resume=config.existing == "resume" and (folder / "edits.jsonl").exists(),
+            say=say,
         )
 
 
@@ -201,15 +286,23 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
-def _existing(folder: Path, existing: str) -> tuple[RunResult | None, Path | None]:
-    """Returns the finished run that is reused, and where the one to be made again was set aside."""
-    if not folder.exists():
-        return None, None
-    if existing == "rerun":
-        return None, set_aside(folder)
-    if (folder / "result.json").is_file():
-        return read_result(folder / "result.json"), None
-    raise UserError(f"{folder}: holds an unfinished run; existing=rerun sets it aside and starts anew")
+def _finished(folder: Path, stream: Any, say: Say) -> RunResult | None:
+    """Returns the finished run in a folder, if there is one, and says that it is reused."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_result(folder / "result.json")
+    if result.stream.fingerprint != fingerprint_requests(stream.load()):
+        raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts anew")
+    say(f"finished before, reused: {folder}")
+    return result
+
+
+def _set_aside(folder: Path) -> Path:
+    """Gives a folder that no process is at work on a hidden name, and returns that."""
+    aside = name_aside(folder)
+    with FolderLock(folder) as lock:
+        lock.rename(aside)
+    return aside
 
 
 def _checked(overrides: Sequence[str]) -> list[str]:
@@ -262,7 +355,7 @@ def record_failure(folder: Path, error: BaseException) -> None:
             "host": platform.node(),
             "traceback": "".join(traceback.format_exception(error)),
         }
-        write_atomically(folder / "error.json", json.dumps(record, indent=1))
+        write_atomically(folder / _FAILURE, json.dumps(record, indent=1))
 
 
 def one_line(error: Exception) -> str:

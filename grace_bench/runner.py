@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Position:
         n_close: Edits in which rounding could have decided otherwise.
         edit_times: Seconds each edit took.
         eval_seconds: Seconds spent scoring.
+        peak_rss_mb, peak_gpu_mb: Peak memory of the processes that brought the run here.
         last_evaluation: The clock of the newest evaluation.
     """
 
@@ -81,6 +82,8 @@ class Position:
     n_close: int = 0
     edit_times: list[float] = field(default_factory=list)
     eval_seconds: float = 0.0
+    peak_rss_mb: float = 0.0
+    peak_gpu_mb: float | None = None
     last_evaluation: int | None = None
 
 
@@ -140,7 +143,7 @@ class Run:
         """Scores every evaluation stream at this clock, unless that was done already."""
         if self.position.last_evaluation == self.strategy.n_edits:
             return
-        self._settle()
+        self.settle()
         started = time.perf_counter()
         with self.strategy.scorer.evaluation():
             self.strategy.eval([experience for stream in self._eval_streams() for experience in stream])
@@ -164,29 +167,32 @@ class Run:
         """Returns what the run cost so far."""
         times = self.position.edit_times
         quantiles = np.quantile(times, [0.5, 0.95]).tolist() if times else [None, None]
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._note_memory()
         return Cost(
             seconds_per_edit_p50=quantiles[0],
             seconds_per_edit_p95=quantiles[1],
             edit_seconds=sum(times),
             eval_seconds=self.position.eval_seconds,
-            # Linux counts kilobytes, macOS bytes.
-            peak_rss_mb=rss / (1024 if sys.platform != "darwin" else 1024**2),
-            peak_gpu_mb=torch.cuda.max_memory_allocated() / 1024**2 if torch.cuda.is_available() else None,
+            peak_rss_mb=self.position.peak_rss_mb,
+            peak_gpu_mb=self.position.peak_gpu_mb,
             extra_parameters=self.strategy.extra_parameters,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Settles what is pending and returns all that is needed to go on.
+        """Returns all that is needed to go on as if nothing had happened in between.
 
-        That is the state of the editor, the position, the metrics and the random generators.
+        That is the state of the editor, the position and the candidates that are not told of yet, the scores that still
+        hold, the metrics and the random generators. Asking for it changes nothing that follows.
         """
-        self._settle()
+        self._note_memory()
         evaluator = self.strategy.evaluator
         return {
             # Editors and metrics may hand out what they go on working with; a state stays what it was.
             "editor": deepcopy(self.strategy.state_dict()),
             "position": deepcopy(vars(self.position)),
+            "pending": [_pending_state(pending) for pending in self._pending],
+            "scores": self.strategy.scorer.state_dict(),
+            "engine": self.strategy.model.engine.state_dict(),
             "before": dict(self.before),
             "unedited": None if self._unedited is None else dict(self._unedited),
             "metrics": {
@@ -201,6 +207,9 @@ class Run:
         """Takes up a state from `state_dict`, on a run made from the same configuration."""
         self.strategy.load_state_dict(state["editor"])
         self.position = Position(**deepcopy(state["position"]))
+        self._pending = [self._pending_of(pending) for pending in state["pending"]]
+        self.strategy.scorer.load_state_dict(state["scores"])
+        self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["unedited"] is not None:
             self._take_answers(state["unedited"])
@@ -212,6 +221,24 @@ class Run:
         for index in self.position.edited:
             self._by_prompt[self.benchmark.data.edits[index].prompt].append(index)
         _load_random_state(state["random"])
+
+    def _pending_of(self, state: Mapping[str, Any]) -> Pending:
+        return Pending(
+            request=self.benchmark.data.edits[state["index"]],
+            before=ItemScore(**state["before"]),
+            index=state["index"],
+            n_edits=state["n_edits"],
+            outcome=None if state["outcome"] is None else EditOutcome(**state["outcome"]),
+            seconds=state["seconds"],
+        )
+
+    def _note_memory(self) -> None:
+        """Takes this process's peak memory into the run's."""
+        position, rss = self.position, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Linux counts kilobytes, macOS bytes.
+        position.peak_rss_mb = max(position.peak_rss_mb, rss / (1024 if sys.platform != "darwin" else 1024**2))
+        if torch.cuda.is_available():
+            position.peak_gpu_mb = max(position.peak_gpu_mb or 0.0, torch.cuda.max_memory_allocated() / 1024**2)
 
     def _ask_unedited(self) -> dict[str, str | int]:
         """Returns what the model answers before its first edit, by prompt, wherever a target stands for that."""
@@ -249,17 +276,17 @@ class Run:
             self._pending.append(edited)
             self._supersede(request, index)
         if not self.strategy.n_pending:
-            self._settle()
+            self.settle()
 
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
         """Scores a candidate as edited so far, and with it those that come next, which edits before seldom reach."""
         scorer, together = self.strategy.scorer, [request]
         if scorer.is_incremental:
             if not scorer.knows(request):
-                self._settle()
+                self.settle()
                 together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
             elif scorer.waits_for_values(request):
-                self._settle()
+                self.settle()
         with self._scoring():
             return scorer.score(together)[0]
 
@@ -267,7 +294,7 @@ class Run:
         most = self.schedule.max_edits
         return _AHEAD if most is None else min(_AHEAD, most - self.strategy.n_edits)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""
         edits = [pending for pending in self._pending if pending.outcome is not None]
         if edits:
@@ -380,6 +407,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _pending_state(pending: Pending) -> dict[str, Any]:
+    return {
+        "index": pending.index,
+        "before": pending.before.state_dict(),
+        "n_edits": pending.n_edits,
+        "outcome": None if pending.outcome is None else asdict(pending.outcome),
+        "seconds": pending.seconds,
+    }
+
+
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -393,7 +430,7 @@ def _random_state() -> dict[str, Any]:
 
 def _load_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))

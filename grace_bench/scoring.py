@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,6 +74,26 @@ class Scorer:
         """Forgets every score, so that the model is asked again."""
         self._known.clear()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scores that are kept, so that whoever goes on asks the model again for the same ones."""
+        known = self._known.values()
+        return {
+            "requests": [*self._known],
+            "items": [one.item.state_dict() for one in known],
+            "versions": [one.version for one in known],
+            "queries": torch.stack([one.query for one in known]) if known else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, which may have been JSON in between."""
+        queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
+        self._known = {
+            _hashable(request): _Known(ItemScore(**item), query, _hashable(version))
+            for request, item, version, query in zip(
+                state["requests"], state["items"], state["versions"], queries, strict=True
+            )
+        }
+
     def _look_up(self, keys: Sequence[Hashable]) -> dict[Hashable, ItemScore]:
         """The scores that still hold, with what is known of the codebook now."""
         kept = [key for key in dict.fromkeys(keys) if key in self._known]
@@ -105,6 +125,11 @@ class Scorer:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
                     self._known[key] = _Known(item, query, version)
         return scored
+
+
+def _hashable(value: Any) -> Hashable:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(_hashable(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _note_query(call: LayerCall) -> Tensor:

@@ -14,12 +14,13 @@ from avalanche.training.templates.base import BaseTemplate
 from avalanche.training.utils import trigger_plugins
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
+from grace_bench.files import write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
 from grace_bench.scoring import Scorer
@@ -100,7 +101,8 @@ class Answered:
 
     Attributes:
         versions: For each query what its answer depends on beside the query: equal versions, equal answers. None is the
-            unedited model.
+            unedited model; others are texts or numbers, or tuples of them, and a loaded state gives those that the
+            saved one gave.
         pending: Whether each is answered by a value that is left pending; empty if none is.
         entry: (B,) long, the codebook entry that answers, -1 for none; None for editors without entries.
         distance: (B,) distance to the nearest entry.
@@ -334,7 +336,10 @@ class EditorStrategy(BaseTemplate, ABC):
             self._load_weights(edited)
 
     def state_dict(self) -> State:
-        """Returns all that is needed to go on editing, rewritten weights included: tensors and JSON values."""
+        """Returns all that is needed to go on editing, rewritten weights included: tensors and JSON values.
+
+        Asking for it changes nothing: edits that wait for `flush` go on waiting, in whoever takes the state up too.
+        """
         return {"n_edits": self.n_edits, **{f"weights.{name}": tensor for name, tensor in self._weights().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -389,7 +394,7 @@ class EditorStrategy(BaseTemplate, ABC):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors, values = split_state(self.answering_state())
-        save_file(tensors, path / "editor.safetensors")
+        write_synced(path / "editor.safetensors", save(tensors))
         with self.suspended():
             # Taken when first asked for, and then it must be of the unedited weights.
             fingerprint = self.model.fingerprint
@@ -402,7 +407,7 @@ class EditorStrategy(BaseTemplate, ABC):
             task=self.model.task.name,
             state=values,
         )
-        (path / "editor.json").write_text(header.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_synced(path / "editor.json", f"{header.model_dump_json(indent=2)}\n".encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, model: EditableModel) -> Self:

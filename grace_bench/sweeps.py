@@ -120,7 +120,7 @@ class Job:
                 os.chdir(self.folder)
             # Slurm counts how often it has put a job back into its queue.
             if (again or int(os.environ.get("SLURM_RESTART_COUNT", "0"))) and _is_interrupted(folder_of(config)):
-                config.existing = "rerun"
+                config.existing = "resume"
             sys.argv = self.command
             if self.prepares and EDITORS.get(registered_name(config.editor)).needs_meta_training:
                 execute_meta_training(config, say=print)
@@ -226,6 +226,9 @@ def carry_out(parts: Sequence[Sequence[str]], *, job: Job, name: str, say: Say =
                     outcome = job(sweep_run.config)
                     sweep_run.outcome = Outcome("reused") if outcome.state == "done" else outcome
             waiting = [sweep_run for sweep_run in runs if sweep_run.outcome is None]
+            for sweep_run in waiting:
+                if sweep_run.config.existing == "resume":
+                    say(f"{_standing(sweep_run)}  {sweep_run.label}")
             if waiting:
                 launch = _launch_on_ray if "ray" in multiruns[0].hydra.launcher else _launch
                 launch(multiruns[0], loader, waiting, job)
@@ -294,6 +297,14 @@ def _is_finished(sweep_run: SweepRun) -> bool:
 
 def _is_interrupted(folder: Path) -> bool:
     return folder.exists() and not (folder / "result.json").is_file()
+
+
+def _standing(sweep_run: SweepRun) -> str:
+    """What `existing=resume` does with a run that is not finished."""
+    assert sweep_run.folder is not None
+    if (sweep_run.folder / "error.json").is_file():
+        return "retry "
+    return "resume" if _is_interrupted(sweep_run.folder) else "start "
 
 
 def _launch(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[SweepRun], job: Job) -> None:

@@ -55,6 +55,10 @@ class ItemScore:
     contested: bool | None = None
     query: Tensor | None = field(default=None, compare=False, repr=False)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything but the query, by field, as JSON values."""
+        return {**{name: value for name, value in vars(self).items() if name != "query"}, "others": dict(self.others)}
+
 
 class Task(ABC):
     """One way of using a model.

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -843,8 +844,8 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path, arguments: list[s
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_interrupted_run_exits_with_130_and_is_then_unfinished(tmp_path: Path) -> None:
-    # So many steps that the first edit is still going on when the interrupt arrives.
+def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinished(tmp_path: Path) -> None:
+    # So many steps that the first edit is still going on when the interrupts arrive.
     arguments = ["run", *SMALL, f"out={tmp_path / 'runs'}", "editor=grace", "editor.n_iter=10000000"]
     running = subprocess.Popen(
         [str(SCRIPT), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -853,6 +854,13 @@ def test_an_interrupted_run_exits_with_130_and_is_then_unfinished(tmp_path: Path
         assert running.stderr is not None
         first = running.stderr.readline()
         assert first.startswith("grace on toy: 0/3, 0 edits"), first
+        # The first checkpoint is written right after that line.
+        while not any((tmp_path / "runs").rglob("checkpoint/000001")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        waiting = running.stderr.readline()
+        assert waiting.startswith("grace-bench: stopping as soon as the edit or evaluation at hand is done"), waiting
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
     finally:
@@ -862,4 +870,4 @@ def test_an_interrupted_run_exits_with_130_and_is_then_unfinished(tmp_path: Path
     assert (out, err) == ("", "grace-bench: interrupted\n")
     (folder,) = (tmp_path / "runs" / "toy" / "toy" / "grace").iterdir()
     assert not (folder / "result.json").exists()
-    assert_one_line(cli(*arguments), str(folder), "holds an unfinished run")
+    assert_one_line(cli(*arguments), "holds an unfinished run", f"`grace-bench resume {folder}`")

@@ -113,7 +113,7 @@ def test_a_candidate_the_model_as_edited_so_far_already_answers_is_not_edited(ed
     steps = run.steps()
     for index in steps:
         # Edits that wait to be finished together are told of when they are.
-        run.state_dict()
+        run.settle()
         assert len(heard.records) == index
         if index < 15:
             expected.append(labels(run.strategy.model, [data.edits[index].prompt]) != [data.edits[index].target])

@@ -1,5 +1,6 @@
 """Loggers: views of a run, each a subclass of Avalanche's `BaseLogger`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ class RunLogger(BaseLogger):
 
     Beside Avalanche's experience-level callbacks it may implement `after_candidate(strategy, metric_values)`.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the logger needs to go on in another process, as JSON values; asked for at every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`; called before `start` where a run goes on from a checkpoint."""
 
     def start(self, plan: RunPlan) -> None:
         """Called once, before the first evaluation."""

@@ -1,6 +1,10 @@
 """The run folder's own files: edits, metrics and predictions."""
 
+import io
 import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -8,13 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench import checkpoint
+from grace_bench.files import write_atomically, write_synced
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import PREDICTIONS, RunResult
 from grace_bench.strategy import EditorStrategy
 
+_PARTS = "predictions"
+
 
 class JsonlLogger(RunLogger):
     """Writes `edits.jsonl`, a line a candidate, and `metrics.jsonl`, a line an evaluation; each line flushed at once.
+
+    Its state is the text of both, so that a run that goes on has them as they were, whatever became of the files, and
+    what the next line of metrics begins with.
 
     Args:
         folder: The run folder.
@@ -22,15 +33,37 @@ class JsonlLogger(RunLogger):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._folder = folder
+        self._paths = {name: folder / f"{name}.jsonl" for name in ("edits", "metrics")}
         self._values: dict[str, Any] = {}
-        self._edits: TextIO | None = None
-        self._metrics: TextIO | None = None
+        self._files: dict[str, TextIO] = {}
+        self._texts = dict.fromkeys(self._paths, "")
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        texts = {name: path.read_text(encoding="utf-8") for name, path in self._paths.items()}
+        return {**texts, "values": dict(self._values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._texts = {name: state[name] for name in self._paths}
+        self._values = dict(state["values"])
+
+    def dropped(self) -> list[str]:
+        """Returns what `start` will drop from the files, or put back into them, in words."""
+        said = []
+        for name, path in self._paths.items():
+            kept, found = self._texts[name].encode(), path.read_bytes() if path.exists() else b""
+            if found.startswith(kept):
+                rest = found[len(kept) :]
+                lines, torn = rest.count(b"\n"), bool(rest) and not rest.endswith(b"\n")
+                parts = [f"{lines} {'line' if lines == 1 else 'lines'}"] * bool(lines) + ["half a line"] * torn
+                said += [f"{' and '.join(parts)} of {path.name}"] if parts else []
+            else:
+                said.append(f"{path.name}, which is cut or changed: it is put back as it was")
+        return said
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._edits = (self._folder / "edits.jsonl").open("w", encoding="utf-8")
-        self._metrics = (self._folder / "metrics.jsonl").open("w", encoding="utf-8")
+        for name, path in self._paths.items():
+            write_atomically(path, self._texts[name])
+            self._files[name] = path.open("a", encoding="utf-8")
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:  # noqa: D102
         self._values[name] = value
@@ -38,22 +71,25 @@ class JsonlLogger(RunLogger):
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Writes the candidate's line."""
         assert strategy.record is not None
-        _write_line(self._edits, strategy.record.model_dump_json())
+        _write_line(self._files["edits"], strategy.record.model_dump_json())
 
     def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Writes the evaluation's line."""
         finite = {name: value if value == value else None for name, value in self._values.items()}
-        _write_line(self._metrics, json.dumps({"n_edits": strategy.n_edits, **finite}))
+        _write_line(self._files["metrics"], json.dumps({"n_edits": strategy.n_edits, **finite}))
         self._values = {}
 
     def finish(self, result: RunResult | None) -> None:  # noqa: D102
-        for file in (self._edits, self._metrics):
-            if file is not None:
+        for file in self._files.values():
+            # What a full disk did not take while the run went on it does not take now, and that was said.
+            with suppress(OSError) if result is None else nullcontext():
                 file.close()
 
 
 class PredictionsLogger(RunLogger):
     """Writes `predictions.parquet`: a row per item and evaluation, with the answer at 0 edits and at the end.
+
+    Until the end each evaluation is a file of its own beside the checkpoints, which names those it covers.
 
     Args:
         folder: The run folder.
@@ -62,17 +98,23 @@ class PredictionsLogger(RunLogger):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._path = folder / "predictions.parquet"
-        self._partial = folder / ".predictions.parquet.partial"
-        self._writer: pq.ParquetWriter | None = None
+        self._checkpoints = folder / checkpoint.FOLDER
+        self._parts: dict[str, str] = {}
         self._newest: list[dict[str, Any]] = []
 
-    def start(self, plan: RunPlan) -> None:  # noqa: D102
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._partial, PREDICTIONS)
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the SHA-256 of the files of the evaluations so far, by path from the folder of all checkpoints."""
+        return dict(self._parts)
 
-    def before_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Writes the evaluation before, now known not to be the last."""
-        self._write_newest(keep_text=bool(self._newest) and self._newest[0]["n_edits"] == 0)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._parts = dict(state)
+
+    def start(self, plan: RunPlan) -> None:  # noqa: D102
+        folder = self._checkpoints / _PARTS
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if f"{_PARTS}/{path.name}" not in self._parts:
+                path.unlink()
 
     def after_eval_exp(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Takes in the items of one stream."""
@@ -92,22 +134,34 @@ class PredictionsLogger(RunLogger):
                 }
             )
 
-    def finish(self, result: RunResult | None) -> None:  # noqa: D102
-        if self._writer is None:
-            return
-        self._write_newest(keep_text=True)
-        self._writer.close()
-        self._writer = None
-        self._partial.replace(self._path)
-
-    def _write_newest(self, *, keep_text: bool) -> None:
-        if self._newest and self._writer is not None:
-            rows = self._newest if keep_text else [{**row, "text": None} for row in self._newest]
-            self._writer.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS))
+    def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+        """Writes the evaluation."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._newest, schema=PREDICTIONS), buffer)
         self._newest = []
+        name = f"{_PARTS}/{strategy.n_edits}.parquet"
+        write_synced(self._checkpoints / name, buffer.getvalue())
+        self._parts[name] = checkpoint.digest(buffer.getvalue())
+
+    def finish(self, result: RunResult | None) -> None:
+        """Puts the evaluations of a finished run together."""
+        if result is None or not self._parts:
+            return
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        parts = list(self._parts)
+        with pq.ParquetWriter(partial, PREDICTIONS) as writer:
+            for name in parts:
+                table = pq.read_table(self._checkpoints / name)
+                if name not in (parts[0], parts[-1]):
+                    texts = pa.nulls(len(table), pa.string())
+                    table = table.set_column(table.schema.get_field_index("text"), PREDICTIONS.field("text"), texts)
+                writer.write_table(table)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+        self._parts = {}
 
 
-def _write_line(file: TextIO | None, line: str) -> None:
-    assert file is not None
+def _write_line(file: TextIO, line: str) -> None:
     file.write(line + "\n")
     file.flush()

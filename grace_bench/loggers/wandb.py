@@ -13,6 +13,7 @@ from typing import Any, Literal
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.errors import reason_of
+from grace_bench.files import write_atomically
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
@@ -31,6 +32,9 @@ class WandbLogger(RunLogger):
     At the end it adds ERR by the age of the edit, the last metrics as `final/NAME` and the costs as `cost/NAME`.
 
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
+
+    The id of the W&B run stands in `wandb/run-id`, so that a run that goes on is the same one there; what it logged
+    between its last checkpoint and its end is logged again, at the same `n_edits`.
 
     Args:
         folder: The run folder, which the table of edits is read from; `wandb/` is made in it.
@@ -88,10 +92,13 @@ class WandbLogger(RunLogger):
         import wandb
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
+        kept = self._folder / "wandb" / "run-id"
         run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
+            id=kept.read_text(encoding="utf-8") if kept.exists() else None,
+            resume="allow",
             job_type=plan.editor,
             config=plan.config,
             dir=str(self._folder),
@@ -106,6 +113,8 @@ class WandbLogger(RunLogger):
                 finish_timeout_raises=True,
             ),
         )
+        if kept.parent.is_dir():
+            write_atomically(kept, run.id)
         run.define_metric("n_edits")
         run.define_metric("*", step_metric="n_edits")
         run.define_metric("age")
@@ -132,7 +141,7 @@ class WandbLogger(RunLogger):
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")
             for path in sorted(self._folder.rglob("*")):
                 relative = path.relative_to(self._folder)
-                if path.is_file() and relative.parts[0] != "wandb":
+                if path.is_file() and relative.parts[0] != "wandb" and not relative.name.startswith("."):
                     artifact.add_file(str(path), name=relative.as_posix())
             run.log_artifact(artifact)
         run.finish(exit_code=0 if result is not None else 1)

@@ -311,6 +311,34 @@ def test_an_editor_goes_on_from_its_state_as_if_it_had_never_stopped(
 
 
 @each_supported
+def test_a_state_keeps_what_is_pending_and_an_editor_that_was_never_prepared_goes_on_from_it(
+    make_editor: MakeEditor, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    requests, model, fresh = make_requests(task), make_model(task), make_model(task)
+
+    def edit(editor: EditorStrategy, request: EditRequest) -> None:
+        encoded = editor.model.encode_batch([request.prompt], [request.target])
+        subjects = (request.subject,) if editor.needs_subject else None
+        editor.edit(EditBatch(prompts=(request.prompt,), targets=(request.target,), subjects=subjects, encoded=encoded))
+
+    with make_editor(name, model) as editor, type(editor)(model=fresh, **editor.settings()) as resumed:
+        for request in requests[:2]:
+            edit(editor, request)
+        n_pending, state = editor.n_pending, copied(editor.state_dict())
+        assert editor.n_pending == n_pending
+        resumed.load_state_dict(state)
+        assert resumed.n_pending == n_pending
+        for one in (editor, resumed):
+            edit(one, requests[2])
+        assert editor.flush() == resumed.flush()
+        assert same_state(editor.state_dict(), resumed.state_dict())
+        assert same_bits(logits_of(model, requests), logits_of(fresh, requests))
+        call = model.layer_call(model.encode_batch([requests[0].prompt]))
+        answered, again = editor.answered_by(call.query), resumed.answered_by(call.query)
+        assert (answered and answered.versions) == (again and again.versions)
+
+
+@each_supported
 def test_a_state_holds_tensors_and_json_values_only(
     make_editor: MakeEditor, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
