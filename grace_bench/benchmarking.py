@@ -107,7 +107,7 @@ def run_benchmark(
         UserError: If a name is unknown, data cannot be read, or the parts do not fit together.
     """
     settings = settings or RunSettings()
-    opened = _open(
+    opened = open_benchmark(
         stream,
         model=model,
         settings=settings,
@@ -119,7 +119,7 @@ def run_benchmark(
     )
     benchmark, editable, task = opened.benchmark, opened.model, opened.model.task
     fingerprint = editable.fingerprint
-    _check_fit(editable, benchmark)
+    check_fit(editable, benchmark)
     files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
     evaluator = EvaluationPlugin(
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[*files, *loggers], collect_all=False
@@ -129,8 +129,7 @@ def run_benchmark(
     watchers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     result: RunResult | None = None
     try:
-        if strategy.needs_subject:
-            _check_subjects(strategy, benchmark)
+        check_subjects(strategy, benchmark)
         strategy.prepare(benchmark.data.train, progress=progress)
         run = Run(benchmark, strategy, settings.schedule, progress=progress)
         plan = RunPlan(
@@ -230,7 +229,7 @@ def meta_train(
     Raises:
         UserError: If the editor needs none, or the stream has no such requests.
     """
-    opened = _open(
+    opened = open_benchmark(
         stream,
         model=model,
         settings=settings or RunSettings(),
@@ -249,7 +248,7 @@ def meta_train(
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """A stream with the model that is edited on it.
 
     Attributes:
@@ -263,7 +262,7 @@ class _Opened:
     path: str
 
 
-def _open(
+def open_benchmark(
     stream: EditStream | str,
     *,
     model: EditableModel | str | None,
@@ -273,7 +272,8 @@ def _open(
     device: str,
     device_map: DeviceMap | None,
     progress: Progress | None,
-) -> _Opened:
+) -> Opened:
+    """Reads a stream and loads the model that is edited on it; the arguments are those of `run_benchmark`."""
     source = STREAMS.get(stream)() if isinstance(stream, str) else stream
     source.progress = progress
     seed_everything(settings.seed)
@@ -299,7 +299,7 @@ def _open(
         )
     editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
-    return _Opened(benchmark, editable, path)
+    return Opened(benchmark, editable, path)
 
 
 def describe_environment(model: EditableModel) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def model_slug(name_or_path: str, known: Sequence[str]) -> str:
     return f"{slug}-{hashlib.sha256(name_or_path.encode()).hexdigest()[:8]}"
 
 
-def _check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
+def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     """Makes sure that model, layer and stream fit together, before anything is written."""
     data = benchmark.data
     if data.edits:
@@ -344,8 +344,9 @@ def _check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted))
 
 
-def _check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
-    for request in benchmark.data.edits:
+def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
+    """Makes sure that an editor which reads subjects finds one in every candidate."""
+    for request in benchmark.data.edits if strategy.needs_subject else ():
         if not request.subject or request.subject not in request.prompt:
             raise UserError(
                 f"request '{request.id}': field 'subject': editor '{strategy.registered_name}' needs one that occurs "

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import hydra
+import psutil
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,11 +38,18 @@ from grace_bench.runner import Schedule
 from grace_bench.terminal import progress_bars
 from grace_bench.zoo import known_models, resolve_model
 
+if TYPE_CHECKING:
+    from grace_bench.planning import Forecast
+
 Say = Callable[[str], None]
 
 
-def run_hydra(overrides: Sequence[str]) -> None:
+def run_hydra(overrides: Sequence[str], *, carry_out: Callable[[DictConfig], object] | None = None) -> None:
     """Composes one configuration, or several after `-m`, and carries out each.
+
+    Args:
+        overrides: The command line's.
+        carry_out: What is done with each; it is run by default.
 
     Raises:
         UserError: If the overrides do not compose, or a run was asked for what cannot be.
@@ -57,7 +66,10 @@ def run_hydra(overrides: Sequence[str]) -> None:
         # Hydra has read its own by now; results note what was typed.
         sys.argv = arguments
         try:
-            execute(config, say=print)
+            if carry_out is None:
+                execute(config, say=print)
+            else:
+                carry_out(config)
         except (UserError, OmegaConfBaseException) as error:
             if os.getpid() != process:
                 raise
@@ -74,6 +86,55 @@ def run_hydra(overrides: Sequence[str]) -> None:
     if failures:
         others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{others}")
+
+
+def plan_hydra(overrides: Sequence[str]) -> None:
+    """Foresees what the runs that overrides describe will take, prints each and the sum of several.
+
+    Raises:
+        UserError: As `run_hydra` does.
+    """
+    from grace_bench.planning import Forecast, print_forecast, print_sum
+
+    forecasts: list[Forecast] = []
+
+    def job(config: DictConfig) -> None:
+        # The first run of a sweep starts the process, the others go on in it.
+        started = time.time() if forecasts else psutil.Process().create_time()
+        forecasts.append(plan(config, started=started))
+        print_forecast(forecasts[-1])
+
+    with TemporaryDirectory(prefix="grace-bench-plan-") as folder:
+        # Hydra leaves a record of a sweep; plans are made one after the other, whatever carries out the runs.
+        kept = [override for override in overrides if not override.startswith("hydra/launcher=")]
+        run_hydra([*kept, f"hydra.sweep.dir={folder}"], carry_out=job)
+    if len(forecasts) > 1:
+        print_sum(forecasts)
+
+
+def plan(config: DictConfig, *, started: float) -> "Forecast":
+    """Foresees what a run will take.
+
+    Args:
+        config: The composed configuration.
+        started: When the run's process would have started, as `time.time()` gives it.
+
+    Raises:
+        UserError: If the configuration asks for what cannot be.
+    """
+    from grace_bench.planning import plan_benchmark
+
+    stream, asked = _asked(config)
+    off = "disabled" in (config.wandb.mode, os.environ.get("WANDB_MODE"))
+    with progress_bars() as progress:
+        return plan_benchmark(
+            stream,
+            **asked,
+            # Nothing of a plan goes to a server.
+            loggers=lambda folder: () if off else (WandbLogger(folder, mode="offline"),),
+            started=started,
+            progress=progress,
+        )
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
