@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -774,7 +773,8 @@ def _lines(forecast: Forecast) -> list[str]:
         memory += f", {forecast.gpu_mb:,.0f} MB on the GPU"
     return [
         f"about {_duration(forecast.seconds)} "
-        f"({_duration(forecast.seconds_low)} to {_duration(forecast.seconds_high)}), {memory}, {forecast.disk_mb:,.1f} MB of disk",
+        f"({_duration(forecast.seconds_low)} to {_duration(forecast.seconds_high)}), "
+        f"{memory}, {forecast.disk_mb:,.1f} MB of disk",
         f"from {forecast.trial_edits} {'edit' if forecast.trial_edits == 1 else 'edits'} and "
         f"{_duration(forecast.measured_seconds)} of measuring",
         *forecast.notes,
