@@ -244,7 +244,7 @@ def print_sum(forecasts: Sequence[Forecast]) -> None:
 
 
 class _Trial(Run):
-    """The first steps of a run, timed; what is evaluated before the first edit is evaluated twice."""
+    """The first steps of a run, timed; where scores or recordings are kept, what is evaluated is evaluated twice."""
 
     def __init__(self, benchmark: EditBenchmark, strategy: EditorStrategy, schedule: Schedule) -> None:
         super().__init__(benchmark, strategy, schedule)
@@ -287,7 +287,7 @@ class _Trial(Run):
             return
         self._settle()
         self._evaluate_timed()
-        if not self.strategy.n_edits:
+        if not self.strategy.n_edits or self.strategy.scorer.is_incremental:
             # The second time shows what is kept.
             self.position.last_evaluation = None
             self._evaluate_timed()
@@ -469,13 +469,14 @@ class _Planner:
             warnings.simplefilter("ignore", RuntimeWarning)
             self._measure()
         measured = time.time()
-        last = self.trials[-1]
+        last = self._edited
         self.strategy.save_pretrained(self.folder / "editor")
         for watcher in self.watchers:
             watcher.finish(None)
         saved = time.time()
         # What was taken up for the first time, the run takes up too.
-        first_use = max(0.0, self.trials[0].edit_seconds - self.trials[1].edit_seconds) if len(self.trials) > 2 else 0.0
+        again = [trial for trial in self.trials[1:2] if trial.benchmark.data.edits]
+        first_use = sum(max(0.0, self.trials[0].edit_seconds - trial.edit_seconds) for trial in again)
         start = Phase(
             name="Python, stream and model",
             count=1,
@@ -504,25 +505,32 @@ class _Planner:
 
     def _measure(self) -> None:
         """Makes trials until enough of the run was seen."""
-        started = time.perf_counter()
         most_scored = _MOST_BATCHES * self.strategy.model.task.batch_size
         most_edits = min(_MOST_TRIAL_EDITS, self.schedule.max_edits or _MOST_TRIAL_EDITS)
         n_scored = n_edits = 1
         self._try(n_scored, n_edits)
-        # The first trial also takes up what is used for the first time.
-        budget = self._budget()
-        if self.trials[0].seconds < budget / 2:
+        if self.trials[0].seconds < self._budget() / 2:
+            # The first trial also took up what is used for the first time.
             self._try(n_scored, n_edits)
-        while (spent := time.perf_counter() - started) < (budget := self._budget()):
-            last = self.trials[-1]
-            each = sum(timed.seconds for timed in last.timed[:2]) / n_scored
-            edit = (last.edit_seconds + last.candidate_seconds) / max(1, last.n_edits)
-            to_score = self._next(n_scored, (budget - spent) / 3, each, most_scored)
-            to_edit = self._next(n_edits, (budget - spent) * 2 / 3, edit, most_edits)
-            if to_score < 2 * n_scored and to_edit < 2 * n_edits:
+        left = self._budget() / 2
+        while (larger := self._next(n_scored, left, self._scoring_seconds() / n_scored, most_scored)) >= 2 * n_scored:
+            n_scored = larger
+            self._try(n_scored, 0)
+            left -= self.trials[-1].seconds
+        left = self._budget() / 2 - 2 * self._scoring_seconds()
+        while True:
+            each = (self._edited.edit_seconds + self._edited.candidate_seconds) / max(1, self._edited.n_edits)
+            larger = self._next(n_edits, left, each, most_edits)
+            if larger < 2 * n_edits:
                 break
-            n_scored, n_edits = to_score, to_edit
+            n_edits = larger
             self._try(n_scored, n_edits)
+            left -= self.trials[-1].seconds
+
+    def _scoring_seconds(self) -> float:
+        """Seconds that the newest trial took for its sample before the first edit."""
+        last = self.trials[-1]
+        return last.ask_seconds + sum(timed.seconds for timed in last.timed[:2])
 
     @staticmethod
     def _next(now: int, seconds: float, each: float, most: int) -> int:
@@ -544,25 +552,25 @@ class _Planner:
         most = self.schedule.max_upstream
         n_upstream = len(data.upstream) if most is None else min(most, len(data.upstream))
         share = n_upstream / (n_upstream + len(data.accurate)) if data.upstream or data.accurate else 0.0
-        n_candidates = math.ceil(2 * n_edits / self._share()) + 2
+        n_candidates = math.ceil(2 * n_edits / self._share()) + 2 if n_edits else 0
         reduced = self.benchmark.with_data(
             edits=data.edits[:n_candidates],
             upstream=_sample(model, data.upstream, math.ceil(n_scored * share), n_before),
             accurate=_sample(model, data.accurate, math.ceil(n_scored * (1 - share)), n_before),
         )
-        schedule = Schedule(max_edits=n_edits, eval_every=n_edits, max_upstream=None)
+        schedule = Schedule(max_edits=max(1, n_edits), eval_every=max(1, n_edits), max_upstream=None)
         self.trials.append(_Trial(reduced, self.strategy, schedule))
 
     def _share(self) -> float:
         """The share of candidates that is edited, as far as it was seen."""
         if not self.trials:
             return 1.0
-        last = self.trials[-1]
+        last = self._edited
         return last.n_edits / last.position.index if last.n_edits else 1 / (last.position.index + 1)
 
     def _count(self) -> Counts:
         """Counts, with the editor's clock as it is, which the count moves on."""
-        last, n_edits = self.trials[-1], self.strategy.n_edits
+        last, n_edits = self._edited, self.strategy.n_edits
         edited = {*last.position.edited, *last.position.superseded}
         self.strategy.n_edits = 0
         count = _Count(
@@ -578,13 +586,13 @@ class _Planner:
             self.strategy.n_edits = n_edits
 
     def _phases(self, counts: Counts) -> list[Phase]:
-        last = self.trials[-1]
+        last = self._edited
         incremental = self.strategy.scorer.is_incremental
         first, *later = counts.evaluations
         cold = self._cold()
         if incremental:
             stale = sum((self._stale(before, after) for before, after in pairwise(counts.evaluations)), Work())
-            known_seconds = self._look_up(cold) * sum(evaluation.known.requests for evaluation in later) + cold(stale)
+            known_seconds = self._look_up() * sum(evaluation.known.requests for evaluation in later) + cold(stale)
             candidate_seconds = cold(counts.scored)
         else:
             warm = _fitted([(trial.timed[1].work, trial.timed[1].seconds) for trial in self._ends()]) or cold
@@ -614,9 +622,16 @@ class _Planner:
             Phase(name="later evaluations: known requests", count=known, unit="request", seconds=known_seconds),
         ]
 
-    def _ends(self) -> list[_Trial]:
+    @property
+    def _edited(self) -> _Trial:
+        """The trial with the most edits."""
+        return next(trial for trial in reversed(self.trials) if trial.benchmark.data.edits)
+
+    def _ends(self, *, edited: bool = False) -> list[_Trial]:
         """The smallest trial that came after the first use of everything, and the largest."""
-        return [self.trials[min(1, len(self.trials) - 1)], self.trials[-1]]
+        trials = [trial for trial in self.trials if trial.benchmark.data.edits or not edited]
+        size = (lambda trial: trial.n_edits) if edited else (lambda trial: trial.timed[0].work.requests)
+        return [trials[min(1, len(trials) - 1)], max(trials, key=size)]
 
     def _cold(self) -> Callable[[Work], float]:
         """Seconds of scoring for the first time, as a function of the work."""
@@ -625,29 +640,25 @@ class _Planner:
         candidates = [(trial.candidates, trial.candidate_seconds) for trial in self._ends()]
         return _fitted(evaluated) or _fitted(candidates) or (lambda work: 0.0)
 
-    def _look_up(self, cold: Callable[[Work], float]) -> float:
+    def _look_up(self) -> float:
         """Seconds that a request takes in an evaluation which does not score it anew."""
-        timed = self.trials[-1].timed[-1]
-        if not timed.work.requests:
-            return 0.0
-        least = self.trials[-1].timed[1]
-        floor = least.seconds / least.work.requests if least.work.requests else 0.0
-        return max(floor, (timed.seconds - cold(_part(timed.work, timed.n_scored))) / timed.work.requests)
+        timed = self._edited.timed[-1]
+        return timed.seconds / timed.work.requests if timed.work.requests else 0.0
 
     def _stale(self, before: Evaluation, after: Evaluation) -> Work:
         """The known requests of an evaluation whose answer changed since the one before."""
-        last = self.trials[-1]
+        last = self._edited
         if not last.n_edits or not last.timed[1].work.requests:
             return Work()
-        upstream = last.timed[1].work
-        new = last.timed[-1].work.requests - upstream.requests - last.n_edits
-        rate = min(1.0, max(0, last.timed[-1].n_scored - new) / upstream.requests / last.n_edits)
+        upstream, changed = last.timed[1].work, last.timed[2]
+        new = changed.work.requests - upstream.requests - last.n_edits
+        rate = min(1.0, max(0, changed.n_scored - new) / upstream.requests / last.n_edits)
         share = 1 - (1 - rate) ** (after.n_edits - before.n_edits)
         return _part(upstream, round(share * after.known.requests))
 
     def _edit_seconds(self, counts: Counts) -> float:
         """Edits whose values are trained together share what a group costs."""
-        small, last = self._ends()
+        small, last = self._ends(edited=True)
         if not last.n_edits:
             return 0.0
         together = max(last.n_edits / max(1, last.n_groups), 1.0)
@@ -662,17 +673,17 @@ class _Planner:
 
     def _spread(self, phases: Sequence[Phase]) -> float:
         """Half the range of the time: what runs of the same differ by, and what the sampled edits leave open."""
-        times = np.asarray(self.trials[-1].position.edit_times)
+        times = np.asarray(self._edited.position.edit_times)
         edits = next(phase.seconds for phase in phases if phase.name == "edits")
         error = float(2 * times.std(ddof=1) / len(times) ** 0.5 / times.mean()) if len(times) > 1 else 0.5
         return _NOISE * sum(phase.seconds for phase in phases) + min(error, 0.5) * edits
 
     def _growth(self, counts: Counts, rss: int) -> float:
         """Bytes that the run will take beyond what the trials took."""
-        strategy, last = self.strategy, self.trials[-1]
+        strategy, last = self.strategy, self._edited
         task = strategy.model.task
         most = max(sum(evaluation.requests.values()) for evaluation in counts.evaluations)
-        sampled = last.timed[0].work.requests
+        sampled = max(trial.timed[0].work.requests for trial in self.trials)
         growth = float(_ROW_BYTES * most)
         growth += 4 * max(0, strategy.max_extra_parameters(counts.edits) - strategy.max_extra_parameters(last.n_edits))
         if strategy.scorer.is_incremental:
@@ -690,7 +701,7 @@ class _Planner:
 
     def _disk(self, counts: Counts) -> float:
         """Bytes of the run folder."""
-        last = self.trials[-1]
+        last = self._edited
         rows = sum(timed.work.requests for trial in self.trials for timed in trial.timed)
         lines = sum(trial.position.index for trial in self.trials)
         evaluations = sum(len(trial.timed) for trial in self.trials)
@@ -709,7 +720,7 @@ class _Planner:
         )
 
     def _notes(self, counts: Counts) -> list[str]:
-        last = self.trials[-1]
+        last = self._edited
         notes = []
         if not last.n_edits:
             notes.append(f"none of the {last.position.index} candidates tried was an error, so no edit could be timed")
