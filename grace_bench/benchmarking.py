@@ -147,8 +147,7 @@ def run_benchmark(
     watchers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     result: RunResult | None = None
     try:
-        if strategy.needs_subject:
-            _check_subjects(strategy, benchmark)
+        check_subjects(strategy, benchmark)
         run = Run(benchmark, strategy, settings.schedule, progress=progress)
         if folder is not None:
             kept = KeptRun(
@@ -159,9 +158,7 @@ def run_benchmark(
                 environment=describe_environment(editable),
             )
         if not (resume and kept is not None and kept.take_up(say)):
-            strategy.prepare(benchmark.data.train, progress=progress)
-            if strategy.needs_upstream:
-                strategy.calibrate(_upstream_queries(strategy, benchmark))
+            prepare(strategy, benchmark, progress=progress)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
             folder=folder,
@@ -403,13 +400,21 @@ def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted))
 
 
-def _check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
-    for request in benchmark.data.edits:
+def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
+    """Makes sure that an editor which reads subjects finds one in every candidate."""
+    for request in benchmark.data.edits if strategy.needs_subject else ():
         if not request.subject or request.subject not in request.prompt:
             raise UserError(
                 f"request '{request.id}': field 'subject': editor '{strategy.registered_name}' needs one that occurs "
                 f"in the prompt"
             )
+
+
+def prepare(strategy: EditorStrategy, benchmark: EditBenchmark, *, progress: Progress | None = None) -> None:
+    """Makes an editor ready for its first edit on a benchmark."""
+    strategy.prepare(benchmark.data.train, progress=progress)
+    if strategy.needs_upstream:
+        strategy.calibrate(_upstream_queries(strategy, benchmark))
 
 
 def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Tensor:

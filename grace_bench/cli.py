@@ -21,6 +21,13 @@ Runs one editor on one stream; with -m, every combination of comma-separated val
 
 Options of a run, with their defaults:
 """
+_PLAN_HELP = """usage: grace-bench plan [-m] [option=value ...]
+
+Says how long a run will take, how much memory and how much disk, from a few of its steps; leaves no run folder. Takes
+the options of grace-bench run; with -m, every combination and their sum.
+
+  grace-bench plan stream=atlas-qa editor=grace max_edits=500
+"""
 _PRETRAIN_HELP = """usage: grace-bench pretrain STREAM [option=value ...] [--out DIR] [--seed N]
 
 Makes the model that a stream's edits are made to: an embedded stream's again from nothing, others from the stream's
@@ -79,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["run"]:
             return _run(given[1:])
+        if given[:1] == ["plan"]:
+            return _plan(given[1:])
         if given[:1] == ["meta-train"]:
             return _meta_train(given[1:])
         if given[:1] == ["figure"]:
@@ -126,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="go on with runs that were interrupted or failed")
     resume.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     resume.set_defaults(command=_resume)
+
+    commands.add_parser("plan", help="how long a run will take, and how much memory", add_help=False)
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
@@ -196,6 +207,19 @@ def _resume(options: argparse.Namespace) -> int:
     from grace_bench.jobs import resume
 
     resume(options.runs, say=print)
+    return 0
+
+
+def _plan(overrides: list[str]) -> int:
+    if "--help" in overrides or "-h" in overrides:
+        print(_PLAN_HELP, end="")
+        return 0
+    from grace_bench.wandb_account import import_avalanche
+
+    import_avalanche()
+    from grace_bench.sweeps import plan
+
+    plan(overrides)
     return 0
 
 

@@ -83,6 +83,16 @@ class Engine(ABC):
         """What `labelled` computes inside may be kept for the next time; what this time did not use is dropped."""
         yield
 
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for the next time, in bytes."""
+        return 0
+
+    @property
+    def most_kept_bytes(self) -> int:
+        """The most that may be kept, in bytes."""
+        return 0
+
     def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - an engine that keeps nothing need not know
         """Declares which modules' weights edits may change from now on."""
 
@@ -174,6 +184,17 @@ class ExactEngine(Engine):
             self._kept = {key: recording for key, recording in self._kept.items() if key in self._used}
             self._used = None
 
+    @property
+    def kept_bytes(self) -> int:  # noqa: D102
+        return sum(kept.n_bytes for kept in self._kept.values())
+
+    @property
+    def most_kept_bytes(self) -> int:  # noqa: D102
+        if self._memory is None:
+            on_gpu = self.model.layer_device.type == "cuda"
+            self._memory = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // 4
+        return self._memory
+
     def _pruned(self, batch: EncodedBatch, tail: Tail) -> Run:
         """A function that runs a batch for its tail."""
         past = self._keys_and_values(batch.until(tail.start)) if tail.start else None
@@ -230,16 +251,10 @@ class ExactEngine(Engine):
                 self._note_whole(reason)
                 return run
             self._kept.pop(key, None)
-            if sum(kept.n_bytes for kept in self._kept.values()) + recording.n_bytes <= self._budget():
+            if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
                 self._kept[key] = recording
         self._used.add(key)
         return partial(self._play, self._replay, run, recording, kind)
-
-    def _budget(self) -> int:
-        if self._memory is None:
-            on_gpu = self.model.layer_device.type == "cuda"
-            self._memory = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // 4
-        return self._memory
 
     def _tail(self, batch: EncodedBatch, first_changed: int = 0) -> Tail:
         tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import platform
 import re
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.errors import HydraException
@@ -41,6 +42,9 @@ from grace_bench.runner import Schedule
 from grace_bench.terminal import progress_bars
 from grace_bench.zoo import known_models, resolve_model
 
+if TYPE_CHECKING:
+    from grace_bench.planning import Forecast
+
 Say = Callable[[str], None]
 
 _FAILURE = "error.json"
@@ -51,6 +55,31 @@ def _raise_first(failures: Sequence[UserError]) -> None:
     if failures:
         others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{others}")
+
+
+def foresee(config: DictConfig, *, started: float) -> "Forecast":
+    """Foresees what a run will take.
+
+    Args:
+        config: The composed configuration.
+        started: When the run's process would have started, as `time.time()` gives it.
+
+    Raises:
+        UserError: If the configuration asks for what cannot be.
+    """
+    from grace_bench.planning import plan_benchmark
+
+    stream, asked = asked_of(config)
+    off = "disabled" in (config.wandb.mode, os.environ.get("WANDB_MODE"))
+    with progress_bars() as progress:
+        return plan_benchmark(
+            stream,
+            **asked,
+            # Nothing of a plan goes to a server.
+            loggers=lambda folder: () if off else (WandbLogger(folder, mode="offline"),),
+            started=started,
+            progress=progress,
+        )
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -43,8 +43,8 @@ class Schedule:
                 check_whole(name, getattr(self, name), least=1)
 
 
-# How many candidates are scored, and edits left pending, together.
-_AHEAD = 32
+LOOKAHEAD = 32
+"""How many candidates are scored, and edits left pending, together."""
 
 
 @dataclass
@@ -244,12 +244,14 @@ class Run:
         """Returns what the model answers before its first edit, by prompt, wherever a target stands for that."""
         if self.strategy.n_edits:
             raise RuntimeError("a run begins with an editor that has made no edit")
+        prompts, model = self._prompts_to_ask(), self.strategy.model
+        return dict(zip(prompts, model.task.ask(model, prompts, progress=self.progress), strict=True))
+
+    def _prompts_to_ask(self) -> list[str]:
         data = self.benchmark.data
         probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
         asked = (request for request in (*data.upstream, *probes) if request.metadata.get("target_from_model"))
-        prompts = list(dict.fromkeys(request.prompt for request in asked))
-        model = self.strategy.model
-        return dict(zip(prompts, model.task.ask(model, prompts, progress=self.progress), strict=True))
+        return list(dict.fromkeys(request.prompt for request in asked))
 
     def _take_answers(self, unedited: Mapping[str, str | int]) -> None:
         self._unedited = dict(unedited)
@@ -292,7 +294,7 @@ class Run:
 
     def _n_ahead(self) -> int:
         most = self.schedule.max_edits
-        return _AHEAD if most is None else min(_AHEAD, most - self.strategy.n_edits)
+        return LOOKAHEAD if most is None else min(LOOKAHEAD, most - self.strategy.n_edits)
 
     def settle(self) -> None:
         """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""

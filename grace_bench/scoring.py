@@ -41,6 +41,8 @@ class Scorer:
         self._known: dict[Hashable, _Known] = {}
         self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
+        self.n_scored = 0
+        """How many requests the model was asked for, kept scores aside."""
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -52,6 +54,7 @@ class Scorer:
         """Returns the scores of requests, in their order."""
         model = self._strategy.model
         if not self.is_incremental:
+            self.n_scored += len(requests)
             return model.task.score(model, requests)
         keys = [_key(request) for request in requests]
         known = self._look_up(keys)
@@ -111,6 +114,7 @@ class Scorer:
 
     def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
         model = self._strategy.model
+        self.n_scored += len(requests)
         handle = model.intercept(_note_query, first=True)
         try:
             items = model.task.score(model, [*requests.values()])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hydra
+import psutil
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -35,6 +37,7 @@ from grace_bench.jobs import (
     execute,
     execute_meta_training,
     folder_of,
+    foresee,
     given_options,
     one_line,
     prepared,
@@ -143,12 +146,9 @@ def run(overrides: Sequence[str]) -> int:
     Raises:
         UserError: If a run was asked for what cannot be; those of a sweep that can be are carried out first.
     """
-    flagged = any(override in ("-m", "--multirun") for override in overrides)
-    # What the paper shows in its Figure 4 is a sweep, and may be asked for as a paper's setting all the same.
-    names = {"paper=figure4": "sweep=figure4"}
-    overrides = [names.get(override, override) for override in overrides if override not in ("-m", "--multirun")]
+    is_sweep, overrides = _is_sweep(overrides)
     given = given_options(overrides)
-    if not flagged and "sweep" not in given:
+    if not is_sweep:
         launcher = given.get("hydra/launcher")
         if launcher is not None:
             raise UserError(f"hydra/launcher={launcher} launches sweeps: add -m")
@@ -171,6 +171,58 @@ def run(overrides: Sequence[str]) -> int:
 
         conclude(runs, say=print)
     return _conclusion(runs)
+
+
+def _is_sweep(overrides: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether several runs were asked for, and the overrides that are left."""
+    flags = ("-m", "--multirun")
+    # What the paper shows in its Figure 4 is a sweep, and may be asked for as a paper's setting all the same.
+    names = {"paper=figure4": "sweep=figure4"}
+    kept = [names.get(override, override) for override in overrides if override not in flags]
+    return any(override in flags for override in overrides) or "sweep" in given_options(kept), kept
+
+
+def plan(overrides: Sequence[str]) -> None:
+    """Foresees what the runs that overrides describe will take, prints each and the sum of several.
+
+    Raises:
+        UserError: If they do not compose, or a run asks for what cannot be.
+    """
+    from grace_bench.planning import Forecast, print_forecast, print_sum
+
+    forecasts: list[Forecast] = []
+    for config in _configurations(overrides):
+        # The first run of a sweep starts the process, the others go on in it.
+        started = time.time() if forecasts else psutil.Process().create_time()
+        forecasts.append(foresee(config, started=started))
+        print_forecast(forecasts[-1])
+    if len(forecasts) > 1:
+        print_sum(forecasts)
+
+
+def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
+    """The configurations of a run, or of the runs of a sweep."""
+    is_sweep, overrides = _is_sweep(overrides)
+    if not is_sweep:
+        return [compose(overrides)]
+    preset = given_options(overrides).get("sweep")
+    if preset == "tune":
+        from grace_bench.tuning import searches
+
+        parts = searches(overrides)
+    else:
+        parts = preset_parts(preset, overrides)
+    with hydra.initialize_config_module("grace_bench.conf", job_name="grace-bench", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        multiruns = [
+            loader.load_configuration("run", _multirun_overrides(part, "plan"), run_mode=RunMode.MULTIRUN)
+            for part in parts
+        ]
+        runs = _unique(run for multirun in multiruns for run in _runs(multirun, loader))
+    for sweep_run in runs:
+        if sweep_run.outcome is not None:
+            raise UserError(f"{sweep_run.label}: {sweep_run.outcome.reason}")
+    return [sweep_run.config for sweep_run in runs]
 
 
 def preset_parts(preset: str | None, overrides: Sequence[str]) -> list[list[str]]:
