@@ -158,7 +158,7 @@ def run_benchmark(
                 environment=describe_environment(editable),
             )
         if not (resume and kept is not None and kept.take_up(say)):
-            prepare(strategy, benchmark, progress=progress)
+            prepare_editor(strategy, benchmark, progress=progress)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
             folder=folder,
@@ -410,7 +410,7 @@ def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
             )
 
 
-def prepare(strategy: EditorStrategy, benchmark: EditBenchmark, *, progress: Progress | None = None) -> None:
+def prepare_editor(strategy: EditorStrategy, benchmark: EditBenchmark, *, progress: Progress | None = None) -> None:
     """Makes an editor ready for its first edit on a benchmark."""
     strategy.prepare(benchmark.data.train, progress=progress)
     if strategy.needs_upstream:

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grace_bench.benchmark import EditBenchmark
-from grace_bench.benchmarking import RunSettings, check_fit, check_subjects, open_benchmark, prepare
+from grace_bench.benchmarking import RunSettings, check_fit, check_subjects, open_benchmark, prepare_editor
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel
@@ -448,7 +448,7 @@ class _Planner:
         # The run takes it too, before its first edit.
         model.fingerprint  # noqa: B018
         opened = time.time()
-        prepare(self.strategy, self.benchmark, progress=progress)
+        prepare_editor(self.strategy, self.benchmark, progress=progress)
         prepared = time.time()
         plan = RunPlan(
             run_id="plan",
