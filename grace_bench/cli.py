@@ -306,13 +306,6 @@ def _dashboard(options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(options: argparse.Namespace) -> int:
-    from grace_bench.report import write_report
-
-    print(write_report(options.runs, options.out))
-    return 0
-
-
 def _figure(arguments: list[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(_FIGURE_HELP, end="")

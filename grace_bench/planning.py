@@ -285,7 +285,7 @@ class _Trial(Run):
     def evaluate(self) -> None:
         if self.position.last_evaluation == self.strategy.n_edits:
             return
-        self._settle()
+        self.settle()
         self._evaluate_timed()
         if not self.strategy.n_edits or self.strategy.scorer.is_incremental:
             # The second time shows what is kept.
@@ -315,9 +315,9 @@ class _Trial(Run):
         self.n_asked, self.ask_seconds = len(answers), time.perf_counter() - started
         return answers
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         self.n_groups += any(pending.outcome is not None for pending in self._pending)
-        super()._settle()
+        super().settle()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -705,16 +705,15 @@ class _Planner:
         rows = sum(timed.work.requests for trial in self.trials for timed in trial.timed)
         lines = sum(trial.position.index for trial in self.trials)
         evaluations = sum(len(trial.timed) for trial in self.trials)
-        sizes = {
-            name: (self.folder / name).stat().st_size
-            for name in ("edits.jsonl", "metrics.jsonl", "predictions.parquet")
-        }
+        sizes = {name: (self.folder / name).stat().st_size for name in ("edits.jsonl", "metrics.jsonl")}
+        # Put together when a run is finished.
+        predictions = sum(path.stat().st_size for path in self.folder.rglob("*.parquet"))
         editor = sum(path.stat().st_size for path in (self.folder / "editor").iterdir())
         more = self.strategy.max_extra_parameters(counts.edits) - self.strategy.max_extra_parameters(last.n_edits)
         return (
             sizes["edits.jsonl"] / max(1, lines) * counts.candidates
             + sizes["metrics.jsonl"] / max(1, evaluations) * len(counts.evaluations)
-            + sizes["predictions.parquet"] / max(1, rows) * counts.rows
+            + predictions / max(1, rows) * counts.rows
             + editor
             + 4 * max(0, more)
         )
