@@ -13,7 +13,7 @@ from grace_bench.cli import main
 from grace_bench.planning import Forecast, plan_benchmark
 from grace_bench.runner import Schedule
 
-SETTINGS = RunSettings(schedule=Schedule(max_edits=12, eval_every=5, max_upstream=20))
+SETTINGS = RunSettings(seed=2, schedule=Schedule(max_edits=12, eval_every=5, max_upstream=20))
 
 
 @pytest.fixture(scope="module", params=["grace", "ft"])
