@@ -518,14 +518,18 @@ class _Planner:
             self._try(n_scored, 0)
             left -= self.trials[-1].seconds
         left = self._budget() / 2 - 2 * self._scoring_seconds()
-        while True:
-            each = (self._edited.edit_seconds + self._edited.candidate_seconds) / max(1, self._edited.n_edits)
-            larger = self._next(n_edits, left, each, most_edits)
-            if larger < 2 * n_edits:
-                break
+        while (larger := self._next(n_edits, left, self._seconds_an_edit(), most_edits)) >= 2 * n_edits:
             n_edits = larger
             self._try(n_scored, n_edits)
             left -= self.trials[-1].seconds
+        group = min(LOOKAHEAD, most_edits)
+        # Edits that are finished together cost less the more they are.
+        if self._edited.n_groups < n_edits < group and group * self._seconds_an_edit() <= _MOST_SECONDS:
+            self._try(n_scored, group)
+
+    def _seconds_an_edit(self) -> float:
+        last = self._edited
+        return (last.edit_seconds + last.candidate_seconds) / max(1, last.n_edits)
 
     def _scoring_seconds(self) -> float:
         """Seconds that the newest trial took for its sample before the first edit."""
