@@ -99,10 +99,9 @@ class Checkpoints:
         numbers = self._numbers()
         name = f"{max(numbers, default=0) + 1:06d}"
         self._remove_partial()
-        tensors: dict[str, Tensor] = {}
-        values = _without_tensors(state, "", tensors)
+        text, tensors = _without_tensors(state)
         files = {
-            "state.json": json.dumps(values).encode(),
+            "state.json": text.encode(),
             "tensors.safetensors": safetensors.torch.save(tensors),
         }
         digests = {**(beside or {}), **{f"{name}/{file}": digest(content) for file, content in files.items()}}
@@ -205,11 +204,10 @@ class Checkpoints:
                 raise _BrokenError(f"{Path(name).name} is not whole")
             contents[name] = content
         try:
-            values = json.loads(contents[f"{path.name}/state.json"])
             tensors = safetensors.torch.load(contents[f"{path.name}/tensors.safetensors"])
+            state: dict[str, Any] = _with_tensors(contents[f"{path.name}/state.json"], tensors)
         except (KeyError, ValueError, SafetensorError) as error:
             raise _BrokenError("it lacks its state") from error
-        state: dict[str, Any] = _with_tensors(values, tensors)
         return state
 
 
@@ -225,28 +223,26 @@ def _read(path: Path) -> bytes:
         raise _BrokenError(f"{path.name}: {error.strerror or error}") from error
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON values in which tensors stand as their names; the tensors are put into `tensors`."""
-    if isinstance(value, Tensor):
+def _without_tensors(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """A state as JSON in which tensors stand by name, and the tensors."""
+    tensors: dict[str, Tensor] = {}
+
+    def name(value: Any) -> dict[str, str]:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a state holds tensors and JSON values, not {type(value).__name__}")
         # A file takes no two names for one memory.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {_TENSOR: name}
-    if isinstance(value, dict):
-        return {key: _without_tensors(part, f"{name}/{key}", tensors) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_tensors(part, f"{name}/{i}", tensors) for i, part in enumerate(value)]
-    return value
+        tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: str(len(tensors) - 1)}
+
+    return json.dumps(state, default=name), tensors
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
-            # Bytes of a file lie where they lie; arithmetic is the same only from where torch puts tensors itself.
-            return tensors[value[_TENSOR]].clone()
-        return {key: _with_tensors(part, tensors) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(part, tensors) for part in value]
-    return value
+def _with_tensors(text: bytes, tensors: Mapping[str, Tensor]) -> Any:
+    def look_up(value: dict[str, Any]) -> Any:
+        # Bytes of a file lie where they lie; arithmetic is the same only from where torch puts tensors itself.
+        return tensors[value[_TENSOR]].clone() if value.keys() == {_TENSOR} else value
+
+    return json.loads(text, object_hook=look_up)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -326,6 +326,8 @@ def test_real_processes_are_killed_refused_interrupted_and_resumed(
     out = tmp_path / "runs"
     first = grace_bench("run", *options, f"out={out}")
     wait_for_checkpoint(first, out, 3)
+    # It must not end while the others are refused.
+    first.send_signal(signal.SIGSTOP)
     folder = folder_in(out)
     capfd.readouterr()
     for command in (["run", *options, f"out={out}"], ["resume", str(folder)]):
