@@ -285,7 +285,7 @@ def test_a_mistake_in_a_sweep_is_one_line_before_any_run(arguments: Sequence[str
 # --- presets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [("sweep=figure4",), ("paper=figure4",), ("-m", "paper=figure4")], ids=" ".join)
+@pytest.mark.parametrize("asked", [("sweep=figure4",), ("-m", "paper=figure4")], ids=" ".join)
 def test_figure_4_is_every_radius_at_every_block_on_the_zsre_setting(asked: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("run", *asked, "stream.path=nowhere", f"out={tmp_path / 'runs'}")
     assert done.code == 2

@@ -128,6 +128,7 @@ def unauthorized() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_no_network(tmp_path: Path, undisturbed: Done) -> None:
     # Nothing listens there: the answer is a refusal, at once and every time.
     done = run(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY=KEY)
@@ -155,6 +156,7 @@ def test_a_server_that_hangs(tmp_path: Path, undisturbed: Done, hanging: str) ->
     assert done.seconds < undisturbed.seconds + 20
 
 
+@pytest.mark.slow
 def test_no_wandb(tmp_path: Path, undisturbed: Done) -> None:
     # An interpreter in which `import wandb` fails, as where it is not installed.
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')\n")
