@@ -348,8 +348,16 @@ def test_distances_between_activations_are_those_of_the_definitions() -> None:
     x = points.double().numpy()
     euclidean = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    assert pair_distances(points, "euclidean") == pytest.approx(euclidean, abs=1e-5)
-    assert pair_distances(points, "cosine") == pytest.approx(1 - unit @ unit.T, abs=1e-5)
+    upstream = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 9)
+    assert pair_distances(points, "euclidean", upstream=upstream) == pytest.approx(euclidean, abs=1e-5)
+    assert pair_distances(points, "cosine", upstream=upstream) == pytest.approx(1 - unit @ unit.T, abs=1e-5)
+    # With so many samples there is next to nothing to shrink.
+    precision = np.linalg.inv(np.cov(upstream.numpy(), rowvar=False))
+    steps = x[:, None] - x[None]
+    expected = np.sqrt(np.einsum("ijk,kl,ijl->ij", steps, precision, steps))
+    found = pair_distances(points, "mahalanobis", upstream=upstream)
+    scale = np.median(found[expected > 0] / expected[expected > 0])
+    assert found == pytest.approx(scale * expected, rel=0.1, abs=1e-3)
 
 
 def test_activations_are_what_enters_the_layer_at_the_query() -> None:
@@ -383,12 +391,12 @@ def test_separability_by_command_prints_and_writes_the_areas_it_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grace_bench.figures.separability.MAX_INPUTS", 60)
-    settings = ("stream=toy", "layer=first,second", "distance=euclidean,cosine", "device=cpu")
+    settings = ("stream=toy", "layer=first,second", "distance=euclidean,cosine,mahalanobis", "device=cpu")
     code, out, err = cli("figure", "separability", *settings, "--out", str(tmp_path))
     assert code == 0, err
     record = json.loads((tmp_path / "separability-toy.json").read_text())
     assert [(c["layer"], c["distance"]) for c in record["curves"] if c["question"] == "same fact"] == [
-        (layer, distance) for layer in ("first", "second") for distance in ("euclidean", "cosine")
+        (layer, distance) for layer in ("first", "second") for distance in ("euclidean", "cosine", "mahalanobis")
     ]
     for curve in record["curves"]:
         assert f"{curve['auc']:.3f}" in out

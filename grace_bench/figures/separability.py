@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grace_bench.benchmarking import open_benchmark
+from grace_bench.editors._whitening import Whitening
 from grace_bench.editors.codebook import Codebook, Distance
 from grace_bench.errors import UserError
 from grace_bench.figures.drawing import (
@@ -181,6 +182,12 @@ def study(overrides: Sequence[str]) -> Study:
         role: _sample(getattr(data, role), MAX_INPUTS // 3, f"{seed} {role}")
         for role in ("edits", "holdout", "upstream")
     }
+    if not roles["upstream"]:
+        if "mahalanobis" in chosen["distance"]:
+            raise UserError(
+                f"distance=mahalanobis needs upstream inputs, and stream '{opened.benchmark.name}' has none"
+            )
+        distances = [distance for distance in distances if distance != "mahalanobis"]
     requests = [request for found in roles.values() for request in found]
     shares_answers = opened.benchmark.task != "language_modelling"
     questions = {
@@ -197,7 +204,7 @@ def study(overrides: Sequence[str]) -> Study:
     for layer in layers:
         queries = activations(model, layer, requests)
         for distance in distances:
-            between = pair_distances(queries, distance)
+            between = pair_distances(queries, distance, upstream=queries[len(requests) - len(roles["upstream"]) :])
             for question, pairs in questions.items():
                 values = between[pairs.first, pairs.second]
                 curves.append(separability(values, pairs, layer=layer, distance=distance, question=question, seed=seed))
@@ -235,8 +242,17 @@ def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest
     return torch.stack([found[index] for index in range(len(requests))])
 
 
-def pair_distances(queries: Tensor, distance: Distance) -> NDArray[np.float32]:
-    """Returns the (N, N) distances between (N, D) activations, as a codebook computes them."""
+def pair_distances(queries: Tensor, distance: Distance, *, upstream: Tensor) -> NDArray[np.float32]:
+    """Returns the (N, N) distances between (N, D) activations, as a codebook computes them.
+
+    Args:
+        queries: The activations.
+        distance: The distance.
+        upstream: (M, D) activations that Mahalanobis distance is whitened with.
+    """
+    if distance == "mahalanobis":
+        # A codebook keeps whitened keys.
+        queries, distance = Whitening.from_activations(upstream)(queries), "euclidean"
     codebook = Codebook(eps_init=1.0, distance=distance)
     n = len(queries)
     codebook.load_state_dict(
