@@ -1,6 +1,6 @@
 """Adds to and looks up in codebooks of growing size, beside plain distances to every key, and prints the table.
 
-    python benchmarks/codebook.py [--plot growth.png]
+python benchmarks/codebook.py [--plot growth.png]
 """
 
 import argparse
