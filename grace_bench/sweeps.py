@@ -10,7 +10,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.util import find_spec
@@ -159,13 +160,7 @@ def run(overrides: Sequence[str]) -> int:
         return 0
     preset = given.get("sweep")
     tunes = preset == "tune"
-    if tunes:
-        from grace_bench.tuning import searches
-
-        parts = searches(overrides)
-    else:
-        parts = preset_parts(preset, overrides)
-    runs = carry_out(parts, job=Job(prepares=tunes), name=sweep_name(preset, overrides))
+    runs = carry_out(_parts(preset, overrides), job=Job(prepares=tunes), name=sweep_name(preset, overrides))
     if tunes:
         from grace_bench.tuning import conclude
 
@@ -205,24 +200,21 @@ def _configurations(overrides: Sequence[str]) -> list[DictConfig]:
     is_sweep, overrides = _is_sweep(overrides)
     if not is_sweep:
         return [compose(overrides)]
-    preset = given_options(overrides).get("sweep")
-    if preset == "tune":
-        from grace_bench.tuning import searches
-
-        parts = searches(overrides)
-    else:
-        parts = preset_parts(preset, overrides)
-    with hydra.initialize_config_module("grace_bench.conf", job_name="grace-bench", version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        multiruns = [
-            loader.load_configuration("run", _multirun_overrides(part, "plan"), run_mode=RunMode.MULTIRUN)
-            for part in parts
-        ]
-        runs = _unique(run for multirun in multiruns for run in _runs(multirun, loader))
+    with _composing(_parts(given_options(overrides).get("sweep"), overrides), "plan") as (_, _, runs):
+        pass
     for sweep_run in runs:
         if sweep_run.outcome is not None:
             raise UserError(f"{sweep_run.label}: {sweep_run.outcome.reason}")
     return [sweep_run.config for sweep_run in runs]
+
+
+def _parts(preset: str | None, overrides: Sequence[str]) -> list[list[str]]:
+    """The sweeps that were asked for, each as the overrides of a multirun."""
+    if preset != "tune":
+        return preset_parts(preset, overrides)
+    from grace_bench.tuning import searches
+
+    return searches(overrides)
 
 
 def preset_parts(preset: str | None, overrides: Sequence[str]) -> list[list[str]]:
@@ -265,6 +257,33 @@ def carry_out(parts: Sequence[Sequence[str]], *, job: Job, name: str, say: Say =
     Raises:
         UserError: If the overrides do not compose.
     """
+    with _composing(parts, name) as (loader, multirun, runs):
+        for sweep_run in runs:
+            if sweep_run.outcome is None and _is_finished(sweep_run):
+                outcome = job(sweep_run.config)
+                sweep_run.outcome = Outcome("reused") if outcome.state == "done" else outcome
+        waiting = [sweep_run for sweep_run in runs if sweep_run.outcome is None]
+        for sweep_run in waiting:
+            if sweep_run.config.existing == "resume":
+                say(f"{_standing(sweep_run)}  {sweep_run.label}")
+        if waiting:
+            launch = _launch_on_ray if "ray" in multirun.hydra.launcher else _launch
+            launch(multirun, loader, waiting, job)
+    outcomes = [sweep_run.outcome or Outcome("failed", "never carried out") for sweep_run in runs]
+    for sweep_run, outcome in zip(runs, outcomes, strict=True):
+        say(f"{outcome.state:6}  {sweep_run.label}" + (f": {outcome.reason}" if outcome.reason else ""))
+    counts = Counter(outcome.state for outcome in outcomes)
+    say(f"{name}: {len(runs)} runs, " + ", ".join(f"{counts[state]} {state}" for state in ("done", "reused", "failed")))
+    return runs
+
+
+@contextmanager
+def _composing(parts: Sequence[Sequence[str]], name: str) -> Iterator[tuple[ConfigLoader, DictConfig, list[SweepRun]]]:
+    """Gives Hydra's loader, the first multirun and all runs, each once; what Hydra complains of is one line.
+
+    Raises:
+        UserError: If the parts do not compose.
+    """
     # Hydra otherwise wraps its errors in several lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     overrides = [_multirun_overrides(part, name) for part in parts]
@@ -272,26 +291,9 @@ def carry_out(parts: Sequence[Sequence[str]], *, job: Job, name: str, say: Say =
         with hydra.initialize_config_module("grace_bench.conf", job_name="grace-bench", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             multiruns = [loader.load_configuration("run", part, run_mode=RunMode.MULTIRUN) for part in overrides]
-            runs = _unique(run for multirun in multiruns for run in _runs(multirun, loader))
-            for sweep_run in runs:
-                if sweep_run.outcome is None and _is_finished(sweep_run):
-                    outcome = job(sweep_run.config)
-                    sweep_run.outcome = Outcome("reused") if outcome.state == "done" else outcome
-            waiting = [sweep_run for sweep_run in runs if sweep_run.outcome is None]
-            for sweep_run in waiting:
-                if sweep_run.config.existing == "resume":
-                    say(f"{_standing(sweep_run)}  {sweep_run.label}")
-            if waiting:
-                launch = _launch_on_ray if "ray" in multiruns[0].hydra.launcher else _launch
-                launch(multiruns[0], loader, waiting, job)
+            yield loader, multiruns[0], _unique(run for multirun in multiruns for run in _runs(multirun, loader))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error
-    outcomes = [sweep_run.outcome or Outcome("failed", "never carried out") for sweep_run in runs]
-    for sweep_run, outcome in zip(runs, outcomes, strict=True):
-        say(f"{outcome.state:6}  {sweep_run.label}" + (f": {outcome.reason}" if outcome.reason else ""))
-    counts = Counter(outcome.state for outcome in outcomes)
-    say(f"{name}: {len(runs)} runs, " + ", ".join(f"{counts[state]} {state}" for state in ("done", "reused", "failed")))
-    return runs
 
 
 def _multirun_overrides(part: Sequence[str], name: str) -> list[str]:

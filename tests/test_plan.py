@@ -81,6 +81,7 @@ def test_a_stream_that_ends_before_the_most_edits_is_said(capsys: pytest.Capture
         (["editor=grac"], "grac"),
         (["editor.eps=1"], "editor.eps"),
         (["--fast"], "--fast"),
+        (["-m", "bogus=1,2"], "bogus"),
     ],
 )
 def test_a_broken_option_is_one_line_and_exit_code_2(
