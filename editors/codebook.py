@@ -504,8 +504,10 @@ class Codebook:
             values: (n, D_out) their values.
         """
         past, n = copy(self), len(radii)
+        past.labels = self.labels[:n]
         names = list(self._id_of_label)
-        past.labels = [names[i] for i in label_ids.tolist()]
+        for entry in torch.nonzero(label_ids != self.label_ids[:n])[:, 0].tolist():
+            past.labels[entry] = names[label_ids[entry]]
         past.label_means = self.label_means[:n]
         past._index = self._index.first(n)
         past._radii, past._label_ids, past._values = map(Rows.of, (radii, label_ids, values))

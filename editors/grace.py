@@ -161,7 +161,8 @@ class Grace(EditorStrategy):
     def as_of(self, n_edits: int) -> Iterator[None]:
         now = self.codebook, self._versions, self.n_edits
         self.codebook, others = self._history.as_of(n_edits)
-        self._versions = {entry: version for entry, version in self._versions.items() if entry not in others}
+        if others:
+            self._versions = {entry: version for entry, version in self._versions.items() if entry not in others}
         self.n_edits = n_edits
         try:
             yield

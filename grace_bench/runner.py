@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -327,11 +327,14 @@ class Run:
         with self.strategy.scorer.keeping_versions():
             after = self._score_after(edits, due)
             for one in waiting:
-                if isinstance(one, Pending):
-                    self._tell(one, after.get(one.index))
-                else:
-                    with self.strategy.as_of(one.n_edits):
+                with self._as_of(one.n_edits):
+                    if isinstance(one, Pending):
+                        self._tell(one, after.get(one.index))
+                    else:
                         self._carry_out(one)
+
+    def _as_of(self, n_edits: int) -> AbstractContextManager[None]:
+        return self.strategy.as_of(n_edits) if self.strategy.knows_past else nullcontext()
 
     def _due_now(self) -> Due:
         return Due(self.strategy.n_edits, [*self.position.edited], [*self.position.superseded])
@@ -346,13 +349,13 @@ class Run:
         with self._scoring():
             after = dict(zip([pending.index for pending in edits], scorer.score(together), strict=False))
             later: set[int | None] = set()
-            for pending in reversed(edits):
+            for pending in reversed(edits if self.strategy.knows_past else ()):
                 outcome = pending.outcome
                 assert outcome is not None
                 # An entry that was edited since, or does not answer any more, may have answered otherwise.
                 is_past = outcome.key in later or after[pending.index].entry != outcome.key
-                if is_past and self.strategy.knows_past and pending is not edits[-1]:
-                    with self.strategy.as_of(pending.n_edits):
+                if is_past and pending is not edits[-1]:
+                    with self._as_of(pending.n_edits):
                         after[pending.index] = scorer.score([pending.request])[0]
                 later.add(outcome.key)
         return after
