@@ -52,6 +52,12 @@ class Rows:
         self._buffer[self._n : n] = rows
         self._n = n
 
+    def truncate(self, n: int) -> None:
+        """Removes all but the first `n` rows."""
+        self._n = min(n, self._n)
+        if not self._n:
+            self.clear()
+
     def clear(self) -> None:
         """Removes every row."""
         self._buffer, self._n = self._empty, 0
@@ -87,6 +93,12 @@ class KeyIndex(ABC):
         for block in _slices(len(keys), max(1, _GATHERED // max(1, keys.shape[1]))):
             norms = self._measure(self.keys[len(self._norms.tensor) :][: block.stop - block.start])
             self._bounded_norms &= bool((norms <= _HUGE).all())
+
+    def truncate(self, n: int) -> None:
+        """Removes all but the first `n` keys."""
+        self._keys.truncate(n)
+        self._norms.truncate(n)
+        self._bounded_norms = bool((self._norms.tensor <= _HUGE).all())
 
     def clear(self) -> None:
         """Removes every key."""
@@ -225,6 +237,10 @@ class EuclideanIndex(KeyIndex):
     def __init__(self, *, device: torch.device) -> None:
         super().__init__(device=device)
         self._spreads = Rows(0, device=device)
+
+    def truncate(self, n: int) -> None:
+        super().truncate(n)
+        self._spreads.truncate(n)
 
     def clear(self) -> None:
         super().clear()

@@ -1,8 +1,8 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,10 +10,11 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
-from grace_bench.editors._values import ValueTraining
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
+from grace_bench.editors._values import Training, ValueTraining
+from grace_bench.editors.codebook import Before, Codebook, Distance, Fidelity, Overlap, Retrieval
 from grace_bench.encoding import EncodedBatch, stack
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
+from grace_bench.failures import reason_of_failure
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive, check_whole
 from grace_bench.registry import register_editor
@@ -33,6 +34,15 @@ class _Pending(NamedTuple):
     target: str | int
     encoded: EncodedBatch
     answering: int
+
+
+@dataclass
+class _Made:
+    """What an edit changed, as it was before: its settlement, and the value that was trained on it, once it was."""
+
+    before: Before
+    entry: int
+    value: Tensor | None = None
 
 
 @register_editor("grace")
@@ -106,6 +116,7 @@ class Grace(EditorStrategy):
         self._n_settled = 0
         self._values = ValueTraining(model, self.codebook, n_iter=n_iter, lr=lr, replacement=replacement)
         self._outcomes: list[EditOutcome] = []
+        self._made: list[_Made] = []
         self._pending: dict[int, _Pending] = {}
         self._versions: dict[int, str] = {}
         self.intercept(self._answer)
@@ -123,9 +134,11 @@ class Grace(EditorStrategy):
         """Settles each request in order; the outcome is that of the last one.
 
         Keys, radii and labels never depend on values, so values are left pending, to be trained together: those of
-        different entries do not depend on each other.
+        different entries do not depend on each other. Where an earlier one turns out to be no finite number, this edit
+        and those that follow are not made until `flush` has told so.
 
         Raises:
+            EditFailure: If the edit cannot be made; the editor is as it was before it.
             UserError: If the distance needs `calibrate` first.
         """
         if self.codebook.needs_whitening:
@@ -133,9 +146,13 @@ class Grace(EditorStrategy):
                 "editor.distance=mahalanobis needs upstream activations before the first edit: call "
                 "editor.calibrate(model.queries(prompts)) with inputs that the model is used for"
             )
+        if not self._outcomes:
+            self._made = []
         for index, (prompt, target) in enumerate(zip(batch.prompts, batch.targets, strict=True)):
+            if self._has_failed:
+                break
             self._edit_one(prompt, target, batch.encoded.row(index))
-        return self._outcomes[-1]
+        return EditOutcome() if self._has_failed else self._outcomes[-1]
 
     @property
     def n_pending(self) -> int:
@@ -146,11 +163,19 @@ class Grace(EditorStrategy):
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
+    def undo_point(self) -> Callable[[], None]:
+        n_made = len(self._made) if self._outcomes else 0
+        return lambda: self._take_back(n_made)
+
+    def changing_state(self) -> State:
+        # Values are checked when they are trained; copying a codebook for every edit would cost more than the edit.
+        return {}
+
     def rollback(self) -> None:
         super().rollback()
         self.codebook.clear()
         self._n_settled = 0
-        self._outcomes, self._pending, self._versions = [], {}, {}
+        self._outcomes, self._made, self._pending, self._versions = [], [], {}, {}
 
     def answered_by(self, queries: Tensor) -> Answered:
         if not len(self.codebook):
@@ -173,6 +198,10 @@ class Grace(EditorStrategy):
                 [entry, waiting.place, waiting.prompt, waiting.target, waiting.answering]
                 for entry, waiting in self._pending.items()
             ]
+            state["made"] = [
+                [made.entry, made.before.n_entries, [*made.before.radii.items()], [*made.before.labels.items()]]
+                for made in self._made
+            ]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,6 +214,10 @@ class Grace(EditorStrategy):
             entry: _Pending(place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
             for entry, place, prompt, target, answering in state.get("pending", ())
         }
+        self._made = [
+            _Made(Before(n_entries, dict(radii), {i: (tuple(label), mean) for i, (label, mean) in labels}), entry)
+            for entry, n_entries, radii, labels in state.get("made", ())
+        ]
 
     def max_extra_parameters(self, n_edits: int) -> int:
         # At worst every edit makes an entry: a key, a value and a radius.
@@ -202,6 +235,10 @@ class Grace(EditorStrategy):
     def _edit_one(self, prompt: str, target: str | int, encoded: EncodedBatch) -> None:
         call = self.model.layer_call(encoded)
         assert encoded.labels is not None
+        if self.replacement == "replace_prompt" and not _has_token_before(encoded, call):
+            raise EditFailure("the prompt is one token, so replace_prompt has nothing to overwrite")
+        if not bool(call.query.isfinite().all()):
+            raise EditFailure("what enters the layer at the query is not finite")
         settled = self.codebook.settle(
             call.query[0],
             encoded.target_ids[0],
@@ -210,8 +247,8 @@ class Grace(EditorStrategy):
         )
         self._n_settled += 1
         found = self.codebook.retrieve(call.query)
-        entry = int(found.entry[0])
-        nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
+        entry, place = int(found.entry[0]), len(self._outcomes)
+        self._made.append(_Made(settled.before, entry))
         self._outcomes.append(
             EditOutcome(
                 op=settled.op,
@@ -219,35 +256,78 @@ class Grace(EditorStrategy):
                 distance=settled.distance,
                 n_keys=len(self.codebook),
                 is_close=settled.is_close,
-                failed="the prompt is one token, so replace_prompt has nothing to overwrite"
-                if nothing_before
-                else None,
             )
         )
         waits = self.fidelity == "strict" and self.model.engine.batches_edits
         if entry in self._pending:
             # What comes later goes on from the value that waits.
             self._train_pending()
+            if self._has_failed:
+                return
         answering = entry if found.hit[0] else -1
-        self._pending[entry] = _Pending(len(self._outcomes) - 1, prompt, target, encoded, answering)
-        if not waits:
-            self._train_pending()
+        self._pending[entry] = _Pending(place, prompt, target, encoded, answering)
+        if waits:
+            return
+        self._train_pending()
+        if self._has_failed:
+            raise EditFailure(self._outcomes.pop().failed)
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether an edit since the last flush was found to have failed; those after it were taken back with it."""
+        return bool(self._outcomes) and self._outcomes[-1].failed is not None
 
     def _train_pending(self) -> None:
-        """Trains the values that wait, those of like size together."""
+        """Trains the values that wait, those of like size together; takes back what cannot be, and all edits after it."""
         entries = list(self._pending)
         tokens = [pending.encoded.n_positions for pending in self._pending.values()]
+        failures: dict[int, str] = {}
         for chunk in self.model.task.batches(tokens, most_tokens=_TRAINED_TOKENS):
             chosen = [entries[i] for i in chunk]
-            waiting = [self._pending[entry] for entry in chosen]
-            answering = [pending.answering for pending in waiting]
-            histories = self._values.train(chosen, answering, stack([pending.encoded for pending in waiting]))
-            for entry, pending, losses in zip(chosen, waiting, histories, strict=True):
-                self._outcomes[pending.place] = replace(
-                    self._outcomes[pending.place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
+            for entry, training in zip(chosen, self._train(chosen), strict=True):
+                place = self._pending[entry].place
+                if training.failed is not None:
+                    failures[place] = training.failed
+                    continue
+                losses = training.losses
+                self._outcomes[place] = replace(
+                    self._outcomes[place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
                 )
-                self._versions.pop(entry, None)
         self._pending = {}
+        if failures:
+            first = min(failures)
+            self._take_back(first)
+            self._outcomes.append(EditOutcome(failed=failures[first]))
+
+    def _train(self, entries: Sequence[int]) -> list[Training]:
+        """Trains values that wait together; where that ends in an error, one by one, to find out whose it is."""
+        waiting = [self._pending[entry] for entry in entries]
+        values = self.codebook.values[list(entries)].clone()
+        for entry, pending, value in zip(entries, waiting, values, strict=True):
+            self._made[pending.place].value = value
+            self._versions.pop(entry, None)
+        try:
+            return self._values.train(
+                entries, [pending.answering for pending in waiting], stack([pending.encoded for pending in waiting])
+            )
+        except Exception as error:
+            reason = reason_of_failure(error)
+            if reason is None:
+                raise
+            if len(entries) == 1:
+                return [Training((), reason)]
+            return [training for entry in entries for training in self._train([entry])]
+
+    def _take_back(self, n_made: int) -> None:
+        """Takes all edits since the last flush back but the first `n_made`, the newest first."""
+        for made in reversed(self._made[n_made:]):
+            if made.value is not None:
+                self.codebook.values[made.entry] = made.value
+            self.codebook.take_back(made.before)
+            self._n_settled -= 1
+            self._versions.pop(made.entry, None)
+        del self._made[n_made:], self._outcomes[n_made:]
+        self._pending = {entry: pending for entry, pending in self._pending.items() if pending.place < n_made}
 
     def _version(self, entry: int) -> str:
         """What answers of an entry depend on: the digest of its value."""
@@ -257,10 +337,17 @@ class Grace(EditorStrategy):
         return self._versions[entry]
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
-        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3)."""
+        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3).
+
+        Raises:
+            EditFailure: If a loss or the value is no finite number; the value is as it was.
+        """
         self._versions.pop(entry, None)
         found = self.codebook.retrieve(self.model.layer_call(encoded).query)
-        return self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)[0]
+        (training,) = self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)
+        if training.failed is not None:
+            raise EditFailure(training.failed)
+        return [*training.losses]
 
     def _answer(self, call: LayerCall) -> Tensor:
         """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""

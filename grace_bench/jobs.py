@@ -276,6 +276,7 @@ def _settings(config: DictConfig) -> RunSettings:
         threads=config.threads,
         tuning_budget=config.tuning_budget,
         checkpoint_every=config.checkpoint_every,
+        strict=config.get("strict", False),
     )
 
 

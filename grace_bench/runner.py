@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
+from grace_bench.errors import RunFailure
 from grace_bench.options import check_whole
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
@@ -67,7 +68,7 @@ class Position:
         index: The next candidate.
         edited: Indices of the edited requests that ERR is taken over.
         superseded: Indices of the edited requests whose input was edited again with another target.
-        n_failed: Edits the editor could not make.
+        n_failed: Edits the editor could not make; they count as edits all the same.
         n_close: Edits in which rounding could have decided otherwise.
         edit_times: Seconds each edit took.
         eval_seconds: Seconds spent scoring.
@@ -95,7 +96,11 @@ class Run:
             of upstream requests and of the probes of all candidates, and never again.
         strategy: The editor, without edits, with its metrics and loggers.
         schedule: When to edit and evaluate.
+        strict: Stop at the first edit that cannot be made.
         progress: Called as the unedited model is asked.
+
+    Attributes:
+        stopped: Which edit failed, and why, if that is to stop the run.
     """
 
     def __init__(
@@ -104,10 +109,13 @@ class Run:
         strategy: EditorStrategy,
         schedule: Schedule,
         *,
+        strict: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.strategy = strategy
         self.schedule = schedule
+        self.strict = strict
+        self.stopped: str | None = None
         self.progress = progress
         self.benchmark = _thinned(benchmark, schedule.max_upstream)
         self.position = Position()
@@ -117,13 +125,17 @@ class Run:
         self._unedited: dict[str, str | int] | None = None
 
     def run(self) -> None:
-        """Goes on from where the run stands to its end."""
+        """Goes on from where the run stands to its end.
+
+        Raises:
+            RunFailure: At an edit that cannot be made, if the run is strict.
+        """
         for _ in self.steps():
-            pass
+            if self.stopped is not None:
+                raise RunFailure(f"strict=true: {self.stopped}")
 
     def steps(self) -> Iterator[int]:
         """Goes on candidate by candidate, yielding the index of the next; between two, `state_dict` is complete."""
-        requests = self.benchmark.data.edits
         if self._unedited is None:
             with self._scoring():
                 self._take_answers(self._ask_unedited())
@@ -131,11 +143,15 @@ class Run:
             self.evaluate()
             self.before = dict(self.metrics())
         yield self.position.index
-        while self.position.index < len(requests) and not self._is_full():
+        while not self._is_over():
             self._candidate(self.position.index)
-            self.position.index += 1
-            if self.strategy.n_edits % self.schedule.eval_every == 0:
+            if self._is_due():
+                self.settle()
+            # What waited may have failed, and taken the clock back with it.
+            if self._is_due():
                 self.evaluate()
+            yield self.position.index
+        if self.stopped is not None:
             yield self.position.index
         self.evaluate()
 
@@ -261,12 +277,29 @@ class Run:
         assert self._unedited is not None
         return [self._unedited[prompt] for prompt in prompts]
 
-    def _is_full(self) -> bool:
-        return self.schedule.max_edits is not None and self.strategy.n_edits >= self.schedule.max_edits
+    def _is_over(self) -> bool:
+        """Whether no candidate is left; what waits is finished first, because a failure there leaves some again."""
+        if self._is_at_the_end():
+            self.settle()
+        return self._is_at_the_end()
+
+    def _is_at_the_end(self) -> bool:
+        most = self.schedule.max_edits
+        is_full = most is not None and self.strategy.n_edits >= most
+        return is_full or self.position.index >= len(self.benchmark.data.edits)
+
+    def _is_due(self) -> bool:
+        return self.strategy.n_edits % self.schedule.eval_every == 0
 
     def _candidate(self, index: int) -> None:
         request = self.benchmark.data.edits[index]
+        if self._depends_on_pending(request):
+            self.settle()
+            if self.position.index != index:
+                # An edit failed, and the candidates that came after it are taken up again.
+                return
         before = self._score_before(request, index)
+        self.position.index += 1
         if before.correct:
             self._pending.append(Pending(request, before, index, self.strategy.n_edits))
         else:
@@ -280,15 +313,16 @@ class Run:
         if not self.strategy.n_pending:
             self.settle()
 
+    def _depends_on_pending(self, request: EditRequest) -> bool:
+        """Whether a candidate can be scored only when the edits before it are finished."""
+        scorer = self.strategy.scorer
+        return scorer.is_incremental and (not scorer.knows(request) or scorer.waits_for_values(request))
+
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
         """Scores a candidate as edited so far, and with it those that come next, which edits before seldom reach."""
         scorer, together = self.strategy.scorer, [request]
-        if scorer.is_incremental:
-            if not scorer.knows(request):
-                self.settle()
-                together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
-            elif scorer.waits_for_values(request):
-                self.settle()
+        if scorer.is_incremental and not scorer.knows(request):
+            together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
         with self._scoring():
             return scorer.score(together)[0]
 
@@ -297,16 +331,12 @@ class Run:
         return LOOKAHEAD if most is None else min(LOOKAHEAD, most - self.strategy.n_edits)
 
     def settle(self) -> None:
-        """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""
+        """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally.
+
+        Where one of these edits failed, what came after it is forgotten, to be taken up again from there.
+        """
+        self._flush()
         edits = [pending for pending in self._pending if pending.outcome is not None]
-        if edits:
-            started = time.perf_counter()
-            flushed = self.strategy.flush()
-            share = (time.perf_counter() - started) / len(edits)
-            for pending, outcome in zip(edits, flushed, strict=True) if flushed else ():
-                pending.outcome = outcome
-            for pending in edits:
-                pending.seconds += share
         with self._scoring():
             scores = iter(self.strategy.scorer.score([pending.request for pending in edits]))
         for pending in self._pending:
@@ -316,8 +346,38 @@ class Run:
                 self.position.edit_times.append(pending.seconds)
                 self.position.n_failed += pending.outcome.failed is not None
                 self.position.n_close += pending.outcome.is_close
+                if self.strict and pending.outcome.failed is not None and self.stopped is None:
+                    self.stopped = f"edit {pending.n_edits} (request '{pending.request.id}'): {pending.outcome.failed}"
             self.strategy.observe_candidate(pending.request, self._record(pending, after))
         self._pending = []
+
+    def _flush(self) -> None:
+        # Those that failed when they were made have left nothing to finish.
+        edits = [pending for pending in self._pending if pending.outcome is not None and pending.outcome.failed is None]
+        if not edits:
+            return
+        started = time.perf_counter()
+        flushed = self.strategy.flush()
+        share = (time.perf_counter() - started) / len(edits)
+        for pending in edits:
+            pending.seconds += share
+        for pending, outcome in zip(edits, flushed, strict=False):
+            pending.outcome = outcome
+        if flushed and flushed[-1].failed is not None:
+            self._go_back_to(edits[len(flushed) - 1])
+        elif flushed and len(flushed) != len(edits):
+            raise RuntimeError(f"flush gave {len(flushed)} outcomes of {len(edits)} edits")
+
+    def _go_back_to(self, failed: Pending) -> None:
+        """Forgets the candidates after a failed edit: the editor has taken their edits back with it."""
+        position = self.position
+        self._pending = [pending for pending in self._pending if pending.index <= failed.index]
+        self.strategy.n_edits, position.index = failed.n_edits, failed.index + 1
+        edited = sorted(index for index in (*position.edited, *position.superseded) if index <= failed.index)
+        position.edited, position.superseded = [], []
+        self._by_prompt.clear()
+        for index in edited:
+            self._supersede(self.benchmark.data.edits[index], index)
 
     def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
         outcome, before = pending.outcome or EditOutcome(), pending.before

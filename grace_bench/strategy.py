@@ -1,13 +1,16 @@
 """`EditorStrategy`: what an editor is, on Avalanche's `BaseTemplate`."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.base import BaseTemplate
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
+from grace_bench.failures import RandomState, reason_of_failure
 from grace_bench.files import write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
@@ -79,6 +83,7 @@ class EditOutcome:
         n_keys: Entries after the edit.
         loss_first: Loss at the first step.
         loss: Loss at the last step.
+        loss_after: Loss after the last step, by which an edit is known to have worked; None has it computed.
         steps: Gradient steps taken.
         failed: Why the edit could not be made; None if it was.
         is_close: Whether rounding, as in another batch, could have decided otherwise.
@@ -90,6 +95,7 @@ class EditOutcome:
     n_keys: int | None = None
     loss_first: float | None = None
     loss: float | None = None
+    loss_after: float | None = None
     steps: int = 0
     failed: str | None = None
     is_close: bool = False
@@ -196,7 +202,9 @@ class EditorStrategy(BaseTemplate, ABC):
         Values that only the answers depend on may be left pending until `flush`.
 
         Raises:
-            EditFailure: If this edit cannot be made; a run records why and goes on.
+            EditFailure: If this edit cannot be made. Whatever else is raised here fails the edit too, and so does a loss
+                or a state that is no finite number: a run puts everything back as it was before (`undo_point`), records
+                why, and goes on. Not so errors of which no single edit is the reason, such as want of memory.
         """
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
@@ -248,7 +256,8 @@ class EditorStrategy(BaseTemplate, ABC):
         """Finishes what `edit` left pending.
 
         Returns:
-            The outcomes of all edits since the last flush, in their order; empty if they were whole when made.
+            The outcomes of all edits since the last flush, in their order; empty if they were whole when made. Where one
+            of them failed it is the last: it and those after it were taken back, and those are to be made again.
         """
         return ()
 
@@ -256,6 +265,22 @@ class EditorStrategy(BaseTemplate, ABC):
     def n_pending(self) -> int:
         """How many edits wait for `flush`."""
         return 0
+
+    def changing_state(self) -> State:
+        """Returns the part of `state_dict` that edits may change, all of it unless an editor says less.
+
+        After an edit all of its tensors are to be finite.
+        """
+        return self.state_dict()
+
+    def undo_point(self) -> Callable[[], None]:
+        """Returns what takes back everything that edits change from now on, bit for bit.
+
+        This one copies the state that may change. An editor in which that is much, and an edit changes little of it, has
+        one of its own.
+        """
+        before = _copied(self.changing_state())
+        return lambda: self.load_state_dict({**self.state_dict(), **before})
 
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Says what answers queries, so that only what may have changed is scored again.
@@ -387,10 +412,11 @@ class EditorStrategy(BaseTemplate, ABC):
 
         Raises:
             RuntimeError: While `suspended`, when there are no edits to save.
+            EditFailure: If an edit that waited could not be made.
         """
         if self._is_suspended:
             raise RuntimeError("a suspended editor cannot be saved")
-        self.flush()
+        self._finish()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors, values = split_state(self.answering_state())
@@ -460,6 +486,9 @@ class EditorStrategy(BaseTemplate, ABC):
             prompt: The input text.
             target: The wanted answer, or a label id.
             subject: The entity the prompt is about, for editors that need one.
+
+        Raises:
+            EditFailure: If it cannot be made; everything is as it was before it.
         """
         batch = EditBatch(
             prompts=(prompt,),
@@ -467,10 +496,62 @@ class EditorStrategy(BaseTemplate, ABC):
             subjects=(subject,) if self.needs_subject else None,
             encoded=self.model.encode_batch([prompt], [target]),
         )
-        outcome = self.edit(batch)
-        flushed = self.flush()
+        outcome = self._attempt(batch)
+        flushed = self._finish()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome
+
+    def _attempt(self, batch: EditBatch) -> EditOutcome:
+        """Makes an edit, or leaves everything as it was before it, the random generators included.
+
+        Raises:
+            EditFailure: Saying why it could not be made.
+        """
+        undo, random_state = self.undo_point(), RandomState(self.model.device)
+        try:
+            outcome = self.edit(batch)
+            failure = outcome.failed or self._failure_of(outcome, batch)
+            if failure is not None:
+                raise EditFailure(failure)
+        except Exception as error:
+            undo()
+            random_state.restore()
+            reason = reason_of_failure(error)
+            if reason is None or isinstance(error, EditFailure):
+                raise
+            raise EditFailure(reason) from error
+        return outcome
+
+    def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
+        """Says what of a finished edit is no finite number; None if all is, or if the edit changed no number."""
+        state, _ = split_state(self.changing_state())
+        if not state:
+            return None
+        losses = {"at the first step": outcome.loss_first, "at the last step": outcome.loss}
+        losses["after the edit"] = self._loss(batch) if outcome.loss_after is None else outcome.loss_after
+        for when, loss in losses.items():
+            if loss is not None and not math.isfinite(loss):
+                return f"the loss is {loss} {when}"
+        for name, tensor in state.items():
+            untouched = self._untouched.get(name.removeprefix("weights."))
+            if not _is_finite(tensor) and (untouched is None or _is_finite(untouched)):
+                return f"{name} is not finite after the edit"
+        return None
+
+    @torch.no_grad()
+    def _loss(self, batch: EditBatch) -> float:
+        return float(self.model.task.loss(self.model.logits(batch.encoded), batch.encoded))
+
+    def _finish(self) -> Sequence[EditOutcome]:
+        """Finishes what waits, outside a run, where nobody makes edits again that were taken back with a failed one.
+
+        Raises:
+            EditFailure: If there is a failed one.
+        """
+        outcomes = self.flush()
+        if outcomes and outcomes[-1].failed is not None:
+            raise EditFailure(outcomes[-1].failed)
+        return outcomes
 
     def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
         """Tells metric plugins and loggers of a candidate whose record is complete: callback `after_candidate`."""
@@ -488,7 +569,7 @@ class EditorStrategy(BaseTemplate, ABC):
             encoded=self.model.encode_batch([visible.prompt], [visible.target]),
         )
         try:
-            self.outcome = self.edit(batch)
+            self.outcome = self._attempt(batch)
         except EditFailure as failure:
             self.outcome = EditOutcome(failed=str(failure))
         self.n_edits += 1
@@ -497,7 +578,7 @@ class EditorStrategy(BaseTemplate, ABC):
         experience = cast(EvalExperience, self.experience)
         if self.n_pending:
             # A loop of Avalanche's own evaluates without asking first whether edits wait.
-            self.flush()
+            self._finish()
         self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:
@@ -517,6 +598,14 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         for parameter in chosen:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def _copied(state: State) -> State:
+    return {name: value.clone() if isinstance(value, Tensor) else deepcopy(value) for name, value in state.items()}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
