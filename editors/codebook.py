@@ -285,7 +285,11 @@ class Codebook:
         return replace(settled, before=self._before)
 
     def take_back(self, before: Before) -> None:
-        """Takes the newest edit back that was not: keys, radii and labels are as before it; a value that was trained is not."""
+        """Takes the newest edit back: keys, radii and labels are as before it. A value that was trained on it is not.
+
+        Args:
+            before: Of the newest edit that has not been taken back.
+        """
         for entry, radius in before.radii.items():
             self.radii[entry] = radius
         for entry, (label, label_mean) in before.labels.items():
@@ -427,7 +431,9 @@ class Codebook:
         crowding = others.distance - others.radius - others.gap < needed
         most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
         radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)
-        pushed = zip(others.entry[crowding].tolist(), self._distances_of(radius[crowding]).float().tolist(), strict=True)
+        pushed = zip(
+            others.entry[crowding].tolist(), self._distances_of(radius[crowding]).float().tolist(), strict=True
+        )
         for entry, smaller in pushed:
             self._resize(entry, smaller)
         return replace(others, radius=radius)

@@ -278,7 +278,7 @@ class Grace(EditorStrategy):
         return bool(self._outcomes) and self._outcomes[-1].failed is not None
 
     def _train_pending(self) -> None:
-        """Trains the values that wait, those of like size together; takes back what cannot be, and all edits after it."""
+        """Trains the values that wait, those of like size together; takes back the first that fails and all after."""
         entries = list(self._pending)
         tokens = [pending.encoded.n_positions for pending in self._pending.values()]
         failures: dict[int, str] = {}

@@ -13,7 +13,7 @@ _NOT_OF_ONE_EDIT = (UserError, RunFailure, MemoryError, OSError, torch.OutOfMemo
 
 
 def reason_of_failure(error: Exception) -> str | None:
-    """Returns in one line why an edit failed that ended in an error; None for an error that no single edit is to blame for.
+    """Returns in one line why an edit failed that ended in an error; None if no single edit is to blame for that.
 
     >>> reason_of_failure(ZeroDivisionError("division by zero"))
     'ZeroDivisionError: division by zero'
@@ -39,7 +39,7 @@ def loss_failure(loss: float, n_steps: int) -> str | None:
     """
     if math.isfinite(loss):
         return None
-    return f"the loss is {loss} " + {0: "before the first step", 1: "after 1 step"}.get(n_steps, f"after {n_steps} steps")
+    return f"the loss is {loss} after {n_steps} {'step' if n_steps == 1 else 'steps'}"
 
 
 def check_loss(loss: float, n_steps: int) -> None:

@@ -101,7 +101,7 @@ class KeptRun:
                     self.save()
                 if self._run.stopped is not None:
                     raise RunFailure(
-                        f"strict=true: {self._run.stopped}; `grace-bench resume {self._folder}` goes on without that edit"
+                        f"strict=true: {self._run.stopped}; `grace-bench resume {self._folder}` goes on without it"
                     )
                 if interruption.is_asked:
                     raise Interrupted(

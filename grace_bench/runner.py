@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
-from grace_bench.errors import RunFailure
+from grace_bench.errors import EditFailure, RunFailure
+from grace_bench.formats import visible
 from grace_bench.options import check_whole
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
@@ -121,6 +122,7 @@ class Run:
         self.position = Position()
         self.before: dict[str, float] = {}
         self._pending: list[Pending] = []
+        self._alone_until = -1
         self._by_prompt: defaultdict[str, list[int]] = defaultdict(list)
         self._unedited: dict[str, str | int] | None = None
 
@@ -310,7 +312,7 @@ class Run:
             edited = Pending(request, before, index, self.strategy.n_edits, self.strategy.outcome, seconds)
             self._pending.append(edited)
             self._supersede(request, index)
-        if not self.strategy.n_pending:
+        if not self.strategy.n_pending or index <= self._alone_until:
             self.settle()
 
     def _depends_on_pending(self, request: EditRequest) -> bool:
@@ -347,7 +349,7 @@ class Run:
                 self.position.n_failed += pending.outcome.failed is not None
                 self.position.n_close += pending.outcome.is_close
                 if self.strict and pending.outcome.failed is not None and self.stopped is None:
-                    self.stopped = f"edit {pending.n_edits} (request '{pending.request.id}'): {pending.outcome.failed}"
+                    self.stopped = _told_of(pending)
             self.strategy.observe_candidate(pending.request, self._record(pending, after))
         self._pending = []
 
@@ -357,27 +359,36 @@ class Run:
         if not edits:
             return
         started = time.perf_counter()
-        flushed = self.strategy.flush()
+        try:
+            flushed = self.strategy.finish()
+        except EditFailure as failure:
+            if len(edits) > 1:
+                # Which one it was shows when each is finished before the next is made.
+                self._alone_until = edits[-1].index
+                self._go_back(edits[0].index, n_edits=edits[0].n_edits - 1)
+                return
+            flushed = [EditOutcome(failed=str(failure))]
         share = (time.perf_counter() - started) / len(edits)
         for pending in edits:
             pending.seconds += share
         for pending, outcome in zip(edits, flushed, strict=False):
             pending.outcome = outcome
         if flushed and flushed[-1].failed is not None:
-            self._go_back_to(edits[len(flushed) - 1])
+            failed = edits[len(flushed) - 1]
+            self._go_back(failed.index + 1, n_edits=failed.n_edits)
         elif flushed and len(flushed) != len(edits):
             raise RuntimeError(f"flush gave {len(flushed)} outcomes of {len(edits)} edits")
 
-    def _go_back_to(self, failed: Pending) -> None:
-        """Forgets the candidates after a failed edit: the editor has taken their edits back with it."""
+    def _go_back(self, index: int, *, n_edits: int) -> None:
+        """Makes a candidate the next one again, and forgets it and those after it: the editor took their edits back."""
         position = self.position
-        self._pending = [pending for pending in self._pending if pending.index <= failed.index]
-        self.strategy.n_edits, position.index = failed.n_edits, failed.index + 1
-        edited = sorted(index for index in (*position.edited, *position.superseded) if index <= failed.index)
+        self.strategy.n_edits, position.index = n_edits, index
+        self._pending = [pending for pending in self._pending if pending.index < index]
+        edited = sorted(i for i in (*position.edited, *position.superseded) if i < index)
         position.edited, position.superseded = [], []
         self._by_prompt.clear()
-        for index in edited:
-            self._supersede(self.benchmark.data.edits[index], index)
+        for i in edited:
+            self._supersede(self.benchmark.data.edits[i], i)
 
     def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
         outcome, before = pending.outcome or EditOutcome(), pending.before
@@ -467,6 +478,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _told_of(failed: Pending) -> str:
+    assert failed.outcome is not None
+    return visible(f"edit {failed.n_edits} (request '{failed.request.id}') failed: {failed.outcome.failed}")
 
 
 def _pending_state(pending: Pending) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class EditorStrategy(BaseTemplate, ABC):
         self.scorer = Scorer(self)
         self._interceptors: list[Any] = []
         self._is_suspended = False
+        self._undo_waiting: Callable[[], None] | None = None
         self._rewritten: dict[str, nn.Module] = {}
         self._untouched: dict[str, Tensor] = {}
         if not self.freezes_weights:
@@ -202,9 +203,9 @@ class EditorStrategy(BaseTemplate, ABC):
         Values that only the answers depend on may be left pending until `flush`.
 
         Raises:
-            EditFailure: If this edit cannot be made. Whatever else is raised here fails the edit too, and so does a loss
-                or a state that is no finite number: a run puts everything back as it was before (`undo_point`), records
-                why, and goes on. Not so errors of which no single edit is the reason, such as want of memory.
+            EditFailure: If this edit cannot be made. Whatever else is raised fails it too, and so does a loss or state
+                that is no finite number: a run puts everything back as it was before (`undo_point`), records why, and
+                goes on. Only what no single edit is to blame for, such as want of memory, ends the run.
         """
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
@@ -256,8 +257,8 @@ class EditorStrategy(BaseTemplate, ABC):
         """Finishes what `edit` left pending.
 
         Returns:
-            The outcomes of all edits since the last flush, in their order; empty if they were whole when made. Where one
-            of them failed it is the last: it and those after it were taken back, and those are to be made again.
+            The outcomes of all edits since the last flush, in their order; empty if they were whole when made. One that
+            failed is the last: it and those after it were taken back, and those are to be made again.
         """
         return ()
 
@@ -276,8 +277,8 @@ class EditorStrategy(BaseTemplate, ABC):
     def undo_point(self) -> Callable[[], None]:
         """Returns what takes back everything that edits change from now on, bit for bit.
 
-        This one copies the state that may change. An editor in which that is much, and an edit changes little of it, has
-        one of its own.
+        This one copies the state that may change. An editor that keeps much and changes little of it in an edit has one
+        of its own.
         """
         before = _copied(self.changing_state())
         return lambda: self.load_state_dict({**self.state_dict(), **before})
@@ -416,7 +417,7 @@ class EditorStrategy(BaseTemplate, ABC):
         """
         if self._is_suspended:
             raise RuntimeError("a suspended editor cannot be saved")
-        self._finish()
+        self._finish_all()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors, values = split_state(self.answering_state())
@@ -497,7 +498,7 @@ class EditorStrategy(BaseTemplate, ABC):
             encoded=self.model.encode_batch([prompt], [target]),
         )
         outcome = self._attempt(batch)
-        flushed = self._finish()
+        flushed = self._finish_all()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome
 
@@ -507,7 +508,7 @@ class EditorStrategy(BaseTemplate, ABC):
         Raises:
             EditFailure: Saying why it could not be made.
         """
-        undo, random_state = self.undo_point(), RandomState(self.model.device)
+        undo, random_state, n_waiting = self.undo_point(), RandomState(self.model.device), self.n_pending
         try:
             outcome = self.edit(batch)
             failure = outcome.failed or self._failure_of(outcome, batch)
@@ -520,6 +521,8 @@ class EditorStrategy(BaseTemplate, ABC):
             if reason is None or isinstance(error, EditFailure):
                 raise
             raise EditFailure(reason) from error
+        if not n_waiting:
+            self._undo_waiting = undo
         return outcome
 
     def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
@@ -542,13 +545,30 @@ class EditorStrategy(BaseTemplate, ABC):
     def _loss(self, batch: EditBatch) -> float:
         return float(self.model.task.loss(self.model.logits(batch.encoded), batch.encoded))
 
-    def _finish(self) -> Sequence[EditOutcome]:
+    def finish(self) -> Sequence[EditOutcome]:
+        """Returns what `flush` does, and takes all edits that waited back if it ends in an error.
+
+        Raises:
+            EditFailure: If one of these edits is to blame for that.
+        """
+        undo, self._undo_waiting = self._undo_waiting, None
+        try:
+            return self.flush()
+        except Exception as error:
+            reason = reason_of_failure(error)
+            if undo is not None:
+                undo()
+            if reason is None or undo is None:
+                raise
+            raise EditFailure(reason) from error
+
+    def _finish_all(self) -> Sequence[EditOutcome]:
         """Finishes what waits, outside a run, where nobody makes edits again that were taken back with a failed one.
 
         Raises:
             EditFailure: If there is a failed one.
         """
-        outcomes = self.flush()
+        outcomes = self.finish()
         if outcomes and outcomes[-1].failed is not None:
             raise EditFailure(outcomes[-1].failed)
         return outcomes
@@ -578,7 +598,7 @@ class EditorStrategy(BaseTemplate, ABC):
         experience = cast(EvalExperience, self.experience)
         if self.n_pending:
             # A loop of Avalanche's own evaluates without asking first whether edits wait.
-            self._finish()
+            self._finish_all()
         self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:
