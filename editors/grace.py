@@ -199,7 +199,12 @@ class Grace(EditorStrategy):
                 for entry, waiting in self._pending.items()
             ]
             state["made"] = [
-                [made.entry, made.before.n_entries, [*made.before.radii.items()], [*made.before.labels.items()]]
+                [
+                    made.entry,
+                    made.before.n_entries,
+                    [[entry, radius] for entry, radius in made.before.radii.items()],
+                    [[entry, [*label], mean] for entry, (label, mean) in made.before.labels.items()],
+                ]
                 for made in self._made
             ]
         return state
@@ -215,7 +220,7 @@ class Grace(EditorStrategy):
             for entry, place, prompt, target, answering in state.get("pending", ())
         }
         self._made = [
-            _Made(Before(n_entries, dict(radii), {i: (tuple(label), mean) for i, (label, mean) in labels}), entry)
+            _Made(Before(n_entries, dict(radii), {one: (tuple(label), mean) for one, label, mean in labels}), entry)
             for entry, n_entries, radii, labels in state.get("made", ())
         ]
 

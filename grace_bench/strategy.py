@@ -281,7 +281,13 @@ class EditorStrategy(BaseTemplate, ABC):
         of its own.
         """
         before = _copied(self.changing_state())
-        return lambda: self.load_state_dict({**self.state_dict(), **before})
+
+        def undo() -> None:
+            changed = self.changing_state()
+            kept = {name: value for name, value in self.state_dict().items() if name not in changed}
+            self.load_state_dict({**kept, **before})
+
+        return undo
 
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Says what answers queries, so that only what may have changed is scored again.
@@ -596,9 +602,8 @@ class EditorStrategy(BaseTemplate, ABC):
 
     def _eval_exp(self, **kwargs: Any) -> None:
         experience = cast(EvalExperience, self.experience)
-        if self.n_pending:
-            # A loop of Avalanche's own evaluates without asking first whether edits wait.
-            self._finish_all()
+        # A loop of Avalanche's own evaluates without asking first whether edits wait.
+        self._finish_all()
         self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:
