@@ -10,6 +10,7 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 
+from grace_bench.failures import check_loss
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.options import check_positive, check_whole
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
@@ -89,6 +90,7 @@ class AdaptorStrategy(EditorStrategy):
                 logits = repeated()
                 loss = self.model.task.loss(logits, repeated.batch)
                 losses.append(float(loss.detach()))
+                check_loss(losses[-1], steps)
                 if self.stops_when_answered and self.model.task.answered(logits, repeated.batch):
                     break
                 optimizer.zero_grad()
@@ -96,7 +98,11 @@ class AdaptorStrategy(EditorStrategy):
                 optimizer.step()
                 steps += 1
         self.is_trained = True
-        return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
+        with torch.no_grad():
+            # An edit that was not ended by its answer goes on answering otherwise than in training.
+            after = losses[-1] if steps < self.n_iter else float(self.model.task.loss(repeated(), repeated.batch))
+        check_loss(after, steps)
+        return EditOutcome(loss_first=losses[0], loss=losses[-1], loss_after=after, steps=steps)
 
     def rollback(self) -> None:
         super().rollback()

@@ -1,38 +1,30 @@
-"""What a codebook was at the edits of late."""
+"""The edits of late: what each changed in a codebook."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_bench.editors.codebook import Codebook
+from grace_bench.editors.codebook import Before, Codebook
 
 
-class _Edit(NamedTuple):
-    """What an edit found: the clock, how many entries there were, and those that it changed as they were before."""
-
-    clock: int
-    n_keys: int
-    entries: list[int]
-    radii: list[float]
-    label_ids: list[int]
-
-
-class _Value(NamedTuple):
-    """The (D_out,) value of an entry before an edit, told by its clock, had it trained."""
+@dataclass
+class _Made:
+    """An edit: the clock before it, what it changed, its entry, and that one's (D_out,) value before it was trained."""
 
     clock: int
+    before: Before
     entry: int
-    value: Tensor
+    value: Tensor | None = None
 
 
 class History:
-    """What changed in a codebook since `clear`, so that it can be read as it was.
+    """What edits changed in a codebook since `clear`, so that it can be put back, and read as it was.
 
-    An edit adds an entry at most, and changes radii and labels of few. Keys never change. Values do when they are
-    trained, which is later than the edit they are trained for.
+    An edit adds an entry at most, and changes radii and labels of few. Keys never change. A value does when it is
+    trained, which may be later than the edit it is trained for.
 
     Args:
         codebook: The codebook.
@@ -40,65 +32,85 @@ class History:
 
     def __init__(self, codebook: Codebook) -> None:
         self._codebook = codebook
-        self._edits: list[_Edit] = []
-        self._values: list[_Value] = []
+        self._made: list[_Made] = []
+
+    def __len__(self) -> int:
+        return len(self._made)
 
     def clear(self) -> None:
         """Begins with the codebook as it is now."""
-        self._edits, self._values = [], []
+        self._made = []
 
-    @contextmanager
-    def noting(self, clock: int) -> Iterator[None]:
-        """Notes what one edit changes, values aside.
+    def note(self, clock: int, before: Before, entry: int) -> None:
+        """Notes an edit.
 
         Args:
             clock: Edits made before it.
+            before: Of its settlement.
+            entry: The entry whose value is to be trained for it.
         """
-        radii, label_ids = self._codebook.radii.clone(), self._codebook.label_ids.clone()
-        yield
-        n = len(radii)
-        changed = (self._codebook.radii[:n] != radii) | (self._codebook.label_ids[:n] != label_ids)
-        entries = torch.nonzero(changed)[:, 0]
-        found = _Edit(clock, n, entries.tolist(), radii[entries].tolist(), label_ids[entries].tolist())
-        self._edits.append(found)
+        self._made.append(_Made(clock, before, entry))
 
-    def note_value(self, clock: int, entry: int) -> None:
-        """Notes the value of an entry that is about to be trained for the edit before which the clock stood here."""
-        self._values.append(_Value(clock, entry, self._codebook.values[entry].clone()))
+    def note_value(self, place: int) -> None:
+        """Notes the value that is about to be trained for the edit at a place."""
+        made = self._made[place]
+        made.value = self._codebook.values[made.entry].clone()
+
+    def take_back(self, n: int) -> set[int]:
+        """Puts the codebook back to where it was after the first n edits; returns the entries with another value."""
+        entries = set()
+        for made in reversed(self._made[n:]):
+            if made.value is not None:
+                self._codebook.values[made.entry] = made.value
+            self._codebook.take_back(made.before)
+            entries.add(made.entry)
+        del self._made[n:]
+        return entries
 
     def as_of(self, clock: int) -> tuple[Codebook, set[int]]:
         """Returns the codebook as it was when the clock stood there, and the entries whose values were others then.
 
-        Values that are still to be trained for an edit before are those from before their training.
+        A value that was still to be trained then, and is by now, is the trained one.
         """
-        undone = [edit for edit in self._edits if edit.clock >= clock]
-        n = undone[0].n_keys if undone else len(self._codebook)
-        radii, label_ids = self._codebook.radii[:n].clone(), self._codebook.label_ids[:n].clone()
-        for edit in reversed(undone):
-            older = [i for i, entry in enumerate(edit.entries) if entry < n]
-            for i in older:
-                radii[edit.entries[i]], label_ids[edit.entries[i]] = edit.radii[i], edit.label_ids[i]
+        undone = [made for made in self._made if made.clock >= clock]
+        n = undone[0].before.n_entries if undone else len(self._codebook)
+        before, others = Before(n), {}
+        for made in reversed(undone):
+            before.radii.update({entry: radius for entry, radius in made.before.radii.items() if entry < n})
+            before.labels.update({entry: label for entry, label in made.before.labels.items() if entry < n})
+            if made.value is not None and made.entry < n:
+                others[made.entry] = made.value
         values = self._codebook.values[:n]
-        others = [value for value in self._values if value.clock >= clock and value.entry < n]
         if others:
             values = values.clone()
-            for value in reversed(others):
-                values[value.entry] = value.value
-        return self._codebook.as_it_was(radii, label_ids, values), {value.entry for value in others}
+            values[[*others]] = torch.stack([*others.values()])
+        return self._codebook.as_it_was(before, values), set(others)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is noted: JSON values, and the (M, D_out) values."""
-        values = [value.value for value in self._values]
-        return {
-            "history": {"edits": [list(edit) for edit in self._edits], "trained": [[*v[:2]] for v in self._values]},
-            **({"history_values": torch.stack(values)} if values else {}),
-        }
+        """Returns the edits: JSON values, and the (M, D_out) values of those that were trained."""
+        values = [made.value for made in self._made if made.value is not None]
+        edits = [
+            [
+                made.clock,
+                made.before.n_entries,
+                [[entry, radius] for entry, radius in made.before.radii.items()],
+                [[entry, [*label], mean] for entry, (label, mean) in made.before.labels.items()],
+                made.entry,
+                made.value is not None,
+            ]
+            for made in self._made
+        ]
+        return {"history": edits, **({"history_values": torch.stack(values)} if values else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, or one without a history."""
-        noted = state.get("history", {"edits": [], "trained": []})
-        self._edits = [_Edit(*edit) for edit in noted["edits"]]
-        values = [value.to(self._codebook.values.device) for value in state.get("history_values", ())]
-        self._values = [
-            _Value(clock, entry, value) for (clock, entry), value in zip(noted["trained"], values, strict=True)
+        values = iter(state.get("history_values", ()))
+        self._made = [
+            _Made(
+                clock,
+                Before(n_entries, dict(radii), {one: (tuple(label), mean) for one, label, mean in labels}),
+                entry,
+                next(values).to(self._codebook.values.device) if is_trained else None,
+            )
+            for clock, n_entries, radii, labels, entry, is_trained in state.get("history", ())
         ]

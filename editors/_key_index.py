@@ -61,6 +61,12 @@ class Rows:
         self._buffer[self._n : n] = rows
         self._n = n
 
+    def truncate(self, n: int) -> None:
+        """Removes all but the first `n` rows."""
+        self._n = min(n, self._n)
+        if not self._n:
+            self.clear()
+
     def clear(self) -> None:
         """Removes every row."""
         self._buffer, self._n = self._empty, 0
@@ -108,6 +114,12 @@ class KeyIndex(ABC):
             if isinstance(rows, Rows):
                 setattr(index, name, rows.first(n))
         return index
+
+    def truncate(self, n: int) -> None:
+        """Removes all but the first `n` keys."""
+        self._keys.truncate(n)
+        self._norms.truncate(n)
+        self._bounded_norms = bool((self._norms.tensor <= _HUGE).all())
 
     def clear(self) -> None:
         """Removes every key."""
@@ -246,6 +258,10 @@ class EuclideanIndex(KeyIndex):
     def __init__(self, *, device: torch.device) -> None:
         super().__init__(device=device)
         self._spreads = Rows(0, device=device)
+
+    def truncate(self, n: int) -> None:
+        super().truncate(n)
+        self._spreads.truncate(n)
 
     def clear(self) -> None:
         super().clear()

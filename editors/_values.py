@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grace_bench.editors.codebook import Codebook
 from grace_bench.encoding import EncodedBatch
+from grace_bench.failures import loss_failure
 from grace_bench.models import EditableModel, LayerCall, Replacement
 
 
@@ -19,6 +20,19 @@ class _Trained:
     others: Tensor
     is_own: Tensor
     is_answered: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the training of one value went.
+
+    Attributes:
+        losses: The loss at every step.
+        failed: What went wrong, so that the value was left as it was; None if nothing did.
+    """
+
+    losses: Sequence[float]
+    failed: str | None
 
 
 class ValueTraining:
@@ -48,11 +62,12 @@ class ValueTraining:
         return self._trained is not None
 
     @torch.enable_grad()  # Evaluation asks for values that wait, and does so without gradients.
-    def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[list[float]]:
+    def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[Training]:
         """Trains the values of B different entries, each on its own row of the batch, as if alone.
 
         Adam works element by element, so values that share an optimiser have moments of their own. A row that its
-        entry does not answer leaves the value as it is.
+        entry does not answer leaves the value as it is, and so does one whose loss or value is at any step no finite
+        number, the loss after the last step included.
 
         Args:
             entries: The entries.
@@ -60,7 +75,7 @@ class ValueTraining:
             encoded: The rows.
 
         Returns:
-            For each entry its loss, step by step.
+            For each entry how it went.
         """
         assert encoded.labels is not None
         values = self._codebook.values[list(entries)].clone().requires_grad_()
@@ -79,11 +94,16 @@ class ValueTraining:
                 each.sum().backward()
                 optimizer.step()
                 losses.append(each.detach())
+            with torch.no_grad():
+                losses.append(self._model.task.row_losses(repeated(), repeated.batch))
         finally:
             self._trained = None
-        self._codebook.values[list(entries)] = values.detach()
-        history: list[list[float]] = torch.stack(losses, dim=1).tolist()
-        return history
+        is_finite = values.detach().isfinite().all(dim=1).to(losses[0])
+        *history, finite = torch.stack([*losses, is_finite]).tolist()
+        trainings = [_training(each, bool(flag)) for *each, flag in zip(*history, finite, strict=True)]
+        sound = [row for row, training in enumerate(trainings) if training.failed is None]
+        self._codebook.values[[entries[row] for row in sound]] = values.detach()[sound]
+        return trainings
 
     def answer(self, call: LayerCall) -> Tensor:
         """Overwrites the layer's output with the values in training where their entries answer."""
@@ -91,3 +111,10 @@ class ValueTraining:
         assert trained is not None
         values = torch.where(trained.is_own, trained.values, trained.others)
         return call.replace(values, trained.is_answered, self._replacement)
+
+
+def _training(losses: Sequence[float], is_finite: bool) -> Training:
+    """What became of a value with these losses, the last of them taken after the last step."""
+    failures = (loss_failure(loss, n_steps) for n_steps, loss in enumerate(losses))
+    failed = next((failure for failure in failures if failure is not None), None)
+    return Training(losses[:-1], failed if failed is not None or is_finite else "the value is not finite")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,21 @@ _MAX_EXACT_ROWS = 25
 
 
 @dataclass(frozen=True)
+class Before:
+    """What an edit changed in the codebook, as it was before: all that takes the edit back.
+
+    Attributes:
+        n_entries: How many entries there were.
+        radii: The radii of entries that were given another.
+        labels: The labels of entries that were given another, with their label means.
+    """
+
+    n_entries: int
+    radii: dict[int, float] = field(default_factory=dict)
+    labels: dict[int, tuple[Label, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Settlement:
     """What an edit did to the codebook.
 
@@ -42,6 +57,7 @@ class Settlement:
         is_new: Whether that entry was made by it.
         distance: Distance to the nearest entry beforehand, None if there was none.
         is_close: Whether rounding in another batch could have decided otherwise.
+        before: What `Codebook.take_back` takes.
     """
 
     op: Op
@@ -49,6 +65,7 @@ class Settlement:
     is_new: bool
     distance: float | None
     is_close: bool = False
+    before: Before = field(default_factory=lambda: Before(0))
 
 
 @dataclass(frozen=True)
@@ -157,6 +174,7 @@ class Codebook:
         self._radii = Rows(0, device=self._device)
         self._label_ids = Rows(0, device=self._device, dtype=torch.long)
         self._id_of_label: dict[Label, int] = {}
+        self._before = Before(0)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -175,11 +193,6 @@ class Codebook:
     def radii(self) -> Tensor:
         """(N,) float32 deferral radii, in the units of the distance."""
         return self._radii.tensor
-
-    @property
-    def label_ids(self) -> Tensor:
-        """(N,) long, one number for each label there ever was."""
-        return self._label_ids.tensor
 
     @property
     def needs_whitening(self) -> bool:
@@ -264,6 +277,26 @@ class Codebook:
         Returns:
             What was done, and the entry that holds the edit.
         """
+        self._before = Before(len(self))
+        try:
+            settled = self._settle(query, label, make_value, label_mean)
+        except Exception:
+            self.take_back(self._before)
+            raise
+        return replace(settled, before=self._before)
+
+    def take_back(self, before: Before) -> None:
+        """Takes the newest edit back: keys, radii and labels are as before it. A value that was trained on it is not.
+
+        Args:
+            before: Of the newest edit that has not been taken back.
+        """
+        self._put_back(before)
+        del self.labels[before.n_entries :], self.label_means[before.n_entries :]
+        for rows in (self._index, self._values, self._radii, self._label_ids):
+            rows.truncate(before.n_entries)
+
+    def _settle(self, query: Tensor, label: Label, make_value: Callable[[], Tensor], label_mean: float) -> Settlement:
         noise = self._noise(query.detach().float())
         query = self._mapped(query)
         if not len(self):
@@ -304,10 +337,10 @@ class Codebook:
     ) -> Settlement:
         if label_mean != self.label_means[nearest]:
             added = self._add("split", query, label, make_value, label_mean, distance / 2, distance)
-            self.radii[nearest] = distance / 2 - 1e-5
+            self._resize(nearest, distance / 2 - 1e-5)
             return added
         if distance > float(self.radii[nearest]):
-            self.radii[nearest] = distance
+            self._resize(nearest, distance)
             return Settlement("expand", nearest, False, distance)
         return Settlement("hit", nearest, False, distance)
 
@@ -339,12 +372,12 @@ class Codebook:
         if distance <= (noise if rivals else max(noise, self._same_key(nearest))):
             grown, is_close = self._grow(nearest, label, distance, covering, max(radius, covering), noise)
             if grown:
-                self.labels[nearest], self.label_means[nearest] = label, label_mean
-                self._label_ids.tensor[nearest] = self._id(label)
+                self._before.labels[nearest] = (self.labels[nearest], self.label_means[nearest])
+                self._label(nearest, label, label_mean)
                 return Settlement("relabel", nearest, False, distance, is_close)
         others = [entry for entry in (nearest, *rivals) if label != self.labels[entry]]
         for entry in others:
-            self.radii[entry] = max(0.0, min(float(self.radii[entry]), self._half(near[entry], noise)))
+            self._resize(entry, max(0.0, min(float(self.radii[entry]), self._half(near[entry], noise))))
         op: Op = "split" if others else "add"
         radius = min(self.eps_init, distance / 2)
         settled = self._add(op, query, label, make_value, label_mean, radius, distance, noise)
@@ -367,7 +400,7 @@ class Codebook:
             Whether it grew, and whether rounding could have decided otherwise.
         """
         if self.overlap_policy == "allow":
-            self.radii[entry] = radius
+            self._resize(entry, radius)
             return True, False
         others = self._others(self.keys[entry], label, radius, noise, but=entry)
         # An entry that takes another label may share its ball with others of its old one: these have to give way.
@@ -378,7 +411,7 @@ class Codebook:
         if room < needed and not is_same:
             return False, is_close
         others = self._push_back(others, needed, noise)
-        self.radii[entry] = min(radius, self._distance(others.room))
+        self._resize(entry, min(radius, self._distance(others.room)))
         return True, is_close
 
     def _others(self, centre: Tensor, label: Label, radius: float, noise: float, *, but: int | None = None) -> _Others:
@@ -396,8 +429,26 @@ class Codebook:
         crowding = others.distance - others.radius - others.gap < needed
         most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
         radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)
-        self.radii[others.entry[crowding]] = self._distances_of(radius[crowding]).float()
+        pushed = zip(
+            others.entry[crowding].tolist(), self._distances_of(radius[crowding]).float().tolist(), strict=True
+        )
+        for entry, smaller in pushed:
+            self._resize(entry, smaller)
         return replace(others, radius=radius)
+
+    def _resize(self, entry: int, radius: float) -> None:
+        self._before.radii.setdefault(entry, float(self.radii[entry]))
+        self.radii[entry] = radius
+
+    def _put_back(self, before: Before) -> None:
+        for entry, radius in before.radii.items():
+            self.radii[entry] = radius
+        for entry, (label, label_mean) in before.labels.items():
+            self._label(entry, label, label_mean)
+
+    def _label(self, entry: int, label: Label, label_mean: float) -> None:
+        self.labels[entry], self.label_means[entry] = label, label_mean
+        self._label_ids.tensor[entry] = self._id(label)
 
     def _half(self, distance: float, noise: float) -> float:
         """The radius that a split leaves to an entry at a distance."""
@@ -495,22 +546,18 @@ class Codebook:
         for rows in (self._index, self._values, self._radii, self._label_ids):
             rows.clear()
 
-    def as_it_was(self, radii: Tensor, label_ids: Tensor, values: Tensor) -> "Codebook":
-        """Returns the first n entries as they were once, to be read: keys never change.
+    def as_it_was(self, before: Before, values: Tensor) -> "Codebook":
+        """Returns the codebook as it was before edits, to be read; keys never change.
 
         Args:
-            radii: (n,) their radii.
-            label_ids: (n,) their `label_ids`.
-            values: (n, D_out) their values.
+            before: What `before` of these edits say, of each entry the oldest.
+            values: (n, D_out) the values then.
         """
-        past, n = copy(self), len(radii)
-        past.labels = self.labels[:n]
-        names = list(self._id_of_label)
-        for entry in torch.nonzero(label_ids != self.label_ids[:n])[:, 0].tolist():
-            past.labels[entry] = names[label_ids[entry]]
-        past.label_means = self.label_means[:n]
-        past._index = self._index.first(n)
-        past._radii, past._label_ids, past._values = map(Rows.of, (radii, label_ids, values))
+        past, n = copy(self), before.n_entries
+        past.labels, past.label_means = self.labels[:n], self.label_means[:n]
+        past._index, past._values = self._index.first(n), Rows.of(values)
+        past._radii, past._label_ids = (Rows.of(rows.tensor[:n].clone()) for rows in (self._radii, self._label_ids))
+        past._put_back(before)
         return past
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.errors import UserError
+from grace_bench.failures import check_loss
 from grace_bench.models import EditableModel
 from grace_bench.options import check_positive, check_whole
 from grace_bench.registry import register_editor
@@ -58,11 +59,15 @@ class FineTune(EditorStrategy):
                 logits = repeated()
                 loss = self.model.task.loss(logits, repeated.batch)
                 losses.append(float(loss.detach()))
+                check_loss(losses[-1], steps)
                 if self.model.task.answered(logits, repeated.batch):
                     break
                 optimizer.step(loss + self.penalty(optimizer.masters))
                 steps += 1
-        return EditOutcome(loss_first=losses[0], loss=losses[-1], steps=steps)
+            with torch.no_grad():
+                after = losses[-1] if steps < self.n_iter else float(self.model.task.loss(repeated(), repeated.batch))
+        check_loss(after, steps)
+        return EditOutcome(loss_first=losses[0], loss=losses[-1], loss_after=after, steps=steps)
 
     def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
         """Returns what training adds to the loss, given the layer's weights in the order of its parameters."""

@@ -10,6 +10,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench.editors.ft import FineTune, WeightAdam
 from grace_bench.encoding import EncodedBatch
+from grace_bench.errors import EditFailure
 from grace_bench.models import EditableModel
 from grace_bench.options import check_whole
 from grace_bench.registry import register_editor
@@ -81,7 +82,7 @@ class FineTuneRetrain(FineTune):
             self._remember(prompt, target)
         if n_before // self.retrain_every == self._n_seen // self.retrain_every:
             return outcome
-        return replace(outcome, steps=outcome.steps + self._retrain())
+        return replace(outcome, loss_after=None, steps=outcome.steps + self._retrain())
 
     def _remember(self, prompt: str, target: str | int) -> None:
         self._n_seen += 1
@@ -105,7 +106,10 @@ class FineTuneRetrain(FineTune):
                     logits, labelled = self.model.labelled_logits(encoded)
                     if not self.model.task.answered(logits, labelled):
                         knows_all = False
-                    optimizer.step(self.model.task.loss(logits, labelled))
+                    loss = self.model.task.loss(logits, labelled)
+                    if not bool(loss.isfinite()):
+                        raise EditFailure(f"the loss is {float(loss)} after {steps} steps of retraining")
+                    optimizer.step(loss)
                     steps += 1
                 if knows_all:
                     break

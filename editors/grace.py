@@ -1,7 +1,7 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,10 +12,11 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.editors._history import History
-from grace_bench.editors._values import ValueTraining
+from grace_bench.editors._values import Training, ValueTraining
 from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
 from grace_bench.encoding import EncodedBatch, stack
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
+from grace_bench.failures import reason_of_failure
 from grace_bench.models import EditableModel, LayerCall, Replacement
 from grace_bench.options import check_choice, check_positive, check_whole
 from grace_bench.registry import register_editor
@@ -28,9 +29,8 @@ _TRAINED_TOKENS = 2048
 
 
 class _Pending(NamedTuple):
-    """An edit whose value is not trained yet: its clock, its outcome's place, what it trains on, what answers it."""
+    """An edit whose value is not trained yet: where its outcome stands, what it trains on, and what answers it."""
 
-    clock: int
     place: int
     prompt: str
     target: str | int
@@ -127,9 +127,11 @@ class Grace(EditorStrategy):
         """Settles each request in order; the outcome is that of the last one.
 
         Keys, radii and labels never depend on values, so values are left pending, to be trained together: those of
-        different entries do not depend on each other.
+        different entries do not depend on each other. Where an earlier one turns out to be no finite number, this edit
+        and those that follow are not made until `flush` has told so.
 
         Raises:
+            EditFailure: If the edit cannot be made; the editor is as it was before it.
             UserError: If the distance needs `calibrate` first.
         """
         if self.codebook.needs_whitening:
@@ -137,9 +139,14 @@ class Grace(EditorStrategy):
                 "editor.distance=mahalanobis needs upstream activations before the first edit: call "
                 "editor.calibrate(model.queries(prompts)) with inputs that the model is used for"
             )
+        if not self._outcomes:
+            # Whoever asks for the past does so before the edits that a flush finished are followed by another.
+            self._history.clear()
         for index, (prompt, target) in enumerate(zip(batch.prompts, batch.targets, strict=True)):
+            if self._has_failed:
+                break
             self._edit_one(prompt, target, batch.encoded.row(index))
-        return self._outcomes[-1]
+        return EditOutcome() if self._has_failed else self._outcomes[-1]
 
     @property
     def n_pending(self) -> int:
@@ -149,6 +156,14 @@ class Grace(EditorStrategy):
         self._train_pending()
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
+
+    def undo_point(self) -> Callable[[], None]:
+        n_made = len(self._history) if self._outcomes else 0
+        return lambda: self._take_back(n_made)
+
+    def changing_state(self) -> State:
+        # Values are checked when they are trained; copying a codebook for every edit would cost more than the edit.
+        return {}
 
     def rollback(self) -> None:
         super().rollback()
@@ -187,7 +202,7 @@ class Grace(EditorStrategy):
         if self._outcomes:
             state["outcomes"] = [asdict(outcome) for outcome in self._outcomes]
             state["pending"] = [
-                [entry, waiting.clock, waiting.place, waiting.prompt, waiting.target, waiting.answering]
+                [entry, waiting.place, waiting.prompt, waiting.target, waiting.answering]
                 for entry, waiting in self._pending.items()
             ]
             state |= self._history.state_dict()
@@ -200,8 +215,8 @@ class Grace(EditorStrategy):
         self._versions = {}
         self._outcomes = [EditOutcome(**outcome) for outcome in state.get("outcomes", ())]
         self._pending = {
-            entry: _Pending(clock, place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
-            for entry, clock, place, prompt, target, answering in state.get("pending", ())
+            entry: _Pending(place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
+            for entry, place, prompt, target, answering in state.get("pending", ())
         }
         self._history.load_state_dict(state)
 
@@ -221,20 +236,20 @@ class Grace(EditorStrategy):
     def _edit_one(self, prompt: str, target: str | int, encoded: EncodedBatch) -> None:
         call = self.model.layer_call(encoded)
         assert encoded.labels is not None
-        if not self._outcomes:
-            # Whoever asks for the past does so before the edits that a flush finished are followed by another.
-            self._history.clear()
-        with self._history.noting(self.n_edits):
-            settled = self.codebook.settle(
-                call.query[0],
-                encoded.target_ids[0],
-                lambda: self.initial_value(call),
-                label_mean=float(encoded.labels.float().mean()),
-            )
+        if self.replacement == "replace_prompt" and not _has_token_before(encoded, call):
+            raise EditFailure("the prompt is one token, so replace_prompt has nothing to overwrite")
+        if not bool(call.query.isfinite().all()):
+            raise EditFailure("what enters the layer at the query is not finite")
+        settled = self.codebook.settle(
+            call.query[0],
+            encoded.target_ids[0],
+            lambda: self.initial_value(call),
+            label_mean=float(encoded.labels.float().mean()),
+        )
         self._n_settled += 1
         found = self.codebook.retrieve(call.query)
-        entry = int(found.entry[0])
-        nothing_before = self.replacement == "replace_prompt" and not _has_token_before(encoded, call)
+        entry, place = int(found.entry[0]), len(self._outcomes)
+        self._history.note(self.n_edits, settled.before, entry)
         self._outcomes.append(
             EditOutcome(
                 op=settled.op,
@@ -242,37 +257,74 @@ class Grace(EditorStrategy):
                 distance=settled.distance,
                 n_keys=len(self.codebook),
                 is_close=settled.is_close,
-                failed="the prompt is one token, so replace_prompt has nothing to overwrite"
-                if nothing_before
-                else None,
             )
         )
         waits = self.fidelity == "strict" and self.model.engine.batches_edits
         if entry in self._pending:
             # What comes later goes on from the value that waits.
             self._train_pending()
+            if self._has_failed:
+                return
         answering = entry if found.hit[0] else -1
-        self._pending[entry] = _Pending(self.n_edits, len(self._outcomes) - 1, prompt, target, encoded, answering)
-        if not waits:
-            self._train_pending()
+        self._pending[entry] = _Pending(place, prompt, target, encoded, answering)
+        if waits:
+            return
+        self._train_pending()
+        if self._has_failed:
+            raise EditFailure(self._outcomes.pop().failed)
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether an edit since the last flush was found to have failed; those after it were taken back with it."""
+        return bool(self._outcomes) and self._outcomes[-1].failed is not None
 
     def _train_pending(self) -> None:
-        """Trains the values that wait, those of like size together."""
+        """Trains the values that wait, those of like size together; takes back the first that fails and all after."""
         entries = list(self._pending)
         tokens = [pending.encoded.n_positions for pending in self._pending.values()]
+        failures: dict[int, str] = {}
         for chunk in self.model.task.batches(tokens, most_tokens=_TRAINED_TOKENS):
             chosen = [entries[i] for i in chunk]
-            waiting = [self._pending[entry] for entry in chosen]
-            for entry, pending in zip(chosen, waiting, strict=True):
-                self._history.note_value(pending.clock, entry)
-            answering = [pending.answering for pending in waiting]
-            histories = self._values.train(chosen, answering, stack([pending.encoded for pending in waiting]))
-            for entry, pending, losses in zip(chosen, waiting, histories, strict=True):
-                self._outcomes[pending.place] = replace(
-                    self._outcomes[pending.place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
+            for entry, training in zip(chosen, self._train(chosen), strict=True):
+                place = self._pending[entry].place
+                if training.failed is not None:
+                    failures[place] = training.failed
+                    continue
+                losses = training.losses
+                self._outcomes[place] = replace(
+                    self._outcomes[place], loss_first=losses[0], loss=losses[-1], steps=len(losses)
                 )
-                self._versions.pop(entry, None)
         self._pending = {}
+        if failures:
+            first = min(failures)
+            self._take_back(first)
+            self._outcomes.append(EditOutcome(failed=failures[first]))
+
+    def _train(self, entries: Sequence[int]) -> list[Training]:
+        """Trains values that wait together; where that ends in an error, one by one, to find out whose it is."""
+        waiting = [self._pending[entry] for entry in entries]
+        for entry, pending in zip(entries, waiting, strict=True):
+            self._history.note_value(pending.place)
+            self._versions.pop(entry, None)
+        try:
+            return self._values.train(
+                entries, [pending.answering for pending in waiting], stack([pending.encoded for pending in waiting])
+            )
+        except Exception as error:
+            reason = reason_of_failure(error)
+            if reason is None:
+                raise
+            if len(entries) == 1:
+                return [Training((), reason)]
+            return [training for entry in entries for training in self._train([entry])]
+
+    def _take_back(self, n_made: int) -> None:
+        """Takes all edits since the last flush back but the first `n_made`."""
+        self._n_settled -= len(self._history) - n_made
+        for entry in self._history.take_back(n_made):
+            self._versions.pop(entry, None)
+        del self._outcomes[n_made:]
+        self._pending = {entry: pending for entry, pending in self._pending.items() if pending.place < n_made}
 
     def _version(self, entry: int) -> str:
         """What answers of an entry depend on: the digest of its value."""
@@ -282,10 +334,17 @@ class Grace(EditorStrategy):
         return self._versions[entry]
 
     def train_value(self, entry: int, encoded: EncodedBatch) -> list[float]:
-        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3)."""
+        """Trains one entry's value on one request's loss, which it returns step by step (section 3.2, Equation 3).
+
+        Raises:
+            EditFailure: If a loss or the value is no finite number; the value is as it was.
+        """
         self._versions.pop(entry, None)
         found = self.codebook.retrieve(self.model.layer_call(encoded).query)
-        return self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)[0]
+        (training,) = self._values.train([entry], [int(found.entry[0]) if found.hit[0] else -1], encoded)
+        if training.failed is not None:
+            raise EditFailure(training.failed)
+        return [*training.losses]
 
     def _answer(self, call: LayerCall) -> Tensor:
         """Overwrites the layer's output where a query lies within an entry's radius (Equation 2)."""

@@ -138,8 +138,11 @@ class Mend(EditorStrategy):
                 raise EditFailure("the update of the weights is not finite")
             for module, change in zip(self._linear.values(), changes, strict=True):
                 add_to_weight(module, change)
-            after = task.loss(self.model.logits(encoded), encoded)
-        return EditOutcome(loss_first=float(task.loss(logits, encoded)), loss=float(after), steps=1)
+            after = float(task.loss(self.model.logits(encoded), encoded))
+        return EditOutcome(loss_first=float(task.loss(logits, encoded)), loss=after, loss_after=after, steps=1)
+
+    def changing_state(self) -> State:
+        return EditorStrategy.state_dict(self)
 
     def state_dict(self) -> State:
         networks = {} if self.networks is None else self.networks.state_dict()

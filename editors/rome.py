@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts
 from grace_bench.encoding import EncodedBatch, subject_position
 from grace_bench.errors import EditFailure, UserError
+from grace_bench.failures import check_loss
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.options import check_not_negative, check_positive, check_text, check_whole
 from grace_bench.registry import register_editor
@@ -145,6 +146,9 @@ class Rome(EditorStrategy):
             loss_first=fmean(loss[0] for loss in losses), loss=fmean(loss[-1] for loss in losses), steps=sum(steps)
         )
 
+    def changing_state(self) -> State:
+        return EditorStrategy.state_dict(self)
+
     def state_dict(self) -> State:
         state = super().state_dict()
         if self.covariance is not None:
@@ -216,6 +220,7 @@ class Rome(EditorStrategy):
                 decay = (delta.norm() / value.norm() ** 2).to(loss.device)
                 total = loss + self.kl_weight * drift + self.weight_decay * decay
                 losses.append(float(loss.detach()))
+                check_loss(losses[-1], steps)
                 if float(total.detach()) < _GOOD_ENOUGH:
                     break
                 optimizer.zero_grad()

@@ -56,6 +56,7 @@ class RunSettings:
         threads: torch threads, or `auto` by model size.
         tuning_budget: How the hyperparameters were chosen, as the table shows it.
         checkpoint_every: Write a checkpoint after every so many edits, beside the start.
+        strict: Stop at the first edit that cannot be made, rather than record it and go on.
     """
 
     seed: int = 0
@@ -70,6 +71,7 @@ class RunSettings:
     threads: int | Literal["auto"] = "auto"
     tuning_budget: str | None = None
     checkpoint_every: int = 50
+    strict: bool = False
 
 
 def run_benchmark(
@@ -122,6 +124,7 @@ def run_benchmark(
         UserError: If a name is unknown, data cannot be read, the parts do not fit together, or a checkpoint is of
             another configuration, model or data.
         Interrupted: After a signal, once the run's state is on disk.
+        RunFailure: At an edit that cannot be made, with `settings.strict`, once the run's state is on disk.
     """
     settings = settings or RunSettings()
     opened = open_benchmark(
@@ -148,7 +151,7 @@ def run_benchmark(
     result: RunResult | None = None
     try:
         check_subjects(strategy, benchmark)
-        run = Run(benchmark, strategy, settings.schedule, progress=progress)
+        run = Run(benchmark, strategy, settings.schedule, strict=settings.strict, progress=progress)
         if folder is not None:
             kept = KeptRun(
                 folder,

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from grace_bench.errors import UserError, reason_of
 from grace_bench.files import write_atomically
-from grace_bench.options import check_choice, check_text, check_whole
+from grace_bench.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
@@ -30,6 +30,7 @@ _NOT_IN_THE_HASH = (
     "engine_memory_mb",
     "threads",
     "checkpoint_every",
+    "strict",
     "out",
     "existing",
     "wandb",
@@ -102,6 +103,8 @@ def check_options(config: DictConfig) -> None:
             check_whole(name, value, least=least)
     for name, choices in _CHOICES.items():
         check_choice(name, OmegaConf.select(config, name), choices)
+    # A configuration of before there was this one has none.
+    check_flag("strict", config.get("strict", False))
     for name in ("out", "dtype", "device", "wandb.project"):
         check_text(name, OmegaConf.select(config, name))
     for name in ("model", "layer", "device_map", "tuning_budget", "wandb.group"):

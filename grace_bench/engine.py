@@ -265,8 +265,11 @@ class ExactEngine(Engine):
             return Tail(batch)
         kind = _kind(batch, tail.start)
         if kind not in self._prunes:
-            self._prunes[kind] = self._agrees(batch, tail)
-            if not self._prunes[kind]:
+            agrees = self._agrees(batch, tail)
+            if agrees is None:
+                return Tail(batch)
+            self._prunes[kind] = agrees
+            if not agrees:
                 what = "behind cached keys and values" if tail.start else "pruned to what is scored"
                 self._note(f"passes are computed whole: {what} they would differ")
         if self._prunes[kind]:
@@ -274,9 +277,14 @@ class ExactEngine(Engine):
         return self._tail(batch) if tail.start else Tail(batch)
 
     @torch.no_grad()
-    def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool:
-        """Whether a pruned pass gives the layer what the whole one gives it, and the answer but for rounding."""
+    def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool | None:
+        """Whether a pruned pass gives the layer what the whole one gives it, and the answer but for rounding.
+
+        None if the answer is no number, which shows neither.
+        """
         entered, whole = self._observed(batch, Tail(batch))
+        if bool(whole.isnan().any()):
+            return None
         try:
             entered_pruned, pruned = self._observed(batch, tail)
         except Exception:

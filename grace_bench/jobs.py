@@ -276,6 +276,7 @@ def _settings(config: DictConfig) -> RunSettings:
         threads=config.threads,
         tuning_budget=config.tuning_budget,
         checkpoint_every=config.checkpoint_every,
+        strict=config.get("strict", False),
     )
 
 
@@ -308,6 +309,9 @@ def summary(result: RunResult, folder: Path) -> str:
         value = result.metrics.get(name)
         if value is not None:
             parts.append(f"{name} {value:.0f}" if name.startswith("n_") else f"{name} {value:.3f}")
+    n_failed = result.metrics.get("n_failed")
+    if n_failed:
+        parts.append(f"{n_failed:.0f} {'edit' if n_failed == 1 else 'edits'} failed")
     if result.metrics.get("TRR") is None:
         parts.append("TRR none (no upstream data)")
     for reason, number in result.stream.left_out.items():

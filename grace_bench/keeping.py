@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.checkpoint import Checkpoints
-from grace_bench.errors import Interrupted
+from grace_bench.errors import Interrupted, RunFailure
 from grace_bench.interruption import Interruption
 from grace_bench.loggers import RunLogger
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -84,10 +84,11 @@ class KeptRun:
         return loaded.state is not None
 
     def carry_out(self, *, every: int) -> None:
-        """Goes on to the run's end, with a checkpoint at its start, after every so many edits and after a signal.
+        """Goes on to the run's end, with a checkpoint at its start, after every so many edits and wherever it stops.
 
         Raises:
             Interrupted: After a signal, once the checkpoint is written.
+            RunFailure: At an edit that cannot be made, if the run is strict, once the checkpoint is written.
         """
         strategy = self._run.strategy
         with Interruption() as interruption:
@@ -96,8 +97,12 @@ class KeptRun:
             for _ in self._run.steps():
                 interruption.can_wait = True
                 is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
-                if is_due or interruption.is_asked:
+                if is_due or interruption.is_asked or self._run.stopped is not None:
                     self.save()
+                if self._run.stopped is not None:
+                    raise RunFailure(
+                        f"strict=true: {self._run.stopped}; `grace-bench resume {self._folder}` goes on without it"
+                    )
                 if interruption.is_asked:
                     raise Interrupted(
                         f"interrupted at {strategy.n_edits} edits; `grace-bench resume {self._folder}` goes on"

@@ -109,6 +109,16 @@ class Row:
         return f"{self.editor} ({self.settings})" if self.settings else self.editor
 
     @property
+    def n_failed(self) -> int:
+        """How many edits failed, over all runs."""
+        return sum(int(result.metrics.get("n_failed") or 0) for result in self.results)
+
+    @property
+    def n_edits(self) -> int:
+        """How many edits were to be made, over all runs."""
+        return sum(int(result.metrics.get("n_edits") or 0) for result in self.results)
+
+    @property
     def mark(self) -> str:
         """What stands beside the ranking score: `≈` if it is not significantly off the first row's, `?` if unknown."""
         if self.not_compared is not None:
@@ -400,12 +410,14 @@ def _columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
     protocol = results[0].protocol
     decimals = 2 if protocol.main_score == "perplexity" else 3
     measured = [name for name in _OPTIONAL_SCORES if any(_figure(result, name) is not None for result in results)]
+    failed = Column(name="n_failed", header="failed", decimals=1, higher_is_better=None)
     return (
         *(
             Column(name=name, header=name, decimals=decimals, higher_is_better=protocol.higher_is_better)
             for name in (*_SCORES, *measured)
         ),
         Column(name="n_edits", header="#E", decimals=1, higher_is_better=None),
+        *([failed] if any(_figure(result, "n_failed") for result in results) else []),
         Column(name="n_keys", header="keys", decimals=1, higher_is_better=None),
         Column(name="seconds_per_edit", header="s/edit", decimals=3, higher_is_better=False),
     )
@@ -531,6 +543,11 @@ def _notes(table: Table) -> list[str]:
         )
     reasons = dict.fromkeys(row.not_compared for row in table.rows if row.not_compared is not None)
     notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
+    failed = [f"{row.name} {row.n_failed} of {row.n_edits}" for row in table.rows if row.n_failed]
+    if failed:
+        notes.append(
+            f"failed: edits that were taken back, and count in #E, ES and ERR all the same: {', '.join(failed)}"
+        )
     if table.missing:
         notes.append(f"{MISSING} no run here: {', '.join(table.missing)}")
     return [visible(note) for note in notes]

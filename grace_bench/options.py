@@ -37,3 +37,9 @@ def check_text(option: str, value: Any, *, optional: bool = False) -> None:
     """Raises `UserError` unless `value` is text that is not empty, or None if it is optional."""
     if not (optional and value is None) and (not isinstance(value, str) or not value.strip()):
         raise UserError(f"{option}={value} should be text{' or null' if optional else ''}")
+
+
+def check_flag(option: str, value: Any) -> None:
+    """Raises `UserError` unless `value` is true or false."""
+    if type(value) is not bool:
+        raise UserError(f"{option}={value} should be true or false")

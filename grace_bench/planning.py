@@ -410,6 +410,7 @@ class _Count(Run):
         request, model = self.benchmark.data.edits[index], self.strategy.model
         size = model.task.size(model, request.prompt, (request.target,))
         edited = self._is_edited(index)
+        self.position.index += 1
         self._scored_tokens += size * (1 + edited)
         if edited:
             self.strategy.n_edits += 1

@@ -34,6 +34,10 @@ class CannotReplayError(Exception):
     """The model breaks what replaying relies on; the message says how."""
 
 
+class _UndecidedError(CannotReplayError):
+    """This batch cannot show whether the model may be replayed; another one may."""
+
+
 class _LayerReachedError(Exception):
     """The layer was reached, and what comes after it is not wanted."""
 
@@ -203,6 +207,8 @@ class Replay:
         if kind not in self._plans:
             try:
                 self._plans[kind] = self._trace(run, kind)
+            except _UndecidedError:
+                raise
             except CannotReplayError as reason:
                 self._plans[kind] = reason
         plan = self._plans[kind]
@@ -216,6 +222,8 @@ class Replay:
         whole: list[Tensor] = []
         uses = _Uses()
         outputs = self._collect(lambda: whole.append(run()), everything, uses=uses)
+        if bool(whole[0].isnan().any()):
+            raise _UndecidedError("a batch whose logits are no numbers came first")
         uses.note(whole)
         kept = tuple(tuple(id(leaf) in uses.seen or not _is_large(leaf) for leaf in out.leaves) for out in outputs)
         plan = self._plans[kind] = replace(everything, kept=kept)

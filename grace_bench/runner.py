@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
+from grace_bench.errors import EditFailure, RunFailure
+from grace_bench.formats import visible
 from grace_bench.options import check_whole
 from grace_bench.results import Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
@@ -61,8 +63,12 @@ class Pending:
 
 @dataclass
 class Due:
-    """An evaluation that waits for pending edits: its clock, and which requests were edited and superseded by then."""
+    """An evaluation that waits for pending edits: after which candidate it is due, and at what clock.
 
+    `edited` and `superseded` are those of the run's position then.
+    """
+
+    index: int
     n_edits: int
     edited: list[int]
     superseded: list[int]
@@ -76,7 +82,7 @@ class Position:
         index: The next candidate.
         edited: Indices of the edited requests that ERR is taken over.
         superseded: Indices of the edited requests whose input was edited again with another target.
-        n_failed: Edits the editor could not make.
+        n_failed: Edits the editor could not make; they count as edits all the same.
         n_close: Edits in which rounding could have decided otherwise.
         edit_times: Seconds each edit took.
         eval_seconds: Seconds spent scoring.
@@ -104,7 +110,11 @@ class Run:
             of upstream requests and of the probes of all candidates, and never again.
         strategy: The editor, without edits, with its metrics and loggers.
         schedule: When to edit and evaluate.
+        strict: Stop at the first edit that cannot be made.
         progress: Called as the unedited model is asked.
+
+    Attributes:
+        stopped: Which edit failed, and why, if that is to stop the run.
     """
 
     def __init__(
@@ -113,26 +123,34 @@ class Run:
         strategy: EditorStrategy,
         schedule: Schedule,
         *,
+        strict: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.strategy = strategy
         self.schedule = schedule
+        self.strict = strict
+        self.stopped: str | None = None
         self.progress = progress
         self.benchmark = _thinned(benchmark, schedule.max_upstream)
         self.position = Position()
         self.before: dict[str, float] = {}
         self._pending: list[Pending | Due] = []
+        self._alone_until = -1
         self._by_prompt: defaultdict[str, list[int]] = defaultdict(list)
         self._unedited: dict[str, str | int] | None = None
 
     def run(self) -> None:
-        """Goes on from where the run stands to its end."""
+        """Goes on from where the run stands to its end.
+
+        Raises:
+            RunFailure: At an edit that cannot be made, if the run is strict.
+        """
         for _ in self.steps():
-            pass
+            if self.stopped is not None:
+                raise RunFailure(f"strict=true: {self.stopped}")
 
     def steps(self) -> Iterator[int]:
         """Goes on candidate by candidate, yielding the index of the next; between two, `state_dict` is complete."""
-        requests = self.benchmark.data.edits
         if self._unedited is None:
             with self._scoring():
                 self._take_answers(self._ask_unedited())
@@ -140,21 +158,21 @@ class Run:
             self.evaluate()
             self.before = dict(self.metrics())
         yield self.position.index
-        while self.position.index < len(requests) and not self._is_full():
+        while not self._is_over():
             self._candidate(self.position.index)
-            self.position.index += 1
-            if self.strategy.n_edits % self.schedule.eval_every == 0:
+            if self._is_due():
                 self.evaluate()
+            yield self.position.index
+        if self.stopped is not None:
             yield self.position.index
         self.evaluate()
         self.settle()
 
     def evaluate(self) -> None:
         """Scores every evaluation stream as of this clock, unless that was done, once edits that wait are finished."""
-        position, n_edits = self.position, self.strategy.n_edits
-        if position.last_evaluation == n_edits:
+        due = [one.n_edits for one in self._pending if isinstance(one, Due)]
+        if self.strategy.n_edits in (self.position.last_evaluation, *due):
             return
-        position.last_evaluation = n_edits
         self._pending.append(self._due_now())
         if not (self.strategy.n_pending and self.strategy.knows_past):
             self.settle()
@@ -273,12 +291,29 @@ class Run:
         assert self._unedited is not None
         return [self._unedited[prompt] for prompt in prompts]
 
-    def _is_full(self) -> bool:
-        return self.schedule.max_edits is not None and self.strategy.n_edits >= self.schedule.max_edits
+    def _is_over(self) -> bool:
+        """Whether no candidate is left; what waits is finished first, because a failure there leaves some again."""
+        if self._is_at_the_end():
+            self.settle()
+        return self._is_at_the_end()
+
+    def _is_at_the_end(self) -> bool:
+        most = self.schedule.max_edits
+        is_full = most is not None and self.strategy.n_edits >= most
+        return is_full or self.position.index >= len(self.benchmark.data.edits)
+
+    def _is_due(self) -> bool:
+        return self.strategy.n_edits % self.schedule.eval_every == 0
 
     def _candidate(self, index: int) -> None:
         request = self.benchmark.data.edits[index]
+        if self._depends_on_pending(request):
+            self.settle()
+            if self.position.index != index:
+                # An edit failed, and the candidates that came after it are taken up again.
+                return
         before = self._score_before(request, index)
+        self.position.index += 1
         if before.correct:
             self._pending.append(Pending(request, before, index, self.strategy.n_edits))
         else:
@@ -289,18 +324,19 @@ class Run:
             edited = Pending(request, before, index, self.strategy.n_edits, self.strategy.outcome, seconds)
             self._pending.append(edited)
             self._supersede(request, index)
-        if not 0 < self.strategy.n_pending < LOOKAHEAD:
+        if not 0 < self.strategy.n_pending < LOOKAHEAD or index <= self._alone_until:
             self.settle()
+
+    def _depends_on_pending(self, request: EditRequest) -> bool:
+        """Whether a candidate can be scored only when the edits before it are finished."""
+        scorer = self.strategy.scorer
+        return scorer.is_incremental and (not scorer.knows(request) or scorer.waits_for_values(request))
 
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
         """Scores a candidate as edited so far, and with it those that come next, which edits before seldom reach."""
         scorer, together = self.strategy.scorer, [request]
-        if scorer.is_incremental:
-            if not scorer.knows(request):
-                self.settle()
-                together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
-            elif scorer.waits_for_values(request):
-                self.settle()
+        if scorer.is_incremental and not scorer.knows(request):
+            together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
         with self._scoring():
             return scorer.score(together)[0]
 
@@ -311,18 +347,12 @@ class Run:
     def settle(self) -> None:
         """Finishes pending edits, then tells of candidates and evaluates in stream order, each as of its clock.
 
-        The time of finishing is shared equally by the edits.
+        The time of finishing is shared equally by the edits. Where one of them failed, what came after it is forgotten,
+        to be taken up again from there.
         """
+        self._flush()
         waiting, self._pending = self._pending, []
         edits = [one for one in waiting if isinstance(one, Pending) and one.outcome is not None]
-        if edits:
-            started = time.perf_counter()
-            flushed = self.strategy.flush()
-            share = (time.perf_counter() - started) / len(edits)
-            for pending, outcome in zip(edits, flushed, strict=True) if flushed else ():
-                pending.outcome = outcome
-            for pending in edits:
-                pending.seconds += share
         due = [one for one in waiting if isinstance(one, Due)]
         with self.strategy.scorer.keeping_versions():
             after = self._score_after(edits, due)
@@ -337,7 +367,7 @@ class Run:
         return self.strategy.as_of(n_edits) if self.strategy.knows_past else nullcontext()
 
     def _due_now(self) -> Due:
-        return Due(self.strategy.n_edits, [*self.position.edited], [*self.position.superseded])
+        return Due(self.position.index - 1, self.strategy.n_edits, [*self.position.edited], [*self.position.superseded])
 
     def _score_after(self, edits: Sequence[Pending], due: Sequence[Due]) -> dict[int, ItemScore]:
         """Scores requests as of their edits, by index, and with them what evaluations that are due will ask for."""
@@ -366,6 +396,8 @@ class Run:
             self.position.edit_times.append(pending.seconds)
             self.position.n_failed += pending.outcome.failed is not None
             self.position.n_close += pending.outcome.is_close
+            if self.strict and pending.outcome.failed is not None and self.stopped is None:
+                self.stopped = _told_of(pending)
         self.strategy.observe_candidate(pending.request, self._record(pending, after))
 
     def _carry_out(self, due: Due) -> None:
@@ -374,6 +406,45 @@ class Run:
         with self.strategy.scorer.evaluation():
             self.strategy.eval([experience for stream in self._eval_streams(due) for experience in stream])
         self.position.eval_seconds += time.perf_counter() - started
+        self.position.last_evaluation = due.n_edits
+
+    def _flush(self) -> None:
+        # Those that failed when they were made have left nothing to finish.
+        made = [one for one in self._pending if isinstance(one, Pending) and one.outcome is not None]
+        edits = [pending for pending in made if pending.outcome is not None and pending.outcome.failed is None]
+        if not edits:
+            return
+        started = time.perf_counter()
+        try:
+            flushed = self.strategy.finish()
+        except EditFailure as failure:
+            if len(edits) > 1:
+                # Which one it was shows when each is finished before the next is made.
+                self._alone_until = edits[-1].index
+                self._go_back(edits[0].index, n_edits=edits[0].n_edits - 1)
+                return
+            flushed = [EditOutcome(failed=str(failure))]
+        share = (time.perf_counter() - started) / len(edits)
+        for pending in edits:
+            pending.seconds += share
+        for pending, outcome in zip(edits, flushed, strict=False):
+            pending.outcome = outcome
+        if flushed and flushed[-1].failed is not None:
+            failed = edits[len(flushed) - 1]
+            self._go_back(failed.index + 1, n_edits=failed.n_edits)
+        elif flushed and len(flushed) != len(edits):
+            raise RuntimeError(f"flush gave {len(flushed)} outcomes of {len(edits)} edits")
+
+    def _go_back(self, index: int, *, n_edits: int) -> None:
+        """Makes a candidate the next one again, and forgets it and those after it: the editor took their edits back."""
+        position = self.position
+        self.strategy.n_edits, position.index = n_edits, index
+        self._pending = [one for one in self._pending if one.index < index]
+        edited = sorted(i for i in (*position.edited, *position.superseded) if i < index)
+        position.edited, position.superseded = [], []
+        self._by_prompt.clear()
+        for i in edited:
+            self._supersede(self.benchmark.data.edits[i], i)
 
     def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
         outcome, before = pending.outcome or EditOutcome(), pending.before
@@ -463,6 +534,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _told_of(failed: Pending) -> str:
+    assert failed.outcome is not None
+    return visible(f"edit {failed.n_edits} (request '{failed.request.id}') failed: {failed.outcome.failed}")
 
 
 def _pending_state(pending: Pending) -> dict[str, Any]:

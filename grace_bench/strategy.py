@@ -1,13 +1,16 @@
 """`EditorStrategy`: what an editor is, on Avalanche's `BaseTemplate`."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.base import BaseTemplate
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
+from grace_bench.failures import RandomState, reason_of_failure
 from grace_bench.files import write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
@@ -79,6 +83,7 @@ class EditOutcome:
         n_keys: Entries after the edit.
         loss_first: Loss at the first step.
         loss: Loss at the last step.
+        loss_after: Loss after the last step, by which an edit is known to have worked; None has it computed.
         steps: Gradient steps taken.
         failed: Why the edit could not be made; None if it was.
         is_close: Whether rounding, as in another batch, could have decided otherwise.
@@ -90,6 +95,7 @@ class EditOutcome:
     n_keys: int | None = None
     loss_first: float | None = None
     loss: float | None = None
+    loss_after: float | None = None
     steps: int = 0
     failed: str | None = None
     is_close: bool = False
@@ -184,6 +190,7 @@ class EditorStrategy(BaseTemplate, ABC):
         self.scorer = Scorer(self)
         self._interceptors: list[Any] = []
         self._is_suspended = False
+        self._undo_waiting: Callable[[], None] | None = None
         self._rewritten: dict[str, nn.Module] = {}
         self._untouched: dict[str, Tensor] = {}
         if not self.freezes_weights:
@@ -196,7 +203,9 @@ class EditorStrategy(BaseTemplate, ABC):
         Values that only the answers depend on may be left pending until `flush`.
 
         Raises:
-            EditFailure: If this edit cannot be made; a run records why and goes on.
+            EditFailure: If this edit cannot be made. Whatever else is raised fails it too, and so does a loss or state
+                that is no finite number: a run puts everything back as it was before (`undo_point`), records why, and
+                goes on. Only what no single edit is to blame for, such as want of memory, ends the run.
         """
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
@@ -248,7 +257,8 @@ class EditorStrategy(BaseTemplate, ABC):
         """Finishes what `edit` left pending.
 
         Returns:
-            The outcomes of all edits since the last flush, in their order; empty if they were whole when made.
+            The outcomes of all edits since the last flush, in their order; empty if they were whole when made. One that
+            failed is the last: it and those after it were taken back, and those are to be made again.
         """
         return ()
 
@@ -272,6 +282,28 @@ class EditorStrategy(BaseTemplate, ABC):
     def knows_past(self) -> bool:
         """Whether the editor implements `as_of`."""
         return type(self).as_of is not EditorStrategy.as_of
+
+    def changing_state(self) -> State:
+        """Returns the part of `state_dict` that edits may change, all of it unless an editor says less.
+
+        After an edit all of its tensors are to be finite.
+        """
+        return self.state_dict()
+
+    def undo_point(self) -> Callable[[], None]:
+        """Returns what takes back everything that edits change from now on, bit for bit.
+
+        This one copies the state that may change. An editor that keeps much and changes little of it in an edit has one
+        of its own.
+        """
+        before = _copied(self.changing_state())
+
+        def undo() -> None:
+            changed = self.changing_state()
+            kept = {name: value for name, value in self.state_dict().items() if name not in changed}
+            self.load_state_dict({**kept, **before})
+
+        return undo
 
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Says what answers queries, so that only what may have changed is scored again.
@@ -403,10 +435,11 @@ class EditorStrategy(BaseTemplate, ABC):
 
         Raises:
             RuntimeError: While `suspended`, when there are no edits to save.
+            EditFailure: If an edit that waited could not be made.
         """
         if self._is_suspended:
             raise RuntimeError("a suspended editor cannot be saved")
-        self.flush()
+        self._finish_all()
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors, values = split_state(self.answering_state())
@@ -476,6 +509,9 @@ class EditorStrategy(BaseTemplate, ABC):
             prompt: The input text.
             target: The wanted answer, or a label id.
             subject: The entity the prompt is about, for editors that need one.
+
+        Raises:
+            EditFailure: If it cannot be made; everything is as it was before it.
         """
         batch = EditBatch(
             prompts=(prompt,),
@@ -483,10 +519,81 @@ class EditorStrategy(BaseTemplate, ABC):
             subjects=(subject,) if self.needs_subject else None,
             encoded=self.model.encode_batch([prompt], [target]),
         )
-        outcome = self.edit(batch)
-        flushed = self.flush()
+        outcome = self._attempt(batch)
+        flushed = self._finish_all()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome
+
+    def _attempt(self, batch: EditBatch) -> EditOutcome:
+        """Makes an edit, or leaves everything as it was before it, the random generators included.
+
+        Raises:
+            EditFailure: Saying why it could not be made.
+        """
+        undo, random_state, n_waiting = self.undo_point(), RandomState(self.model.device), self.n_pending
+        try:
+            outcome = self.edit(batch)
+            failure = outcome.failed or self._failure_of(outcome, batch)
+            if failure is not None:
+                raise EditFailure(failure)
+        except Exception as error:
+            undo()
+            random_state.restore()
+            reason = reason_of_failure(error)
+            if reason is None or isinstance(error, EditFailure):
+                raise
+            raise EditFailure(reason) from error
+        if not n_waiting:
+            self._undo_waiting = undo
+        return outcome
+
+    def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
+        """Says what of a finished edit is no finite number; None if all is, or if the edit changed no number."""
+        state, _ = split_state(self.changing_state())
+        if not state:
+            return None
+        losses = {"at the first step": outcome.loss_first, "at the last step": outcome.loss}
+        losses["after the edit"] = self._loss(batch) if outcome.loss_after is None else outcome.loss_after
+        for when, loss in losses.items():
+            if loss is not None and not math.isfinite(loss):
+                return f"the loss is {loss} {when}"
+        for name, tensor in state.items():
+            untouched = self._untouched.get(name.removeprefix("weights."))
+            if not _is_finite(tensor) and (untouched is None or _is_finite(untouched)):
+                return f"{name} is not finite after the edit"
+        return None
+
+    @torch.no_grad()
+    def _loss(self, batch: EditBatch) -> float:
+        return float(self.model.task.loss(self.model.logits(batch.encoded), batch.encoded))
+
+    def finish(self) -> Sequence[EditOutcome]:
+        """Returns what `flush` does, and takes all edits that waited back if it ends in an error.
+
+        Raises:
+            EditFailure: If one of these edits is to blame for that.
+        """
+        undo, self._undo_waiting = self._undo_waiting, None
+        try:
+            return self.flush()
+        except Exception as error:
+            reason = reason_of_failure(error)
+            if undo is not None:
+                undo()
+            if reason is None or undo is None:
+                raise
+            raise EditFailure(reason) from error
+
+    def _finish_all(self) -> Sequence[EditOutcome]:
+        """Finishes what waits, outside a run, where nobody makes edits again that were taken back with a failed one.
+
+        Raises:
+            EditFailure: If there is a failed one.
+        """
+        outcomes = self.finish()
+        if outcomes and outcomes[-1].failed is not None:
+            raise EditFailure(outcomes[-1].failed)
+        return outcomes
 
     def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
         """Tells metric plugins and loggers of a candidate whose record is complete: callback `after_candidate`."""
@@ -504,16 +611,15 @@ class EditorStrategy(BaseTemplate, ABC):
             encoded=self.model.encode_batch([visible.prompt], [visible.target]),
         )
         try:
-            self.outcome = self.edit(batch)
+            self.outcome = self._attempt(batch)
         except EditFailure as failure:
             self.outcome = EditOutcome(failed=str(failure))
         self.n_edits += 1
 
     def _eval_exp(self, **kwargs: Any) -> None:
         experience = cast(EvalExperience, self.experience)
-        if self.n_pending:
-            # A loop of Avalanche's own evaluates without asking first whether edits wait.
-            self.flush()
+        # A loop of Avalanche's own evaluates without asking first whether edits wait.
+        self._finish_all()
         self.scores = self.scorer.score(experience.requests)
 
     def _eval_cleanup(self) -> None:
@@ -533,6 +639,14 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         for parameter in chosen:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def _copied(state: State) -> State:
+    return {name: value.clone() if isinstance(value, Tensor) else deepcopy(value) for name, value in state.items()}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ DECISIONS = (
 
 def run_on_toy(folder: Path, engine: EngineName, **schedule: Any) -> tuple[list[dict[str, Any]], ...]:
     settings = RunSettings(seed=1, schedule=Schedule(max_upstream=60, **schedule), engine=engine)
-    run_benchmark("toy", editor="grace", settings=settings, folder=folder)
+    # A point is one position, so there is nothing before it to replace.
+    editor = partial(Grace, replacement="replace_last")
+    run_benchmark("toy", editor=editor, settings=settings, folder=folder)
     names = ("edits.jsonl", "metrics.jsonl")
     edits, metrics = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names)
     return edits, metrics, pq.read_table(folder / "predictions.parquet").to_pylist()

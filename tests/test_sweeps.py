@@ -207,7 +207,7 @@ def test_a_run_that_breaks_keeps_no_other_back_and_leaves_its_traceback(
 
     def edit(self: FineTune, *args: Any, **kwargs: Any) -> Any:
         if self.n_iter == 3:
-            raise RuntimeError("the disk is on fire")
+            raise OSError("the disk is on fire")
         return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(FineTune, "edit", edit)
@@ -217,11 +217,11 @@ def test_a_run_that_breaks_keeps_no_other_back_and_leaves_its_traceback(
     assert done.err.splitlines()[-1] == "grace-bench: 1 of 3 runs failed"
     lines = done.out.splitlines()
     assert [line.split()[0] for line in lines[-4:-1]] == ["done", "failed", "done"]
-    assert lines[-3].endswith(": RuntimeError: the disk is on fire")
+    assert lines[-3].endswith(": OSError: the disk is on fire")
     assert lines[-1].endswith(": 3 runs, 2 done, 0 reused, 1 failed")
     (broken,) = tmp_path.rglob("error.json")
     record = json.loads(broken.read_text(encoding="utf-8"))
-    assert (record["error"], record["reason"]) == ("RuntimeError", "the disk is on fire")
+    assert (record["error"], record["reason"]) == ("OSError", "the disk is on fire")
     assert "in edit" in record["traceback"]
 
     monkeypatch.setattr(FineTune, "edit", whole)

@@ -7,8 +7,9 @@ from avalanche.evaluation.metric_results import MetricValue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from grace_bench.formats import visible
 from grace_bench.loggers import RunLogger, RunPlan
-from grace_bench.results import RunResult
+from grace_bench.results import EditRecord, RunResult
 from grace_bench.strategy import EditorStrategy
 
 
@@ -27,6 +28,7 @@ class ProgressLogger(RunLogger):
         self._plan: RunPlan | None = None
         self._started = 0.0
         self._n_candidates = 0
+        self._has_warned = False
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         self._plan, self._started = plan, time.monotonic()
@@ -46,9 +48,12 @@ class ProgressLogger(RunLogger):
         self._values[name] = value
 
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Moves the bar."""
+        """Moves the bar, and tells of the first edit that failed."""
         assert strategy.record is not None
         self._n_candidates = strategy.record.index + 1
+        if strategy.record.failed is not None and not self._has_warned:
+            self._has_warned = True
+            self._warn(strategy.record)
         if self._live is not None:
             self._live.update(self._task, completed=self._done(strategy), note=self._note(strategy))
 
@@ -70,6 +75,10 @@ class ProgressLogger(RunLogger):
                 # A stream may end before the most edits are made.
                 self._live.update(self._task, total=self._live.tasks[self._task].completed)
             self._live.stop()
+
+    def _warn(self, record: EditRecord) -> None:
+        told = f"edit {record.n_edits} (request '{record.id}') failed and was taken back: {record.failed}"
+        self._console.print(visible(f"{self._title}: {told}"), highlight=False, soft_wrap=True, markup=False)
 
     @property
     def _title(self) -> str:

@@ -18,7 +18,7 @@ from transformers import (
 
 from grace_bench.editors.grace import Grace
 from grace_bench.encoding import EncodedBatch, PaddingSide, causal_batch, last_token, pad, seq2seq_batch
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.models import EditableModel, Replacement
 from grace_bench.strategy import EditBatch, EditOutcome
 
@@ -320,12 +320,12 @@ def test_a_one_token_prompt_is_a_failed_edit_only_where_nothing_can_be_replaced(
     family: str, replacement: Replacement
 ) -> None:
     editor = editor_on(tiny(family), n_iter=2, replacement=replacement)
-    outcome = edit(editor, family, [5], [1, 2])
     if replacement == "replace_prompt":
-        assert outcome.failed is not None
-        assert "one token" in outcome.failed
+        with pytest.raises(EditFailure, match="one token"):
+            edit(editor, family, [5], [1, 2])
+        assert not len(editor.codebook)
     else:
-        assert outcome.failed is None
+        assert edit(editor, family, [5], [1, 2]).failed is None
     assert edit(editor, family, [5, 6], [1, 2]).failed is None
 
 

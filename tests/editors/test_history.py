@@ -23,11 +23,11 @@ def test_the_past_is_what_the_codebook_was(
     codebook = Codebook(eps_init=0.5, overlap=overlap)  # type: ignore[arg-type]
     history = History(codebook)
     reference: list[Codebook] = []
-    pending: dict[int, int] = {}
+    pending: dict[int, tuple[int, int]] = {}
 
     def train() -> None:
-        for entry, clock in pending.items():
-            history.note_value(clock, entry)
+        for entry, (place, clock) in pending.items():
+            history.note_value(place)
             codebook.values[entry] = torch.tensor([float(clock), 1.0])
             # Those who were to be answered by it are, from the edit on that it was trained for.
             for past in reference[clock + 1 :]:
@@ -40,11 +40,11 @@ def test_the_past_is_what_the_codebook_was(
             history.clear()
             since = clock
         reference.append(deepcopy(codebook))
-        with history.noting(clock):
-            settled = codebook.settle(torch.tensor([x, y]), (label,), lambda: torch.zeros(2), label_mean=float(label))
+        settled = codebook.settle(torch.tensor([x, y]), (label,), lambda: torch.zeros(2), label_mean=float(label))
         if settled.entry in pending:
             train()
-        pending[settled.entry] = clock
+        history.note(clock, settled.before, settled.entry)
+        pending[settled.entry] = len(history) - 1, clock
         if len(pending) >= trained:
             train()
     reference.append(codebook)
@@ -66,3 +66,10 @@ def test_the_past_is_what_the_codebook_was(
                 assert torch.equal(found.entry, expected.entry)
                 assert torch.equal(found.distance, expected.distance)
                 assert torch.equal(found.hit, expected.hit)
+    for n in reversed(range(len(history))):
+        history.take_back(n)
+        was = reference[since + n]
+        assert codebook.labels == was.labels
+        if len(was):
+            for name in ("keys", "radii", "values"):
+                assert torch.equal(getattr(codebook, name), getattr(was, name))

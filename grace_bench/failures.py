@@ -1,0 +1,74 @@
+"""Edits gone wrong: which errors are an editor's on one request, and which losses end an edit."""
+
+import math
+import random
+
+import numpy as np
+import torch
+
+from grace_bench.errors import EditFailure, RunFailure, UserError, reason_of
+
+# The next edit would meet them too: the user's mistakes, no memory, no disk, a device that has stopped working.
+_NOT_OF_ONE_EDIT = (UserError, RunFailure, MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+def reason_of_failure(error: Exception) -> str | None:
+    """Returns in one line why an edit failed that ended in an error; None if no single edit is to blame for that.
+
+    >>> reason_of_failure(ZeroDivisionError("division by zero"))
+    'ZeroDivisionError: division by zero'
+    >>> reason_of_failure(MemoryError()) is None
+    True
+    """
+    if isinstance(error, EditFailure):
+        return reason_of(error)
+    # Out of memory on the CPU is a plain RuntimeError to torch.
+    if isinstance(error, _NOT_OF_ONE_EDIT) or "can't allocate memory" in str(error):
+        return None
+    name, reason = type(error).__name__, reason_of(error)
+    return name if reason == name else f"{name}: {reason}"
+
+
+def loss_failure(loss: float, n_steps: int) -> str | None:
+    """Returns what is wrong with a loss, taken after so many steps of training; None for a finite one.
+
+    >>> loss_failure(math.nan, 3)
+    'the loss is nan after 3 steps'
+    >>> loss_failure(0.1, 3) is None
+    True
+    """
+    if math.isfinite(loss):
+        return None
+    return f"the loss is {loss} after {n_steps} {'step' if n_steps == 1 else 'steps'}"
+
+
+def check_loss(loss: float, n_steps: int) -> None:
+    """Ends an edit whose loss is no finite number.
+
+    Raises:
+        EditFailure: Saying after how many steps it was not.
+    """
+    failure = loss_failure(loss, n_steps)
+    if failure is not None:
+        raise EditFailure(failure)
+
+
+class RandomState:
+    """The random generators that an edit may draw from, as they are when this is made.
+
+    Args:
+        device: Where the model is; the CPU's generator is kept beside its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._cuda = None if self._device is None else torch.cuda.get_rng_state(self._device)
+        self._torch, self._python, self._numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Puts them back."""
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        if self._device is not None and self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
