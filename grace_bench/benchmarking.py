@@ -35,6 +35,9 @@ from grace_bench.types import EditStream, Progress
 _MOST_UPSTREAM = 4096
 """So many activations are enough to estimate a covariance from; they are held at once."""
 
+_LONGEST_SLUG = 100
+"""File systems take names of 255 bytes."""
+
 _ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
 """Scores that a result names also where there is nothing to measure them on."""
 
@@ -385,7 +388,7 @@ def model_slug(name_or_path: str, known: Sequence[str]) -> str:
     """
     if name_or_path in known:
         return name_or_path
-    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name_or_path).name.lower()).strip("-.") or "model"
+    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name_or_path).name.lower())[:_LONGEST_SLUG].strip("-.") or "model"
     return f"{slug}-{hashlib.sha256(name_or_path.encode()).hexdigest()[:8]}"
 
 

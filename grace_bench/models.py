@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.foreign import check_model_folder
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
 from grace_bench.zoo import default_layer, resolve_model
@@ -638,6 +639,7 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    check_model_folder(path)
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
             path,
@@ -680,7 +682,7 @@ def _load_tokenizer(path: str) -> Any:
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error
 
 

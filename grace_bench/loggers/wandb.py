@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,8 +13,10 @@ from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench.credentials import without_secrets
 from grace_bench.errors import reason_of
 from grace_bench.files import write_atomically
+from grace_bench.formats import on_one_line
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
@@ -93,11 +96,14 @@ class WandbLogger(RunLogger):
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
         kept = self._folder / "wandb" / "run-id"
+        known = kept.read_text(encoding="utf-8") if kept.exists() else None
+        if known is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
+            raise ValueError(f"{kept} holds no id of a run")
         run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
-            id=kept.read_text(encoding="utf-8") if kept.exists() else None,
+            id=known,
             resume="allow",
             job_type=plan.editor,
             config=plan.config,
@@ -106,6 +112,8 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
+                # Addresses of repositories hold tokens, and what is not committed is nobody's business.
+                disable_git=True,
                 init_timeout=timeout,
                 # One request may take no longer than all of them.
                 x_graphql_timeout_seconds=timeout,
@@ -194,4 +202,4 @@ def _seconds(variable: str, default: float) -> float:
 
 
 def _say(text: str) -> None:
-    print(f"grace-bench: {text}", file=sys.stderr)
+    print(f"grace-bench: {on_one_line(without_secrets(text))}", file=sys.stderr)

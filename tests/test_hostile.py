@@ -1,0 +1,360 @@
+"""What strangers may send: run folders, settings, models and texts that want to be obeyed."""
+
+import ast
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import grace_bench.streams
+from grace_bench.checkpoint import Checkpoints, digest
+from grace_bench.cli import main
+from grace_bench.errors import UserError
+from grace_bench.loggers.jsonl import PredictionsLogger
+from grace_bench.models import EditableModel
+from grace_bench.registry import EDITORS
+
+SCRIPT = Path(sys.executable).with_name("grace-bench")
+CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"
+SMALL = ("stream=toy", "editor=grace", "max_edits=3", "eval_every=2", "max_upstream=20", "wandb.mode=disabled")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(["run", *SMALL, f"out={out}"]) == 0
+    (result,) = out.rglob("result.json")
+    return result.parent
+
+
+@pytest.fixture
+def sent(finished: Path, tmp_path: Path) -> Path:
+    """A run folder as a stranger sends it to be resumed: under another name, with a configuration and no result."""
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    shutil.copy(finished / "config.yaml", folder)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Gives a command's one line of refusal."""
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 2
+        done = capsys.readouterr()
+        assert done.err.startswith("grace-bench: ")
+        assert done.err.count("\n") == 1
+        return done.err
+
+    return run
+
+
+def change(path: Path, **settings: Any) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        *parents, last = name.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+# --- settings of a stranger ------------------------------------------------------------------------------------------
+
+
+def test_an_untouched_folder_is_resumed(sent: Path) -> None:
+    assert main(["resume", str(sent)]) == 0
+    assert (sent / "result.json").is_file()
+
+
+@pytest.mark.parametrize("group", ["stream", "editor"])
+@pytest.mark.parametrize("place", ["itself", "inside", "in a list", "another part of the package", "instead"])
+def test_a_configuration_builds_registered_names_and_nothing_else(
+    group: str, place: str, sent: Path, refused: Callable[..., str]
+) -> None:
+    mark = sent.parent / "called"
+    call = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(mark)]}]}
+    config = yaml.safe_load((sent / "config.yaml").read_text(encoding="utf-8"))
+    match place:
+        case "itself":
+            config[group] = call
+        case "inside":
+            config[group]["seed"] = call
+        case "in a list":
+            config[group]["seed"] = [[call]]
+        case "another part of the package":
+            config[group]["_target_"] = "grace_bench.files.set_aside"
+        case "instead":
+            config[group] = f"os.mkdir {mark}"
+    (sent / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert group in refused("resume", str(sent))
+    assert not mark.exists()
+    assert [path.name for path in sent.iterdir()] == ["config.yaml"]
+
+
+def test_no_module_is_imported_that_a_configuration_names(
+    sent: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sent / "unknown_module.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(sent)
+    change(sent / "config.yaml", stream___target_="unknown_module.Toy")
+    assert "unknown_module" in refused("resume", str(sent))
+    assert "unknown_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:GRACE_BENCH_TEST_WORD}",
+        "a ${oc.env:GRACE_BENCH_TEST_WORD} b",
+        "${oc.decode:'${oc.env:GRACE_BENCH_TEST_WORD}'}",
+        "${seed}",
+    ],
+)
+def test_a_configuration_cannot_ask_for_the_environment(
+    text: str, sent: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRACE_BENCH_TEST_WORD", "unheard-of")
+    change(sent / "config.yaml", wandb__project=text)
+    line = refused("resume", str(sent))
+    assert f"{sent / 'config.yaml'}:" in line
+    assert "unheard-of" not in line
+    assert [path.name for path in sent.iterdir()] == ["config.yaml"]
+
+
+def test_a_short_configuration_cannot_become_a_long_one(sent: Path, refused: Callable[..., str]) -> None:
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with (sent / "config.yaml").open("a", encoding="utf-8") as file:
+        file.write("\n".join(["l0: &l0 [x]", *levels]))
+    assert "repeats another part" in refused("resume", str(sent))
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "editor: {_target_: pathlib.Path.touch}",
+        "editor: {eps_init: {_target_: pathlib.Path, _args_: [x]}}",
+        "editor: {eps_init: '${oc.env:HOME}'}",
+        "layer: !!python/object/apply:os.getcwd []",
+    ],
+)
+def test_presets_of_a_stranger_hold_values_only(preset: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "presets" / "toy").mkdir(parents=True)
+    (tmp_path / "presets" / "toy" / "grace.yaml").write_text(preset, encoding="utf-8")
+    refused("run", *SMALL, f"tuned={tmp_path / 'presets'}", f"out={tmp_path / 'runs'}")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- run folders of a stranger ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def treasure(tmp_path: Path) -> Path:
+    """A folder with a file that nobody may touch or read out."""
+    folder = tmp_path / "treasure"
+    folder.mkdir()
+    (folder / "file").write_text("mine alone", encoding="utf-8")
+    return folder
+
+
+FILES = (
+    "edits.jsonl",
+    ".edits.jsonl.partial",
+    "predictions.parquet",
+    "error.json",
+    ".owner.json",
+    ".lock",
+    "result.json",
+)
+FOLDERS = ("checkpoint", "checkpoint/predictions", "editor", "wandb")
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "editor/editor.json", "wandb/run-id", "wandb/latest-run"])
+@pytest.mark.parametrize("existing", ["resume", "rerun"])
+def test_nothing_is_written_through_a_link_out_of_a_run_folder(
+    name: str, existing: str, finished: Path, sent: Path, treasure: Path, refused: Callable[..., str]
+) -> None:
+    (sent / name).parent.mkdir(exist_ok=True, parents=True)
+    (sent / name).symlink_to(treasure if name in FOLDERS else treasure / "file")
+    if existing == "resume":
+        line = refused("resume", str(sent))
+    else:
+        # Where the same run would be made.
+        out = sent.parent / "runs"
+        (out / "toy" / "toy" / "grace").mkdir(parents=True)
+        sent.rename(out / "toy" / "toy" / "grace" / finished.name)
+        line = refused("run", *SMALL, f"out={out}", "existing=rerun")
+    assert f"{name}: is a link that leads out of the run folder" in line
+    assert {path.name: path.read_text(encoding="utf-8") for path in treasure.iterdir()} == {"file": "mine alone"}
+
+
+def test_links_that_stay_in_a_run_folder_do_no_harm(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "edits.jsonl").rename(folder / "lines")
+    (folder / "edits.jsonl").symlink_to("lines")
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert main(["report", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "page")]) == 0
+    assert main(["resume", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_a_report_shows_no_file_from_elsewhere(
+    finished: Path, treasure: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "config.yaml").unlink()
+    (folder / "config.yaml").symlink_to(treasure / "file")
+    assert "leads out of the run folder" in refused("report", str(folder), "--out", str(tmp_path / "page"))
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(sent: Path, refused: Callable[..., str]) -> None:
+    os.mkfifo(sent / "result.json")
+    assert "result.json: is neither a file nor a folder" in refused("resume", str(sent))
+
+
+@pytest.mark.parametrize("elsewhere", ["../../treasure/file", "/{}/treasure/file", "000001/../../../treasure/file"])
+def test_a_checkpoint_names_files_of_its_own_only(elsewhere: str, sent: Path, treasure: Path) -> None:
+    checkpoints = Checkpoints(sent, identity={})
+    checkpoints.save({"n": 1}, n_edits=0)
+    assert checkpoints.load().state == {"n": 1}
+    manifest = sent / "checkpoint" / "000001" / "manifest.json"
+    content = json.loads(manifest.read_bytes())
+    content["files"][elsewhere.format(sent.parent)] = digest(b"mine alone")
+    del content["digest"]
+    content["digest"] = digest(json.dumps(content, sort_keys=True).encode())
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    loaded = checkpoints.load()
+    assert loaded.state is None
+    assert loaded.dropped == ["checkpoint 000001 (manifest.json is not whole)"]
+
+
+@pytest.mark.parametrize("name", ["predictions/../../../x.parquet", "/x.parquet", "predictions/x.parquet/../y.parquet"])
+def test_predictions_are_put_together_from_files_of_the_run_only(name: str, sent: Path) -> None:
+    with pytest.raises(UserError, match="no file of predictions"):
+        PredictionsLogger(sent).load_state_dict({"predictions/0.parquet": "", name: ""})
+
+
+def test_a_saved_editor_is_of_the_class_that_was_asked_for(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "editor", tmp_path / "editor")
+    header = json.loads((tmp_path / "editor" / "editor.json").read_text(encoding="utf-8"))
+    model = EditableModel.from_pretrained("toy", task="classification")
+    for change_of_header in ({"editor": "os.system"}, {"settings": {**header["settings"], "plugins": ["x"]}}):
+        (tmp_path / "editor" / "editor.json").write_text(json.dumps({**header, **change_of_header}), encoding="utf-8")
+        with pytest.raises(UserError):
+            EDITORS.get("grace").from_pretrained(tmp_path / "editor", model=model)
+
+
+# --- models of a stranger --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A model folder with code in it that leaves a mark when it is run."""
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINTS / "atlas-drift", folder)
+    mark = f"from pathlib import Path\nPath({str(tmp_path / 'mark')!r}).touch()\n"
+    classes = "import transformers\nclass C(transformers.PretrainedConfig):\n    model_type = 'own'\nclass M: pass\n"
+    for name in ("code.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(mark + classes, encoding="utf-8")
+    return folder
+
+
+def adjust(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **entries}), encoding="utf-8")
+
+
+OWN = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M", "AutoTokenizer": ["code.M", "code.M"]}
+
+
+def with_code(folder: Path) -> None:
+    adjust(folder / "config.json", auto_map=OWN, model_type="own")
+
+
+def with_kernel(folder: Path) -> None:
+    adjust(folder / "config.json", text_config={"attn_implementation": "someone/kernel:main"})
+
+
+def with_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "/"}', encoding="utf-8"
+    )
+
+
+def with_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_weights_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "../model.safetensors"}}', encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("change_of", [with_code, with_kernel, with_adapter, with_pickle, with_weights_elsewhere])
+def test_a_model_folder_that_wants_more_than_its_weights_read_is_refused(
+    change_of: Callable[[Path], None], model_folder: Path
+) -> None:
+    change_of(model_folder)
+    with pytest.raises(UserError) as caught:
+        EditableModel.from_pretrained(model_folder, task="classification")
+    assert str(model_folder) in str(caught.value)
+    assert not (model_folder.parent / "mark").exists()
+
+
+def test_code_beside_a_known_model_is_left_alone(model_folder: Path) -> None:
+    adjust(model_folder / "config.json", auto_map=OWN)
+    adjust(model_folder / "tokenizer_config.json", auto_map=OWN)
+    model = EditableModel.from_pretrained(model_folder, task="classification")
+    assert type(model.module).__module__.startswith("transformers.")
+    assert not (model_folder.parent / "mark").exists()
+
+
+def calls() -> Iterator[tuple[Path, ast.Call]]:
+    """Every call in the source of the package."""
+    for package in ("grace_bench", "grace_bench.streams", "grace_bench.editors", "grace_bench.metrics"):
+        for path in Path(str(files(package))).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    yield path, node
+
+
+def test_nothing_in_the_package_unpickles_evaluates_or_trusts_code() -> None:
+    seen = 0
+    for path, call in calls():
+        name = ast.unparse(call.func)
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        place = f"{path}:{call.lineno}"
+        seen += 1
+        for option, safe in (("trust_remote_code", "False"), ("allow_pickle", "False"), ("shell", "False")):
+            assert given.get(option, safe) == safe, place
+        assert name not in {
+            "eval",
+            "exec",
+            "os.system",
+            "torch.load",
+            "yaml.load",
+            "__import__",
+            "pandas.read_pickle",
+        }, place
+        assert not name.startswith(("pickle.", "dill.", "joblib.", "marshal.", "shelve.")), place
+        if name.endswith(".from_pretrained") and name.partition(".")[0] in {"transformers", "getattr(transformers"}:
+            assert given.get("trust_remote_code") == "False", place
+    assert seen > 1000
