@@ -1,27 +1,37 @@
 """What strangers may send: run folders, settings, models and texts that want to be obeyed."""
 
 import ast
+import io
 import json
 import os
+import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 import grace_bench.streams
+from grace_bench.benchmarking import model_slug
 from grace_bench.checkpoint import Checkpoints, digest
 from grace_bench.cli import main
 from grace_bench.errors import UserError
+from grace_bench.figures.drawing import file_name
+from grace_bench.formats import csv_text, latex_cells
+from grace_bench.leaderboard import Leaderboard, render
 from grace_bench.loggers.jsonl import PredictionsLogger
 from grace_bench.models import EditableModel
-from grace_bench.registry import EDITORS
+from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
+from grace_bench.terminal import progress_bars
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"
@@ -181,10 +191,16 @@ FILES = (
 FOLDERS = ("checkpoint", "checkpoint/predictions", "editor", "wandb")
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS, "editor/editor.json", "wandb/run-id", "wandb/latest-run"])
-@pytest.mark.parametrize("existing", ["resume", "rerun"])
+@pytest.mark.parametrize(
+    ("existing", "name"),
+    [
+        *(("resume", name) for name in (*FILES, *FOLDERS, "editor/editor.json", "wandb/run-id", "wandb/latest-run")),
+        ("rerun", "checkpoint"),
+        ("rerun", "edits.jsonl"),
+    ],
+)
 def test_nothing_is_written_through_a_link_out_of_a_run_folder(
-    name: str, existing: str, finished: Path, sent: Path, treasure: Path, refused: Callable[..., str]
+    existing: str, name: str, finished: Path, sent: Path, treasure: Path, refused: Callable[..., str]
 ) -> None:
     (sent / name).parent.mkdir(exist_ok=True, parents=True)
     (sent / name).symlink_to(treasure if name in FOLDERS else treasure / "file")
@@ -358,3 +374,147 @@ def test_nothing_in_the_package_unpickles_evaluates_or_trusts_code() -> None:
         if name.endswith(".from_pretrained") and name.partition(".")[0] in {"transformers", "getattr(transformers"}:
             assert given.get("trust_remote_code") == "False", place
     assert seen > 1000
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+NAMES = ("../../x", "/x", "..", "a/b", "a\\b", "a\0b", "a\nb", "x" * 300, "\u202ea", "", ".hidden", "a b", "$(x)")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("registry", [STREAMS, EDITORS, METRICS], ids=lambda registry: registry.kind)
+def test_no_name_that_a_path_would_obey_is_registered(name: str, registry: Registry[Any]) -> None:
+    known = next(iter(registry.entries()))
+    with pytest.raises(ValueError, match="a name is of"):
+        registry.register(name)(registry.get(known))
+    with pytest.raises(UserError):
+        registry.get(name)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_run_folder_stays_where_it_belongs_whatever_the_model_is_called(name: str) -> None:
+    slug = model_slug(name, ["toy"])
+    assert re.fullmatch(r"[a-z0-9.-]{1,120}", slug)
+    assert not slug.startswith((".", "-"))
+    assert model_slug(name, ["toy"]) != model_slug(f"{name}x", ["toy"])
+    file = file_name("curves", name, name + "x")
+    assert re.fullmatch(r"[a-z0-9.-]{1,200}", file)
+    assert not file.startswith(".")
+
+
+# --- texts that want to be obeyed ------------------------------------------------------------------------------------
+
+# Clears a screen, names a window, writes to the clipboard, links, reverses, rings, overwrites; also as a C1 character.
+OBEYED = "\x1b[2J\x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\\u202e\x9b31m\r\x07\x08\u2028"
+SHOWN = r"\x1b[2J\x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\u202e\x9b31m\r\x07\x08\u2028"
+MARKUP = "[red]x[/red][link=http://x]y[/link][/]"
+
+
+def harmless(text: str) -> bool:
+    """Whether nothing in printed lines steers a terminal."""
+    return all(unicodedata.category(c) not in {"Cc", "Cf", "Cs", "Zl", "Zp"} for c in text.replace("\n", ""))
+
+
+@pytest.fixture(scope="module")
+def obeyed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose every text wants to be obeyed."""
+    folder = tmp_path_factory.mktemp("obeyed") / "run"
+    shutil.copytree(finished, folder)
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    for part, field in (("stream", "name"), ("model", "name"), ("editor", "name"), ("protocol", "tuning_budget")):
+        result[part][field] = f"=cmd|'{OBEYED}{MARKUP}"
+    result["run_id"] = OBEYED
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    lines = []
+    for line in (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        texts = {name: OBEYED + MARKUP for name in ("before_text", "after_text") if record[name] is not None}
+        lines.append(json.dumps({**record, **texts, "id": f"{record['id']}{OBEYED}"}))
+    (folder / "edits.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("fmt", ["table", "markdown", "csv", "json", "latex"])
+def test_a_leaderboard_shows_texts_and_obeys_none(fmt: str, obeyed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["leaderboard", str(obeyed), "--format", fmt]) == 0
+    out = capsys.readouterr().out
+    assert harmless(out)
+    assert "title" in out
+
+
+def test_a_request_is_shown_and_not_obeyed(obeyed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((obeyed / "edits.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert main(["show", str(obeyed), record["id"]]) == 0
+    out = capsys.readouterr().out
+    assert harmless(out)
+    assert SHOWN + MARKUP in re.sub(r"\s*\n\s*", "", out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "{run}", f"x{OBEYED}\n{MARKUP}"),
+        ("leaderboard", f"{{run}}/{OBEYED}\n{MARKUP}"),
+        ("resume", f"{{run}}/{OBEYED}\n"),
+        ("report", "{run}/..", "--out", f"{{run}}/result.json/{OBEYED}\n"),
+        ("run", f"stream={OBEYED}\n{MARKUP}"),
+        ("run", f"{OBEYED}\n=1"),
+        ("run", "stream=jsonl", f"stream.path={OBEYED}\n{MARKUP}", "model=toy", "out={run}/../x"),
+        (f"{OBEYED}\n",),
+    ],
+    ids=lambda arguments: arguments[0] if arguments[0].isalpha() else "no command",
+)
+def test_a_mistake_is_one_line_that_steers_nothing(
+    arguments: tuple[str, ...], obeyed: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(*(argument.replace("{run}", str(obeyed)) for argument in arguments))
+    assert harmless(line)
+
+
+def test_what_a_run_failed_of_is_shown_and_not_obeyed(sent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sent / "error.json").write_text(json.dumps({"error": OBEYED, "reason": f"a\n{OBEYED}"}), encoding="utf-8")
+    assert main(["resume", str(sent)]) == 0
+    out = capsys.readouterr().out
+    assert harmless(out)
+    assert f"after it failed ({SHOWN}: a {SHOWN})" in out
+
+
+def test_a_long_step_is_named_letter_by_letter() -> None:
+    file = io.StringIO()
+    with progress_bars(Console(file=file, width=300, force_terminal=False)) as progress:
+        progress(f"reading {OBEYED}{MARKUP}", 1, 1)
+    assert harmless(file.getvalue())
+    assert f"reading {SHOWN}{MARKUP}" in file.getvalue()
+
+
+def test_a_traceback_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    hook = sys.excepthook
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["grace-bench", "list", "metrics"])
+            assert main() == 0
+        error = RuntimeError(f"a\n{OBEYED}")
+        sys.excepthook(RuntimeError, error, None)
+    finally:
+        sys.excepthook = hook
+    err = capsys.readouterr().err
+    assert harmless(err)
+    assert f"RuntimeError: a\n{SHOWN}\n" in err
+
+
+def test_a_spreadsheet_computes_no_text_and_pandas_reads_every_number(obeyed: Path, finished: Path) -> None:
+    for folder, has_formula in ((obeyed, True), (finished, False)):
+        text = str(render(Leaderboard.read([folder]), "csv"))
+        frame = pd.read_csv(io.StringIO(text))
+        assert (frame["editor"][0] == f"'=cmd|'{SHOWN}{MARKUP}") is has_formula
+        for name in frame.columns:
+            assert not str(frame[name][0]).startswith(tuple("=+@")), name
+    numbers = csv_text(
+        [{"n": -0.1, "text": "-0.1", "e": 1e-9, "none": None, "tab": "\t=x", "wide": "＝x", "in": "a=b"}]
+    )
+    assert numbers.splitlines()[1] == "-0.1,'-0.1,1e-09,,\\t=x,'＝x,a=b"
+
+
+@pytest.mark.parametrize("name", ["[2cm]x", "*x"])
+def test_a_name_is_no_argument_of_the_latex_command_before_it(name: str) -> None:
+    assert latex_cells([(name, False), ("[1]", False)]) == rf"{{}}{name} & [1] \\"
