@@ -18,6 +18,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.benchmark import EditBenchmark, probe_requests
+from grace_bench.credentials import without_secrets
 from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
@@ -374,7 +375,7 @@ def describe_environment(model: EditableModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": model.engine.name,
         "engine_notes": model.engine.notes,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [without_secrets(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
     }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ import grace_bench.streams
 from grace_bench.benchmarking import model_slug
 from grace_bench.checkpoint import Checkpoints, digest
 from grace_bench.cli import main
+from grace_bench.credentials import refuse_secrets
 from grace_bench.errors import UserError
 from grace_bench.figures.drawing import file_name
 from grace_bench.formats import csv_text, latex_cells
+from grace_bench.jobs import record_failure
 from grace_bench.leaderboard import Leaderboard, render
 from grace_bench.loggers.jsonl import PredictionsLogger
 from grace_bench.models import EditableModel
@@ -518,3 +521,128 @@ def test_a_spreadsheet_computes_no_text_and_pandas_reads_every_number(obeyed: Pa
 @pytest.mark.parametrize("name", ["[2cm]x", "*x"])
 def test_a_name_is_no_argument_of_the_latex_command_before_it(name: str) -> None:
     assert latex_cells([(name, False), ("[1]", False)]) == rf"{{}}{name} & [1] \\"
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789fakefakefakefakefake0123456789",
+    "HF_TOKEN": "hf_fakefakefakefakefakefakefakefake01",
+    "HUGGING_FACE_HUB_TOKEN": "hf_fakefakefakefakefakefakefakefake02",
+    "AWS_SECRET_ACCESS_KEY": "fake+aws/03",
+    "DATABASE_PASSWORD": "fake-password-04",
+    "SOME_SERVICE_SECRET": "fake-secret-05",
+    "OPENAI_APIKEY": "fake-key-06",
+}
+PROXY = "http://someone:fake-proxy-07@127.0.0.1:9"
+IN_REMOTE = "fake-remote-08"
+
+
+def leaking(content: bytes) -> list[str]:
+    texts = {**SECRETS, "proxy": "fake-proxy-07", "remote": IN_REMOTE, "uncommitted": "fake-file-09"}
+    return [name for name, secret in texts.items() if secret.encode() in content]
+
+
+def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_path: Path) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    if shutil.which("git"):
+        (work / "file").write_text("committed", encoding="utf-8")
+        for command in (
+            ["init", "-q"],
+            ["remote", "add", "origin", f"https://{IN_REMOTE}:x-oauth-basic@localhost/x.git"],
+            ["add", "."],
+            ["commit", "-qm", "x"],
+        ):
+            subprocess.run([*git, *command], cwd=work, check=True)
+        (work / "file").write_text("fake-file-09", encoding="utf-8")
+    known = {path for path in work.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        [SCRIPT, "run", *SMALL[:-1], "out=runs", "wandb.mode=offline"],
+        cwd=work,
+        env={
+            **os.environ,
+            **SECRETS,
+            "HTTPS_PROXY": PROXY,
+            "HOME": str(home),
+            "WANDB_MODE": "offline",
+            "WANDB_SAVE_CODE": "1",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    left = [path for folder in (work, home) for path in folder.rglob("*") if path.is_file() and path not in known]
+    assert {"config.yaml", "result.json"} <= {path.name for path in left}
+    assert any(path.suffix == ".wandb" for path in left)
+    for path in left:
+        assert leaking(path.read_bytes()) == [], path
+    assert leaking(done.stdout + done.stderr) == []
+
+
+@pytest.fixture
+def with_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, secret in {**SECRETS, "HTTPS_PROXY": PROXY}.items():
+        monkeypatch.setenv(name, secret)
+
+
+@pytest.mark.usefixtures("with_secrets")
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"stream.path=/x/{SECRETS['WANDB_API_KEY']}",
+        f"wandb.project={SECRETS['DATABASE_PASSWORD']}",
+        "wandb.api_key=not-in-the-environment",
+        "hydra.launcher.ray.init._redis_password=fake-one",
+        "hydra.launcher.ray.init.runtime_env={env_vars:{WANDB_API_KEY:fake-one}}",
+        "hydra.launcher.ray.init.runtime_env.env_vars.HF_TOKEN=fake-one",
+        "hydra.launcher.setup=['export HF_TOKEN=fake-one']",
+        "hydra.launcher.ray.init.address=ray://someone:fake-one@host:1",
+        "model=hf_fakefakefakefakefakefakefakefake99",
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
+    override: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused("run", *SMALL, f"out={tmp_path / 'runs'}", override)
+    assert "which the run's files would show" in line
+    assert override.partition("=")[0] in line or "the value of" in line
+    assert leaking(line.encode()) == []
+    assert not {"fake-one", "not-in-the-environment", "hf_fake"} & set(re.split(r"[ =:@'{}]", line))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("with_secrets")
+@pytest.mark.parametrize(
+    "setting",
+    ["editor.mask_token=<mask>", "stream.max_target_tokens=20", "hydra.launcher.setup=['export HF_TOKEN=$HF_TOKEN']",
+     "wandb.api_key=null", "layer=model.layers.3.self_attn.k_proj", "model=https://host/x"],
+)  # fmt: skip
+def test_what_only_looks_like_a_secret_is_let_through(setting: str) -> None:
+    refuse_secrets("the command", [setting])
+
+
+@pytest.mark.usefixtures("with_secrets")
+def test_a_secret_that_a_configuration_asks_for_is_not_written_down(
+    sent: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused("run", *SMALL, f"out={tmp_path / 'runs'}", "wandb.group=${oc.env:SOME_SERVICE_SECRET}")
+    assert "the value of SOME_SERVICE_SECRET" in line
+    assert leaking(line.encode()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("with_secrets")
+def test_what_a_run_dies_of_tells_no_secret(sent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise RuntimeError(f"401 for {SECRETS['HF_TOKEN']} by {PROXY}, {' '.join(SECRETS.values())}")
+    except RuntimeError as error:
+        record_failure(sent, error)
+    content = (sent / "error.json").read_bytes()
+    assert leaking(content) == []
+    assert "401 for *** by http://***@127.0.0.1:9" in json.loads(content)["reason"]
+    assert main(["run", *SMALL, "model=nobody/nothing", f"out={sent.parent / 'runs'}"]) == 2
+    done = capsys.readouterr()
+    assert leaking((done.out + done.err).encode()) == []
