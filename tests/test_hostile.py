@@ -1,9 +1,11 @@
 """What strangers may send: run folders, settings, models and texts that want to be obeyed."""
 
 import ast
+import base64
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -31,9 +35,12 @@ from grace_bench.figures.drawing import file_name
 from grace_bench.formats import csv_text, latex_cells
 from grace_bench.jobs import record_failure
 from grace_bench.leaderboard import Leaderboard, render
+from grace_bench.loggers import RunPlan
 from grace_bench.loggers.jsonl import PredictionsLogger
+from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
+from grace_bench.results import PREDICTIONS, read_predictions
 from grace_bench.terminal import progress_bars
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
@@ -170,6 +177,16 @@ def test_presets_of_a_stranger_hold_values_only(preset: str, tmp_path: Path, ref
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "override", ["editor._target_=os.system", "stream._target_=pathlib.Path", "+editor._args_=[x]"]
+)
+def test_nor_does_the_command_line_name_what_is_built(
+    override: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    refused("run", *SMALL, f"out={tmp_path / 'runs'}", override)
+    assert not (tmp_path / "runs").exists()
+
+
 # --- run folders of a stranger ---------------------------------------------------------------------------------------
 
 
@@ -217,6 +234,53 @@ def test_nothing_is_written_through_a_link_out_of_a_run_folder(
         line = refused("run", *SMALL, f"out={out}", "existing=rerun")
     assert f"{name}: is a link that leads out of the run folder" in line
     assert {path.name: path.read_text(encoding="utf-8") for path in treasure.iterdir()} == {"file": "mine alone"}
+
+
+def test_a_resumed_run_is_written_into_its_folder_whatever_its_configuration_says(sent: Path) -> None:
+    elsewhere = sent.parent / "elsewhere"
+    change(sent / "config.yaml", out=str(elsewhere), wandb__project="../../x", wandb__group="../../x", existing="rerun")
+    assert main(["resume", str(sent)]) == 0
+    assert {path.name for path in sent.parent.iterdir()} == {"sent"}
+    assert json.loads((sent / "result.json").read_text(encoding="utf-8"))["run_id"].startswith("toy/toy/grace/")
+
+
+@pytest.mark.parametrize("kept", ["../../../x", "a/b", "x" * 100, "a\nb", ""])
+def test_a_run_id_for_wandb_is_an_id(
+    kept: str, sent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (sent / "wandb").mkdir()
+    (sent / "wandb" / "run-id").write_text(kept, encoding="utf-8")
+    logger = WandbLogger(sent, mode="offline")
+    logger.start(RunPlan(run_id="r", folder=sent, config={}, stream="s", model="m", editor="e", n_candidates=1,
+                         max_edits=1, higher_is_better=True))  # fmt: skip
+    logger.finish(None)
+    assert "W&B is off for this run" in capsys.readouterr().err
+    assert {path.name for path in sent.rglob("*")} == {"config.yaml", "wandb", "run-id"}
+
+
+class Unpickled:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._mark,)
+
+
+def test_a_parquet_file_unpickles_nothing(sent: Path, refused: Callable[..., str]) -> None:
+    mark = sent / "mark"
+    extension = {"ARROW:extension:name": "arrow.py_extension_type",
+                 "ARROW:extension:metadata": pickle.dumps(Unpickled(mark))}  # fmt: skip
+    fields = [field.with_metadata(extension) if field.name == "text" else field for field in PREDICTIONS]
+    table = pa.Table.from_pylist([dict.fromkeys(PREDICTIONS.names)], schema=pa.schema(fields))
+    pq.write_table(table, sent / "predictions.parquet")
+    written = pq.read_metadata(sent / "predictions.parquet").metadata[b"ARROW:schema"]
+    assert b"arrow.py_extension_type" in base64.b64decode(written)
+    assert len(read_predictions(sent / "predictions.parquet", columns=["text"])) == 1
+    refused("run", "stream=scotus", f"stream.path={sent / 'predictions.parquet'}", "model=toy", f"out={sent / 'runs'}")
+    assert not mark.exists()
 
 
 def test_links_that_stay_in_a_run_folder_do_no_harm(finished: Path, tmp_path: Path) -> None:
