@@ -42,18 +42,23 @@ def refuse_references(path: Path) -> None:
             raise UserError(f"{path}:{line}: {wrong}; settings of a file are values and nothing else")
 
 
-def refuse_links(folder: Path) -> None:
+def check_run_folder(folder: Path) -> None:
     """Makes sure that what is read and written in a run folder lies in it.
 
     A link that was sent along would have a resumed run write, or a report show, a file that lies elsewhere; a pipe
-    would keep either waiting for ever. What W&B keeps in folders of `wandb/` is its own: nothing here reads it.
+    would keep either waiting for ever. Settings of W&B, which it takes from the working folder, name the server that is
+    sent the key. What it keeps in folders of `wandb/` is its own: nothing here reads it.
 
     Args:
         folder: The run folder, which may itself be a link; it need not exist.
 
     Raises:
-        UserError: If a link leads out of the folder, or something in it is neither a file nor a folder.
+        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would take
+            settings from it.
     """
+    settings = folder / "wandb" / "settings"
+    if settings.exists():
+        raise UserError(f"{settings}: would tell W&B where to send your key; no run leaves such a file: remove it")
     home = folder.resolve()
     for where, folders, files in os.walk(folder):
         for path in (Path(where, name) for name in (*folders, *files)):

@@ -244,6 +244,15 @@ def test_a_resumed_run_is_written_into_its_folder_whatever_its_configuration_say
     assert json.loads((sent / "result.json").read_text(encoding="utf-8"))["run_id"].startswith("toy/toy/grace/")
 
 
+def test_a_run_folder_does_not_say_where_the_key_for_wandb_is_sent(
+    sent: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sent / "wandb").mkdir()
+    (sent / "wandb" / "settings").write_text("[default]\nbase_url = http://localhost:9\n", encoding="utf-8")
+    monkeypatch.chdir(sent)
+    assert "wandb/settings: would tell W&B" in refused("resume", ".")
+
+
 @pytest.mark.parametrize("kept", ["../../../x", "a/b", "x" * 100, "a\nb", ""])
 def test_a_run_id_for_wandb_is_an_id(
     kept: str, sent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -305,9 +314,24 @@ def test_a_report_shows_no_file_from_elsewhere(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
-def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(sent: Path, refused: Callable[..., str]) -> None:
-    os.mkfifo(sent / "result.json")
-    assert "result.json: is neither a file nor a folder" in refused("resume", str(sent))
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("result.json", ("resume", "{run}")),
+        ("result.json", ("leaderboard", "{run}")),
+        ("edits.jsonl", ("show", "{run}", "x")),
+        ("metrics.jsonl", ("figure", "curves", "{run}", "--out", "{run}/figures")),
+        ("config.yaml", ("report", "{run}", "--out", "{run}/page")),
+    ],
+)
+def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(
+    name: str, command: tuple[str, ...], finished: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert f"{name}: is neither a file nor a folder" in refused(*(word.replace("{run}", str(run)) for word in command))
 
 
 @pytest.mark.parametrize("elsewhere", ["../../treasure/file", "/{}/treasure/file", "000001/../../../treasure/file"])
@@ -623,15 +647,16 @@ def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_pat
             subprocess.run([*git, *command], cwd=work, check=True)
         (work / "file").write_text("fake-file-09", encoding="utf-8")
     known = {path for path in work.rglob("*") if path.is_file()}
+    # A W&B of another test's would be found by its port.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run(
         [SCRIPT, "run", *SMALL[:-1], "out=runs", "wandb.mode=offline"],
         cwd=work,
         env={
-            **os.environ,
+            **inherited,
             **SECRETS,
             "HTTPS_PROXY": PROXY,
             "HOME": str(home),
-            "WANDB_MODE": "offline",
             "WANDB_SAVE_CODE": "1",
         },
         capture_output=True,
@@ -640,7 +665,7 @@ def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_pat
     assert done.returncode == 0, done.stderr.decode()
     left = [path for folder in (work, home) for path in folder.rglob("*") if path.is_file() and path not in known]
     assert {"config.yaml", "result.json"} <= {path.name for path in left}
-    assert any(path.suffix == ".wandb" for path in left)
+    assert any(path.suffix == ".wandb" for path in left), done.stderr.decode()
     for path in left:
         assert leaking(path.read_bytes()) == [], path
     assert leaking(done.stdout + done.stderr) == []
