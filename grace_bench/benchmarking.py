@@ -22,6 +22,7 @@ from grace_bench.credentials import without_secrets
 from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
+from grace_bench.foreign import check_run_folder
 from grace_bench.keeping import KeptRun
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -123,11 +124,13 @@ def run_benchmark(
         The result; with `folder`, also written there as `result.json`.
 
     Raises:
-        UserError: If a name is unknown, data cannot be read, the parts do not fit together, or a checkpoint is of
-            another configuration, model or data.
+        UserError: If a name is unknown, data cannot be read, the parts do not fit together, a checkpoint is of another
+            configuration, model or data, or something in the folder leads out of it.
         Interrupted: After a signal, once the run's state is on disk.
     """
     settings = settings or RunSettings()
+    if folder is not None:
+        check_run_folder(folder)
     opened = open_benchmark(
         stream,
         model=model,

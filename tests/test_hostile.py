@@ -100,7 +100,9 @@ def test_an_untouched_folder_is_resumed(sent: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["stream", "editor"])
-@pytest.mark.parametrize("place", ["itself", "inside", "in a list", "another part of the package", "instead"])
+@pytest.mark.parametrize(
+    "place", ["itself", "inside", "in a list", "another part of the package", "instead", "in half"]
+)
 def test_a_configuration_builds_registered_names_and_nothing_else(
     group: str, place: str, sent: Path, refused: Callable[..., str]
 ) -> None:
@@ -116,6 +118,8 @@ def test_a_configuration_builds_registered_names_and_nothing_else(
             config[group]["seed"] = [[call]]
         case "another part of the package":
             config[group]["_target_"] = "grace_bench.files.set_aside"
+        case "in half":
+            config[group]["_partial_"] = not config[group]["_partial_"]
         case "instead":
             config[group] = f"os.mkdir {mark}"
     (sent / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
