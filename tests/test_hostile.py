@@ -37,7 +37,7 @@ from grace_bench.jobs import record_failure
 from grace_bench.leaderboard import Leaderboard, render
 from grace_bench.loggers import RunPlan
 from grace_bench.loggers.jsonl import PredictionsLogger
-from grace_bench.loggers.wandb import WandbLogger
+from grace_bench.loggers.wandb import WandbLogger, _remote_holds_secrets
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
 from grace_bench.results import PREDICTIONS, read_predictions
@@ -673,6 +673,26 @@ def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_pat
     for path in left:
         assert leaking(path.read_bytes()) == [], path
     assert leaking(done.stdout + done.stderr) == []
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize(
+    ("remote", "is_hidden"),
+    [
+        ("https://host/x.git", False),
+        ("git@host:x.git", False),
+        ("https://token:x-oauth-basic@host/x.git", True),
+        ("https://hf_fakefakefakefakefakefakefakefake01@host/x", True),
+    ],
+)
+def test_a_repository_whose_address_holds_a_token_is_not_told_of(
+    remote: str, is_hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not _remote_holds_secrets()
+    for command in (["init", "-q"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", "-c", "init.defaultBranch=main", *command], check=True)
+    assert _remote_holds_secrets() is is_hidden
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -112,8 +113,8 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                # Addresses of repositories hold tokens, and what is not committed is nobody's business.
-                disable_git=True,
+                # It leaves the name of the user in the address, which may be the token.
+                disable_git=_remote_holds_secrets(),
                 init_timeout=timeout,
                 # One request may take no longer than all of them.
                 x_graphql_timeout_seconds=timeout,
@@ -191,6 +192,16 @@ def retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[t
         if row["score"] is not None and math.isfinite(row["score"]):
             scores[(n_edits - made[row["request_id"]]) // width].append(row["score"])
     return [(tenth * width + (width - 1) / 2, fmean(scores[tenth])) for tenth in sorted(scores)]
+
+
+def _remote_holds_secrets() -> bool:
+    """Whether a remote of the Git repository that one stands in has a password or a token in its address."""
+    command = ["git", "config", "--get-regexp", r"^remote\..*\.url$"]
+    try:
+        remotes = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return False
+    return without_secrets(remotes) != remotes
 
 
 def _sync(run: Any) -> str:
