@@ -19,7 +19,7 @@ def refuse_references(path: Path) -> None:
     OmegaConf fills in `${...}`, which reaches environment variables; aliases make a short file grow without bound.
 
     Args:
-        path: The file, which is known to be readable YAML by whoever reads it next.
+        path: The file.
 
     Raises:
         UserError: If there is an alias or a `${...}` in it, or it is nested too deeply, naming the line.
@@ -38,8 +38,8 @@ def refuse_references(path: Path) -> None:
         elif depth > _DEEPEST:
             wrong = f"is nested more than {_DEEPEST} deep"
         if wrong is not None:
-            line = event.start_mark.line + 1
-            raise UserError(f"{path}:{line}: {wrong}; settings of a file are values and nothing else")
+            place = path if event.start_mark is None else f"{path}:{event.start_mark.line + 1}"
+            raise UserError(f"{place}: {wrong}; settings of a file are values and nothing else")
 
 
 def check_run_folder(folder: Path) -> None:

@@ -71,7 +71,7 @@ def install(folder: Path) -> Path:
     scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
     if not (scripts / "pip-audit").exists():
         venv.create(folder, with_pip=True)
-        command = [scripts / "python", "-m", "pip", "install", "--quiet", REQUIREMENT]
+        command = [str(scripts / "python"), "-m", "pip", "install", "--quiet", REQUIREMENT]
         subprocess.run(command, check=True, capture_output=True, text=True)
     return scripts / "pip-audit"
 
@@ -81,9 +81,9 @@ def ask(pip_audit: Path, service: str, packages: dict[str, str]) -> Verdict:
     with tempfile.TemporaryDirectory() as scratch:
         requirements = Path(scratch) / "requirements.txt"
         requirements.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
-        options = ["--requirement", requirements, "--no-deps", "--disable-pip", "--vulnerability-service", service]
+        options = ["--requirement", str(requirements), "--no-deps", "--disable-pip", "--vulnerability-service", service]
         options += ["--format", "json", "--desc", "off", "--progress-spinner", "off", "--timeout", "10"]
-        done = subprocess.run([pip_audit, *options], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(pip_audit), *options], capture_output=True, text=True, check=False)
     return judge(done.stdout, done.stderr)
 
 

@@ -80,7 +80,7 @@ def test_an_audit_tells_a_vulnerability_from_a_service_that_is_away(
         encoding="utf-8",
     )
     stand_in.chmod(0o755)
-    command = [sys.executable, ROOT / "scripts" / "audit.py", tmp_path]
+    command = [sys.executable, str(ROOT / "scripts" / "audit.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     for text in says:
