@@ -22,7 +22,7 @@ from torch import Tensor
 from grace_bench.errors import UserError
 from grace_bench.files import sync_folder, write_synced
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"
