@@ -223,7 +223,6 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
     Raises:
         UserError: If it cannot be read, or a column is missing or of another type.
     """
-    _refuse_pipe(path)
     try:
         schema = pq.read_schema(path)
         for field in PREDICTIONS:
@@ -242,7 +241,6 @@ def read_result(path: Path) -> RunResult:
     Raises:
         UserError: If it is missing, broken or of another schema version, naming the file and the field.
     """
-    _refuse_pipe(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -262,14 +260,7 @@ class _Header(BaseModel):
     schema_version: int
 
 
-def _refuse_pipe(path: Path) -> None:
-    """Raises if reading a path would wait for ever, or never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: is neither a file nor a folder")
-
-
 def _read_lines(path: Path, model: type[Line]) -> list[Line]:
-    _refuse_pipe(path)
     try:
         # Not splitlines, which also breaks at characters that may stand in a text.
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -322,9 +322,7 @@ def test_a_report_shows_no_file_from_elsewhere(
     ("name", "command"),
     [
         ("result.json", ("resume", "{run}")),
-        ("result.json", ("leaderboard", "{run}")),
-        ("edits.jsonl", ("show", "{run}", "x")),
-        ("metrics.jsonl", ("figure", "curves", "{run}", "--out", "{run}/figures")),
+        ("edits.jsonl", ("resume", "{run}")),
         ("config.yaml", ("report", "{run}", "--out", "{run}/page")),
     ],
 )
