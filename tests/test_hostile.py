@@ -633,6 +633,7 @@ def leaking(content: bytes) -> list[str]:
     return [name for name, secret in texts.items() if secret.encode() in content]
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_path: Path) -> None:
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
