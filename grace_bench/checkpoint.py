@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,6 +26,8 @@ SCHEMA_VERSION = 2
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"
+# A file in a folder beside the checkpoints, and no way out of there.
+_Place = Annotated[str, StringConstraints(pattern=r"^[0-9a-z_-]+/[0-9a-z_-]+\.[a-z]+$")]
 
 
 class _Manifest(BaseModel):
@@ -39,7 +41,7 @@ class _Manifest(BaseModel):
     schema_version: int
     identity: dict[str, Any]
     n_edits: int
-    files: dict[str, str]
+    files: dict[_Place, str]
     digest: str = ""
 
     def sealed(self) -> "_Manifest":

@@ -3,12 +3,16 @@
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
+from grace_bench.credentials import refuse_secrets, without_secrets
 from grace_bench.errors import RunFailure, UserError
+from grace_bench.formats import on_one_line, visible
 
 _RUN_HELP = """usage: grace-bench run [-m] [option=value ...]
 
@@ -76,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
     """
+    if arguments is None:
+        sys.excepthook = _show_traceback
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Loading reports and download bars would drown the one line that says what is wrong.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
@@ -84,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Avalanche imports a solver package that complains on import; nothing here uses it.
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:
+        if given[:1] in (["run"], ["plan"], ["meta-train"], ["figure"], ["pretrain"]):
+            refuse_secrets("the command", given[1:])
         if given[:1] == ["run"]:
             return _run(given[1:])
         if given[:1] == ["plan"]:
@@ -102,16 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except UserError as error:
-        print(f"grace-bench: {_shown(str(error))}", file=sys.stderr)
+        print(f"grace-bench: {on_one_line(without_secrets(str(error)))}", file=sys.stderr)
         return 2
     except RunFailure as error:
-        print(f"grace-bench: {_shown(str(error))}", file=sys.stderr)
+        print(f"grace-bench: {on_one_line(without_secrets(str(error)))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"grace-bench: {_shown(str(interrupt)) or 'interrupted'}", file=sys.stderr)
+        print(f"grace-bench: {on_one_line(str(interrupt)) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback, in which texts of a data set may stand, with what steers a terminal shown."""
+    text = without_secrets("".join(traceback.format_exception(kind, error, trace)))
+    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, end="")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -205,8 +219,9 @@ def _run(overrides: list[str]) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     from grace_bench.jobs import resume
+    from grace_bench.terminal import say
 
-    resume(options.runs, say=print)
+    resume(options.runs, say=say)
     return 0
 
 
@@ -231,8 +246,9 @@ def _meta_train(overrides: list[str]) -> int:
     if flag is not None:
         raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
     from grace_bench.jobs import compose, execute_meta_training
+    from grace_bench.terminal import say
 
-    execute_meta_training(compose(overrides), say=print)
+    execute_meta_training(compose(overrides), say=say)
     return 0
 
 
@@ -244,6 +260,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from rich.markup import escape
     from rich.table import Table
 
     from grace_bench.registry import EDITORS, METRICS, STREAMS
@@ -267,7 +284,7 @@ def _list(options: argparse.Namespace) -> int:
         table.add_column(no_wrap=True)
         table.add_column()
         for name, text in rows:
-            table.add_row(name, text.replace("[", r"\["))
+            table.add_row(name, escape(visible(text)))
         console.print(table)
     return 0
 
@@ -294,15 +311,17 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from grace_bench.report import write_report
+    from grace_bench.terminal import say
 
-    print(write_report(options.runs, options.out))
+    say(str(write_report(options.runs, options.out)))
     return 0
 
 
 def _dashboard(options: argparse.Namespace) -> int:
     from grace_bench.dashboard import dashboard
+    from grace_bench.terminal import say
 
-    dashboard(options.project, entity=options.entity, group=options.group, out=options.out, say=print)
+    dashboard(options.project, entity=options.entity, group=options.group, out=options.out, say=say)
     return 0
 
 
@@ -316,15 +335,17 @@ def _figure(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_intermixed_args(arguments)
     from grace_bench.figures.commands import draw
+    from grace_bench.terminal import say
 
-    draw(options.kind, options.given, options.out, say=print)
+    draw(options.kind, options.given, options.out, say=say)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from grace_bench.terminal import say
     from grace_bench.verify import verify_files
 
-    return verify_files(options.files, print)
+    return verify_files(options.files, say)
 
 
 def _pretrain(arguments: list[str]) -> int:
@@ -356,8 +377,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
-
-
-def _shown(text: str) -> str:
-    """One line, with control characters shown rather than obeyed."""
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

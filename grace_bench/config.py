@@ -4,13 +4,12 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
-from hydra.utils import get_class
 from hydra_zen import builds, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +17,8 @@ from yaml import YAMLError
 
 from grace_bench.errors import UserError, reason_of
 from grace_bench.files import write_atomically
+from grace_bench.foreign import refuse_references
+from grace_bench.formats import on_one_line
 from grace_bench.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
@@ -77,7 +78,7 @@ def register_configs(overrides: Sequence[str]) -> None:
                 # Only those who ask for it need it.
                 if f"{group}={name}" in overrides:
                     raise
-                print(f"grace-bench: {error}", file=sys.stderr)
+                print(f"grace-bench: {on_one_line(str(error))}", file=sys.stderr)
                 continue
             parameters = inspect.signature(cls).parameters
             node = builds(
@@ -117,19 +118,30 @@ def make_stream(config: DictConfig) -> Any:
     Raises:
         UserError: If an option has a value it cannot have.
     """
-    return _instantiate(config.stream)
+    return _instantiate("stream", config.stream, STREAMS)
 
 
 def make_editor(config: DictConfig) -> Any:
-    """Returns what makes the editor that a run's configuration describes."""
-    return _instantiate(config.editor)
+    """Returns what makes the editor that a run's configuration describes.
+
+    Raises:
+        UserError: If it describes anything else.
+    """
+    return _instantiate("editor", config.editor, EDITORS)
 
 
 def registered_name(node: DictConfig) -> str:
-    """Returns the registered name of the class that a stream's or editor's configuration makes."""
-    target = node.get("_zen_target") if "_zen_target" in node else node["_target_"]
-    name: str = get_class(target).registered_name  # type: ignore[attr-defined]
-    return name
+    """Returns the registered name of the class that a stream's or editor's configuration makes.
+
+    Raises:
+        UserError: If it makes none of them.
+    """
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    for registry in (STREAMS, EDITORS):
+        name = _name_of(target, registry)
+        if name is not None:
+            return name
+    raise UserError(f"_target_={target} is no registered stream or editor")
 
 
 def config_hash(config: DictConfig) -> str:
@@ -138,6 +150,22 @@ def config_hash(config: DictConfig) -> str:
     assert isinstance(plain, dict)
     kept = {key: value for key, value in plain.items() if key not in _NOT_IN_THE_HASH}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def flat_settings(config: DictConfig) -> list[str]:
+    """Returns every setting as `option=value`."""
+
+    def leaves(path: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from leaves(f"{path}.{key}" if path else str(key), inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from leaves(path, inner)
+        else:
+            yield f"{path}={'null' if value is None else value}"
+
+    return list(leaves("", OmegaConf.to_container(config, resolve=True)))
 
 
 def write_config(config: DictConfig, path: Path) -> None:
@@ -152,6 +180,7 @@ def read_config(path: Path) -> DictConfig:
         UserError: If it is missing or is no configuration of a run.
     """
     try:
+        refuse_references(path)
         config = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -163,10 +192,52 @@ def read_config(path: Path) -> DictConfig:
     return config
 
 
-def _instantiate(node: DictConfig) -> Any:
+def _instantiate(group: str, node: Any, registry: Registry[Any]) -> Any:
+    """Makes what a node describes: an object of a registered class, from plain values.
+
+    Hydra calls whatever a node names, at any depth, and the node may have been written by a stranger.
+    """
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{group}={node} should be the settings of a {group}")
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    if _name_of(plain.pop("_target_", None), registry) is None:
+        raise UserError(f"{group}._target_={node.get('_target_')} is no registered {group}")
+    # An editor waits for its model.
+    if bool(plain.pop("_partial_", False)) != (registry is EDITORS):
+        raise UserError(f"{group}._partial_={node.get('_partial_')}: is no setting")
+    _refuse_directives(group, plain)
     try:
         return instantiate(node)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+def _name_of(target: Any, registry: Registry[Any]) -> str | None:
+    """The name that a dotted path is registered under; nothing is imported that is not registered."""
+    for entry in registry.entries().values():
+        if entry.origin == "grace_bench":
+            path = f"{entry.module}.{entry.class_name}"
+        else:
+            # Its entry point may name another module than the one that defines it.
+            try:
+                cls = registry.get(entry.name)
+            except UserError:
+                continue
+            path = f"{cls.__module__}.{cls.__qualname__}"
+        if path == target:
+            return entry.name
+    return None
+
+
+def _refuse_directives(place: str, value: Any) -> None:
+    """Raises if settings hold, at any depth, a key that Hydra would act on; each of those begins with `_`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if str(key).startswith("_"):
+                raise UserError(f"{place}.{key}: is no setting")
+            _refuse_directives(f"{place}.{key}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_directives(place, inner)

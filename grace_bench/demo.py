@@ -10,6 +10,7 @@ from grace_bench.jobs import compose, execute, folder_of
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.parallel import side_by_side
 from grace_bench.registry import EDITORS, STREAMS
+from grace_bench.terminal import say
 
 _STREAMS = ("atlas-qa", "atlas-text")
 _FOR_COMPARISON = ("grace", "none")
@@ -26,7 +27,7 @@ def demo(out: Path, *, n_edits: int) -> None:
     """
     folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
     print_leaderboard(Leaderboard.read(folders))
-    print(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
+    say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
 
 def _pairs() -> Iterator[tuple[str, str]]:

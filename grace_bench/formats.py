@@ -22,6 +22,15 @@ def visible(text: str) -> str:
     )
 
 
+def on_one_line(text: str) -> str:
+    r"""Returns the text on one line, with what steers a terminal written as escapes.
+
+    >>> on_one_line("a\nb\x1b[1m")
+    'a b\\x1b[1m'
+    """
+    return visible(text.replace("\n", " ").replace("\t", " "))
+
+
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~#$"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
@@ -80,14 +89,27 @@ def latex_text(text: str) -> str:
 def latex_cells(line: Line) -> str:
     """Returns a line of a LaTeX table."""
     texts = [(latex_text(text), is_bold) for text, is_bold in line]
+    if texts[0][0].startswith(("[", "*")):
+        # The command that ended the line before would take it for its argument.
+        texts[0] = (f"{{}}{texts[0][0]}", texts[0][1])
     return " & ".join(rf"\textbf{{{text}}}" if is_bold else text for text, is_bold in texts) + r" \\"
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns records of the same fields as CSV with a header; what is None is an empty cell."""
+    """Returns records of the same fields as CSV with a header; what is None is an empty cell.
+
+    A text that a spreadsheet would compute, because it begins with `=`, `+`, `-` or `@`, gets an apostrophe in front;
+    numbers stay as they are.
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({name: visible(v) if isinstance(v, str) else v for name, v in record.items()})
+        writer.writerow({name: _csv_cell(v) if isinstance(v, str) else v for name, v in record.items()})
     return buffer.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    shown = visible(text)
+    # In their wide forms, too, which some spreadsheets take for the same.
+    return f"'{shown}" if shown.lstrip().startswith(tuple("=+-@＝＋－＠")) else shown

@@ -24,6 +24,7 @@ from grace_bench.benchmarking import RunSettings, meta_train, model_slug, run_be
 from grace_bench.config import (
     check_options,
     config_hash,
+    flat_settings,
     make_editor,
     make_stream,
     read_config,
@@ -31,8 +32,11 @@ from grace_bench.config import (
     registered_name,
     write_config,
 )
+from grace_bench.credentials import refuse_secrets, without_secrets
 from grace_bench.errors import RunFailure, UserError, did_you_mean, reason_of
 from grace_bench.files import name_aside, write_atomically
+from grace_bench.foreign import check_run_folder
+from grace_bench.formats import on_one_line
 from grace_bench.lock import FolderLock
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
@@ -150,6 +154,8 @@ def resume(folders: Sequence[Path], *, say: Say) -> None:
 
 
 def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
+    check_run_folder(folder)
+    refuse_secrets("the configuration", flat_settings(config))
     stream, asked = asked_of(config)
     finished = None if config.existing == "rerun" else _finished(folder, stream, say)
     if finished is not None:
@@ -212,7 +218,7 @@ def _begin(folder: Path, config: DictConfig, say: Say) -> bool:
 def _failure_in(path: Path) -> str:
     try:
         record = json.loads(path.read_bytes())
-        return f"{record['error']}: {record['reason']}"
+        return on_one_line(f"{record['error']}: {record['reason']}")
     except (OSError, ValueError, KeyError, TypeError):
         return "for a reason that was not recorded whole"
 
@@ -384,9 +390,9 @@ def record_failure(folder: Path, error: BaseException) -> None:
     with suppress(OSError):
         record = {
             "error": type(error).__name__,
-            "reason": reason_of(error),
+            "reason": without_secrets(reason_of(error)),
             "host": platform.node(),
-            "traceback": "".join(traceback.format_exception(error)),
+            "traceback": without_secrets("".join(traceback.format_exception(error))),
         }
         write_atomically(folder / _FAILURE, json.dumps(record, indent=1))
 

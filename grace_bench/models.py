@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.foreign import check_model_folder
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
 from grace_bench.zoo import default_layer, resolve_model
@@ -235,6 +236,8 @@ class EditableModel(nn.Module):
                 f"not for {chosen.name}"
             )
         weights, vocabulary = source.fetch()
+        for folder in dict.fromkeys((weights, vocabulary)):
+            check_model_folder(folder)
         custom = source.stream.load_model(Path(weights)) if source.stream else None
         if custom is None:
             module, encode = _load_module(weights, chosen, precision, device_map), None
@@ -680,7 +683,7 @@ def _load_tokenizer(path: str) -> Any:
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error
 
 

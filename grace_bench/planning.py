@@ -24,6 +24,7 @@ from rich.table import Table
 
 from grace_bench.benchmark import EditBenchmark
 from grace_bench.benchmarking import RunSettings, check_fit, check_subjects, open_benchmark, prepare_editor
+from grace_bench.formats import visible
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel
@@ -217,7 +218,9 @@ def plan_benchmark(
 def print_forecast(forecast: Forecast) -> None:
     """Prints a forecast as a table and a line or two."""
     console = table_console()
-    table = Table(title=escape(forecast.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=escape(visible(forecast.title)), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     table.add_column("phase")
     for column in ("count", "each", "total"):
         table.add_column(column, justify="right")
@@ -227,7 +230,7 @@ def print_forecast(forecast: Forecast) -> None:
             table.add_row(phase.name, f"{phase.count:,}", each, _duration(phase.seconds))
     console.print(table)
     for line in _lines(forecast):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_sum(forecasts: Sequence[Forecast]) -> None:

@@ -7,6 +7,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 from grace_bench.errors import UserError
+from grace_bench.foreign import refuse_references
 
 _GROUP = "own"
 _SETTINGS = ("editor", "layer", "model", "tuning_budget")
@@ -45,6 +46,7 @@ def _is_path(value: str) -> bool:
 
 def _read(path: Path) -> dict[str, object]:
     try:
+        refuse_references(path)
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error

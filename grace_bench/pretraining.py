@@ -8,7 +8,7 @@ from grace_bench.config import make_stream
 from grace_bench.errors import UserError
 from grace_bench.jobs import compose
 from grace_bench.registry import STREAMS
-from grace_bench.terminal import progress_bars
+from grace_bench.terminal import progress_bars, say
 from grace_bench.types import EditStream
 from grace_bench.zoo import mark_checkpoint, resolve_model
 
@@ -49,8 +49,8 @@ def pretrain(stream: str, overrides: Sequence[str], out: Path, *, seed: int) -> 
         raise
     mark_checkpoint(out, stream)
     for name, value in figures.items():
-        print(f"{name} {value:.4f}")
-    print(f"saved to {out}: {' '.join(['grace-bench run', f'stream={stream}', *options, f'model={out}'])}")
+        say(f"{name} {value:.4f}")
+    say(f"saved to {out}: {' '.join(['grace-bench run', f'stream={stream}', *options, f'model={out}'])}")
 
 
 def _base(model: str) -> str:

@@ -8,6 +8,7 @@ asked for. Packages outside the repository register through entry points of the 
 import ast
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,9 @@ from typing import Any, Generic, TypeVar
 from grace_bench.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+
+# It becomes a part of paths, of command lines and of file names on any system.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,10 @@ class Registry(Generic[T]):
 
         Raises:
             TypeError: If the class is not a subclass of the registry's base or has no docstring.
-            ValueError: If another class already has the name.
+            ValueError: If the name cannot be the name of a folder, or another class already has it.
         """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{self.kind} {name!r}: a name is of at most 64 letters, digits, hyphens and underscores")
 
         def decorate(cls: type[T]) -> type[T]:
             base_module, base_name = self._base.split(":")
@@ -85,7 +91,7 @@ class Registry(Generic[T]):
         """Returns every entry by name, the package's own first, each group in alphabetical order."""
         own = dict(_scan_package(self.package, f"register_{self.kind}"))
         for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
-            if point.name in own:
+            if point.name in own or not _NAME.fullmatch(point.name):
                 continue
             module, _, class_name = point.value.partition(":")
             distribution = point.dist

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,6 +31,8 @@ from grace_bench.curves import (
 )
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
+from grace_bench.foreign import check_run_folder
+from grace_bench.formats import visible
 from grace_bench.leaderboard import Column, Leaderboard, Row, Table, cell_text, find_result_files
 from grace_bench.registry import EDITORS
 from grace_bench.results import Evaluation, RunResult, read_evaluations, read_result
@@ -105,10 +106,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Reads run folders.
 
     Raises:
-        UserError: If there is no finished run, or a file of one is missing or broken, naming file and line.
+        UserError: If there is no finished run, a file of one is missing or broken, naming file and line, or a link in a
+            run folder leads out of it.
     """
     runs = []
     for file in find_result_files(paths):
+        check_run_folder(file.parent)
         folder, result = file.parent, read_result(file)
         config = folder / "config.yaml"
         runs.append(
@@ -178,21 +181,6 @@ def render_report(runs: Sequence[Run]) -> str:
         scripts=[Markup(script) for script in scripts],
         script_hashes=[_hash(script) for script in scripts],
     )
-
-
-def visible(text: str) -> str:
-    r"""Returns the text with characters that steer a terminal or the order of writing shown, not obeyed.
-
-    >>> visible("a\x1b[1m\u202eb")
-    'a␛[1m\\u202eb'
-    """
-    return "".join(
-        chr(0x2400 + ord(c)) if c < " " else c.encode("unicode_escape").decode() if _steers(c) else c for c in text
-    )
-
-
-def _steers(character: str) -> bool:
-    return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def _refuse_foreign(page: Path) -> None:

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grace_bench.errors import UserError, did_you_mean
+from grace_bench.formats import visible
 from grace_bench.results import read_edits, read_predictions
 from grace_bench.terminal import table_console
 
@@ -57,7 +58,7 @@ def _last_prediction(path: Path, request_id: str) -> tuple[int, float, str | Non
 
 
 def _visible(text: str | None) -> Text:
-    return Text("" if text is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return Text("" if text is None else visible(text))
 
 
 def _score(score: float | None) -> str:

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from grace_bench.config import registered_name
+from grace_bench.credentials import without_secrets
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.jobs import (
     compose,
@@ -45,6 +46,7 @@ from grace_bench.jobs import (
     record_failure,
 )
 from grace_bench.registry import EDITORS
+from grace_bench.terminal import say
 
 Say = Callable[[str], None]
 
@@ -127,12 +129,12 @@ class Job:
                 config.existing = "resume"
             sys.argv = self.command
             if self.prepares and EDITORS.get(registered_name(config.editor)).needs_meta_training:
-                execute_meta_training(config, say=print)
-            execute(config, say=print)
+                execute_meta_training(config, say=say)
+            execute(config, say=say)
         except (UserError, OmegaConfBaseException) as error:
             return _mistake(error)
         except Exception as error:
-            return Outcome("failed", f"{type(error).__name__}: {reason_of(error)}")
+            return Outcome("failed", without_secrets(f"{type(error).__name__}: {reason_of(error)}"))
         finally:
             sys.argv = own
         return Outcome("done")
@@ -154,7 +156,7 @@ def run(overrides: Sequence[str]) -> int:
         if launcher is not None:
             raise UserError(f"hydra/launcher={launcher} launches sweeps: add -m")
         try:
-            execute(compose(overrides), say=print)
+            execute(compose(overrides), say=say)
         except OmegaConfBaseException as error:
             raise UserError(one_line(error)) from error
         return 0
@@ -164,7 +166,7 @@ def run(overrides: Sequence[str]) -> int:
     if tunes:
         from grace_bench.tuning import conclude
 
-        conclude(runs, say=print)
+        conclude(runs, say=say)
     return _conclusion(runs)
 
 
@@ -245,7 +247,7 @@ def sweep_name(preset: str | None, overrides: Iterable[str]) -> str:
     return f"{preset or 'sweep'}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
 
 
-def carry_out(parts: Sequence[Sequence[str]], *, job: Job, name: str, say: Say = print) -> list[SweepRun]:
+def carry_out(parts: Sequence[Sequence[str]], *, job: Job, name: str, say: Say = say) -> list[SweepRun]:
     """Carries out sweeps as one and says of every run what became of it.
 
     Args:
@@ -431,7 +433,7 @@ def _launch_on_ray(multirun: DictConfig, loader: ConfigLoader, runs: Sequence[Sw
             except RayError as error:
                 # Without Ray on this machine nothing can be submitted any more.
                 if attempt < retries and not isinstance(error, LocalRayletDiedError):
-                    print(f"lost, begun again: {sweep_run.label}", flush=True)
+                    say(f"lost, begun again: {sweep_run.label}")
                     under_way[submit(sweep_run, attempt + 1)] = (sweep_run, attempt + 1)
                     continue
                 assert sweep_run.folder is not None

@@ -5,8 +5,15 @@ from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
 
+from grace_bench.formats import visible
 from grace_bench.types import Progress
+
+
+def say(text: str) -> None:
+    """Prints lines on standard output; what steers a terminal is shown, not obeyed."""
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 @contextmanager
@@ -17,7 +24,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Progress]:
 
     def report(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = display.add_task(what, total=total)
+            bars[what] = display.add_task(escape(visible(what)), total=total)
             display.start()
         display.update(bars[what], completed=done, total=total)
         # Other displays may follow.

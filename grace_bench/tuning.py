@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 from rich.table import Table
 
 from grace_bench.config import registered_name
 from grace_bench.errors import UserError
 from grace_bench.files import set_aside, write_atomically
+from grace_bench.formats import visible
 from grace_bench.jobs import given_options
 from grace_bench.results import RunResult, read_result
 from grace_bench.sweeps import SweepRun, preset_parts
@@ -139,7 +141,7 @@ def _print(
         for name in _SHOWN:
             values = [value for result in results[setting] if (value := result.metrics.get(name)) is not None]
             figures.append(f"{fmean(values):.4g}" if values else "–")
-        shown = [text.replace("[", r"\[") for text in setting]
+        shown = [escape(visible(text)) for text in setting]
         table.add_row("*" if setting == best else "", f"{score:.4f}", *shown, *figures)
     table_console().print(table)
 

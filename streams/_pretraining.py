@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grace_bench.errors import UserError, reason_of
+from grace_bench.foreign import check_model_folder
 from grace_bench.types import EditStream, Progress
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
 
     from grace_bench.models import pick_device
 
+    check_model_folder(base)
     try:
         model = getattr(transformers, auto_class).from_pretrained(
             base,
@@ -68,7 +70,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
             **config,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model={base}: cannot be loaded ({reason_of(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

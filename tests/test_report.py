@@ -379,7 +379,7 @@ def test_texts_of_a_data_set_are_shown_and_never_carried_out(browser: Browser, h
     row = browser.one(".forgotten tbody tr").find_elements(By.XPATH, "./*")
     assert row[0].text.startswith(SCRIPT + "edit/")
     assert row[3].text == BREAKOUT
-    assert row[4].text == "␛[31mred\\u202e␀"
+    assert row[4].text == r"\x1b[31mred\u202e\x00"
     assert row[6].text == "&lt;b&gt;" + SCRIPT
     assert f"title: {BREAKOUT}" in " ".join(element.text for element in browser.all("pre"))
     # Filters still know the names.

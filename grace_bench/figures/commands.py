@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from grace_bench.errors import UserError
+from grace_bench.formats import visible
 from grace_bench.terminal import table_console
 
 
@@ -42,7 +43,9 @@ def _draw_separability(overrides: Sequence[str], out: Path) -> list[Path]:
     from grace_bench.figures.separability import draw_separability
 
     study, files = draw_separability(overrides, out)
-    table = Table(title=f"stream {study.stream} · model {study.model}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=visible(f"stream {study.stream} · model {study.model}"), title_justify="left", box=None, pad_edge=False
+    )
     for header in ("layer", "distance", "question"):
         table.add_column(header, no_wrap=True)
     for header in ("AUC", "95 %", "TPR at 0.1 % FPR", "positive pairs", "negative pairs"):

@@ -164,4 +164,4 @@ def file_name(*parts: str) -> str:
     >>> file_name("curves", "toy", "toy")
     'curves-toy'
     """
-    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") or "x" for part in dict.fromkeys(parts))
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower())[:80].strip("-.") or "x" for part in dict.fromkeys(parts))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench import checkpoint
+from grace_bench.errors import UserError
 from grace_bench.files import write_atomically, write_synced
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import PREDICTIONS, RunResult
@@ -107,6 +109,9 @@ class PredictionsLogger(RunLogger):
         return dict(self._parts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        for name in state:
+            if not re.fullmatch(rf"{_PARTS}/[0-9]+\.parquet", name):
+                raise UserError(f"{self._checkpoints}: its state names '{name}', which is no file of predictions there")
         self._parts = dict(state)
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102

@@ -5,6 +5,7 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grace_bench.formats import visible
@@ -42,7 +43,7 @@ class ProgressLogger(RunLogger):
                 console=self._console,
             )
             self._live.start()
-            self._task = self._live.add_task(self._title, total=self._total, note="scoring the unedited model")
+            self._task = self._live.add_task(escape(self._title), total=self._total, note="scoring the unedited model")
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:  # noqa: D102
         self._values[name] = value
@@ -83,7 +84,7 @@ class ProgressLogger(RunLogger):
     @property
     def _title(self) -> str:
         assert self._plan is not None
-        return f"{self._plan.editor} on {self._plan.stream}"
+        return visible(f"{self._plan.editor} on {self._plan.stream}")
 
     @property
     def _total(self) -> int:

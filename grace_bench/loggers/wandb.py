@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,9 +12,11 @@ from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
+from grace_bench.credentials import without_secrets
 from grace_bench.curves import kept_edits, score_by_age
 from grace_bench.errors import reason_of
 from grace_bench.files import write_atomically
+from grace_bench.formats import on_one_line
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import EditRecord, RunResult, read_edits
 from grace_bench.strategy import EditorStrategy
@@ -92,11 +96,14 @@ class WandbLogger(RunLogger):
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
         kept = self._folder / "wandb" / "run-id"
+        known = kept.read_text(encoding="utf-8") if kept.exists() else None
+        if known is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
+            raise ValueError(f"{kept} holds no id of a run")
         run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
-            id=kept.read_text(encoding="utf-8") if kept.exists() else None,
+            id=known,
             resume="allow",
             job_type=plan.editor,
             config=plan.config,
@@ -105,6 +112,8 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
+                # It leaves the name of the user in the address, which may be the token.
+                disable_git=_remote_holds_secrets(),
                 init_timeout=timeout,
                 # One request may take no longer than all of them.
                 x_graphql_timeout_seconds=timeout,
@@ -173,6 +182,16 @@ def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
     return [(point.x, point.mean) for point, _ in tenths.values()]
 
 
+def _remote_holds_secrets() -> bool:
+    """Whether a remote of the Git repository that one stands in has a password or a token in its address."""
+    command = ["git", "config", "--get-regexp", r"^remote\..*\.url$"]
+    try:
+        remotes = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return False
+    return without_secrets(remotes) != remotes
+
+
 def _sync(run: Any) -> str:
     return f"wandb sync {run.settings.sync_dir}"
 
@@ -182,4 +201,4 @@ def _seconds(variable: str, default: float) -> float:
 
 
 def _say(text: str) -> None:
-    print(f"grace-bench: {text}", file=sys.stderr)
+    print(f"grace-bench: {on_one_line(without_secrets(text))}", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""Secrets: what never reaches a configuration, a run folder, W&B or a log.
+
+A run records its command and its configuration, and both are meant to be shown to others. What looks like a secret is
+refused there, and taken out of what an error says.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from grace_bench.errors import UserError
+
+_VARIABLE = re.compile(r"(?:.*_)?(?:TOKEN|(?:API)?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)", re.IGNORECASE)
+# Tokenizers have a mask_token and the like, which are no secrets.
+_OPTION = re.compile(
+    r"(?:.*\.)?(?:(?:(?:api|auth|access|hf|hub|wandb)_)?token|\w*(?:secret|password|passwd|passphrase|"
+    r"(?:api|access|private|secret)_?key))=(?!null$).+",
+    re.IGNORECASE | re.DOTALL,
+)
+# Taken from the environment, as in `export KEY=$KEY`, it is not told.
+_ASSIGNMENT = re.compile(
+    r"\b(?:[A-Z0-9_]*_)?(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|PASSWORD|PASSWD)[=:]\s*['\"]?[^\s'\"$]"
+)
+_URL_USER = re.compile(r"(?<=://)[^/\s@:'\"]*:[^/\s@'\"]+(?=@)")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+# Anything shorter stands in many texts by chance.
+_SHORTEST = 8
+_HIDDEN = "***"
+
+
+def refuse_secrets(place: str, texts: Iterable[str]) -> None:
+    """Makes sure that texts which results will carry hold no secret.
+
+    A secret is the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, a password in
+    a URL, a token of the Hugging Face hub, and what an option or a variable of such a name is set to.
+
+    Args:
+        place: What the texts are, for the message.
+        texts: Settings, as `option=value`.
+
+    Raises:
+        UserError: If one does, naming the option or the variable and never the secret.
+    """
+    for text in texts:
+        option, _, value = text.partition("=")
+        variable = next((variable for variable, secret in _environment() if secret in text), None)
+        if variable is not None:
+            raise UserError(f"{place} holds the value of {variable}, which the run's files would show: leave it out")
+        if _OPTION.fullmatch(text) or any(
+            pattern.search(value or option) for pattern in (_ASSIGNMENT, _URL_USER, _HUB_TOKEN)
+        ):
+            name = option if value else "an argument"
+            raise UserError(
+                f"{place} holds a secret in {name}, which the run's files would show: put it in the environment"
+            )
+
+
+def without_secrets(text: str) -> str:
+    """Returns the text with values of secret environment variables, passwords in URLs and hub tokens as `***`.
+
+    >>> without_secrets("no route to http://me:pass@proxy:80")
+    'no route to http://***@proxy:80'
+    """
+    for _, secret in _environment():
+        text = text.replace(secret, _HIDDEN)
+    return _HUB_TOKEN.sub(_HIDDEN, _URL_USER.sub(_HIDDEN, text))
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    """The variables of the environment that hold a secret, the longest first: one may be a part of another."""
+    found = [item for item in os.environ.items() if _VARIABLE.fullmatch(item[0]) and len(item[1]) >= _SHORTEST]
+    yield from sorted(found, key=lambda item: -len(item[1]))
