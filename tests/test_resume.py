@@ -132,6 +132,8 @@ def traces(folder: Path) -> dict[str, Any]:
     """All that a finished run leaves, times and memory aside."""
     result = json.loads((folder / "result.json").read_bytes())
     result["cost"] = {"extra_parameters": result["cost"]["extra_parameters"]}
+    # Hashes of times, among others; the files are compared themselves.
+    del result["files"], result["digest"]
     edits = [json.loads(line) for line in (folder / "edits.jsonl").read_text().split("\n")[:-1]]
     return {
         "result.json": result,
