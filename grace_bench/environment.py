@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _PACKAGES = {
     "datasets": "datasets",
     "wandb": "wandb",
 }
-_OWN_FOLDERS = ("grace_bench", "grace_bench.streams", "grace_bench.editors", "grace_bench.metrics")
+_PLUGIN_GROUPS = ("grace_bench.streams", "grace_bench.editors", "grace_bench.metrics")
 _GIT_SECONDS = 5
 # Set inside git's own hooks, where they would point every question to the repository of the hook.
 _GIT_OVERRIDES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
@@ -53,7 +53,7 @@ def describe_environment(device: torch.device, *, threads: int, classes: Iterabl
         "interop_threads": torch.get_num_interop_threads(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "git": git_state(*(Path(folder) for name in _OWN_FOLDERS for folder in _folders_of(name))),
+        "git": git_state(*(Path(folder) for name in ("grace_bench", *_PLUGIN_GROUPS) for folder in _folders_of(name))),
         "plugins": dict(sorted(_plugin(cls) for cls in classes if not cls.__module__.startswith("grace_bench."))),
     }
 
@@ -104,8 +104,17 @@ def _plugin(cls: type) -> tuple[str, dict[str, Any]]:
     name = cls.__module__.partition(".")[0]
     package = sys.modules.get(name)
     paths = [*getattr(package, "__path__", ())] or [getattr(package, "__file__", None)]
-    distributions = packages_distributions().get(name, [name])
-    return name, {"version": _version(distributions[0]), "git": git_state(Path(paths[0])) if paths[0] else None}
+    return name, {"version": _plugin_version(name), "git": git_state(Path(paths[0])) if paths[0] else None}
+
+
+@cache
+def _plugin_version(package: str) -> str | None:
+    for group in _PLUGIN_GROUPS:
+        for point in entry_points(group=group):
+            if point.dist is not None and point.module.partition(".")[0] == package:
+                return point.dist.version
+    # To ask which distribution brought a module takes a second; most have its name.
+    return _version(package)
 
 
 def _version(distribution: str) -> str | None:
