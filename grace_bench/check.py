@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -51,8 +52,6 @@ _SHOWN_DIGITS = 12
 # A mean of recorded numbers depends on the order in which they are added, and on nothing else.
 _ROUNDING = 1e-12
 _OF_THE_SCHEDULE = ("max_edits", "eval_every", "max_upstream", "split", "tuning_budget")
-# Counted by the run itself, beside the metrics.
-_COUNTS = ("n_edits", "n_candidates", "n_superseded", "n_failed", "n_close")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def check_runs(paths: Sequence[Path]) -> int:
             continue
         for file in files:
             findings = checker.check(file.parent)
-            console.print(_table(file.parent, findings))
+            _print(console, file.parent, findings)
             holds = holds and all(finding.holds for finding in findings)
     if failures:
         others = f" (and {len(failures) - 1} more of the paths)" if len(failures) > 1 else ""
@@ -299,13 +298,14 @@ def _evaluations(result: RunResult, evaluations: Sequence[Evaluation]) -> Iterat
     n_edits, every = int(result.metrics.get("n_edits") or 0), result.protocol.eval_every
     clocks = sorted({*range(0, n_edits + 1, every), n_edits})
     yield _compared("evaluations", [evaluation.n_edits for evaluation in evaluations], clocks)
+    own = {name for name, entry in METRICS.entries().items() if entry.origin == "grace_bench"}
     for what, recorded, of in (
         ("before", result.before, evaluations[:1]),
         ("metrics", result.metrics, evaluations[-1:]),
     ):
         line = dict(of[0].metrics) if of else {}
-        # What is absent from the one is null in the other.
-        names = dict.fromkeys(name for name in [*recorded, *line] if name not in _COUNTS)
+        # What is absent from the one is null in the other; a metric from elsewhere may count on after the last line.
+        names = [name for name in dict.fromkeys([*recorded, *line]) if name.partition("/")[0] in own]
         yield _compared(what, {name: recorded.get(name) for name in names}, {name: line.get(name) for name in names})
 
 
@@ -433,13 +433,12 @@ def _in_words(error: Exception) -> str:
     return f"{type(cause).__name__}: {reason_of(cause)}"
 
 
-def _table(folder: Path, findings: Sequence[Finding]) -> Table:
-    counts = Counter(finding.verdict for finding in findings)
-    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict] and verdict != "note")
-    table = Table(
-        box=None, show_header=False, pad_edge=False, title_justify="left", title_style="bold", caption_justify="left"
-    )
-    table.title, table.caption = Text(visible(str(folder))), Text(f"{told}\n")
+def _print(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         table.add_row(Text(finding.verdict, style=_STYLES[finding.verdict]), finding.what, Text(visible(finding.told)))
-    return table
+    counts = Counter(finding.verdict for finding in findings)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict] and verdict != "note")
+    console.print(Text(visible(str(folder)), style="bold"), soft_wrap=True)
+    console.print(table)
+    console.print(f"{told}\n", highlight=False)

@@ -141,3 +141,37 @@ def test_neither_the_folder_of_the_process_nor_its_hash_seed_shows_in_the_files(
     one, two = (path.parent for out in ("one", "two") for path in (tmp_path / out).rglob("result.json"))
     assert one.relative_to(tmp_path / "one") == two.relative_to(tmp_path / "two")
     assert timeless(one) == timeless(two)
+
+
+LONG = ("max_edits=60", "eval_every=20", "wandb.mode=disabled")
+LONG_STREAMS = {"qa": "atlas-qa", "language_modelling": "atlas-text", "classification": "toy"}
+
+
+@pytest.mark.slow
+@each_editor
+def test_over_sixty_edits_only_rounding_tells_batches_and_evaluation_frequencies_apart(
+    tmp_path: Path, editor: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Prints a row of the table in docs/reliability.md."""
+    stream = next(name for task, name in LONG_STREAMS.items() if task in EDITORS.get(editor).supported_tasks)
+
+    def run(name: str, *options: str) -> Path:
+        out = tmp_path / name
+        assert main(["run", f"stream={stream}", f"editor={editor}", *LONG, *options, f"out={out}"]) == 0
+        (path,) = out.rglob("result.json")
+        return path.parent
+
+    whole = run("whole")
+    again, expected = timeless(run("again")), timeless(whole)
+    assert again == expected
+    found = {
+        name: difference(whole, run(name, option))
+        for name, option in (("batches of five", "batch_size=5"), ("every five edits", "eval_every=5"))
+    }
+    n_edits = expected["result.json"]["metrics"]["n_edits"]
+    with capfd.disabled():
+        figures = " | ".join(f"{part.scores:.1e} | {part.losses:.1e}" for part in found.values())
+        print(f"\n| {editor} | {stream} | {n_edits:.0f} | all | {figures} |")
+    for part in found.values():
+        assert part.scores <= SCORE
+        assert part.losses <= LOSS

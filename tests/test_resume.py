@@ -247,7 +247,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
 def test_real_processes_are_killed_refused_interrupted_and_resumed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*SMALL, "editor=grace", "editor.n_iter=300"]
+    options = [*SMALL, "editor=grace", "editor.n_iter=300", "seed=1"]
     assert main(["run", *options, f"out={tmp_path / 'whole'}"]) == 0
     expected = traces(folder_in(tmp_path / "whole"))
     out = tmp_path / "runs"
