@@ -4,7 +4,8 @@ import hashlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,17 @@ class RunSettings:
     checkpoint_every: int = 50
 
 
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Gives torch its number of threads back: what one run chose for its model must not be what the next one finds."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@own_threads()
 def run_benchmark(
     stream: EditStream | str,
     *,
@@ -231,6 +243,7 @@ def run_benchmark(
         strategy.detach()
 
 
+@own_threads()
 def meta_train(
     stream: EditStream | str,
     *,

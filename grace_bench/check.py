@@ -257,7 +257,6 @@ def _configuration(result: RunResult, config: DictConfig) -> Iterator[Finding]:
     protocol = result.protocol.model_dump()
     told = {
         "seed": result.seed,
-        "dtype": result.model.dtype,
         **{name: protocol[name] for name in _OF_THE_SCHEDULE},
         **{f"protocol.{name}": protocol[name] for name in ("query", "prefix_length")},
     }
@@ -386,8 +385,7 @@ def _parts(result: RunResult) -> Iterator[type]:
 def _compared(what: str, recorded: Any, now: Any) -> Finding:
     """Says whether what was recorded is so now; of lists and mappings, the first place where it is not."""
     if _equal(recorded, now):
-        is_hash = isinstance(recorded, str) and re.fullmatch(r"[0-9a-f]{8,}", recorded)
-        return Finding(what=what, verdict="same", told=_shown(recorded) if is_hash else "")
+        return Finding(what=what, verdict="same", told=_shown(recorded) if isinstance(recorded, str) else "")
     where = ""
     if isinstance(recorded, list) and isinstance(now, list):
         if len(recorded) != len(now):

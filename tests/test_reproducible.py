@@ -123,6 +123,13 @@ def test_another_batch_size_or_evaluation_frequency_decides_the_same_and_scores_
     assert found.losses <= LOSS
 
 
+def test_a_run_leaves_the_next_one_of_its_process_the_threads_it_found(tmp_path: Path, run_facts: RunFacts) -> None:
+    # A tiny model chooses one; a larger one after it takes as many as it would have taken before.
+    torch.set_num_threads(2)
+    run_facts(tmp_path, editor="none", task="classification")
+    assert torch.get_num_threads() == 2
+
+
 def test_neither_the_folder_of_the_process_nor_its_hash_seed_shows_in_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
