@@ -27,7 +27,6 @@ from grace_bench.files import hash_file
 from grace_bench.formats import visible
 from grace_bench.leaderboard import RESULT_FILE, find_result_files
 from grace_bench.metric import StreamScore
-from grace_bench.metrics.success import RunningMean
 from grace_bench.models import EditableModel, pick_device, pick_threads
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import (
@@ -309,15 +308,12 @@ def _evaluations(result: RunResult, evaluations: Sequence[Evaluation]) -> Iterat
 
 
 def _edit_success(edits: Sequence[EditRecord], evaluations: Sequence[Evaluation]) -> Finding:
-    recorded, now = {}, {}
+    scores = [(record.n_edits, record.score_after) for record in edits if record.edited]
+    now = {}
     for evaluation in evaluations:
-        mean = RunningMean()
-        for record in edits:
-            if record.edited and record.n_edits <= evaluation.n_edits:
-                mean.update(math.nan if record.score_after is None else record.score_after)
-        recorded[evaluation.n_edits] = evaluation.metrics.get("ES")
-        now[evaluation.n_edits] = mean.compute()
-    return _compared("ES, from edits.jsonl", recorded, now)
+        known = [score for n, score in scores if n <= evaluation.n_edits and score is not None]
+        now[evaluation.n_edits] = fmean(known) if known else None
+    return _compared("ES, from edits.jsonl", _over_time("ES", evaluations), now)
 
 
 def _predictions(
@@ -336,20 +332,21 @@ def _predictions(
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics if name in entries):
         cls = METRICS.get(name)
         if issubclass(cls, StreamScore):
-            recorded = {evaluation.n_edits: evaluation.metrics.get(name) for evaluation in evaluations}
             now = {n: fmean(scores[n, cls.stream]) if scores[n, cls.stream] else None for n in clocks}
-            yield _compared(f"{name}, from predictions.parquet", recorded, now)
-    means = {
-        evaluation.n_edits: (evaluation.metrics.get("TRR"), evaluation.metrics.get("ERR"))
-        for evaluation in evaluations
-        if evaluation.metrics.get("Avg") is not None
-    }
-    averages = {evaluation.n_edits: evaluation.metrics.get("Avg") for evaluation in evaluations}
-    now = {n: (trr + err) / 2 if trr is not None and err is not None else None for n, (trr, err) in means.items()}
-    yield _compared("Avg, from TRR and ERR", {n: averages[n] for n in means}, now)
+            yield _compared(f"{name}, from predictions.parquet", _over_time(name, evaluations), now)
+    averages = {n: value for n, value in _over_time("Avg", evaluations).items() if value is not None}
+    parts = [_over_time(name, evaluations) for name in ("TRR", "ERR")]
+    known = {n: [value for part in parts if (value := part[n]) is not None] for n in averages}
+    now = {n: fmean(pair) if len(pair) == len(parts) else None for n, pair in known.items()}
+    yield _compared("Avg, from TRR and ERR", averages, now)
     n_kept = sizes[clocks[-1], "edited"] if clocks else 0
     n_edits, n_superseded = (int(result.metrics.get(name) or 0) for name in ("n_edits", "n_superseded"))
     yield _compared("edited requests that ERR is taken over", n_edits - n_superseded, n_kept)
+
+
+def _over_time(name: str, evaluations: Sequence[Evaluation]) -> dict[int, float | None]:
+    """A metric at every evaluation, by the number of edits."""
+    return {evaluation.n_edits: evaluation.metrics.get(name) for evaluation in evaluations}
 
 
 def _environment(result: RunResult, config: DictConfig | None, model: EditableModel | None) -> Iterator[Finding]:
@@ -404,7 +401,7 @@ def _equal(recorded: Any, now: Any) -> bool:
     if isinstance(recorded, Mapping) and isinstance(now, Mapping):
         return recorded.keys() == now.keys() and all(_equal(value, now[name]) for name, value in recorded.items())
     # A score that is not a number is recorded as null.
-    recorded, now = (None if isinstance(x, float) and math.isnan(x) else x for x in (recorded, now))
+    recorded, now = (None if isinstance(x, float) and not math.isfinite(x) else x for x in (recorded, now))
     if isinstance(recorded, float) and isinstance(now, int | float):
         return math.isclose(recorded, now, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
     return bool(recorded == now)

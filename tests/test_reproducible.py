@@ -150,13 +150,13 @@ def test_neither_the_folder_of_the_process_nor_its_hash_seed_shows_in_the_files(
     assert timeless(one) == timeless(two)
 
 
-LONG = ("max_edits=60", "eval_every=20", "wandb.mode=disabled")
+LONG = ("max_edits=30", "eval_every=10", "wandb.mode=disabled")
 LONG_STREAMS = {"qa": "atlas-qa", "language_modelling": "atlas-text", "classification": "toy"}
 
 
 @pytest.mark.slow
 @each_editor
-def test_over_sixty_edits_only_rounding_tells_batches_and_evaluation_frequencies_apart(
+def test_over_thirty_edits_only_rounding_tells_batches_and_evaluation_frequencies_apart(
     tmp_path: Path, editor: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Prints a row of the table in docs/reliability.md."""
