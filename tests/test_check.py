@@ -289,7 +289,7 @@ def test_a_path_without_a_run_is_one_line_and_the_others_are_checked(
 def test_a_run_from_python_without_a_configuration_is_checked_as_far_as_its_files_go(
     tmp_path: Path, run_facts: Callable[..., Any]
 ) -> None:
-    run_facts(tmp_path, editor="rome", task="language_modelling", checkpoint_every=1000)
+    run_facts(tmp_path, editor="ft", task="language_modelling", checkpoint_every=1000)
     said = check(tmp_path)
     assert {what: finding.verdict for what, finding in said.items() if not finding.holds} == dict.fromkeys(
         ("stream", "model", "editor"), "not checked"
