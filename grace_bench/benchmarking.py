@@ -2,12 +2,11 @@
 
 import hashlib
 import math
-import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from grace_bench.benchmark import EditBenchmark, probe_requests
 from grace_bench.credentials import without_secrets
 from grace_bench.engine import EngineName, make_engine
+from grace_bench.environment import describe_environment
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.foreign import check_run_folder
@@ -28,7 +28,7 @@ from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel, pick_threads
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
+from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo, sealed
 from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
@@ -79,6 +79,17 @@ class RunSettings:
     strict: bool = False
 
 
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Gives torch its number of threads back: what one run chose for its model must not be what the next one finds."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@own_threads()
 def run_benchmark(
     stream: EditStream | str,
     *,
@@ -158,6 +169,7 @@ def run_benchmark(
     result: RunResult | None = None
     try:
         check_subjects(strategy, benchmark)
+        environment = _environment(strategy, opened.stream)
         run = Run(benchmark, strategy, settings.schedule, strict=settings.strict, progress=progress)
         if folder is not None:
             kept = KeptRun(
@@ -165,7 +177,7 @@ def run_benchmark(
                 run,
                 loggers=[*files, *watchers],
                 identity=_identity(strategy, benchmark, settings, fingerprint),
-                environment=describe_environment(editable),
+                environment=environment,
             )
         if not (resume and kept is not None and kept.take_up(say)):
             prepare_editor(strategy, benchmark, progress=progress)
@@ -223,13 +235,15 @@ def run_benchmark(
             before={**_ALWAYS_NAMED, **run.before},
             metrics={**_ALWAYS_NAMED, **run.metrics()},
             cost=run.cost(),
-            environment=describe_environment(editable) if kept is None else kept.environment(),
+            configuration=_configuration(config),
+            environment=environment if kept is None else kept.environment(),
         )
         if folder is not None and kept is not None:
             strategy.save_pretrained(folder / "editor")
-            # A folder with a result is a whole one.
             for file in files:
                 file.finish(result)
+            # A folder with a result is a whole one.
+            result = sealed(result, folder)
             write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
             kept.clear()
         return result
@@ -239,6 +253,7 @@ def run_benchmark(
         strategy.detach()
 
 
+@own_threads()
 def meta_train(
     stream: EditStream | str,
     *,
@@ -293,11 +308,13 @@ class Opened:
     """A stream with the model that is edited on it.
 
     Attributes:
+        stream: The stream.
         benchmark: The stream's requests.
         model: The model, with the stream's task.
         path: What the model was loaded from; empty for one that was given.
     """
 
+    stream: EditStream
     benchmark: EditBenchmark
     model: EditableModel
     path: str
@@ -346,7 +363,7 @@ def open_benchmark(
         )
     editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
-    return Opened(benchmark, editable, path)
+    return Opened(source, benchmark, editable, path)
 
 
 def _identity(
@@ -368,21 +385,25 @@ def _identity(
     }
 
 
-def describe_environment(model: EditableModel) -> dict[str, Any]:
-    """Returns versions, device, threads and engine, as results carry them."""
+def _environment(strategy: EditorStrategy, source: EditStream) -> dict[str, Any]:
+    """What a run is computed with, and what started it."""
+    model = strategy.model
+    parts = [type(strategy), type(source), *(METRICS.get(name) for name in METRICS.entries())]
     return {
-        "grace_bench": version("grace-bench"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
-        "avalanche": version("avalanche-lib"),
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
-        "threads": torch.get_num_threads(),
+        **describe_environment(model.device, threads=torch.get_num_threads(), classes=parts),
         "engine": model.engine.name,
         "engine_notes": model.engine.notes,
         "command": [without_secrets(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
     }
+
+
+def _configuration(config: Mapping[str, Any] | None) -> str | None:
+    """The hash of a configuration, where the run was made from one."""
+    if config is None:
+        return None
+    from grace_bench.config import hash_config
+
+    return hash_config(config)
 
 
 def model_slug(name_or_path: str, known: Sequence[str]) -> str:

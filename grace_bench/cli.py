@@ -185,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
         "figure", help="curves, sweeps, balls and their overlap, and what distance predicts", add_help=False
     )
 
+    check = commands.add_parser("check", help="whether finished runs still are what their results say")
+    check.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold some")
+    check.set_defaults(command=_check)
+
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -339,6 +343,15 @@ def _figure(arguments: list[str]) -> int:
 
     draw(options.kind, options.given, options.out, say=say)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from grace_bench.wandb_account import import_avalanche
+
+    import_avalanche()
+    from grace_bench.check import check_runs
+
+    return check_runs(options.runs)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -144,12 +144,28 @@ def registered_name(node: DictConfig) -> str:
     raise UserError(f"_target_={target} is no registered stream or editor")
 
 
+def hash_config(config: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a resolved configuration, without what does not change the answers.
+
+    It is the same for all seeds: an editor's seed that is the run's counts as none of its own.
+    """
+    kept = {key: value for key, value in config.items() if key not in _NOT_IN_THE_HASH}
+    editor = config.get("editor")
+    if isinstance(editor, Mapping) and "seed" in editor:
+        own = editor["seed"] != config.get("seed")
+        kept["editor"] = {**editor, "seed": [editor["seed"]] if own else 0}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def config_hash(config: DictConfig) -> str:
-    """Returns eight hex digits of the configuration, without what does not change the answers."""
-    plain = OmegaConf.to_container(OmegaConf.merge(config, {"seed": 0}), resolve=True)
-    assert isinstance(plain, dict)
-    kept = {key: value for key, value in plain.items() if key not in _NOT_IN_THE_HASH}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    """Returns eight hex digits of `hash_config`, as they stand in the name of a run folder."""
+    return hash_config(plain_config(config))[:8]
+
+
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """Returns the configuration resolved, as plain values."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    return plain
 
 
 def flat_settings(config: DictConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """Writing files so that they are whole or not there."""
 
+import hashlib
 import os
 import time
 from itertools import count
@@ -21,6 +22,12 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_aside(path: Path) -> Path:

@@ -27,6 +27,7 @@ from grace_bench.config import (
     flat_settings,
     make_editor,
     make_stream,
+    plain_config,
     read_config,
     register_configs,
     registered_name,
@@ -289,14 +290,13 @@ def _settings(config: DictConfig) -> RunSettings:
 def _run_in(
     folder: Path, config: DictConfig, stream: Any, asked: dict[str, Any], say: Say, console: Console | None
 ) -> RunResult:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
     with progress_bars(console) as progress:
         return run_benchmark(
             stream,
             **asked,
             folder=folder,
             run_id=folder_of(config).relative_to(config.out).as_posix(),
-            config=plain,
+            config=plain_config(config),
             loggers=[
                 ProgressLogger(console),
                 WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),

@@ -12,7 +12,7 @@ from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.runner import Run
 
 # What may differ between the processes of one run without any of its numbers differing.
-_UNCOUNTED = ("command", "engine_notes")
+_UNCOUNTED = ("command", "engine_notes", "datasets", "wandb")
 
 
 class KeptRun:

@@ -23,7 +23,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from grace_bench.benchmark import EditBenchmark
-from grace_bench.benchmarking import RunSettings, check_fit, check_subjects, open_benchmark, prepare_editor
+from grace_bench.benchmarking import (
+    RunSettings,
+    check_fit,
+    check_subjects,
+    open_benchmark,
+    own_threads,
+    prepare_editor,
+)
 from grace_bench.formats import visible
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -157,6 +164,7 @@ class Forecast:
         return sum(phase.seconds for phase in self.phases)
 
 
+@own_threads()
 def plan_benchmark(
     stream: EditStream | str,
     *,

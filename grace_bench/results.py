@@ -1,5 +1,7 @@
 """The validated records that a run leaves on disk."""
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
+from grace_bench.files import hash_file
 
 SCHEMA_VERSION = 1
 PREDICTIONS = pa.schema(
@@ -26,6 +29,16 @@ PREDICTIONS = pa.schema(
     ]
 )
 """The columns of `predictions.parquet`."""
+
+RUN_FILES = (
+    "config.yaml",
+    "edits.jsonl",
+    "metrics.jsonl",
+    "predictions.parquet",
+    "editor/editor.json",
+    "editor/editor.safetensors",
+)
+"""The files of a run folder whose hashes `result.json` has."""
 
 Line = TypeVar("Line", bound=BaseModel)
 
@@ -174,7 +187,13 @@ class Cost(BaseModel):
 
 
 class RunResult(BaseModel):
-    """The record of one run: `result.json`."""
+    """The record of one run: `result.json`.
+
+    Attributes:
+        configuration: SHA-256 of the resolved configuration (`config.hash_config`).
+        files: SHA-256 of the other files of the run folder, by path in it.
+        digest: SHA-256 of everything else in the record (`digest_of`).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -190,6 +209,22 @@ class RunResult(BaseModel):
     metrics: dict[str, JsonFloat]
     cost: Cost
     environment: dict[str, Any]
+    configuration: str | None = None
+    files: dict[str, str] = {}
+    digest: str | None = None
+
+
+def sealed(result: RunResult, folder: Path) -> RunResult:
+    """Returns the result with the hashes of the files in its folder, and its own."""
+    files = {name: hash_file(folder / name) for name in RUN_FILES if (folder / name).is_file()}
+    whole = result.model_copy(update={"files": files})
+    return whole.model_copy(update={"digest": digest_of(json.loads(whole.model_dump_json()))})
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of what a `result.json` holds, its own digest aside."""
+    content = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_edits(path: Path) -> dict[str, EditRecord]:

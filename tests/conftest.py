@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 # Subprocesses of tests inherit these; tiny models run many times slower when every process takes every core.
@@ -24,11 +25,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grace_bench.benchmarking import RunSettings, meta_train, run_benchmark
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS
+from grace_bench.results import RunResult
+from grace_bench.runner import Schedule
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
-from grace_bench.types import EditRequest
+from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata
 
 WORDS = [
     "what",
@@ -208,6 +212,85 @@ def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[...,
         return editor
 
     return make
+
+
+SHORT_RUNS: dict[str, dict[str, Any]] = {
+    "grace": {"n_iter": 10, "eps_init": 0.5},
+    "ft": {"n_iter": 10},
+    "ft_ewc": {"n_iter": 10},
+    "ft_retrain": {"n_iter": 10, "n_epochs": 3, "retrain_every": 3, "memory_size": 4},
+    "defer": {"n_iter": 10},
+    "memory": {"n_iter": 10},
+    "lora": {"n_iter": 10, "lr": 0.01},
+    "mend": {"n_steps": 10},
+    "rome": {"n_prefixes": 1, "n_iter": 5},
+}
+"""Options that keep runs of `run_facts` short."""
+
+
+class Facts(EditStream):
+    """Requests as they are given, each also in other words."""
+
+    registered_name = "facts"
+    metadata = StreamMetadata(source="this test", revision="1", license="MIT")
+    max_new_tokens = 3
+
+    def __init__(self, task: Any, requests: list[EditRequest], train: list[EditRequest]) -> None:
+        self.task = task
+        self._requests, self._train = requests, train
+
+    def load(self) -> StreamData:
+        again = [
+            request.model_copy(update={"id": f"{request.id}/again", "prompt": request.rephrases[0]})
+            for request in self._requests
+        ]
+        return StreamData(
+            edits=(*self._requests, *again),
+            upstream=tuple(request.model_copy(update={"id": f"{request.id}/up"}) for request in self._train),
+            holdout=tuple(
+                request.model_copy(update={"id": f"{request.id}/held", "prompt": f"{request.prompt} ?"})
+                for request in self._requests
+            ),
+            train=tuple(self._train),
+        )
+
+
+@pytest.fixture
+def run_facts(
+    make_model: MakeModel,
+    make_requests: Callable[[str], list[EditRequest]],
+    make_train: Callable[[str], list[EditRequest]],
+) -> Callable[..., RunResult]:
+    """Runs a registered editor on the facts of `make_requests`, each edited twice, in a folder."""
+
+    def run(
+        folder: Path,
+        *,
+        editor: str = "grace",
+        task: str,
+        schedule: Schedule = Schedule(eval_every=4, max_edits=10),  # noqa: B008 - it is frozen
+        checkpoint_every: int = 1,
+        model_seed: int = 0,
+        batch_size: int = 64,
+        n_requests: int = 6,
+        **options: Any,
+    ) -> RunResult:
+        cls = EDITORS.get(editor)
+        stream = Facts(task, make_requests(task)[:n_requests], make_train(task))
+        if cls.needs_meta_training:
+            meta_train(stream, model=make_model(task), editor=lambda **given: cls(**given, **SHORT_RUNS[editor]))
+        return run_benchmark(
+            stream,
+            model=make_model(task, seed=model_seed),
+            editor=lambda **given: cls(**given, **SHORT_RUNS.get(editor, {})),
+            settings=RunSettings(
+                schedule=schedule, checkpoint_every=checkpoint_every, batch_size=batch_size, threads=1
+            ),
+            folder=folder,
+            **options,
+        )
+
+    return run
 
 
 _FACTS: Sequence[tuple[str, str, str, int]] = (

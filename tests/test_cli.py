@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import grace_bench.streams
 from grace_bench.cli import main
-from grace_bench.config import config_hash
+from grace_bench.config import config_hash, read_config, write_config
 from grace_bench.jobs import compose, folder_of
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS
@@ -136,6 +136,14 @@ def test_a_run_folder_holds_what_is_promised_and_nothing_else(sweep: Sweep, edit
     assert result.run_id == folder.relative_to(sweep.out).as_posix()
     assert result.status == "finished"
     assert result.schema_version == 1
+
+
+def test_every_run_of_a_sweep_is_what_its_result_says(sweep: Sweep) -> None:
+    done = cli("check", str(sweep.out))
+    assert done.code == 0, done.out
+    assert [line for line in done.out.splitlines() if line.startswith(str(sweep.out))] == [
+        str(folder) for folder in run_folders(sweep.out)
+    ]
 
 
 @each_run
@@ -359,6 +367,20 @@ def test_the_folder_does_not_tell_apart_what_does_not_change_the_answers(base_ha
 )
 def test_the_folder_tells_apart_what_may_change_the_answers(base_hash: str, override: str) -> None:
     assert config_hash(compose([*BASE, override])) != base_hash
+
+
+@pytest.mark.parametrize("given", [["seed=3"], ["seed=3", "editor.seed=0"], ["editor.seed=3"]], ids="-".join)
+def test_the_configuration_that_a_run_leaves_behind_has_the_hash_of_its_folder(
+    tmp_path: Path, given: list[str]
+) -> None:
+    config = compose([*BASE, *given])
+    write_config(config, tmp_path / "config.yaml")
+    assert config_hash(read_config(tmp_path / "config.yaml")) == config_hash(config)
+
+
+def test_a_seed_of_the_editors_own_is_told_apart_from_the_runs(base_hash: str) -> None:
+    hashes = [config_hash(compose([*BASE, *given])) for given in (["editor.seed=1"], ["seed=1", "editor.seed=0"])]
+    assert len({base_hash, *hashes}) == 3
 
 
 def test_seeds_of_one_configuration_share_the_hash(sweep: Sweep) -> None:

@@ -45,7 +45,7 @@ def traces(out: Path) -> dict[str, Any]:
     """All that a finished run leaves, times, memory and the command aside."""
     (path,) = out.rglob("result.json")
     result = json.loads(path.read_bytes())
-    del result["cost"], result["environment"]["command"]
+    del result["cost"], result["environment"]["command"], result["files"], result["digest"]
     edits = [json.loads(line) for line in (path.parent / "edits.jsonl").read_text().split("\n")[:-1]]
     names = ("metrics.jsonl", "predictions.parquet", "editor/editor.safetensors", "editor/editor.json")
     return {

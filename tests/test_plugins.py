@@ -118,6 +118,7 @@ def test_an_installed_editor_stream_and_metric_run_with_the_unchanged_harness(si
     assert result.editor.model_dump() == {"name": "offset", "lr": 0.5, "n_iter": 20}
     assert result.metrics["ES"] == 1.0
     assert result.metrics["n_candidates_seen"] == result.metrics["n_candidates"] == 4
+    assert result.environment["plugins"] == {"grace_bench_offset": {"version": "1.0", "git": None}}
     evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert evaluations[-1]["n_candidates_seen"] == 4
     board = run(site, ["grace_bench", "leaderboard", "runs", "--format", "json"], tmp_path)

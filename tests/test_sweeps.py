@@ -69,7 +69,10 @@ def answers(folder: Path) -> dict[str, Any]:
     return {
         "result": {name: result[name] for name in ("run_id", "status", "seed", "before", "metrics")},
         "edits": [{name: value for name, value in edit.items() if name != "seconds"} for edit in edits],
-        "metrics": (folder / "metrics.jsonl").read_text(encoding="utf-8"),
+        **{
+            name: (folder / name).read_bytes()
+            for name in ("metrics.jsonl", "predictions.parquet", "editor/editor.json", "editor/editor.safetensors")
+        },
     }
 
 

@@ -20,7 +20,7 @@ import pytest
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_thisIsNoTokenOfAnyone"
-TIMES = {"run_id", "cost", "environment"}
+TIMES = {"run_id", "cost", "environment", "files", "digest"}
 
 
 @dataclass(frozen=True)
