@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from grace_bench.benchmark import EditBenchmark
 from grace_bench.engine import EngineName
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.jobs import compose, execute
-from grace_bench.loggers import RunLogger
+from grace_bench.loggers import RunLogger, RunPlan
+from grace_bench.loggers.jsonl import JsonlLogger
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results import RunResult, read_result
 from grace_bench.runner import Run
@@ -738,6 +740,31 @@ def test_an_edit_that_a_later_one_shuts_out_while_values_wait_is_scored_as_it_wa
     assert [record["after_text"] for record in exact.records] == [record["after_text"] for record in plain.records]
     assert exact.evaluations == [pytest.approx(values, abs=1e-4) for values in plain.evaluations]
     assert exact.evaluations[-1]["ERR"] < 1
+
+
+def test_a_metric_that_is_no_finite_number_is_null_in_its_line(tmp_path: Path) -> None:
+    run, _ = start(StreamData(edits=(point(0),)))
+    logger = JsonlLogger(tmp_path)
+    logger.start(
+        RunPlan(
+            run_id="r",
+            folder=tmp_path,
+            config={},
+            stream="points",
+            model="toy",
+            editor="grace",
+            n_candidates=1,
+            max_edits=None,
+            higher_is_better=True,
+        )
+    )
+    for name, value in {"TRR": math.inf, "ERR": math.nan, "Holdout": 2.5, "n_keys": 3}.items():
+        logger.log_single_metric(name, value, 0)
+    logger.after_eval(run.strategy, [])
+    logger.finish(None)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert read == {"n_edits": 0, "TRR": None, "ERR": None, "Holdout": 2.5, "n_keys": 3}
 
 
 def test_every_evaluation_after_the_first_edit_has_es(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -77,7 +78,8 @@ class JsonlLogger(RunLogger):
 
     def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Writes the evaluation's line."""
-        finite = {name: value if value == value else None for name, value in self._values.items()}
+        # JSON knows neither NaN nor infinity.
+        finite = {name: None if _is_no_number(value) else value for name, value in self._values.items()}
         _write_line(self._files["metrics"], json.dumps({"n_edits": strategy.n_edits, **finite}))
         self._values = {}
 
@@ -165,6 +167,10 @@ class PredictionsLogger(RunLogger):
             os.fsync(file.fileno())
         partial.replace(self._path)
         self._parts = {}
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _write_line(file: TextIO, line: str) -> None:
