@@ -1,6 +1,7 @@
 """Curves over seeds, when forgetting begins, and what became of each edit."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from grace_bench.curves import (
     worst_forgotten,
 )
 from grace_bench.errors import UserError
+from grace_bench.registry import EDITORS
 from grace_bench.results import Evaluation, read_edits, read_evaluations
 
 
@@ -47,8 +49,10 @@ def edit(name: str, *, after: float | None, end: float, age: int = 0) -> KeptEdi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
+    settings = RunSettings(schedule=Schedule(max_edits=6, eval_every=3), seed=1)
+    # A point is one position: there is nothing before it to replace.
     run_benchmark(
-        "toy", editor="grace", settings=RunSettings(schedule=Schedule(max_edits=6, eval_every=3), seed=1), folder=folder
+        "toy", editor=partial(EDITORS.get("grace"), replacement="replace_last"), settings=settings, folder=folder
     )
     return folder
 
