@@ -51,9 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     settings = RunSettings(schedule=Schedule(max_edits=6, eval_every=3), seed=1)
     # A point is one position: there is nothing before it to replace.
-    run_benchmark(
-        "toy", editor=partial(EDITORS.get("grace"), replacement="replace_last"), settings=settings, folder=folder
-    )
+    grace = partial(EDITORS.get("grace"), replacement="replace_last")
+    run_benchmark("toy", editor=grace, settings=settings, folder=folder)
     return folder
 
 
