@@ -58,7 +58,8 @@ class RunSettings:
         engine_memory_mb: What the exact engine may keep between evaluations; None for a quarter of the free memory.
         threads: torch threads, or `auto` by model size.
         tuning_budget: How the hyperparameters were chosen, as the table shows it.
-        checkpoint_every: Write a checkpoint after every so many edits, beside the start.
+        checkpoint_every: Write a checkpoint after every so many edits, beside the start; from n thousand edits on after
+            n times as many.
     """
 
     seed: int = 0

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from grace_bench.errors import UserError
-from grace_bench.files import sync_folder, write_synced
+from grace_bench.files import readable, sync_folder, write_synced
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoint"
@@ -208,7 +208,7 @@ class Checkpoints:
         try:
             tensors = safetensors.torch.load(contents[f"{path.name}/tensors.safetensors"])
             state: dict[str, Any] = _with_tensors(contents[f"{path.name}/state.json"], tensors)
-        except (KeyError, ValueError, SafetensorError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError, SafetensorError) as error:
             raise _BrokenError("it lacks its state") from error
         return state
 
@@ -220,7 +220,7 @@ def digest(content: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return readable(path).read_bytes()
     except OSError as error:
         raise _BrokenError(f"{path.name}: {error.strerror or error}") from error
 

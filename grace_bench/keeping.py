@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.checkpoint import Checkpoints
-from grace_bench.errors import Interrupted
+from grace_bench.errors import MISFITS, Interrupted, UserError, reason_of
 from grace_bench.interruption import Interruption
 from grace_bench.loggers import RunLogger
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -13,6 +13,10 @@ from grace_bench.runner import Run
 
 # What may differ between the processes of one run without any of its numbers differing.
 _UNCOUNTED = ("command", "engine_notes")
+
+_LEVEL = 1000
+"""Edits up to which checkpoints follow each other as asked. Each holds all that a run has come to, so from there on they
+are spaced in proportion to it: what they cost an edit stays level."""
 
 
 class KeptRun:
@@ -59,13 +63,8 @@ class KeptRun:
         """
         loaded = self._checkpoints.load()
         if loaded.state is not None:
-            self._run.load_state_dict(loaded.state["run"])
-            for logger in self._loggers:
-                state = loaded.state["loggers"].get(type(logger).__name__)
-                if state is not None:
-                    logger.load_state_dict(state)
+            self._take(loaded.state)
             self._saved_at = loaded.n_edits
-            self._take_environment(loaded.state["environment"])
         dropped = [*loaded.dropped]
         for logger in self._loggers:
             if isinstance(logger, JsonlLogger):
@@ -86,6 +85,9 @@ class KeptRun:
     def carry_out(self, *, every: int) -> None:
         """Goes on to the run's end, with a checkpoint at its start, after every so many edits and after a signal.
 
+        Args:
+            every: Edits between two checkpoints, of the first thousand; from n thousand on n times as many.
+
         Raises:
             Interrupted: After a signal, once the checkpoint is written.
         """
@@ -95,7 +97,7 @@ class KeptRun:
             interruption.can_wait = self._saved_at is not None
             for _ in self._run.steps():
                 interruption.can_wait = True
-                is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
+                is_due = self._saved_at is None or strategy.n_edits >= _next(self._saved_at, every)
                 if is_due or interruption.is_asked:
                     self.save()
                 if interruption.is_asked:
@@ -122,6 +124,20 @@ class KeptRun:
         """Returns what the run was computed with, under `before_resuming` also what was otherwise for a part of it."""
         return {**self._environment, "engine_notes": list(self._run.strategy.model.engine.notes)}
 
+    def _take(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._run.load_state_dict(state["run"])
+            for logger in self._loggers:
+                own = state["loggers"].get(type(logger).__name__)
+                if own is not None:
+                    logger.load_state_dict(own)
+            self._take_environment(state["environment"])
+        except MISFITS as error:
+            raise UserError(
+                f"{self._folder}: the newest checkpoint is whole but does not fit the run ({type(error).__name__}: "
+                f"{reason_of(error)}); existing=rerun sets the run aside and starts anew"
+            ) from error
+
     def _take_environment(self, earlier: Mapping[str, Any]) -> None:
         now = self._environment
         changed = {
@@ -135,3 +151,8 @@ class KeptRun:
             "command": earlier["command"],
             **({"before_resuming": changed} if changed else {}),
         }
+
+
+def _next(saved_at: int, every: int) -> int:
+    """Returns when the checkpoint after one is due."""
+    return saved_at + every * max(1, saved_at // _LEVEL)

@@ -233,7 +233,7 @@ def find_results(paths: Iterable[Path]) -> list[RunResult]:
 
 def find_result_files(paths: Iterable[Path]) -> list[Path]:
     """Finds the result files of finished runs, each in its run folder; looks and refuses as `find_results`."""
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     for path in paths:
         if path.is_file():
             found = [path]
@@ -244,7 +244,7 @@ def find_result_files(paths: Iterable[Path]) -> list[Path]:
         if not found:
             raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
         for file in found:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 

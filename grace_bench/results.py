@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
+from grace_bench.files import readable
 
 SCHEMA_VERSION = 1
 PREDICTIONS = pa.schema(
@@ -224,7 +225,7 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
         UserError: If it cannot be read, or a column is missing or of another type.
     """
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(readable(path))
         for field in PREDICTIONS:
             if field.name not in schema.names or schema.field(field.name).type != field.type:
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
@@ -242,7 +243,7 @@ def read_result(path: Path) -> RunResult:
         UserError: If it is missing, broken or of another schema version, naming the file and the field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = readable(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -263,7 +264,7 @@ class _Header(BaseModel):
 def _read_lines(path: Path, model: type[Line]) -> list[Line]:
     try:
         # Not splitlines, which also breaks at characters that may stand in a text.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = readable(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not lines[-1]:

@@ -294,7 +294,7 @@ def _composing(parts: Sequence[Sequence[str]], name: str) -> Iterator[tuple[Conf
             loader = GlobalHydra.instance().config_loader()
             multiruns = [loader.load_configuration("run", part, run_mode=RunMode.MULTIRUN) for part in overrides]
             yield loader, multiruns[0], _unique(run for multirun in multiruns for run in _runs(multirun, loader))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecursionError) as error:
         raise UserError(one_line(error)) from error
 
 
