@@ -24,7 +24,7 @@ class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, n
 
 
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What taking up a state raises that is of another shape or type than the one that was saved."""
+"""What taking up a state, or a file of settings, raises that is of another shape or type than it should be."""
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -59,7 +59,11 @@ def refuse_links(folder: Path) -> None:
     for where, folders, files in os.walk(folder):
         for path in (Path(where, name) for name in (*folders, *files)):
             if path.is_symlink():
-                if not path.resolve().is_relative_to(home):
+                try:
+                    target = path.resolve()
+                except RuntimeError as error:
+                    raise UserError(f"{path}: is a link that leads to itself") from error
+                if not target.is_relative_to(home):
                     raise UserError(f"{path}: is a link that leads out of the run folder; put what it points to there")
             elif not stat.S_ISDIR(mode := path.lstat().st_mode) and not stat.S_ISREG(mode):
                 raise UserError(f"{path}: is neither a file nor a folder")
@@ -70,8 +74,9 @@ def refuse_links(folder: Path) -> None:
 def check_model_folder(path: str) -> None:
     """Makes sure that loading a model folder reads this folder and runs no code that it asks for.
 
-    A pipe in it would keep a reader waiting for ever; transformers loads another model where an adapter is found, and downloads and runs what `attn_implementation` and
-    its like name on the hub; `trust_remote_code=False` covers neither.
+    A pipe in it would keep a reader waiting for ever. transformers loads another model where an adapter is found, and
+    downloads and runs what `attn_implementation` and its like name on the hub; `trust_remote_code=False` covers
+    neither.
 
     Args:
         path: The folder; a hub id is passed over.

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
+"""What Hydra and what is beneath it raise where settings are none."""
+
 _FAILURE = "error.json"
 _FILES = ("config.yaml", "edits.jsonl", "metrics.jsonl", "predictions.parquet", "result.json", _FAILURE)
 _FOLDERS = ("checkpoint", "editor", "wandb")
@@ -98,7 +101,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
             return hydra.compose("run", overrides)
-    except (HydraException, OmegaConfBaseException, RecursionError) as error:
+    except NOT_COMPOSED as error:
         raise UserError(one_line(error)) from error
 
 
@@ -167,15 +170,15 @@ def _expected(config: DictConfig, path: Path) -> str:
 
 def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
     refuse_links(folder)
-    if config.existing != "rerun":
-        _refuse_others(folder)
     refuse_secrets("the configuration", flat_settings(config))
     stream, asked = asked_of(config)
     with ExitStack() as stack:
         try:
-            finished = None if config.existing == "rerun" else _finished(folder, stream, say)
-            if finished is not None:
-                return finished
+            if config.existing != "rerun":
+                _refuse_others(folder)
+                finished = _finished(folder, stream, say)
+                if finished is not None:
+                    return finished
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
             stack.enter_context(FolderLock(folder))
@@ -185,7 +188,7 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
                 return finished
             is_new = _begin(folder, config, say)
         except OSError as error:
-            what = str(folder) if (folder / "config.yaml").exists() else f"out={config.out}"
+            what = str(folder) if _is_there(folder / "config.yaml") else f"out={config.out}"
             if error.errno in _DISK_FULL:
                 raise RunFailure(f"{what}: {error.strerror}") from error
             raise UserError(f"{what}: {error.strerror or error}") from error
@@ -212,6 +215,14 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
             raise
     say(summary(result, folder))
     return result
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # No name for a file, for one.
+        return False
 
 
 def _refuse_others(folder: Path) -> None:

@@ -15,8 +15,11 @@ from grace_bench.runner import Run
 _UNCOUNTED = ("command", "engine_notes")
 
 _LEVEL = 1000
-"""Edits up to which checkpoints follow each other as asked. Each holds all that a run has come to, so from there on they
-are spaced in proportion to it: what they cost an edit stays level."""
+"""Edits up to which checkpoints follow each other as asked.
+
+Each holds all that a run has come to, so from there on they are spaced in proportion to it: what they cost an edit
+stays level.
+"""
 
 
 class KeptRun:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.engine import Engine, EngineName, Repeated, make_engine
-from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.errors import MISFITS, UserError, did_you_mean, reason_of
 from grace_bench.foreign import check_model_folder
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
@@ -682,7 +682,7 @@ def _load_tokenizer(path: str) -> Any:
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, SafetensorError, *MISFITS) as error:
         raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error
 
 

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Case:
     def name(self) -> str:
         """Unique in the corpus."""
         return f"{self.kind}: {self.damage} ({self.number})"
+
+    @property
+    def group(self) -> str:
+        """What is broken, in few words: kinds that are told of together."""
+        return self.kind.partition(":")[0].partition(",")[0]
 
 
 @dataclass(frozen=True)
@@ -235,7 +240,11 @@ def broken_json(tree: Tree, choice: random.Random, *, but: Sequence[str] = ()) -
     yield "null instead", "null", False
     yield "text instead", '"text"', False
     for damage, text in ODD_JSON.items():
-        yield damage, with_text(tree, choice.choice(paths), text), damage in ("half a surrogate pair", "a NUL character")
+        yield (
+            damage,
+            with_text(tree, choice.choice(paths), text),
+            damage in ("half a surrogate pair", "a NUL character"),
+        )
     for damage, value in WRONG_VALUES.items():
         others = [path for path in paths if _type(at(path)) != _type(value)]
         if not others:
@@ -341,9 +350,7 @@ def _lines_cases(kind: str, stream: str, lines: Sequence[str], *, n_records: int
         yield Case(kind, "an array that is cut", _broken_line(stream, [cut], None, skip=False), False, number)
 
 
-def _spoilt_lines(
-    stream: str, lines: Sequence[str], damage: str, spoil: Damage, number: int
-) -> Callable[[Path], Ask]:
+def _spoilt_lines(stream: str, lines: Sequence[str], damage: str, spoil: Damage, number: int) -> Callable[[Path], Ask]:
     def arrange(folder: Path) -> Ask:
         path = folder / "given" / "requests.jsonl"
         _write_lines(path, lines)
@@ -470,19 +477,21 @@ def setting_cases(bases: Bases) -> Iterator[Case]:
     """Yields settings that a run cannot have, syntax that is none, and broken files of settings."""
     for option, values in _WRONG_OPTIONS.items():
         for number, value in enumerate(values):
-            yield Case(f"setting {option}", f"{value[:20]!r}", _setting(f"{option}={value}", option), True, number)
+            yield Case(f"setting: {option}", f"{value[:20]!r}", _setting(f"{option}={value}", option), True, number)
     for number, typed in enumerate(_ODD_SYNTAX):
-        yield Case("settings, odd syntax", repr(typed[:40]), _setting(typed, ""), True, number)
-        yield Case("settings of a sweep, odd syntax", repr(typed[:40]), _setting(typed, "", "-m"), True, number)
+        yield Case("setting: odd syntax", repr(typed[:40]), _setting(typed, ""), True, number)
+        yield Case("setting: odd syntax, of a sweep", repr(typed[:40]), _setting(typed, "", "-m"), True, number)
     for stream in ("jsonl", "counterfact", "zsre", "scotus", "hallucination"):
         for number, value in enumerate(("null", "''", "3", "[a]", "nowhere", "~nobody-of-that-name/x", "a\x00b")):
             command = (f"stream={stream}", "model=atlas-text", f"stream.path={value}")
-            yield Case(f"setting stream.path of {stream}", repr(value), _setting(*command, names=""), False, number)
+            yield Case(f"setting: stream.path of {stream}", repr(value), _setting(*command, names=""), False, number)
         for option in ("on_error", "upstream_path", "task", "max_new_tokens"):
             yield Case(
-                f"setting stream.{option} of {stream}",
+                f"setting: stream.{option} of {stream}",
                 "'nonsense'",
-                _setting(f"stream={stream}", "model=atlas-text", "stream.path=x", f"stream.{option}=nonsense", names=""),
+                _setting(
+                    f"stream={stream}", "model=atlas-text", "stream.path=x", f"stream.{option}=nonsense", names=""
+                ),
             )
     yield from _preset_cases()
 
@@ -545,7 +554,14 @@ def _preset_cases() -> Iterator[Case]:
             path.parent.mkdir(parents=True)
             path.write_text(PRESET)
             spoil(path, random.Random(f"preset {damage} {number}"))
-            command = ("run", "stream=toy", "editor=grace", f"tuned={folder / 'given'}", *SMALL, f"out={folder / 'out'}")
+            command = (
+                "run",
+                "stream=toy",
+                "editor=grace",
+                f"tuned={folder / 'given'}",
+                *SMALL,
+                f"out={folder / 'out'}",
+            )
             return Ask(command, folder / "given", ("",))
 
         return arrange
@@ -606,7 +622,7 @@ def run_cases(bases: Bases) -> Iterator[Case]:
     run = sorted(path.parent for path in bases.runs.rglob("result.json") if "grace" in path.parts)[0]
     for file, readers in _READ_BY.items():
         for how in readers:
-            kind = f"run folder: {file.rpartition('/')[2]}, {how}"
+            kind = f"finished run: {file.rpartition('/')[2]}, {how}"
             for damage, spoil in WHOLE.items():
                 yield Case(kind, damage, _spoilt_run(bases, file, how, damage, spoil, 0), True)
             for damage, spoil in PARTLY.items():
@@ -637,9 +653,7 @@ def _putting(text: str) -> Damage:
     return lambda path, choice: _put(path, text)
 
 
-def _spoilt_run(
-    bases: Bases, file: str, how: str, damage: str, spoil: Damage, number: int
-) -> Callable[[Path], Ask]:
+def _spoilt_run(bases: Bases, file: str, how: str, damage: str, spoil: Damage, number: int) -> Callable[[Path], Ask]:
     def arrange(folder: Path) -> Ask:
         given, run = _a_run(bases, folder)
         spoil(run / file, random.Random(f"{file} {how} {damage} {number}"))
@@ -647,7 +661,7 @@ def _spoilt_run(
         if how == "reuse":
             options = json.loads((given / "command.json").read_text())
             command = ("run", *options, f"out={given}", "editor=grace", "seed=0")
-        return Ask(command, given, ("",), goes_on=how in ("resume", "reuse"))
+        return Ask(command, given, (str(run),), goes_on=how in ("resume", "reuse"))
 
     return arrange
 
@@ -706,14 +720,14 @@ def checkpoint_cases(bases: Bases) -> Iterator[Case]:
     """Yields interrupted runs with a file broken by accident, and with checkpoints whose digests are right."""
     files = sorted(path.relative_to(bases.stopped).as_posix() for path in bases.stopped.rglob("*") if path.is_file())
     for file in files:
-        kind = f"stopped run: {Path(file).name}"
+        kind = f"stopped run: {file}"
         for damage, spoil in {**WHOLE, **PARTLY}.items():
             yield Case(kind, damage, _spoilt_stop(bases, [file], damage, spoil), True, files.index(file))
     newest = max(path.name for path in (bases.stopped / "checkpoint").glob("0*"))
     for name in ("state.json", "manifest.json", "tensors.safetensors"):
         both = [f"checkpoint/{path.name}/{name}" for path in (bases.stopped / "checkpoint").glob("0*")]
         for damage, spoil in {**WHOLE, **PARTLY}.items():
-            yield Case(f"stopped run: {name} of both", damage, _spoilt_stop(bases, both, damage, spoil), True)
+            yield Case(f"stopped run: both {name}", damage, _spoilt_stop(bases, both, damage, spoil), True)
     manifest = f"checkpoint/{newest}/manifest.json"
     tree = json.loads((bases.stopped / manifest).read_text())
     for damage, text, may_be_valid in broken_json(tree, random.Random("manifest")):
@@ -726,10 +740,13 @@ def checkpoint_cases(bases: Bases) -> Iterator[Case]:
         for damage, text, _ in broken_json(state["run"], choice, but=("environment",)):
             whole = json.dumps({**state, "run": _MARK}, ensure_ascii=False).replace(f'"{_MARK}"', text)
             change = _resealing("state.json", lambda content, text=whole: text.encode("utf-8", "surrogatepass"))
-            yield Case("checkpoint with right digests: state.json", damage, _spoilt_stop(bases, [newest], damage, change), True, number)
+            spoilt = _spoilt_stop(bases, [newest], damage, change)
+            yield Case("checkpoint with right digests: state.json", damage, spoilt, True, number)
     for damage, tensors in _OTHER_TENSORS.items():
         change = _resealing("tensors.safetensors", tensors)
-        yield Case("checkpoint with right digests: tensors", damage, _spoilt_stop(bases, [newest], damage, change), True)
+        yield Case(
+            "checkpoint with right digests: tensors", damage, _spoilt_stop(bases, [newest], damage, change), True
+        )
 
 
 def _spoilt_stop(bases: Bases, files: Sequence[str], damage: str, spoil: Damage) -> Callable[[Path], Ask]:
@@ -804,8 +821,12 @@ def model_cases(bases: Bases) -> Iterator[Case]:
     streams = {"toy": "toy", "atlas-drift": "atlas-drift", "atlas-text": "atlas-text"}
     for model, stream in streams.items():
         source = bases.models[model]
-        for file in ("config.json", "model.safetensors", *(() if model == "toy" else ("tokenizer.json", "tokenizer_config.json"))):
-            kind = f"model {model}: {file}"
+        for file in (
+            "config.json",
+            "model.safetensors",
+            *(() if model == "toy" else ("tokenizer.json", "tokenizer_config.json")),
+        ):
+            kind = f"model folder: {file} of {model}"
             for damage, spoil in {**WHOLE, **PARTLY}.items():
                 yield Case(kind, damage, _spoilt_model(source, stream, file, damage, spoil), True)
             if file == "config.json":
@@ -828,9 +849,7 @@ def _spoilt_model(source: Path, stream: str, file: str, damage: str, spoil: Dama
             path.chmod(0o600)
         spoil(given / file, random.Random(f"{source.name} {file} {damage}"))
         command = ("run", f"stream={stream}", f"model={given}", "editor=none", *SMALL, f"out={folder / 'out'}")
-        layer = {"toy": "second", "atlas-drift": "bert.encoder.layer.1.output.dense", "atlas-text": None}[stream]
-        del layer
-        return Ask(command, given, ("",))
+        return Ask(command, given, (f"{given}",))
 
     return arrange
 
