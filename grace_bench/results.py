@@ -27,6 +27,7 @@ PREDICTIONS = pa.schema(
     ]
 )
 """The columns of `predictions.parquet`."""
+_NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
 
 Line = TypeVar("Line", bound=BaseModel)
 
@@ -222,18 +223,22 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
         filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
 
     Raises:
-        UserError: If it cannot be read, or a column is missing or of another type.
+        UserError: If it cannot be read, or a column is missing, of another type, or without values it should have.
     """
     try:
         schema = pq.read_schema(readable(path))
         for field in PREDICTIONS:
             if field.name not in schema.names or schema.field(field.name).type != field.type:
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
-        return pq.read_table(path, columns=list(columns), filters=list(filters) or None).to_pylist()
+        table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    for name in _NEVER_NULL:
+        if name in table.column_names and table[name].null_count:
+            raise UserError(f"{path}: column '{name}' has rows without a value")
+    return table.to_pylist()
 
 
 def read_result(path: Path) -> RunResult:

@@ -278,6 +278,9 @@ def _from_folder(name: str, folder: Path) -> ModelSource:
     except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from error
     notes = config if isinstance(config, dict) else {}
-    stream = STREAMS.get(str(notes[_STREAM_KEY])) if _STREAM_KEY in notes else None
+    try:
+        stream = STREAMS.get(str(notes[_STREAM_KEY])) if _STREAM_KEY in notes else None
+    except UserError as error:
+        raise UserError(f"{path}: field '{_STREAM_KEY}': {error}") from error
     layer = notes.get(_LAYER_KEY) or getattr(stream, "default_layer", None)
     return ModelSource(name, str(folder), stream, layer)

@@ -233,7 +233,7 @@ def broken_json(tree: Tree, choice: random.Random, *, but: Sequence[str] = ()) -
             part = part[step]
         return part
 
-    yield "cut", json.dumps(tree)[:-1], False
+    yield "the last bracket missing", json.dumps(tree)[:-1], False
     yield "a trailing comma", json.dumps(tree)[:-1] + ",}", False
     yield "a list instead", json.dumps([tree, tree]), True
     yield "a number instead", "3", False
@@ -587,8 +587,6 @@ _READ_BY: Mapping[str, Sequence[str]] = {
     "edits.jsonl": ("report", "show"),
     "predictions.parquet": ("report", "show", "compare", "leaderboard"),
     "config.yaml": ("resume", "report"),
-    "editor/editor.json": ("overlap",),
-    "editor/editor.safetensors": ("overlap",),
 }
 
 
@@ -661,7 +659,7 @@ def _spoilt_run(bases: Bases, file: str, how: str, damage: str, spoil: Damage, n
         if how == "reuse":
             options = json.loads((given / "command.json").read_text())
             command = ("run", *options, f"out={given}", "editor=grace", "seed=0")
-        return Ask(command, given, (str(run),), goes_on=how in ("resume", "reuse"))
+        return Ask(command, given, (run.name,), goes_on=how in ("resume", "reuse"))
 
     return arrange
 
@@ -814,6 +812,32 @@ _OTHER_TENSORS: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 # --- Saved editors and models ----------------------------------------------------------------------------------------
+
+
+def editor_damages(saved: Path) -> Iterator[tuple[str, str, Damage]]:
+    """Yields what can be done to a saved editor: the file, how, and what does it. No file is valid afterwards."""
+    for file in ("editor.json", "editor.safetensors"):
+        for damage, spoil in WHOLE.items():
+            yield file, damage, spoil
+    # A value in the middle of a tensor is as good as another.
+    yield "editor.safetensors", "cut", PARTLY["cut"]
+    for damage, change in _OTHER_TENSORS.items():
+        if damage != "another dtype":
+            yield "editor.safetensors", damage, _rewriting(lambda content, choice, change=change: change(content))
+    tree = json.loads((saved / "editor.json").read_text(encoding="utf-8"))
+    for damage, text, may_be_valid in broken_json(tree, random.Random("editor")):
+        if not may_be_valid:
+            yield "editor.json", damage, _putting(text)
+    for name in tree:
+        yield "editor.json", f"no {name}", _putting(json.dumps(without(tree, (name,))))
+        yield "editor.json", f"a list of lists for {name}", _putting(json.dumps(changed(tree, (name,), [[1]])))
+    other = {"a": [1]}
+    for part in ("settings", "state"):
+        for name in tree[part]:
+            changes = _putting(json.dumps(changed(tree, (part, name), other)))
+            yield "editor.json", f"an object for {part}.{name}", changes
+    for name in tree["state"]:
+        yield "editor.json", f"no state.{name}", _putting(json.dumps(without(tree, ("state", name))))
 
 
 def model_cases(bases: Bases) -> Iterator[Case]:

@@ -26,6 +26,9 @@ import pytest
 
 import grace_bench.streams
 from grace_bench.cli import main
+from grace_bench.editors import Grace
+from grace_bench.errors import UserError
+from grace_bench.models import EditableModel
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 SECONDS = 20
@@ -223,6 +226,24 @@ def test_names_in_the_corpus_are_unique_and_a_case_is_made_the_same_way_twice(ba
 def test_some_broken_inputs_end_in_a_line_or_a_counted_skip_and_change_nothing(bases: Any, tmp_path: Path) -> None:
     cases = corpus.corpus(bases)
     assert_right(judged(random.Random(0).sample(cases, IN_CI), tmp_path))
+
+
+def test_a_broken_editor_is_refused_in_one_line_that_names_its_folder(bases: Any, tmp_path: Path) -> None:
+    saved = next(path for path in bases.runs.rglob("editor") if "grace" in path.parts)
+    model = EditableModel.from_pretrained("toy", task="classification")
+    assert Grace.from_pretrained(saved, model=model).n_edits == 4
+    damages = list(corpus.editor_damages(saved))
+    for file, damage, spoil in damages:
+        folder = tmp_path / "editor"
+        shutil.copytree(saved, folder)
+        spoil(folder / file, random.Random(damage))
+        before = snapshot(folder)
+        with pytest.raises(UserError) as caught:
+            Grace.from_pretrained(folder, model=model)
+        assert str(folder) in str(caught.value), damage
+        assert "\n" not in str(caught.value), damage
+        assert snapshot(folder) == before
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
