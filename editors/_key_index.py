@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,6 +38,13 @@ class Rows:
         self._empty = self._buffer = torch.empty(shape, device=device, dtype=dtype)
         self._n = 0
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """Returns rows that are there already, without a copy."""
+        rows = cls(*(0 for _ in tensor.shape), device=tensor.device, dtype=tensor.dtype)
+        rows._buffer, rows._n = tensor, len(tensor)
+        return rows
+
     @property
     def tensor(self) -> Tensor:
         """(N, ...) the rows, without a copy."""
@@ -55,6 +64,10 @@ class Rows:
     def clear(self) -> None:
         """Removes every row."""
         self._buffer, self._n = self._empty, 0
+
+    def first(self, n: int) -> "Rows":
+        """Returns the first n rows, without a copy."""
+        return Rows.of(self.tensor[:n])
 
 
 class KeyIndex(ABC):
@@ -87,6 +100,14 @@ class KeyIndex(ABC):
         for block in _slices(len(keys), max(1, _GATHERED // max(1, keys.shape[1]))):
             norms = self._measure(self.keys[len(self._norms.tensor) :][: block.stop - block.start])
             self._bounded_norms &= bool((norms <= _HUGE).all())
+
+    def first(self, n: int) -> Self:
+        """Returns the index of the first n keys, without a copy."""
+        index = copy(self)
+        for name, rows in vars(self).items():
+            if isinstance(rows, Rows):
+                setattr(index, name, rows.first(n))
+        return index
 
     def clear(self) -> None:
         """Removes every key."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -174,6 +175,11 @@ class Codebook:
     def radii(self) -> Tensor:
         """(N,) float32 deferral radii, in the units of the distance."""
         return self._radii.tensor
+
+    @property
+    def label_ids(self) -> Tensor:
+        """(N,) long, one number for each label there ever was."""
+        return self._label_ids.tensor
 
     @property
     def needs_whitening(self) -> bool:
@@ -488,6 +494,24 @@ class Codebook:
         self.labels, self.label_means, self._id_of_label = [], [], {}
         for rows in (self._index, self._values, self._radii, self._label_ids):
             rows.clear()
+
+    def as_it_was(self, radii: Tensor, label_ids: Tensor, values: Tensor) -> "Codebook":
+        """Returns the first n entries as they were once, to be read: keys never change.
+
+        Args:
+            radii: (n,) their radii.
+            label_ids: (n,) their `label_ids`.
+            values: (n, D_out) their values.
+        """
+        past, n = copy(self), len(radii)
+        past.labels = self.labels[:n]
+        names = list(self._id_of_label)
+        for entry in torch.nonzero(label_ids != self.label_ids[:n])[:, 0].tolist():
+            past.labels[entry] = names[label_ids[entry]]
+        past.label_means = self.label_means[:n]
+        past._index = self._index.first(n)
+        past._radii, past._label_ids, past._values = map(Rows.of, (radii, label_ids, values))
+        return past
 
     def state_dict(self) -> dict[str, Any]:
         """Returns keys, values, radii, labels and label means, and what whitens queries."""

@@ -1,7 +1,8 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,6 +11,7 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
+from grace_bench.editors._history import History
 from grace_bench.editors._values import ValueTraining
 from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
 from grace_bench.encoding import EncodedBatch, stack
@@ -26,8 +28,9 @@ _TRAINED_TOKENS = 2048
 
 
 class _Pending(NamedTuple):
-    """An edit whose value is not trained yet: where its outcome stands, what it trains on, and what answers it."""
+    """An edit whose value is not trained yet: its clock, its outcome's place, what it trains on, what answers it."""
 
+    clock: int
     place: int
     prompt: str
     target: str | int
@@ -108,6 +111,7 @@ class Grace(EditorStrategy):
         self._outcomes: list[EditOutcome] = []
         self._pending: dict[int, _Pending] = {}
         self._versions: dict[int, str] = {}
+        self._history = History(self.codebook)
         self.intercept(self._answer)
 
     @property
@@ -151,6 +155,19 @@ class Grace(EditorStrategy):
         self.codebook.clear()
         self._n_settled = 0
         self._outcomes, self._pending, self._versions = [], {}, {}
+        self._history.clear()
+
+    @contextmanager
+    def as_of(self, n_edits: int) -> Iterator[None]:
+        now = self.codebook, self._versions, self.n_edits
+        self.codebook, others = self._history.as_of(n_edits)
+        if others:
+            self._versions = {entry: version for entry, version in self._versions.items() if entry not in others}
+        self.n_edits = n_edits
+        try:
+            yield
+        finally:
+            self.codebook, self._versions, self.n_edits = now
 
     def answered_by(self, queries: Tensor) -> Answered:
         if not len(self.codebook):
@@ -170,9 +187,10 @@ class Grace(EditorStrategy):
         if self._outcomes:
             state["outcomes"] = [asdict(outcome) for outcome in self._outcomes]
             state["pending"] = [
-                [entry, waiting.place, waiting.prompt, waiting.target, waiting.answering]
+                [entry, waiting.clock, waiting.place, waiting.prompt, waiting.target, waiting.answering]
                 for entry, waiting in self._pending.items()
             ]
+            state |= self._history.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,9 +200,10 @@ class Grace(EditorStrategy):
         self._versions = {}
         self._outcomes = [EditOutcome(**outcome) for outcome in state.get("outcomes", ())]
         self._pending = {
-            entry: _Pending(place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
-            for entry, place, prompt, target, answering in state.get("pending", ())
+            entry: _Pending(clock, place, prompt, target, self.model.encode_batch([prompt], [target]), answering)
+            for entry, clock, place, prompt, target, answering in state.get("pending", ())
         }
+        self._history.load_state_dict(state)
 
     def max_extra_parameters(self, n_edits: int) -> int:
         # At worst every edit makes an entry: a key, a value and a radius.
@@ -202,12 +221,16 @@ class Grace(EditorStrategy):
     def _edit_one(self, prompt: str, target: str | int, encoded: EncodedBatch) -> None:
         call = self.model.layer_call(encoded)
         assert encoded.labels is not None
-        settled = self.codebook.settle(
-            call.query[0],
-            encoded.target_ids[0],
-            lambda: self.initial_value(call),
-            label_mean=float(encoded.labels.float().mean()),
-        )
+        if not self._outcomes:
+            # Whoever asks for the past does so before the edits that a flush finished are followed by another.
+            self._history.clear()
+        with self._history.noting(self.n_edits):
+            settled = self.codebook.settle(
+                call.query[0],
+                encoded.target_ids[0],
+                lambda: self.initial_value(call),
+                label_mean=float(encoded.labels.float().mean()),
+            )
         self._n_settled += 1
         found = self.codebook.retrieve(call.query)
         entry = int(found.entry[0])
@@ -229,7 +252,7 @@ class Grace(EditorStrategy):
             # What comes later goes on from the value that waits.
             self._train_pending()
         answering = entry if found.hit[0] else -1
-        self._pending[entry] = _Pending(len(self._outcomes) - 1, prompt, target, encoded, answering)
+        self._pending[entry] = _Pending(self.n_edits, len(self._outcomes) - 1, prompt, target, encoded, answering)
         if not waits:
             self._train_pending()
 
@@ -240,6 +263,8 @@ class Grace(EditorStrategy):
         for chunk in self.model.task.batches(tokens, most_tokens=_TRAINED_TOKENS):
             chosen = [entries[i] for i in chunk]
             waiting = [self._pending[entry] for entry in chosen]
+            for entry, pending in zip(chosen, waiting, strict=True):
+                self._history.note_value(pending.clock, entry)
             answering = [pending.answering for pending in waiting]
             histories = self._values.train(chosen, answering, stack([pending.encoded for pending in waiting]))
             for entry, pending, losses in zip(chosen, waiting, histories, strict=True):

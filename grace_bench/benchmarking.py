@@ -18,9 +18,11 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.benchmark import EditBenchmark, probe_requests
+from grace_bench.credentials import without_secrets
 from grace_bench.engine import EngineName, make_engine
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
+from grace_bench.foreign import check_run_folder
 from grace_bench.keeping import KeptRun
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -123,11 +125,13 @@ def run_benchmark(
         The result; with `folder`, also written there as `result.json`.
 
     Raises:
-        UserError: If a name is unknown, data cannot be read, the parts do not fit together, or a checkpoint is of
-            another configuration, model or data.
+        UserError: If a name is unknown, data cannot be read, the parts do not fit together, a checkpoint is of another
+            configuration, model or data, or something in the folder leads out of it.
         Interrupted: After a signal, once the run's state is on disk.
     """
     settings = settings or RunSettings()
+    if folder is not None:
+        check_run_folder(folder)
     opened = open_benchmark(
         stream,
         model=model,
@@ -375,7 +379,7 @@ def describe_environment(model: EditableModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": model.engine.name,
         "engine_notes": model.engine.notes,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [without_secrets(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
     }
 
 

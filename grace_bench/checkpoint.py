@@ -26,7 +26,7 @@ from grace_bench.results import first_error
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"

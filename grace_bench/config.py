@@ -199,7 +199,9 @@ def _instantiate(group: str, node: Any, registry: Registry[Any]) -> Any:
     plain: Any = OmegaConf.to_container(node, resolve=True)
     if _name_of(plain.pop("_target_", None), registry) is None:
         raise UserError(f"{group}._target_={node.get('_target_')} is no registered {group}")
-    plain.pop("_partial_", None)
+    # An editor waits for its model.
+    if bool(plain.pop("_partial_", False)) != (registry is EDITORS):
+        raise UserError(f"{group}._partial_={node.get('_partial_')}: is no setting")
     _refuse_directives(group, plain)
     try:
         return instantiate(node)

@@ -20,7 +20,7 @@ def refuse_references(path: Path) -> None:
     OmegaConf fills in `${...}`, which reaches environment variables; aliases make a short file grow without bound.
 
     Args:
-        path: The file, which is known to be readable YAML by whoever reads it next.
+        path: The file.
 
     Raises:
         UserError: If there is an alias or a `${...}` in it, or it is nested too deeply, naming the line.
@@ -39,22 +39,27 @@ def refuse_references(path: Path) -> None:
         elif depth > _DEEPEST:
             wrong = f"is nested more than {_DEEPEST} deep"
         if wrong is not None:
-            line = event.start_mark.line + 1
-            raise UserError(f"{path}:{line}: {wrong}; settings of a file are values and nothing else")
+            place = path if event.start_mark is None else f"{path}:{event.start_mark.line + 1}"
+            raise UserError(f"{place}: {wrong}; settings of a file are values and nothing else")
 
 
-def refuse_links(folder: Path) -> None:
+def check_run_folder(folder: Path) -> None:
     """Makes sure that what is read and written in a run folder lies in it.
 
     A link that was sent along would have a resumed run write, or a report show, a file that lies elsewhere; a pipe
-    would keep either waiting for ever. What W&B keeps in folders of `wandb/` is its own: nothing here reads it.
+    would keep either waiting for ever. Settings of W&B, which it takes from the working folder, name the server that is
+    sent the key. What it keeps in folders of `wandb/` is its own: nothing here reads it.
 
     Args:
         folder: The run folder, which may itself be a link; it need not exist.
 
     Raises:
-        UserError: If a link leads out of the folder, or something in it is neither a file nor a folder.
+        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would take
+            settings from it.
     """
+    settings = folder / "wandb" / "settings"
+    if settings.exists():
+        raise UserError(f"{settings}: would tell W&B where to send your key; no run leaves such a file: remove it")
     home = folder.resolve()
     for where, folders, files in os.walk(folder):
         for path in (Path(where, name) for name in (*folders, *files)):

@@ -35,7 +35,7 @@ from grace_bench.config import (
 from grace_bench.credentials import refuse_secrets, without_secrets
 from grace_bench.errors import MISFITS, RunFailure, UserError, did_you_mean, reason_of
 from grace_bench.files import name_aside, write_atomically
-from grace_bench.foreign import refuse_links
+from grace_bench.foreign import check_run_folder
 from grace_bench.formats import on_one_line
 from grace_bench.lock import FolderLock
 from grace_bench.loggers.progress import ProgressLogger
@@ -169,7 +169,7 @@ def _expected(config: DictConfig, path: Path) -> str:
 
 
 def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
-    refuse_links(folder)
+    check_run_folder(folder)
     refuse_secrets("the configuration", flat_settings(config))
     stream, asked = asked_of(config)
     with ExitStack() as stack:

@@ -203,11 +203,11 @@ class Leaderboard:
         """Makes a leaderboard of the runs in some folders.
 
         Args:
-            paths: As `find_results` takes them.
+            paths: As `find_result_files` takes them.
             by_stream: As for the constructor.
 
         Raises:
-            UserError: As `find_results` and the constructor do.
+            UserError: As `find_result_files` and the constructor do, or if a result is broken.
         """
         files = find_result_files(paths)
         # Of a result under another name, what lies beside it need not be of its run.
@@ -215,24 +215,19 @@ class Leaderboard:
         return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
 
 
-def find_results(paths: Iterable[Path]) -> list[RunResult]:
-    """Reads the results of finished runs.
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder.
 
     Args:
         paths: Each a result file, a run folder, or a folder that is searched for runs at any depth. The inside of a run
-            folder and folders whose name begins with a dot are not searched. A file reached twice is read once.
+            folder and folders whose name begins with a dot are not searched. A file reached twice is named once.
 
     Returns:
-        The results in the order of `paths`, within a folder by path.
+        The files in the order of `paths`, within a folder by path.
 
     Raises:
-        UserError: If a path does not exist or holds no result, or a result is broken.
+        UserError: If a path does not exist or holds no result.
     """
-    return [read_result(file) for file in find_result_files(paths)]
-
-
-def find_result_files(paths: Iterable[Path]) -> list[Path]:
-    """Finds the result files of finished runs, each in its run folder; looks and refuses as `find_results`."""
     files: dict[str, Path] = {}
     for path in paths:
         if path.is_file():

@@ -236,6 +236,8 @@ class EditableModel(nn.Module):
                 f"not for {chosen.name}"
             )
         weights, vocabulary = source.fetch()
+        for folder in dict.fromkeys((weights, vocabulary)):
+            check_model_folder(folder)
         custom = source.stream.load_model(Path(weights)) if source.stream else None
         if custom is None:
             module, encode = _load_module(weights, chosen, precision, device_map), None
@@ -639,7 +641,6 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    check_model_folder(path)
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
             path,

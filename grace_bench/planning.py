@@ -29,7 +29,7 @@ from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.models import DeviceMap, EditableModel
 from grace_bench.registry import EDITORS, METRICS
-from grace_bench.runner import LOOKAHEAD, Run, Schedule
+from grace_bench.runner import LOOKAHEAD, Pending, Run, Schedule
 from grace_bench.strategy import EditorStrategy
 from grace_bench.terminal import table_console
 from grace_bench.types import EditRequest, EditStream, Progress
@@ -309,7 +309,7 @@ class _Trial(Run):
         )
 
     def _work(self) -> Work:
-        streams = (experience.requests for stream in self._eval_streams() for experience in stream)
+        streams = (experience.requests for stream in self._eval_streams(self._due_now()) for experience in stream)
         return sum((_work(self.strategy.model, requests) for requests in streams), Work())
 
     def _ask_unedited(self) -> dict[str, str | int]:
@@ -319,7 +319,7 @@ class _Trial(Run):
         return answers
 
     def settle(self) -> None:
-        self.n_groups += any(pending.outcome is not None for pending in self._pending)
+        self.n_groups += any(isinstance(one, Pending) and one.outcome is not None for one in self._pending)
         super().settle()
 
 
@@ -382,7 +382,7 @@ class _Count(Run):
     def evaluate(self) -> None:
         if self.position.last_evaluation == self.strategy.n_edits:
             return
-        streams = {stream.name: stream[0].requests for stream in self._eval_streams()}
+        streams = {stream.name: stream[0].requests for stream in self._eval_streams(self._due_now())}
         fresh = known = Work()
         for name, requests in streams.items():
             if self.strategy.scorer.is_incremental:
@@ -671,8 +671,7 @@ class _Planner:
         together = max(last.n_edits / max(1, last.n_groups), 1.0)
         if last.n_groups == 1 and last.n_edits > 1:
             together = LOOKAHEAD
-        clocks = [evaluation.n_edits for evaluation in counts.evaluations]
-        n_groups = sum(math.ceil((after - before) / together) for before, after in pairwise(clocks))
+        n_groups = math.ceil(counts.edits / together)
         measured = [(Work(trial.n_edits, trial.n_groups, trial.n_edits), trial.edit_seconds) for trial in (small, last)]
         fitted = _fitted(measured)
         assert fitted is not None

@@ -31,7 +31,7 @@ from grace_bench.curves import (
 )
 from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
-from grace_bench.foreign import refuse_links
+from grace_bench.foreign import check_run_folder
 from grace_bench.formats import visible
 from grace_bench.leaderboard import Column, Leaderboard, Row, Table, cell_text, find_result_files
 from grace_bench.registry import EDITORS
@@ -111,7 +111,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     runs = []
     for file in find_result_files(paths):
-        refuse_links(file.parent)
+        check_run_folder(file.parent)
         folder, result = file.parent, read_result(file)
         config = folder / "config.yaml"
         runs.append(

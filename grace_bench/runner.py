@@ -6,7 +6,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -58,6 +58,15 @@ class Pending:
     n_edits: int
     outcome: EditOutcome | None = None
     seconds: float = 0.0
+
+
+@dataclass
+class Due:
+    """An evaluation that waits for pending edits: its clock, and which requests were edited and superseded by then."""
+
+    n_edits: int
+    edited: list[int]
+    superseded: list[int]
 
 
 @dataclass
@@ -113,7 +122,7 @@ class Run:
         self.benchmark = _thinned(benchmark, schedule.max_upstream)
         self.position = Position()
         self.before: dict[str, float] = {}
-        self._pending: list[Pending] = []
+        self._pending: list[Pending | Due] = []
         self._by_prompt: defaultdict[str, list[int]] = defaultdict(list)
         self._unedited: dict[str, str | int] | None = None
 
@@ -139,17 +148,17 @@ class Run:
                 self.evaluate()
             yield self.position.index
         self.evaluate()
+        self.settle()
 
     def evaluate(self) -> None:
-        """Scores every evaluation stream at this clock, unless that was done already."""
-        if self.position.last_evaluation == self.strategy.n_edits:
+        """Scores every evaluation stream as of this clock, unless that was done, once edits that wait are finished."""
+        position, n_edits = self.position, self.strategy.n_edits
+        if position.last_evaluation == n_edits:
             return
-        self.settle()
-        started = time.perf_counter()
-        with self.strategy.scorer.evaluation():
-            self.strategy.eval([experience for stream in self._eval_streams() for experience in stream])
-        self.position.eval_seconds += time.perf_counter() - started
-        self.position.last_evaluation = self.strategy.n_edits
+        position.last_evaluation = n_edits
+        self._pending.append(self._due_now())
+        if not (self.strategy.n_pending and self.strategy.knows_past):
+            self.settle()
 
     def metrics(self) -> dict[str, float]:
         """Returns the last value of every metric, and the counts of the run."""
@@ -191,7 +200,8 @@ class Run:
             # Editors and metrics may hand out what they go on working with; a state stays what it was.
             "editor": deepcopy(self.strategy.state_dict()),
             "position": deepcopy(vars(self.position)),
-            "pending": [_pending_state(pending) for pending in self._pending],
+            "pending": [_pending_state(pending) for pending in self._pending if isinstance(pending, Pending)],
+            "due": [[place, vars(one)] for place, one in enumerate(self._pending) if isinstance(one, Due)],
             "scores": self.strategy.scorer.state_dict(),
             "engine": self.strategy.model.engine.state_dict(),
             "before": dict(self.before),
@@ -209,6 +219,8 @@ class Run:
         self.strategy.load_state_dict(state["editor"])
         self.position = restored(Position, deepcopy(state["position"]))
         self._pending = [self._pending_of(pending) for pending in state["pending"]]
+        for place, due in state["due"]:
+            self._pending.insert(place, Due(**due))
         self.strategy.scorer.load_state_dict(state["scores"])
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
@@ -278,7 +290,7 @@ class Run:
             edited = Pending(request, before, index, self.strategy.n_edits, self.strategy.outcome, seconds)
             self._pending.append(edited)
             self._supersede(request, index)
-        if not self.strategy.n_pending:
+        if not 0 < self.strategy.n_pending < LOOKAHEAD:
             self.settle()
 
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
@@ -298,8 +310,12 @@ class Run:
         return LOOKAHEAD if most is None else min(LOOKAHEAD, most - self.strategy.n_edits)
 
     def settle(self) -> None:
-        """Finishes pending edits and tells of candidates in stream order, the time of finishing shared equally."""
-        edits = [pending for pending in self._pending if pending.outcome is not None]
+        """Finishes pending edits, then tells of candidates and evaluates in stream order, each as of its clock.
+
+        The time of finishing is shared equally by the edits.
+        """
+        waiting, self._pending = self._pending, []
+        edits = [one for one in waiting if isinstance(one, Pending) and one.outcome is not None]
         if edits:
             started = time.perf_counter()
             flushed = self.strategy.flush()
@@ -308,17 +324,57 @@ class Run:
                 pending.outcome = outcome
             for pending in edits:
                 pending.seconds += share
+        due = [one for one in waiting if isinstance(one, Due)]
+        with self.strategy.scorer.keeping_versions():
+            after = self._score_after(edits, due)
+            for one in waiting:
+                with self._as_of(one.n_edits):
+                    if isinstance(one, Pending):
+                        self._tell(one, after.get(one.index))
+                    else:
+                        self._carry_out(one)
+
+    def _as_of(self, n_edits: int) -> AbstractContextManager[None]:
+        return self.strategy.as_of(n_edits) if self.strategy.knows_past else nullcontext()
+
+    def _due_now(self) -> Due:
+        return Due(self.strategy.n_edits, [*self.position.edited], [*self.position.superseded])
+
+    def _score_after(self, edits: Sequence[Pending], due: Sequence[Due]) -> dict[int, ItemScore]:
+        """Scores requests as of their edits, by index, and with them what evaluations that are due will ask for."""
+        scorer, requests = self.strategy.scorer, [pending.request for pending in edits]
+        together = [*requests]
+        if len(due) > 1:
+            # All of it as it is now, when few answers are others than when they were due.
+            together += [request for stream in self._eval_streams(due[-1]) for request in stream[0].requests]
         with self._scoring():
-            scores = iter(self.strategy.scorer.score([pending.request for pending in edits]))
-        for pending in self._pending:
-            after = None
-            if pending.outcome is not None:
-                after = next(scores)
-                self.position.edit_times.append(pending.seconds)
-                self.position.n_failed += pending.outcome.failed is not None
-                self.position.n_close += pending.outcome.is_close
-            self.strategy.observe_candidate(pending.request, self._record(pending, after))
-        self._pending = []
+            after = dict(zip([pending.index for pending in edits], scorer.score(together), strict=False))
+            later: set[int | None] = set()
+            for pending in reversed(edits if self.strategy.knows_past else ()):
+                outcome = pending.outcome
+                assert outcome is not None
+                # An entry that was edited since, or does not answer any more, may have answered otherwise.
+                is_past = outcome.key in later or after[pending.index].entry != outcome.key
+                if is_past and pending is not edits[-1]:
+                    with self._as_of(pending.n_edits):
+                        after[pending.index] = scorer.score([pending.request])[0]
+                later.add(outcome.key)
+        return after
+
+    def _tell(self, pending: Pending, after: ItemScore | None) -> None:
+        """Tells of a candidate."""
+        if pending.outcome is not None:
+            self.position.edit_times.append(pending.seconds)
+            self.position.n_failed += pending.outcome.failed is not None
+            self.position.n_close += pending.outcome.is_close
+        self.strategy.observe_candidate(pending.request, self._record(pending, after))
+
+    def _carry_out(self, due: Due) -> None:
+        """Scores every evaluation stream."""
+        started = time.perf_counter()
+        with self.strategy.scorer.evaluation():
+            self.strategy.eval([experience for stream in self._eval_streams(due) for experience in stream])
+        self.position.eval_seconds += time.perf_counter() - started
 
     def _record(self, pending: Pending, after: ItemScore | None) -> EditRecord:
         outcome, before = pending.outcome or EditOutcome(), pending.before
@@ -354,24 +410,24 @@ class Run:
         same_input.append(index)
         self.position.edited.append(index)
 
-    def _eval_streams(self) -> Iterator[Any]:
+    def _eval_streams(self, due: Due) -> Iterator[Any]:
         data = self.benchmark.data
-        edited = [data.edits[index] for index in self.position.edited]
+        edited = [data.edits[index] for index in due.edited]
         roles: tuple[tuple[str, Sequence[EditRequest]], ...] = (
             ("upstream", data.upstream),
             ("edited", edited),
-            ("holdout", self._holdout(edited)),
+            ("holdout", self._holdout(edited, due.superseded)),
             ("accurate", data.accurate),
             ("locality", self._probes("locality", edited)),
             ("portability", self._probes("portability", edited)),
         )
         yield from (eval_stream(name, requests) for name, requests in roles if requests)
 
-    def _holdout(self, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:
-        """The holdout requests of the facts edited so far, those that want a superseded target left out."""
+    def _holdout(self, edited: Sequence[EditRequest], superseded: Sequence[int]) -> Sequence[EditRequest]:
+        """The holdout requests of the facts that were edited, those that want a superseded target left out."""
         facts = {request.fact for request in edited}
         edits = self.benchmark.data.edits
-        outdated = {(edits[i].fact, edits[i].target) for i in self.position.superseded}
+        outdated = {(edits[i].fact, edits[i].target) for i in superseded}
         outdated -= {(request.fact, request.target) for request in edited}
         return [
             request

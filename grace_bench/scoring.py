@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Known:
-    """A request's newest score, and which version of which entry gave it."""
+    """A request's query, which version of which entry answered it last, and the scores that are kept by version."""
 
-    item: ItemScore
     query: Tensor
     version: Hashable
+    items: dict[Hashable, ItemScore]
 
 
 class Scorer:
@@ -40,6 +40,7 @@ class Scorer:
     def __init__(self, strategy: "EditorStrategy") -> None:
         self._strategy = strategy
         self._known: dict[Hashable, _Known] = {}
+        self._keeps_versions = False
         self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
         self.n_scored = 0
@@ -50,6 +51,18 @@ class Scorer:
         """One evaluation of every stream: what it asks again and again is computed from where it can change."""
         with nullcontext() if self.is_incremental else self._strategy.model.engine.remembering():
             yield
+
+    @contextmanager
+    def keeping_versions(self) -> Iterator[None]:
+        """Keeps inside the context also the scores that an entry's earlier versions gave, and afterwards the newest."""
+        self._keeps_versions = True
+        try:
+            yield
+        finally:
+            self._keeps_versions = False
+            for known in self._known.values():
+                if len(known.items) > 1:
+                    known.items = {known.version: known.items[known.version]}
 
     def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Returns the scores of requests, in their order."""
@@ -83,7 +96,7 @@ class Scorer:
         known = self._known.values()
         return {
             "requests": [*self._known],
-            "items": [one.item.state_dict() for one in known],
+            "items": [one.items[one.version].state_dict() for one in known],
             "versions": [one.version for one in known],
             "queries": torch.stack([one.query for one in known]) if known else None,
         }
@@ -92,7 +105,7 @@ class Scorer:
         """Takes up a state from `state_dict`, which may have been JSON in between."""
         queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
         self._known = {
-            _hashable(request): _Known(restored(ItemScore, item), query, _hashable(version))
+            _hashable(request): _Known(query, _hashable(version), {_hashable(version): restored(ItemScore, item)})
             for request, item, version, query in zip(
                 state["requests"], state["items"], state["versions"], queries, strict=True
             )
@@ -106,12 +119,13 @@ class Scorer:
         answered = self._strategy.answered_by(torch.stack([self._known[key].query for key in kept]))
         if answered is None:
             return {}
-        notes = answered.notes()
-        return {
-            key: replace(self._known[key].item, **note)
-            for key, version, note in zip(kept, answered.versions, notes, strict=True)
-            if version == self._known[key].version
-        }
+        found = {}
+        for key, version, note in zip(kept, answered.versions, answered.notes(), strict=True):
+            known = self._known[key]
+            if version in known.items:
+                known.version = version
+                found[key] = replace(known.items[version], **note)
+        return found
 
     def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
         model = self._strategy.model
@@ -128,7 +142,8 @@ class Scorer:
             answered = self._strategy.answered_by(torch.stack(queries))
             if answered is not None:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
-                    self._known[key] = _Known(item, query, version)
+                    earlier = self._known[key].items if self._keeps_versions and key in self._known else {}
+                    self._known[key] = _Known(query, version, {**earlier, version: item})
         return scored
 
 

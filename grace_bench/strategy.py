@@ -257,6 +257,22 @@ class EditorStrategy(BaseTemplate, ABC):
         """How many edits wait for `flush`."""
         return 0
 
+    @contextmanager
+    def as_of(self, n_edits: int) -> Iterator[None]:
+        """Lets the editor answer inside the context as it did after `n_edits` edits, the clock included.
+
+        An editor that leaves edits pending can do so for each clock since the first edit that the last flush finished,
+        until the next edit; others know no past.
+        """
+        if n_edits != self.n_edits:
+            raise RuntimeError(f"editor '{self.registered_name}' answers as of {self.n_edits} edits, not {n_edits}")
+        yield
+
+    @property
+    def knows_past(self) -> bool:
+        """Whether the editor implements `as_of`."""
+        return type(self).as_of is not EditorStrategy.as_of
+
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Says what answers queries, so that only what may have changed is scored again.
 

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from grace_bench.dashboard import CURVES, OVERLAP
-from grace_bench.loggers.wandb import retention_by_age
-from grace_bench.results import RunResult, read_edits, read_result
+from grace_bench.loggers.wandb import err_by_age
+from grace_bench.results import RunResult, read_result
 
 
 def main(runs: Path, out: Path) -> None:
@@ -46,9 +46,8 @@ def main(runs: Path, out: Path) -> None:
     for number, (name, found) in enumerate(editors.items()):
         colour = f"C{number}"
         ages = []
-        for folder, _ in found:
-            records = read_edits(folder / "edits.jsonl").values()
-            ages += retention_by_age(records, folder / "predictions.parquet")
+        for folder, result in found:
+            ages += err_by_age(folder, int(result.metrics["n_edits"]))
         _band(axes[0], pd.DataFrame(ages, columns=["age", "ERR"]), "age", "ERR", name, colour)
         seconds = [result.cost.seconds_per_edit_p50 for _, result in found]
         axes[1].scatter(seconds, [result.metrics["Avg"] for _, result in found], label=name, color=colour, s=18)

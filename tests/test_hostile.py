@@ -1,11 +1,14 @@
 """What strangers may send: run folders, settings, models and texts that want to be obeyed."""
 
 import ast
+import base64
 import io
 import json
 import os
+import pickle
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -24,13 +29,18 @@ import grace_bench.streams
 from grace_bench.benchmarking import model_slug
 from grace_bench.checkpoint import Checkpoints, digest
 from grace_bench.cli import main
+from grace_bench.credentials import refuse_secrets
 from grace_bench.errors import UserError
 from grace_bench.figures.drawing import file_name
 from grace_bench.formats import csv_text, latex_cells
+from grace_bench.jobs import record_failure
 from grace_bench.leaderboard import Leaderboard, render
+from grace_bench.loggers import RunPlan
 from grace_bench.loggers.jsonl import PredictionsLogger
+from grace_bench.loggers.wandb import WandbLogger, _remote_holds_secrets
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
+from grace_bench.results import PREDICTIONS, read_predictions
 from grace_bench.terminal import progress_bars
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
@@ -90,7 +100,9 @@ def test_an_untouched_folder_is_resumed(sent: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["stream", "editor"])
-@pytest.mark.parametrize("place", ["itself", "inside", "in a list", "another part of the package", "instead"])
+@pytest.mark.parametrize(
+    "place", ["itself", "inside", "in a list", "another part of the package", "instead", "in half"]
+)
 def test_a_configuration_builds_registered_names_and_nothing_else(
     group: str, place: str, sent: Path, refused: Callable[..., str]
 ) -> None:
@@ -106,6 +118,8 @@ def test_a_configuration_builds_registered_names_and_nothing_else(
             config[group]["seed"] = [[call]]
         case "another part of the package":
             config[group]["_target_"] = "grace_bench.files.set_aside"
+        case "in half":
+            config[group]["_partial_"] = not config[group]["_partial_"]
         case "instead":
             config[group] = f"os.mkdir {mark}"
     (sent / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -167,6 +181,16 @@ def test_presets_of_a_stranger_hold_values_only(preset: str, tmp_path: Path, ref
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "override", ["editor._target_=os.system", "stream._target_=pathlib.Path", "+editor._args_=[x]"]
+)
+def test_nor_does_the_command_line_name_what_is_built(
+    override: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    refused("run", *SMALL, f"out={tmp_path / 'runs'}", override)
+    assert not (tmp_path / "runs").exists()
+
+
 # --- run folders of a stranger ---------------------------------------------------------------------------------------
 
 
@@ -216,6 +240,62 @@ def test_nothing_is_written_through_a_link_out_of_a_run_folder(
     assert {path.name: path.read_text(encoding="utf-8") for path in treasure.iterdir()} == {"file": "mine alone"}
 
 
+def test_a_resumed_run_is_written_into_its_folder_whatever_its_configuration_says(sent: Path) -> None:
+    elsewhere = sent.parent / "elsewhere"
+    change(sent / "config.yaml", out=str(elsewhere), wandb__project="../../x", wandb__group="../../x", existing="rerun")
+    assert main(["resume", str(sent)]) == 0
+    assert {path.name for path in sent.parent.iterdir()} == {"sent"}
+    assert json.loads((sent / "result.json").read_text(encoding="utf-8"))["run_id"].startswith("toy/toy/grace/")
+
+
+def test_a_run_folder_does_not_say_where_the_key_for_wandb_is_sent(
+    sent: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sent / "wandb").mkdir()
+    (sent / "wandb" / "settings").write_text("[default]\nbase_url = http://localhost:9\n", encoding="utf-8")
+    monkeypatch.chdir(sent)
+    assert "wandb/settings: would tell W&B" in refused("resume", ".")
+
+
+@pytest.mark.parametrize("kept", ["../../../x", "a/b", "x" * 100, "a\nb", ""])
+def test_a_run_id_for_wandb_is_an_id(
+    kept: str, sent: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (sent / "wandb").mkdir()
+    (sent / "wandb" / "run-id").write_text(kept, encoding="utf-8")
+    logger = WandbLogger(sent, mode="offline")
+    logger.start(RunPlan(run_id="r", folder=sent, config={}, stream="s", model="m", editor="e", n_candidates=1,
+                         max_edits=1, higher_is_better=True))  # fmt: skip
+    logger.finish(None)
+    assert "W&B is off for this run" in capsys.readouterr().err
+    assert {path.name for path in sent.rglob("*")} == {"config.yaml", "wandb", "run-id"}
+
+
+class Unpickled:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._mark,)
+
+
+def test_a_parquet_file_unpickles_nothing(sent: Path, refused: Callable[..., str]) -> None:
+    mark = sent / "mark"
+    extension = {"ARROW:extension:name": "arrow.py_extension_type",
+                 "ARROW:extension:metadata": pickle.dumps(Unpickled(mark))}  # fmt: skip
+    fields = [field.with_metadata(extension) if field.name == "text" else field for field in PREDICTIONS]
+    table = pa.Table.from_pylist([dict.fromkeys(PREDICTIONS.names)], schema=pa.schema(fields))
+    pq.write_table(table, sent / "predictions.parquet")
+    written = pq.read_metadata(sent / "predictions.parquet").metadata[b"ARROW:schema"]
+    assert b"arrow.py_extension_type" in base64.b64decode(written)
+    assert len(read_predictions(sent / "predictions.parquet", columns=["text"])) == 1
+    refused("run", "stream=scotus", f"stream.path={sent / 'predictions.parquet'}", "model=toy", f"out={sent / 'runs'}")
+    assert not mark.exists()
+
+
 def test_links_that_stay_in_a_run_folder_do_no_harm(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -238,9 +318,22 @@ def test_a_report_shows_no_file_from_elsewhere(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
-def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(sent: Path, refused: Callable[..., str]) -> None:
-    os.mkfifo(sent / "result.json")
-    assert "result.json: is neither a file nor a folder" in refused("resume", str(sent))
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("result.json", ("resume", "{run}")),
+        ("edits.jsonl", ("resume", "{run}")),
+        ("config.yaml", ("report", "{run}", "--out", "{run}/page")),
+    ],
+)
+def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(
+    name: str, command: tuple[str, ...], finished: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert f"{name}: is neither a file nor a folder" in refused(*(word.replace("{run}", str(run)) for word in command))
 
 
 @pytest.mark.parametrize("elsewhere", ["../../treasure/file", "/{}/treasure/file", "000001/../../../treasure/file"])
@@ -518,3 +611,150 @@ def test_a_spreadsheet_computes_no_text_and_pandas_reads_every_number(obeyed: Pa
 @pytest.mark.parametrize("name", ["[2cm]x", "*x"])
 def test_a_name_is_no_argument_of_the_latex_command_before_it(name: str) -> None:
     assert latex_cells([(name, False), ("[1]", False)]) == rf"{{}}{name} & [1] \\"
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789fakefakefakefakefake0123456789",
+    "HF_TOKEN": "hf_fakefakefakefakefakefakefakefake01",
+    "HUGGING_FACE_HUB_TOKEN": "hf_fakefakefakefakefakefakefakefake02",
+    "AWS_SECRET_ACCESS_KEY": "fake+aws/03",
+    "DATABASE_PASSWORD": "fake-password-04",
+    "SOME_SERVICE_SECRET": "fake-secret-05",
+    "OPENAI_APIKEY": "fake-key-06",
+}
+PROXY = "http://someone:fake-proxy-07@127.0.0.1:9"
+IN_REMOTE = "fake-remote-08"
+
+
+def leaking(content: bytes) -> list[str]:
+    texts = {**SECRETS, "proxy": "fake-proxy-07", "remote": IN_REMOTE, "uncommitted": "fake-file-09"}
+    return [name for name, secret in texts.items() if secret.encode() in content]
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_reaches_anything_that_a_run_leaves(tmp_path: Path) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    home.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    if shutil.which("git"):
+        (work / "file").write_text("committed", encoding="utf-8")
+        for command in (
+            ["init", "-q"],
+            ["remote", "add", "origin", f"https://{IN_REMOTE}:x-oauth-basic@localhost/x.git"],
+            ["add", "."],
+            ["commit", "-qm", "x"],
+        ):
+            subprocess.run([*git, *command], cwd=work, check=True)
+        (work / "file").write_text("fake-file-09", encoding="utf-8")
+    known = {path for path in work.rglob("*") if path.is_file()}
+    # A W&B of another test's would be found by its port.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [SCRIPT, "run", *SMALL[:-1], "out=runs", "wandb.mode=offline"],
+        cwd=work,
+        env={
+            **inherited,
+            **SECRETS,
+            "HTTPS_PROXY": PROXY,
+            "HOME": str(home),
+            "WANDB_SAVE_CODE": "1",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    left = [path for folder in (work, home) for path in folder.rglob("*") if path.is_file() and path not in known]
+    assert {"config.yaml", "result.json"} <= {path.name for path in left}
+    assert any(path.suffix == ".wandb" for path in left), done.stderr.decode()
+    for path in left:
+        assert leaking(path.read_bytes()) == [], path
+    assert leaking(done.stdout + done.stderr) == []
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize(
+    ("remote", "is_hidden"),
+    [
+        ("https://host/x.git", False),
+        ("git@host:x.git", False),
+        ("https://token:x-oauth-basic@host/x.git", True),
+        ("https://hf_fakefakefakefakefakefakefakefake01@host/x", True),
+    ],
+)
+def test_a_repository_whose_address_holds_a_token_is_not_told_of(
+    remote: str, is_hidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not _remote_holds_secrets()
+    for command in (["init", "-q"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", "-c", "init.defaultBranch=main", *command], check=True)
+    assert _remote_holds_secrets() is is_hidden
+
+
+@pytest.fixture
+def with_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, secret in {**SECRETS, "HTTPS_PROXY": PROXY}.items():
+        monkeypatch.setenv(name, secret)
+
+
+@pytest.mark.usefixtures("with_secrets")
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"stream.path=/x/{SECRETS['WANDB_API_KEY']}",
+        f"wandb.project={SECRETS['DATABASE_PASSWORD']}",
+        "wandb.api_key=not-in-the-environment",
+        "hydra.launcher.ray.init._redis_password=fake-one",
+        "hydra.launcher.ray.init.runtime_env={env_vars:{WANDB_API_KEY:fake-one}}",
+        "hydra.launcher.ray.init.runtime_env.env_vars.HF_TOKEN=fake-one",
+        "hydra.launcher.setup=['export HF_TOKEN=fake-one']",
+        "hydra.launcher.ray.init.address=ray://someone:fake-one@host:1",
+        "model=hf_fakefakefakefakefakefakefakefake99",
+    ],
+)
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
+    override: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused("run", *SMALL, f"out={tmp_path / 'runs'}", override)
+    assert "which the run's files would show" in line
+    assert override.partition("=")[0] in line or "the value of" in line
+    assert leaking(line.encode()) == []
+    assert not {"fake-one", "not-in-the-environment", "hf_fake"} & set(re.split(r"[ =:@'{}]", line))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("with_secrets")
+@pytest.mark.parametrize(
+    "setting",
+    ["editor.mask_token=<mask>", "stream.max_target_tokens=20", "hydra.launcher.setup=['export HF_TOKEN=$HF_TOKEN']",
+     "wandb.api_key=null", "layer=model.layers.3.self_attn.k_proj", "model=https://host/x"],
+)  # fmt: skip
+def test_what_only_looks_like_a_secret_is_let_through(setting: str) -> None:
+    refuse_secrets("the command", [setting])
+
+
+@pytest.mark.usefixtures("with_secrets")
+def test_a_secret_that_a_configuration_asks_for_is_not_written_down(
+    sent: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused("run", *SMALL, f"out={tmp_path / 'runs'}", "wandb.group=${oc.env:SOME_SERVICE_SECRET}")
+    assert "the value of SOME_SERVICE_SECRET" in line
+    assert leaking(line.encode()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("with_secrets")
+def test_what_a_run_dies_of_tells_no_secret(sent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise RuntimeError(f"401 for {SECRETS['HF_TOKEN']} by {PROXY}, {' '.join(SECRETS.values())}")
+    except RuntimeError as error:
+        record_failure(sent, error)
+    content = (sent / "error.json").read_bytes()
+    assert leaking(content) == []
+    assert "401 for *** by http://***@127.0.0.1:9" in json.loads(content)["reason"]
+    assert main(["run", *SMALL, "model=nobody/nothing", f"out={sent.parent / 'runs'}"]) == 2
+    done = capsys.readouterr()
+    assert leaking((done.out + done.err).encode()) == []

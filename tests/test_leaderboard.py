@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from grace_bench.errors import UserError
-from grace_bench.leaderboard import Leaderboard, Row, Table, find_results, render
-from grace_bench.results import RunResult
+from grace_bench.leaderboard import Leaderboard, Row, Table, find_result_files, render
+from grace_bench.results import RunResult, read_result
 
 QA_PROTOCOL = {
     "split": "edits",
@@ -378,22 +378,26 @@ def test_no_runs_make_no_leaderboard() -> None:
 # --- finding results -------------------------------------------------------------------------------------------------
 
 
+def found(*paths: Path) -> list[RunResult]:
+    return [read_result(file) for file in find_result_files(paths)]
+
+
 def test_results_are_found_by_file_by_run_folder_and_at_any_depth(tmp_path: Path) -> None:
     first, second = run(seed=0), run(seed=1)
     path = write(tmp_path / "runs" / "qa" / "h-s0", first)
     write(tmp_path / "runs" / "qa" / "deep" / "er" / "h-s1", second)
-    assert find_results([path]) == find_results([path.parent]) == [first]
-    assert sorted(result.seed for result in find_results([tmp_path])) == [0, 1]
-    assert find_results([path, path.parent, tmp_path / "runs", tmp_path / "runs" / ".." / "runs"])[0] == first
-    assert len(find_results([path, path.parent, tmp_path / "runs", tmp_path / "runs" / ".." / "runs"])) == 2
+    assert found(path) == found(path.parent) == [first]
+    assert sorted(result.seed for result in found(tmp_path)) == [0, 1]
+    assert found(path, path.parent, tmp_path / "runs", tmp_path / "runs" / ".." / "runs")[0] == first
+    assert len(found(path, path.parent, tmp_path / "runs", tmp_path / "runs" / ".." / "runs")) == 2
 
 
 def test_the_inside_of_a_run_and_hidden_folders_are_not_searched(tmp_path: Path) -> None:
     write(tmp_path / "a", run(seed=0))
     write(tmp_path / "a" / "wandb" / "files", run(seed=1))
     write(tmp_path / ".old" / "a", run(seed=2))
-    assert [result.seed for result in find_results([tmp_path])] == [0]
-    assert [result.seed for result in find_results([tmp_path / ".old"])] == [2]
+    assert [result.seed for result in found(tmp_path)] == [0]
+    assert [result.seed for result in found(tmp_path / ".old")] == [2]
 
 
 def test_paths_without_results_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -402,7 +406,7 @@ def test_paths_without_results_are_refused_in_one_line(tmp_path: Path) -> None:
     (unfinished / "metrics.jsonl").write_text("")
     for path, reason in ((tmp_path / "nowhere", "no such file or folder"), (unfinished, "holds no finished run")):
         with pytest.raises(UserError) as caught:
-            find_results([path])
+            find_result_files([path])
         assert str(caught.value).startswith(f"{path}: {reason}")
 
 
@@ -410,7 +414,7 @@ def test_a_broken_result_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a", run())
     path.write_text(path.read_text().replace('"eval_every":50', '"eval_every":"often"'))
     with pytest.raises(UserError) as caught:
-        find_results([tmp_path])
+        Leaderboard.read([tmp_path])
     assert str(caught.value).startswith(f"{path}: field 'protocol.eval_every'")
 
 

@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.cli import main
-from grace_bench.leaderboard import Leaderboard, find_results
+from grace_bench.leaderboard import Leaderboard
 from grace_bench.registry import EDITORS as REGISTERED
 from grace_bench.report import MAX_POINTS, read_runs, render_report
 
@@ -213,7 +213,7 @@ def test_sorting_by_name_is_alphabetical_and_what_is_missing_comes_last(browser:
 def test_a_best_score_is_on_top_after_one_click(browser: Browser, page: Path, two_streams: Path) -> None:
     browser.open(page)
     next(b for b in browser.all("#g0 .leaderboard thead button") if b.text.startswith("TRR")).click()
-    rows = Leaderboard(find_results([two_streams])).tables[0].rows
+    rows = Leaderboard.read([two_streams]).tables[0].rows
     assert browser.editors()[0] == max(rows, key=lambda row: row.cells["TRR"].mean).name
 
 
@@ -283,7 +283,7 @@ def test_lines_end_where_the_leaderboard_says_and_bands_hold_every_seed(
     drawn = browser.script(
         "return document.getElementById('g0-TRR').data.filter((t) => t.showlegend).map((t) => [t.name, t.y.at(-1)])"
     )
-    rows = Leaderboard(find_results([two_streams])).tables[0].rows
+    rows = Leaderboard.read([two_streams]).tables[0].rows
     assert dict(drawn) == {row.name: pytest.approx(row.cells["TRR"].mean, abs=1e-5) for row in rows}
     bands = browser.script(
         "return Object.fromEntries(document.getElementById('g0-TRR').data.filter((t) => t.fill === 'toself')"

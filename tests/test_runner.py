@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.benchmark import EditBenchmark
+from grace_bench.engine import EngineName
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.jobs import compose, execute
 from grace_bench.loggers import RunLogger
@@ -72,9 +74,11 @@ class Recorder(RunLogger):
         self._values = {}
 
 
-def start(data: StreamData, *, editor: Any = GRACE, plugins: Sequence[Any] = (), **schedule: Any) -> Any:
+def start(
+    data: StreamData, *, editor: Any = GRACE, plugins: Sequence[Any] = (), engine: EngineName = "exact", **schedule: Any
+) -> Any:
     """A run over requests in the order given, on the toy model, and what its logger hears."""
-    model = EditableModel.from_pretrained("toy", task="classification")
+    model = EditableModel.from_pretrained("toy", task="classification", engine=engine)
     recorder = Recorder()
     evaluator = EvaluationPlugin(
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[recorder], collect_all=False
@@ -285,6 +289,8 @@ def test_locality_is_measured_against_the_unedited_model_also_after_edits(editor
     before = unedited_labels(probes)
     n_edited = 0
     for _ in run.steps():
+        # Evaluations wait with the edits that they are due after.
+        run.settle()
         if run.strategy.n_edits > n_edited:
             n_edited = run.strategy.n_edits
             kept = [a == b for a, b in zip(labels(run.strategy.model, probes), before, strict=True)]
@@ -664,6 +670,7 @@ def test_every_metric_taken_up_midway_has_the_same_result(editor: Any, stop_at: 
     for index in run.steps():
         if index == stop_at:
             break
+    run.settle()
     fresh, _ = start(data, editor=editor, eval_every=1)
     fresh.load_state_dict(through_storage(run.state_dict()))
 
@@ -703,6 +710,49 @@ def test_what_an_editor_finishes_at_flush_is_recorded_as_if_it_had_been_finished
         heard.append((recorder.records, recorder.evaluations))
     assert heard[0] == heard[1]
     assert any(record["steps"] for record in heard[1][0])
+
+
+def test_edits_wait_to_be_finished_together_however_often_is_evaluated() -> None:
+    data = StreamData(edits=STREAMS.get("toy")().load().edits[:12])
+    waiting = []
+    for every in (1, 1000):
+        run, _ = start(data, eval_every=every)
+        waiting.append([run.strategy.n_pending for _ in run.steps()])
+    assert waiting[0] == waiting[1]
+    assert max(waiting[0]) > 2
+
+
+@pytest.mark.parametrize("eval_every", [1, 1000])
+def test_an_edit_that_a_later_one_shuts_out_while_values_wait_is_scored_as_it_was_made(eval_every: int) -> None:
+    # The second edit expands the entry of the first; the third, beyond it, shrinks it until the second is outside.
+    model = EditableModel.from_pretrained("toy", task="classification")
+    points = np.random.default_rng(0).uniform(-3, 3, (60, 2))
+    prompts = [f"({x:.4f}, {y:.4f})" for x, y in points]
+    says, queries = labels(model, prompts), model.queries(prompts).double()
+    apart = torch.cdist(queries, queries).tolist()
+    chosen = next(
+        (first, second, third)
+        for first, second, third in permutations(range(60), 3)
+        if says[first] == says[second] != says[third]
+        and 1.05 * apart[first][second] < apart[first][third] < 1.8 * apart[first][second]
+        and apart[second][third] > 1.1 * apart[first][third]
+    )
+    data = StreamData(
+        edits=tuple(EditRequest(id=str(i), prompt=prompts[i], target=1 - says[i]) for i in chosen),
+        upstream=tuple(EditRequest(id=f"u{i}", prompt=prompts[i], target=says[i]) for i in range(60)),
+    )
+    grace = partial(GRACE, eps_init=0.9 * apart[chosen[0]][chosen[1]])
+    heard = []
+    for engine in ("exact", "plain"):
+        run, recorder = start(data, editor=grace, engine=engine, eval_every=eval_every)
+        run.run()
+        heard.append(recorder)
+    exact, plain = heard
+    assert [record["op"] for record in exact.records] == ["add", "expand", "split"]
+    assert [record["score_after"] for record in exact.records] == [1.0, 1.0, 1.0]
+    assert [record["after_text"] for record in exact.records] == [record["after_text"] for record in plain.records]
+    assert exact.evaluations == [pytest.approx(values, abs=1e-4) for values in plain.evaluations]
+    assert exact.evaluations[-1]["ERR"] < 1
 
 
 def test_every_evaluation_after_the_first_edit_has_es(tmp_path: Path) -> None:

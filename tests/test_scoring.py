@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -34,12 +35,12 @@ DECISIONS = (
 )
 
 
-def run_on_toy(folder: Path, engine: EngineName, **schedule: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def run_on_toy(folder: Path, engine: EngineName, **schedule: Any) -> tuple[list[dict[str, Any]], ...]:
     settings = RunSettings(seed=1, schedule=Schedule(max_upstream=60, **schedule), engine=engine)
     run_benchmark("toy", editor="grace", settings=settings, folder=folder)
     names = ("edits.jsonl", "metrics.jsonl")
     edits, metrics = ([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in names)
-    return edits, metrics
+    return edits, metrics, pq.read_table(folder / "predictions.parquet").to_pylist()
 
 
 @pytest.mark.parametrize("eval_every", [1, 4, 50])
@@ -55,6 +56,8 @@ def test_the_exact_engine_decides_and_scores_as_the_plain_one(tmp_path: Path, ev
     ops = {record["op"] for record in exact[0]}
     assert {"add", "expand"} <= ops, "some edits meet entries that wait for their values"
     for ours, theirs in zip(exact[1], plain[1], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for ours, theirs in zip(exact[2], plain[2], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 

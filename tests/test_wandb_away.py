@@ -139,13 +139,15 @@ def test_no_network(tmp_path: Path, undisturbed: Done) -> None:
 def test_a_wrong_key_and_no_secret_in_the_run_folder_nor_in_what_is_said(
     tmp_path: Path, undisturbed: Done, unauthorized: str
 ) -> None:
-    done = run(tmp_path, "auto", WANDB_BASE_URL=unauthorized, WANDB_API_KEY=KEY, HF_TOKEN=TOKEN)
+    others = {"DATABASE_PASSWORD": "fake-password-01", "AWS_SECRET_ACCESS_KEY": "fake+key/02"}
+    done = run(tmp_path, "auto", WANDB_BASE_URL=unauthorized, WANDB_API_KEY=KEY, HF_TOKEN=TOKEN, **others)
     logged_offline(done)
     assert "user is not logged in" in done.told[0]
     whole(done, undisturbed)
-    for secret in (KEY, TOKEN):
+    for secret in (KEY, TOKEN, *others.values()):
         assert secret not in done.err
-        files = [path for path in done.folder.rglob("*") if path.is_file()]
+        # The home as well.
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 

@@ -3,17 +3,17 @@
 import math
 import os
 import re
+import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.credentials import without_secrets
+from grace_bench.curves import kept_edits, score_by_age
 from grace_bench.errors import reason_of
 from grace_bench.files import write_atomically
 from grace_bench.formats import on_one_line
@@ -112,8 +112,8 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                # Addresses of repositories hold tokens, and what is not committed is nobody's business.
-                disable_git=True,
+                # It leaves the name of the user in the address, which may be the token.
+                disable_git=_remote_holds_secrets(),
                 init_timeout=timeout,
                 # One request may take no longer than all of them.
                 x_graphql_timeout_seconds=timeout,
@@ -140,7 +140,7 @@ class WandbLogger(RunLogger):
         run, self._run = self._run, None
         if result is not None:
             records = read_edits(self._folder / "edits.jsonl").values()
-            for age, score in retention_by_age(records, self._folder / "predictions.parquet"):
+            for age, score in err_by_age(self._folder, int(result.metrics["n_edits"] or 0)):
                 run.log({"age": age, "ERR_by_age": score})
             rows = [list(record.model_dump(mode="json").values()) for record in records]
             run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
@@ -169,28 +169,27 @@ class WandbLogger(RunLogger):
             _say(f"W&B is off for this run ({reason_of(error)}){kept}")
 
 
-def retention_by_age(records: Iterable[EditRecord], predictions: Path) -> list[tuple[float, float]]:
+def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
     """Returns the mean score of the last evaluation by the age of the edit, in tenths of the run.
 
     The age of an edit is the number of edits made after it; a tenth stands at the middle of its ages.
-    """
-    import pyarrow.parquet as pq
 
-    made = {record.id: record.n_edits for record in records if record.edited}
-    if not made:
-        return []
-    n_edits = max(made.values())
-    rows = pq.read_table(
-        predictions,
-        columns=["request_id", "score"],
-        filters=[("stream", "=", "edited"), ("n_edits", "=", n_edits)],
-    ).to_pylist()
-    width = math.ceil(n_edits / 10)
-    scores: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["score"] is not None and math.isfinite(row["score"]):
-            scores[(n_edits - made[row["request_id"]]) // width].append(row["score"])
-    return [(tenth * width + (width - 1) / 2, fmean(scores[tenth])) for tenth in sorted(scores)]
+    Args:
+        folder: The run folder.
+        n_edits: The edits that the run made.
+    """
+    tenths = score_by_age([kept_edits(folder, n_edits)], width=max(1, math.ceil(n_edits / 10)))
+    return [(point.x, point.mean) for point, _ in tenths.values()]
+
+
+def _remote_holds_secrets() -> bool:
+    """Whether a remote of the Git repository that one stands in has a password or a token in its address."""
+    command = ["git", "config", "--get-regexp", r"^remote\..*\.url$"]
+    try:
+        remotes = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return False
+    return without_secrets(remotes) != remotes
 
 
 def _sync(run: Any) -> str:

@@ -78,6 +78,18 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scotus]:
     return folder / "model", stream
 
 
+@pytest.fixture(scope="session")
+def hallucination(tmp_path_factory: pytest.TempPathFactory) -> Hallucination:
+    records = first_records("wikibio_hallucination_edit.jsonl", 12, tmp_path_factory.mktemp("wikibio"))
+    return Hallucination(path=records, upstream_path=str(SHARED / "openwebtext_c4_sample.jsonl"))
+
+
+@pytest.fixture(scope="session")
+def unedited(smollm2: Callable[[str, str], EditableModel], hallucination: Hallucination) -> RunResult:
+    """What every rival below is compared with; without edits the layer does not matter."""
+    return three_edits(hallucination, smollm2(LATE, "language_modelling"), "none")
+
+
 def first_records(name: str, n: int, folder: Path) -> str:
     """The beginning of a file: the unedited model is asked about every record of a stream."""
     path = folder / name
@@ -128,14 +140,14 @@ def test_counterfact_is_edited_into_a_real_language_model(
     [*((name, {**options, "n_iter": 6}, LATE) for name, options in RIVALS), ("grace", {"n_iter": 6}, MIDDLE)],
 )
 def test_hallucinations_of_a_real_language_model_become_less_likely(
-    smollm2: Callable[[str, str], EditableModel], editor: str, options: dict[str, Any], layer: str, tmp_path: Path
+    smollm2: Callable[[str, str], EditableModel],
+    hallucination: Hallucination,
+    unedited: RunResult,
+    editor: str,
+    options: dict[str, Any],
+    layer: str,
 ) -> None:
-    stream = Hallucination(
-        path=first_records("wikibio_hallucination_edit.jsonl", 12, tmp_path),
-        upstream_path=str(SHARED / "openwebtext_c4_sample.jsonl"),
-    )
-    model = smollm2(layer, "language_modelling")
-    result, unedited = three_edits(stream, model, editor, **options), three_edits(stream, model, "none")
+    result = three_edits(hallucination, smollm2(layer, "language_modelling"), editor, **options)
     assert value(result, "ES") < value(unedited, "ES")
     if editor == "grace":
         assert value(result, "ERR") < value(unedited, "ERR")
