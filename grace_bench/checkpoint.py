@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import safetensors.torch
 import torch
@@ -228,7 +228,7 @@ def restored(cls: type[T], state: Mapping[str, Any]) -> T:
         ValueError: If one is missing, or of another type.
     """
     try:
-        made: T = _adapter(cls).validate_python(state)
+        made: T = _adapter(cast(Any, cls)).validate_python(state)
     except ValidationError as error:
         raise ValueError(f"{cls.__name__}: {first_error(error)}") from error
     return made
