@@ -11,6 +11,7 @@ from torch import Tensor
 from grace_bench.artifacts import content_key, load_artifact, save_artifact
 from grace_bench.encoding import EncodedBatch, last_token, pad
 from grace_bench.errors import UserError
+from grace_bench.files import readable
 from grace_bench.models import EditableModel
 from grace_bench.types import Progress
 
@@ -31,7 +32,7 @@ def read_texts(path: str, *, most: int) -> list[str]:
             no text.
     """
     try:
-        texts = list(islice(_texts(Path(path).expanduser(), path), most))
+        texts = list(islice(_texts(readable(path), path), most))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
     if not texts:

@@ -10,17 +10,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from grace_bench.errors import UserError
-from grace_bench.files import sync_folder, write_synced
+from grace_bench.files import readable, sync_folder, write_synced
+from grace_bench.results import first_error
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 FOLDER = "checkpoint"
@@ -207,10 +211,32 @@ class Checkpoints:
             contents[name] = content
         try:
             tensors = safetensors.torch.load(contents[f"{path.name}/tensors.safetensors"])
-            state: dict[str, Any] = _with_tensors(contents[f"{path.name}/state.json"], tensors)
-        except (KeyError, ValueError, SafetensorError) as error:
+            text = contents[f"{path.name}/state.json"]
+            if rb"\ud" in text:
+                # Half a surrogate pair, which no other file takes.
+                json.dumps(json.loads(text), ensure_ascii=False).encode()
+            state: dict[str, Any] = _with_tensors(text, tensors)
+        except (KeyError, RecursionError, TypeError, ValueError, SafetensorError) as error:
             raise _BrokenError("it lacks its state") from error
         return state
+
+
+def restored(cls: type[T], state: Mapping[str, Any]) -> T:
+    """Returns a dataclass made of its state, with the values that its fields may have.
+
+    Raises:
+        ValueError: If one is missing, or of another type.
+    """
+    try:
+        made: T = _adapter(cast(Any, cls)).validate_python(state)
+    except ValidationError as error:
+        raise ValueError(f"{cls.__name__}: {first_error(error)}") from error
+    return made
+
+
+@cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def digest(content: bytes) -> str:
@@ -220,7 +246,7 @@ def digest(content: bytes) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return readable(path).read_bytes()
     except OSError as error:
         raise _BrokenError(f"{path.name}: {error.strerror or error}") from error
 

@@ -200,7 +200,7 @@ def read_config(path: Path) -> DictConfig:
         config = OmegaConf.load(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except (RecursionError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a configuration ({reason_of(error)})") from error
     missing = next((name for name in ("stream", "editor", "seed", "out") if name not in config), None)
     if not isinstance(config, DictConfig) or missing is not None:

@@ -23,6 +23,10 @@ class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, n
     """An editor could not carry out one edit; the run records the reason and goes on."""
 
 
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What taking up a state, or a file of settings, raises that is of another shape or type than it should be."""
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the candidate closest to `word`, or an empty string.
 

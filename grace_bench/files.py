@@ -1,10 +1,38 @@
-"""Writing files so that they are whole or not there."""
+"""Reading files that have an end, and writing them so that they are whole or not there."""
 
+import errno
 import hashlib
 import os
+import shutil
+import stat
 import time
 from itertools import count
 from pathlib import Path
+
+
+def readable(path: Path | str) -> Path:
+    """Returns a path with `~` filled in, after making sure that reading what is there comes to an end.
+
+    Raises:
+        OSError: If nothing is there, or no path can be so called, or it is a pipe or a device, at which a reader may
+            wait for ever.
+    """
+    try:
+        found = Path(path).expanduser()
+        mode = found.stat().st_mode
+    except (RuntimeError, ValueError) as error:  # No such user; a NUL character.
+        raise OSError(errno.EINVAL, str(error)) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file")
+    return found
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from grace_bench.errors import UserError, reason_of
+from grace_bench.files import readable
 
 _DEEPEST = 100
 
@@ -28,7 +29,7 @@ def refuse_references(path: Path) -> None:
         yaml.YAMLError: If it is not YAML.
     """
     depth = 0
-    for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+    for event in yaml.parse(readable(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         wrong = None
         if isinstance(event, yaml.AliasEvent):
@@ -63,7 +64,11 @@ def check_run_folder(folder: Path) -> None:
     for where, folders, files in os.walk(folder):
         for path in (Path(where, name) for name in (*folders, *files)):
             if path.is_symlink():
-                if not path.resolve().is_relative_to(home):
+                try:
+                    target = path.resolve()
+                except RuntimeError as error:
+                    raise UserError(f"{path}: is a link that leads to itself") from error
+                if not target.is_relative_to(home):
                     raise UserError(f"{path}: is a link that leads out of the run folder; put what it points to there")
             elif not stat.S_ISDIR(mode := path.lstat().st_mode) and not stat.S_ISREG(mode):
                 raise UserError(f"{path}: is neither a file nor a folder")
@@ -74,8 +79,9 @@ def check_run_folder(folder: Path) -> None:
 def check_model_folder(path: str) -> None:
     """Makes sure that loading a model folder reads this folder and runs no code that it asks for.
 
-    transformers loads another model where an adapter is found, and downloads and runs what `attn_implementation` and
-    its like name on the hub; `trust_remote_code=False` covers neither.
+    A pipe in it would keep a reader waiting for ever. transformers loads another model where an adapter is found, and
+    downloads and runs what `attn_implementation` and its like name on the hub; `trust_remote_code=False` covers
+    neither.
 
     Args:
         path: The folder; a hub id is passed over.
@@ -84,6 +90,11 @@ def check_model_folder(path: str) -> None:
         UserError: If the folder asks for either, or its index of weights for files that lie elsewhere.
     """
     folder = Path(path)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        try:
+            readable(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from error
     if (folder / "adapter_config.json").exists():
         raise UserError(f"model={path}: holds an adapter (adapter_config.json): merge it into its model and save that")
     for file in folder.glob("*.index.json"):
@@ -104,7 +115,7 @@ def _refuse_kernels(file: Path, value: Any) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(readable(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from error
     return content if isinstance(content, dict) else {}

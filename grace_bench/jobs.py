@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -34,7 +34,7 @@ from grace_bench.config import (
     write_config,
 )
 from grace_bench.credentials import refuse_secrets, without_secrets
-from grace_bench.errors import RunFailure, UserError, did_you_mean, reason_of
+from grace_bench.errors import MISFITS, RunFailure, UserError, did_you_mean, reason_of
 from grace_bench.files import name_aside, write_atomically
 from grace_bench.foreign import check_run_folder
 from grace_bench.formats import on_one_line
@@ -52,7 +52,12 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
+"""What Hydra and what is beneath it raise where settings are none."""
+
 _FAILURE = "error.json"
+_FILES = ("config.yaml", "edits.jsonl", "metrics.jsonl", "predictions.parquet", "result.json", _FAILURE)
+_FOLDERS = ("checkpoint", "editor", "wandb")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -97,7 +102,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module(config_module="grace_bench.conf", version_base="1.3"):
             return hydra.compose("run", overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except NOT_COMPOSED as error:
         raise UserError(one_line(error)) from error
 
 
@@ -144,8 +149,7 @@ def resume(folders: Sequence[Path], *, say: Say) -> None:
     for folder in folders:
         try:
             config = read_config(folder / "config.yaml")
-            config.existing = "resume"
-            expected = folder_of(config).name
+            expected = _expected(config, folder / "config.yaml")
             if re.fullmatch(r"[0-9a-f]{8}-s\d+", folder.name) and folder.name != expected:
                 raise UserError(f"{folder / 'config.yaml'}: was changed since the run began (it is of {expected} now)")
             _execute_in(folder, config, say=say, console=None)
@@ -154,15 +158,29 @@ def resume(folders: Sequence[Path], *, say: Say) -> None:
     _raise_first(failures)
 
 
+def _expected(config: DictConfig, path: Path) -> str:
+    """Returns the name of the folder of a run whose configuration was read from a file, and sets that to be resumed."""
+    try:
+        config.existing = "resume"
+        return folder_of(config).name
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (OmegaConfBaseException, *MISFITS) as error:
+        raise UserError(f"{path}: not a configuration ({reason_of(error)})") from error
+
+
 def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
     check_run_folder(folder)
     refuse_secrets("the configuration", flat_settings(config))
     stream, asked = asked_of(config)
-    finished = None if config.existing == "rerun" else _finished(folder, stream, say)
-    if finished is not None:
-        return finished
     with ExitStack() as stack:
         try:
+            if config.existing != "rerun":
+                _refuse_others(folder)
+                finished = _finished(folder, stream, say)
+                if finished is not None:
+                    return finished
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
             aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
             stack.enter_context(FolderLock(folder))
             # Another process may have had it until now.
@@ -171,7 +189,7 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
                 return finished
             is_new = _begin(folder, config, say)
         except OSError as error:
-            what = str(folder) if (folder / "config.yaml").exists() else f"out={config.out}"
+            what = str(folder) if _is_there(folder / "config.yaml") else f"out={config.out}"
             if error.errno in _DISK_FULL:
                 raise RunFailure(f"{what}: {error.strerror}") from error
             raise UserError(f"{what}: {error.strerror or error}") from error
@@ -182,6 +200,9 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
             if is_new and isinstance(error, UserError) and not (edits.exists() and edits.stat().st_size):
                 # A mistake found before the first candidate leaves nothing to go on from: it may be put right.
                 shutil.rmtree(folder)
+                for path in missing[1:]:
+                    with suppress(OSError):
+                        path.rmdir()
                 if aside is not None:
                     aside.rename(folder)
                 raise
@@ -195,6 +216,22 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
             raise
     say(summary(result, folder))
     return result
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # No name for a file, for one.
+        return False
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises if a folder stands where a run has a file, or a file where it has a folder."""
+    for names, is_wrong, kind in ((_FILES, Path.is_dir, "a folder"), (_FOLDERS, Path.is_file, "a file")):
+        for path in (folder / name for name in names):
+            if is_wrong(path):
+                raise UserError(f"{path}: is {kind}, which no run makes there; existing=rerun sets the run aside")
 
 
 def _begin(folder: Path, config: DictConfig, say: Say) -> bool:
@@ -402,10 +439,13 @@ def one_line(error: Exception) -> str:
     unknown = re.match(r"Could not override '([^']+)'", str(error))
     if unknown:
         return f"there is no option {unknown[1]}"
+    if isinstance(error, RecursionError):
+        return "the settings are nested too deeply"
     # Hydra says which override, OmegaConf beneath it what is wrong with it.
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), None)
     kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
     text = " ".join(kept) or type(error).__name__
+    key = error.override if isinstance(error, OverrideParseException) else key
     return f"{key}: {text}" if key and key not in text else text

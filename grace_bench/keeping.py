@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.checkpoint import Checkpoints
-from grace_bench.errors import Interrupted, RunFailure
+from grace_bench.errors import MISFITS, Interrupted, RunFailure, UserError, reason_of
 from grace_bench.interruption import Interruption
 from grace_bench.loggers import RunLogger
 from grace_bench.loggers.jsonl import JsonlLogger, PredictionsLogger
@@ -59,13 +59,8 @@ class KeptRun:
         """
         loaded = self._checkpoints.load()
         if loaded.state is not None:
-            self._run.load_state_dict(loaded.state["run"])
-            for logger in self._loggers:
-                state = loaded.state["loggers"].get(type(logger).__name__)
-                if state is not None:
-                    logger.load_state_dict(state)
+            self._take(loaded.state)
             self._saved_at = loaded.n_edits
-            self._take_environment(loaded.state["environment"])
         dropped = [*loaded.dropped]
         for logger in self._loggers:
             if isinstance(logger, JsonlLogger):
@@ -126,6 +121,20 @@ class KeptRun:
     def environment(self) -> dict[str, Any]:
         """Returns what the run was computed with, under `before_resuming` also what was otherwise for a part of it."""
         return {**self._environment, "engine_notes": list(self._run.strategy.model.engine.notes)}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._run.load_state_dict(state["run"])
+            for logger in self._loggers:
+                own = state["loggers"].get(type(logger).__name__)
+                if own is not None:
+                    logger.load_state_dict(own)
+            self._take_environment(state["environment"])
+        except MISFITS as error:
+            raise UserError(
+                f"{self._folder}: the newest checkpoint is whole but does not fit the run ({type(error).__name__}: "
+                f"{reason_of(error)}); existing=rerun sets the run aside and starts anew"
+            ) from error
 
     def _take_environment(self, earlier: Mapping[str, Any]) -> None:
         now = self._environment

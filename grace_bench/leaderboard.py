@@ -238,7 +238,7 @@ def find_result_files(paths: Iterable[Path]) -> list[Path]:
     Raises:
         UserError: If a path does not exist or holds no result.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     for path in paths:
         if path.is_file():
             found = [path]
@@ -249,7 +249,7 @@ def find_result_files(paths: Iterable[Path]) -> list[Path]:
         if not found:
             raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
         for file in found:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 

@@ -6,23 +6,31 @@ from typing import Any
 
 from grace_bench.errors import UserError, did_you_mean
 
+_MOST = 2**63
+"""What no library takes a whole number to be."""
+
 
 def check_whole(option: str, value: Any, *, least: int) -> None:
-    """Raises `UserError` unless `value` is a whole number, at least `least`."""
-    if type(value) is not int or value < least:
+    """Raises `UserError` unless `value` is a whole number of at most 64 bits, at least `least`."""
+    if type(value) is not int or not least <= value < _MOST:
         raise UserError(f"{option}={value} should be a whole number, at least {least}")
 
 
 def check_positive(option: str, value: Any) -> None:
     """Raises `UserError` unless `value` is a positive, finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+    if not _is_finite(value) or value <= 0:
         raise UserError(f"{option}={value} should be a positive number")
 
 
 def check_not_negative(option: str, value: Any) -> None:
     """Raises `UserError` unless `value` is a finite number, at least 0."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+    if not _is_finite(value) or value < 0:
         raise UserError(f"{option}={value} should be a number, at least 0")
+
+
+def _is_finite(value: Any) -> bool:
+    # Of a whole number that no float can hold, isfinite makes an error.
+    return (type(value) is int and abs(value) < _MOST) or (type(value) is float and math.isfinite(value))
 
 
 def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def _read(path: Path) -> dict[str, object]:
     try:
         refuse_references(path)
         node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
         raise UserError(f"{path}: should be settings, as option: value")

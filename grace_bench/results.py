@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from grace_bench.errors import UserError
-from grace_bench.files import hash_file
+from grace_bench.files import hash_file, readable
 
 SCHEMA_VERSION = 1
 PREDICTIONS = pa.schema(
@@ -29,6 +29,7 @@ PREDICTIONS = pa.schema(
     ]
 )
 """The columns of `predictions.parquet`."""
+_NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
 
 RUN_FILES = (
     "config.yaml",
@@ -256,18 +257,22 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
         filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
 
     Raises:
-        UserError: If it cannot be read, or a column is missing or of another type.
+        UserError: If it cannot be read, or a column is missing, of another type, or without values it should have.
     """
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(readable(path))
         for field in PREDICTIONS:
             if field.name not in schema.names or schema.field(field.name).type != field.type:
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
-        return pq.read_table(path, columns=list(columns), filters=list(filters) or None).to_pylist()
+        table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    for name in _NEVER_NULL:
+        if name in table.column_names and table[name].null_count:
+            raise UserError(f"{path}: column '{name}' has rows without a value")
+    return table.to_pylist()
 
 
 def read_result(path: Path) -> RunResult:
@@ -277,7 +282,7 @@ def read_result(path: Path) -> RunResult:
         UserError: If it is missing, broken or of another schema version, naming the file and the field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = readable(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -298,7 +303,7 @@ class _Header(BaseModel):
 def _read_lines(path: Path, model: type[Line]) -> list[Line]:
     try:
         # Not splitlines, which also breaks at characters that may stand in a text.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = readable(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not lines[-1]:

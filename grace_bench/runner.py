@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
+from grace_bench.checkpoint import restored
 from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.formats import visible
 from grace_bench.options import check_whole
@@ -234,10 +235,10 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, on a run made from the same configuration."""
         self.strategy.load_state_dict(state["editor"])
-        self.position = Position(**deepcopy(state["position"]))
+        self.position = restored(Position, deepcopy(state["position"]))
         self._pending = [self._pending_of(pending) for pending in state["pending"]]
         for place, due in state["due"]:
-            self._pending.insert(place, Due(**due))
+            self._pending.insert(place, restored(Due, due))
         self.strategy.scorer.load_state_dict(state["scores"])
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
@@ -255,10 +256,10 @@ class Run:
     def _pending_of(self, state: Mapping[str, Any]) -> Pending:
         return Pending(
             request=self.benchmark.data.edits[state["index"]],
-            before=ItemScore(**state["before"]),
+            before=restored(ItemScore, state["before"]),
             index=state["index"],
             n_edits=state["n_edits"],
-            outcome=None if state["outcome"] is None else EditOutcome(**state["outcome"]),
+            outcome=None if state["outcome"] is None else restored(EditOutcome, state["outcome"]),
             seconds=state["seconds"],
         )
 

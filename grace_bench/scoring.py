@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grace_bench.checkpoint import restored
 from grace_bench.models import LayerCall
 from grace_bench.tasks import ItemScore, contrast_of
 from grace_bench.types import EditRequest
@@ -104,7 +105,7 @@ class Scorer:
         """Takes up a state from `state_dict`, which may have been JSON in between."""
         queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
         self._known = {
-            _hashable(request): _Known(query, _hashable(version), {_hashable(version): ItemScore(**item)})
+            _hashable(request): _Known(query, _hashable(version), {_hashable(version): restored(ItemScore, item)})
             for request, item, version, query in zip(
                 state["requests"], state["items"], state["versions"], queries, strict=True
             )

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.encoding import EncodedBatch
-from grace_bench.errors import EditFailure, UserError
+from grace_bench.errors import MISFITS, EditFailure, UserError
 from grace_bench.failures import RandomState, reason_of_failure
-from grace_bench.files import write_synced
+from grace_bench.files import readable, write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
 from grace_bench.scoring import Scorer
@@ -467,8 +467,8 @@ class EditorStrategy(BaseTemplate, ABC):
         """
         path = Path(folder)
         try:
-            header = _Header.model_validate_json((path / "editor.json").read_bytes())
-            tensors = load_file(path / "editor.safetensors", device=str(model.device))
+            header = _Header.model_validate_json(readable(path / "editor.json").read_bytes())
+            tensors = load_file(readable(path / "editor.safetensors"), device=str(model.device))
         except ValidationError as error:
             raise UserError(f"{path / 'editor.json'}: {first_error(error)}") from error
         except (OSError, SafetensorError) as error:
@@ -489,7 +489,7 @@ class EditorStrategy(BaseTemplate, ABC):
             raise UserError(f"{path / 'editor.json'}: {error}") from error
         try:
             editor.load_answering_state({**header.state, **tensors})
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except MISFITS as error:
             editor.detach()
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: the saved state is not whole ({type(error).__name__}: {reason})") from error

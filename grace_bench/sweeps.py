@@ -35,6 +35,7 @@ from grace_bench.config import registered_name
 from grace_bench.credentials import without_secrets
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.jobs import (
+    NOT_COMPOSED,
     compose,
     execute,
     execute_meta_training,
@@ -294,7 +295,7 @@ def _composing(parts: Sequence[Sequence[str]], name: str) -> Iterator[tuple[Conf
             loader = GlobalHydra.instance().config_loader()
             multiruns = [loader.load_configuration("run", part, run_mode=RunMode.MULTIRUN) for part in overrides]
             yield loader, multiruns[0], _unique(run for multirun in multiruns for run in _runs(multirun, loader))
-    except (HydraException, OmegaConfBaseException) as error:
+    except NOT_COMPOSED as error:
         raise UserError(one_line(error)) from error
 
 

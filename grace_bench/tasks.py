@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,6 +55,7 @@ class ItemScore:
     distance: float | None = None
     contested: bool | None = None
     query: Tensor | None = field(default=None, compare=False, repr=False)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the query, by field, as JSON values."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from grace_bench.encoding import EncodedBatch, causal_batch, pad, seq2seq_batch
 from grace_bench.errors import UserError
+from grace_bench.files import readable
 from grace_bench.models import EditableModel
 from grace_bench.registry import EDITORS
 from grace_bench.results import first_error
@@ -165,7 +166,7 @@ def read_record(path: Path) -> Record:
         UserError: If the file is missing or damaged, naming the field.
     """
     try:
-        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+        return Record.model_validate_json(readable(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except ValidationError as error:

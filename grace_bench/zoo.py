@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.files import readable
 from grace_bench.registry import STREAMS
 
 MODELS_FOLDER = Path("models")
@@ -210,7 +211,10 @@ def resolve_model(name_or_path: str) -> ModelSource:
     )
     if known is not None:
         return ModelSource(name_or_path, known.repository, revision=known.revision, tokenizer=known.tokenizer)
-    folder = Path(name_or_path).expanduser()
+    try:
+        folder = readable(name_or_path)
+    except OSError:
+        folder = Path(name_or_path)
     if folder.is_dir():
         return _from_folder(folder.resolve().name, folder)
     if name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1:
@@ -268,12 +272,15 @@ def _checkpoints() -> Path:
 def _from_folder(name: str, folder: Path) -> ModelSource:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(readable(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"model={folder}: the folder holds no config.json") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from error
     notes = config if isinstance(config, dict) else {}
-    stream = STREAMS.get(str(notes[_STREAM_KEY])) if _STREAM_KEY in notes else None
+    try:
+        stream = STREAMS.get(str(notes[_STREAM_KEY])) if _STREAM_KEY in notes else None
+    except UserError as error:
+        raise UserError(f"{path}: field '{_STREAM_KEY}': {error}") from error
     layer = notes.get(_LAYER_KEY) or getattr(stream, "default_layer", None)
     return ModelSource(name, str(folder), stream, layer)

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from grace_bench.errors import UserError, did_you_mean
+from grace_bench.files import readable
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -65,7 +65,7 @@ def read_lines(path: str) -> Iterator[tuple[str, int, Parse]]:
     """
     try:
         # Binary lines end at \n alone; text may hold U+2028 and more that str.splitlines breaks at.
-        with Path(path).expanduser().open("rb") as file:
+        with readable(path).open("rb") as file:
             is_empty = True
             for number, line in enumerate(file, start=1):
                 content = line.removeprefix(_BOM) if number == 1 else line

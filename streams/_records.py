@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from grace_bench.errors import UserError, reason_of
-from grace_bench.files import write_atomically
+from grace_bench.files import readable, write_atomically
 from grace_bench.options import check_choice
 from grace_bench.streams._lines import Parse, Record, read_lines, validate
 from grace_bench.types import EditRequest, EditStream, Progress, StreamData
@@ -86,7 +86,11 @@ class Files:
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """The files, in the order of their names."""
-        path = Path(self.path).expanduser()
+        try:
+            path = readable(self.path)
+        except OSError:
+            # Reading it says what is wrong.
+            return (Path(self.path),)
         if not path.is_dir():
             return (path,)
         found = sorted(file for file in path.iterdir() if file.suffix in _READ_IN_FOLDERS)
@@ -99,7 +103,7 @@ class Files:
         total = hashlib.sha256()
         for path in self.paths:
             try:
-                with path.open("rb") as file:
+                with readable(path).open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError:
                 # Reading it says what is wrong.
@@ -262,7 +266,8 @@ class RecordStream(EditStream):
         made = self.read(reader)
         if not made.edits:
             raise UserError(
-                f"stream '{self.registered_name}' has no requests left to edit ({_counts(reader.left_out)})"
+                f"stream '{self.registered_name}' has no requests left to edit in "
+                f"{', '.join(source.name for source in self.sources())} ({_counts(reader.left_out)})"
             )
         data = StreamData(**{**vars(made), "left_out": dict(sorted(reader.left_out.items()))})
         _keep(path, data)
@@ -319,7 +324,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Parse]]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = pyarrow.parquet.read_table(readable(path)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({reason_of(error)})") from error
     for number, row in enumerate(rows, start=1):

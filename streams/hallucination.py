@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from grace_bench.errors import UserError
+from grace_bench.files import readable
 from grace_bench.options import check_text
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
@@ -263,7 +264,7 @@ def sentences(text: str) -> list[str]:
 
 def _read_concepts(path: str, passages: Source) -> tuple[str, ...]:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = readable(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     concepts = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar, get_args
 
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.options import check_whole
+from grace_bench.options import check_text, check_whole
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
 from grace_bench.streams._lines import Record
@@ -50,6 +50,8 @@ class Jsonl(RecordStream):
     ) -> None:
         if path is None:
             raise UserError("stream=jsonl needs stream.path=FILE, one request a line")
+        check_text("stream.path", path)
+        check_text("stream.upstream_path", upstream_path, optional=True)
         tasks = {name: name for name in get_args(TaskName)}
         if task not in tasks:
             hint = did_you_mean(task, tasks)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from grace_bench.errors import UserError
+from grace_bench.files import readable
 from grace_bench.registry import register_stream
 from grace_bench.types import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 
@@ -92,14 +93,14 @@ class Toy(EditStream):
 
         config_path, weights = folder / "config.json", folder / "model.safetensors"
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
+            config = json.loads(readable(config_path).read_text(encoding="utf-8"))
             if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
                 raise UserError(f"{config_path}: field 'model_type': should be '{MODEL_TYPE}'")
             hidden_size = config.get("hidden_size")
             if type(hidden_size) is not int or hidden_size < 1:
                 raise UserError(f"{config_path}: field 'hidden_size': should be a positive integer")
             model = PointClassifier(hidden_size=hidden_size)
-            model.load_state_dict(load_file(weights))
+            model.load_state_dict(load_file(readable(weights)))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: holds no {MODEL_TYPE} ({str(error).splitlines()[0]})") from error
 

@@ -16,7 +16,7 @@ from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench import checkpoint
 from grace_bench.errors import UserError
-from grace_bench.files import write_atomically, write_synced
+from grace_bench.files import remove, write_atomically, write_synced
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import PREDICTIONS, RunResult
 from grace_bench.strategy import EditorStrategy
@@ -121,7 +121,7 @@ class PredictionsLogger(RunLogger):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if f"{_PARTS}/{path.name}" not in self._parts:
-                path.unlink()
+                remove(path)
 
     def after_eval_exp(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Takes in the items of one stream."""

@@ -137,7 +137,7 @@ def test_a_broken_record_ends_the_load_or_is_left_out_and_counted(tmp_path: Path
 
 def test_where_every_record_is_broken_there_is_nothing_to_edit(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", {"id": "x"}, {"id": "y"})
-    with pytest.raises(UserError, match=r"stream 'jsonl' has no requests left to edit \(broken: 2\)"):
+    with pytest.raises(UserError, match=r"stream 'jsonl' has no requests left to edit in .*/r.jsonl \(broken: 2\)"):
         Jsonl(path=path, on_error="skip").load()
 
 
