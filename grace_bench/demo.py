@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from grace_bench.errors import UserError
 from grace_bench.jobs import compose, execute, folder_of
 from grace_bench.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.parallel import side_by_side
@@ -24,7 +25,12 @@ def demo(out: Path, *, n_edits: int) -> None:
     Args:
         out: Where run folders are made; finished runs there are reused.
         n_edits: Edits an editor makes.
+
+    Raises:
+        UserError: If there is a file where the folder is to be, before a process is started for each run to find out.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: Not a directory")
     folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")

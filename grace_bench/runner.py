@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from grace_bench.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
-from grace_bench.checkpoint import restored
+from grace_bench.checkpoint import copied, restored
 from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.formats import visible
 from grace_bench.options import check_whole
@@ -216,8 +215,8 @@ class Run:
         evaluator = self.strategy.evaluator
         return {
             # Editors and metrics may hand out what they go on working with; a state stays what it was.
-            "editor": deepcopy(self.strategy.state_dict()),
-            "position": deepcopy(vars(self.position)),
+            "editor": copied(self.strategy.state_dict()),
+            "position": copied(vars(self.position)),
             "pending": [_pending_state(pending) for pending in self._pending if isinstance(pending, Pending)],
             "due": [[place, vars(one)] for place, one in enumerate(self._pending) if isinstance(one, Due)],
             "scores": self.strategy.scorer.state_dict(),
@@ -225,7 +224,7 @@ class Run:
             "before": dict(self.before),
             "unedited": None if self._unedited is None else dict(self._unedited),
             "metrics": {
-                metric.registered_name: deepcopy(metric.state_dict())
+                metric.registered_name: copied(metric.state_dict())
                 for metric in (evaluator.metrics if evaluator else [])
             },
             "last_metrics": dict(evaluator.last_metric_results) if evaluator else {},
@@ -235,7 +234,7 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, on a run made from the same configuration."""
         self.strategy.load_state_dict(state["editor"])
-        self.position = restored(Position, deepcopy(state["position"]))
+        self.position = restored(Position, copied(state["position"]))
         self._pending = [self._pending_of(pending) for pending in state["pending"]]
         for place, due in state["due"]:
             self._pending.insert(place, restored(Due, due))

@@ -5,7 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from grace_bench.benchmark import EditExperience, EvalExperience
+from grace_bench.checkpoint import copied
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import MISFITS, EditFailure, UserError
 from grace_bench.failures import RandomState, reason_of_failure
@@ -296,7 +296,7 @@ class EditorStrategy(BaseTemplate, ABC):
         This one copies the state that may change. An editor that keeps much and changes little of it in an edit has one
         of its own.
         """
-        before = _copied(self.changing_state())
+        before = copied(self.changing_state())
 
         def undo() -> None:
             changed = self.changing_state()
@@ -639,10 +639,6 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         for parameter in chosen:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def _copied(state: State) -> State:
-    return {name: value.clone() if isinstance(value, Tensor) else deepcopy(value) for name, value in state.items()}
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -38,6 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "stream=jsonl",
             "stream.task=classification",
             "editor=grace",
+            "editor.replacement=replace_last",
             "max_edits=8",
             "eval_every=3",
             "seed=2",
