@@ -158,7 +158,9 @@ def rewrite_predictions(run: Path, rows: pd.DataFrame) -> None:
 
 def drop_a_prediction(run: Path) -> None:
     rows = pd.read_parquet(run / "predictions.parquet")
-    rewrite_predictions(run, rows.drop(rows[(rows.stream == "edited") & (rows.n_edits == 8)].index[:1]))
+    rewrite_predictions(
+        run, rows.drop(rows[(rows.stream == "edited") & (rows.n_edits == rows.n_edits.max())].index[:1])
+    )
 
 
 def change_a_prediction(run: Path) -> None:
