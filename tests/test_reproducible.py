@@ -130,6 +130,7 @@ def test_a_run_leaves_the_next_one_of_its_process_the_threads_it_found(tmp_path:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_neither_the_folder_of_the_process_nor_its_hash_seed_shows_in_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
