@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,9 @@ from grace_bench.types import EditRequest
 
 if TYPE_CHECKING:
     from grace_bench.strategy import EditorStrategy
+
+
+_FIELDS = tuple(field.name for field in fields(ItemScore) if field.name != "query")
 
 
 @dataclass
@@ -94,9 +97,11 @@ class Scorer:
     def state_dict(self) -> dict[str, Any]:
         """Returns the scores that are kept, so that whoever goes on asks the model again for the same ones."""
         known = self._known.values()
+        items = [one.items[one.version] for one in known]
         return {
             "requests": [*self._known],
-            "items": [one.items[one.version].state_dict() for one in known],
+            # By column: a checkpoint of thousands of them is made often.
+            "items": {name: [getattr(item, name) for item in items] for name in _FIELDS},
             "versions": [one.version for one in known],
             "queries": torch.stack([one.query for one in known]) if known else None,
         }
@@ -104,12 +109,13 @@ class Scorer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, which may have been JSON in between."""
         queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
-        self._known = {
-            _hashable(request): _Known(query, _hashable(version), {_hashable(version): restored(ItemScore, item)})
-            for request, item, version, query in zip(
-                state["requests"], state["items"], state["versions"], queries, strict=True
-            )
-        }
+        columns = [state["items"][name] for name in _FIELDS]
+        self._known = {}
+        for request, version, query, *values in zip(
+            state["requests"], state["versions"], queries, *columns, strict=True
+        ):
+            item = restored(ItemScore, dict(zip(_FIELDS, values, strict=True)))
+            self._known[_hashable(request)] = _Known(query, _hashable(version), {_hashable(version): item})
 
     def _look_up(self, keys: Sequence[Hashable]) -> dict[Hashable, ItemScore]:
         """The scores that still hold, with what is known of the codebook now."""
