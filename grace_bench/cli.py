@@ -213,15 +213,14 @@ def _run(overrides: list[str]) -> int:
             "hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes."
         )
         return 0
-    from grace_bench.wandb_account import import_avalanche
-
-    import_avalanche()
+    _import_avalanche()
     from grace_bench.sweeps import run
 
     return run(overrides)
 
 
 def _resume(options: argparse.Namespace) -> int:
+    _import_avalanche()
     from grace_bench.jobs import resume
     from grace_bench.terminal import say
 
@@ -233,9 +232,7 @@ def _plan(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(_PLAN_HELP, end="")
         return 0
-    from grace_bench.wandb_account import import_avalanche
-
-    import_avalanche()
+    _import_avalanche()
     from grace_bench.sweeps import plan
 
     plan(overrides)
@@ -249,6 +246,7 @@ def _meta_train(overrides: list[str]) -> int:
     flag = next((override for override in overrides if override.startswith("-")), None)
     if flag is not None:
         raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
+    _import_avalanche()
     from grace_bench.jobs import compose, execute_meta_training
     from grace_bench.terminal import say
 
@@ -257,6 +255,7 @@ def _meta_train(overrides: list[str]) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _import_avalanche()
     from grace_bench.demo import demo
 
     demo(options.out, n_edits=options.edits)
@@ -338,6 +337,7 @@ def _figure(arguments: list[str]) -> int:
     parser.add_argument("given", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_intermixed_args(arguments)
+    _import_avalanche()
     from grace_bench.figures.commands import draw
     from grace_bench.terminal import say
 
@@ -346,15 +346,14 @@ def _figure(arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from grace_bench.wandb_account import import_avalanche
-
-    import_avalanche()
+    _import_avalanche()
     from grace_bench.check import check_runs
 
     return check_runs(options.runs)
 
 
 def _verify(options: argparse.Namespace) -> int:
+    _import_avalanche()
     from grace_bench.terminal import say
     from grace_bench.verify import verify_files
 
@@ -372,11 +371,19 @@ def _pretrain(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     # Options of both kinds may come in any order.
     options = parser.parse_intermixed_args(arguments)
+    _import_avalanche()
     from grace_bench.pretraining import pretrain
     from grace_bench.zoo import MODELS_FOLDER
 
     pretrain(options.stream, options.overrides, options.out or MODELS_FOLDER / options.stream, seed=options.seed)
     return 0
+
+
+def _import_avalanche() -> None:
+    """Comes before whatever else imports Avalanche, which by itself does not work without wandb."""
+    from grace_bench.wandb_account import import_avalanche
+
+    import_avalanche()
 
 
 def _pair(text: str) -> tuple[str, str]:

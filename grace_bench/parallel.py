@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from grace_bench.wandb_account import import_avalanche
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -23,7 +25,7 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], *, jobs: int | 
         Exception: What the function raises first. Work in progress is then given up, as it is on an interrupt.
     """
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or n_cores(), mp_context=spawned, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(jobs or n_cores(), mp_context=spawned, initializer=_prepare) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -39,6 +41,7 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _leave_interrupts() -> None:
+def _prepare() -> None:
     """Leaves an interrupt from the keyboard, which reaches every process, to the one that waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_avalanche()

@@ -166,3 +166,13 @@ def test_no_wandb(tmp_path: Path, undisturbed: Done) -> None:
     assert done.told == ["grace-bench: W&B is off for this run (No module named 'wandb')"]
     assert not (done.folder / "wandb").exists()
     whole(done, undisturbed)
+    for command, says in (("resume", "finished before, reused"), ("check", "same")):
+        again = subprocess.run(
+            [SCRIPT, command, str(done.folder)],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert again.returncode == 0, again.stderr
+        assert says in again.stdout + again.stderr
