@@ -129,8 +129,10 @@ class Scorer:
         for key, version, note in zip(kept, answered.versions, answered.notes(), strict=True):
             known = self._known[key]
             if version in known.items:
-                known.version = version
-                found[key] = replace(known.items[version], **note)
+                known.version, item = version, known.items[version]
+                if any(getattr(item, name) != value for name, value in note.items()):
+                    item = known.items[version] = replace(item, **note)
+                found[key] = item
         return found
 
     def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
