@@ -12,8 +12,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -190,15 +188,17 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 
 def make_stopped(out: Path) -> Path:
-    """Interrupts a run after its fourth checkpoint, and returns its folder."""
+    """Interrupts a run as it writes its checkpoint at four edits, and returns its folder."""
+    is_over = False
 
-    def interrupt() -> None:
-        while not any(out.rglob("checkpoint/000004")):
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupt(event: str, arguments: tuple[Any, ...]) -> None:
+        # A hook stays for the life of the process.
+        if not is_over and event == "os.rename" and str(arguments[1]).endswith("checkpoint/000004"):
+            os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
+    sys.addaudithook(interrupt)
     assert main(["run", *STOPPED, f"out={out}"]) == 130
+    is_over = True
     return next(out.rglob("config.yaml")).parent
 
 
