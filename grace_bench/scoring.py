@@ -1,5 +1,7 @@
 """Scoring again only what may have changed."""
 
+import hashlib
+import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
     from grace_bench.strategy import EditorStrategy
 
 
-_FIELDS = tuple(field.name for field in fields(ItemScore) if field.name != "query")
+# Which entry answers, and how far it is, is asked anew whenever a score is taken up.
+_FIELDS = tuple(
+    field.name for field in fields(ItemScore) if field.name not in {"query", "entry", "distance", "contested"}
+)
 
 
 @dataclass
@@ -42,8 +47,10 @@ class Scorer:
 
     def __init__(self, strategy: "EditorStrategy") -> None:
         self._strategy = strategy
-        self._known: dict[Hashable, _Known] = {}
+        self._known: dict[str, _Known] = {}
+        self._names: dict[Hashable, str] = {}
         self._keeps_versions = False
+        self._with_earlier: list[_Known] = []
         self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
         self.n_scored = 0
@@ -63,9 +70,9 @@ class Scorer:
             yield
         finally:
             self._keeps_versions = False
-            for known in self._known.values():
-                if len(known.items) > 1:
-                    known.items = {known.version: known.items[known.version]}
+            for known in self._with_earlier:
+                known.items = {known.version: known.items[known.version]}
+            self._with_earlier = []
 
     def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Returns the scores of requests, in their order."""
@@ -73,7 +80,7 @@ class Scorer:
         if not self.is_incremental:
             self.n_scored += len(requests)
             return model.task.score(model, requests)
-        keys = [_key(request) for request in requests]
+        keys = [self._key(request) for request in requests]
         known = self._look_up(keys)
         stale = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
         if stale:
@@ -82,11 +89,11 @@ class Scorer:
 
     def knows(self, request: EditRequest) -> bool:
         """Whether a request was scored before, so that its query is known."""
-        return _key(request) in self._known
+        return self._key(request) in self._known
 
     def waits_for_values(self, request: EditRequest) -> bool:
         """Whether a known request is answered by a value that is not trained yet."""
-        known = self._known[_key(request)]
+        known = self._known[self._key(request)]
         answered = self._strategy.answered_by(known.query[None])
         return answered is not None and any(answered.pending)
 
@@ -111,13 +118,18 @@ class Scorer:
         queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
         columns = [state["items"][name] for name in _FIELDS]
         self._known = {}
-        for request, version, query, *values in zip(
-            state["requests"], state["versions"], queries, *columns, strict=True
-        ):
+        for key, version, query, *values in zip(state["requests"], state["versions"], queries, *columns, strict=True):
             item = restored(ItemScore, dict(zip(_FIELDS, values, strict=True)))
-            self._known[_hashable(request)] = _Known(query, _hashable(version), {_hashable(version): item})
+            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item})
 
-    def _look_up(self, keys: Sequence[Hashable]) -> dict[Hashable, ItemScore]:
+    def _key(self, request: EditRequest) -> str:
+        """The digest of all of a request that its score depends on: texts are long, and in every checkpoint."""
+        parts = request.prompt, request.target, request.answers, contrast_of(request)
+        if parts not in self._names:
+            self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return self._names[parts]
+
+    def _look_up(self, keys: Sequence[str]) -> dict[str, ItemScore]:
         """The scores that still hold, with what is known of the codebook now."""
         kept = [key for key in dict.fromkeys(keys) if key in self._known]
         if not kept:
@@ -135,7 +147,7 @@ class Scorer:
                 found[key] = item
         return found
 
-    def _score_anew(self, requests: Mapping[Hashable, EditRequest]) -> dict[Hashable, ItemScore]:
+    def _score_anew(self, requests: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
         model = self._strategy.model
         self.n_scored += len(requests)
         handle = model.intercept(_note_query, first=True)
@@ -151,7 +163,9 @@ class Scorer:
             if answered is not None:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
                     earlier = self._known[key].items if self._keeps_versions and key in self._known else {}
-                    self._known[key] = _Known(query, version, {**earlier, version: item})
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item})
+                    if earlier:
+                        self._with_earlier.append(known)
         return scored
 
 
@@ -164,8 +178,3 @@ def _note_query(call: LayerCall) -> Tensor:
     if call.state.step == 0:
         call.state.activation = call.query.detach()
     return call.output
-
-
-def _key(request: EditRequest) -> Hashable:
-    """All of a request that its score depends on."""
-    return request.prompt, request.target, request.answers, contrast_of(request)

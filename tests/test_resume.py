@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_schema_version_is_refused_and_nothing_is_touche
     for manifest in folder.glob("checkpoint/0*/manifest.json"):
         rewritten(manifest, lambda content: content.update(schema_version=99, news="of a later version"))
     before = {path: path.read_bytes() for path in files_of(folder)}
-    with pytest.raises(UserError, match="schema version 99, this grace-bench reads 2"):
+    with pytest.raises(UserError, match="schema version 99, this grace-bench reads 3"):
         run_facts(folder, task="qa", resume=True)
     assert {path: path.read_bytes() for path in files_of(folder)} == before
 
