@@ -106,12 +106,13 @@ def _bert(
 ) -> Tensor:
     attention, rows = block.attention.self, hidden[:, columns]
     size = attention.attention_head_size
-    query, key, value = (
-        _heads(project(states), size)
-        for project, states in ((attention.query, rows), (attention.key, hidden), (attention.value, hidden))
-    )
+    query = _heads(attention.query(rows), size)
     mask = None if attention_mask is None else _rows_of(attention_mask, columns)
-    context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if _is_bare(attention.key) and _is_bare(attention.value):
+        context = _attended_by_few(query, hidden, attention.key, attention.value, mask)
+    else:
+        key, value = (_heads(project(hidden), size) for project in (attention.key, attention.value))
+        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     attended = block.attention.output(_joined(context), rows)
     return block.output(block.intermediate(attended), attended)
 
@@ -156,6 +157,39 @@ def _llama(
     )
     rows = rows + attention.o_proj(_joined(context))
     return rows + block.mlp(block.post_attention_layernorm(rows))
+
+
+def _attended_by_few(query: Tensor, hidden: Tensor, key: nn.Linear, value: nn.Linear, mask: Tensor | None) -> Tensor:
+    """Attention of R rows to T positions without the positions' keys and values, which for few rows cost the most.
+
+    q.(W h + b) is (W'q).h but for q.b, which is the same for every position and so drops out of the softmax; and since
+    its weights sum to 1, a sum over W h + b is W times the sum over h, and b.
+
+    Args:
+        query: (B, H, R, size).
+        hidden: (B, T, D).
+        key: Makes keys, (H * size, D).
+        value: Makes values, likewise.
+        mask: (B, 1, R or 1, T), or None.
+
+    Returns:
+        (B, H, R, size).
+    """
+    n, heads, rows, size = query.shape
+    asked = query @ key.weight.view(heads, size, -1)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, heads, 1)
+    # All heads ask the same positions, and so are rows of one.
+    summed = functional.scaled_dot_product_attention(
+        asked.reshape(n, 1, heads * rows, -1), hidden[:, None], hidden[:, None], attn_mask=mask, scale=size**-0.5
+    ).view(n, heads, rows, -1)
+    bias = 0 if value.bias is None else value.bias.view(heads, 1, size)
+    return summed @ value.weight.view(heads, size, -1).transpose(1, 2) + bias
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module is its weights and nothing else."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _heads(states: Tensor, size: int) -> Tensor:

@@ -205,6 +205,20 @@ def test_a_classifiers_last_block_is_computed_for_the_first_position_alone(famil
     assert set(widths) == {1}
 
 
+@each_classifier
+@pytest.mark.parametrize("projection", ["key", "value"])
+def test_what_is_hooked_to_a_pruned_blocks_projections_is_heard(family: Family, projection: str) -> None:
+    model = family.model()
+    batch = encoded("classification", [9, 6])
+    name = family.witness.replace("intermediate", f"attention.self.{projection}")
+    handle = model.find_layer(name).register_forward_hook(lambda _, __, output: output * 1.5)
+    changed = model.logits(batch)
+    assert_close(model.labelled_logits(batch)[0], changed)
+    handle.remove()
+    assert not torch.allclose(model.labelled_logits(batch)[0], changed, atol=1e-3)
+    assert not model.engine.notes
+
+
 @each_causal
 def test_a_causal_models_last_block_and_head_are_computed_for_the_labelled_positions_alone(family: Family) -> None:
     model = family.model()
