@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from grace_bench.encoding import EncodedBatch
 from grace_bench.options import check_choice
-from grace_bench.pruning import Tail, tail_of
+from grace_bench.pruning import Tail, cache_argument, tail_of
 from grace_bench.replay import CannotReplayError, Recording, Replay, Run, is_training, patched, run_to_layer
 
 if TYPE_CHECKING:
@@ -204,8 +204,9 @@ class ExactEngine(Engine):
             arguments = dict(tail.arguments)
             if past is not None:
                 # Each pass adds its own to the cache it is given, in a tensor of its own.
-                arguments["past_key_values"] = copy(past)
-                arguments["past_key_values"].layers = [copy(layer) for layer in past.layers]
+                own = copy(past)
+                own.layers = [copy(layer) for layer in past.layers]
+                arguments |= self._with_cache(own)
             with patched(tail.forwards):
                 return self.model.logits(given, **arguments)
 
@@ -215,8 +216,11 @@ class ExactEngine(Engine):
     def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         with self.model.bypassing():
-            self.model.logits(batch, past_key_values=cache)
+            self.model.logits(batch, **self._with_cache(cache))
         return cache
+
+    def _with_cache(self, cache: DynamicCache) -> dict[str, Any]:
+        return {str(cache_argument(self.model.module)): cache}
 
     def _play(self, replay: Replay, run: Run, recording: Recording, kind: str) -> Tensor:
         if replay is not self._replay:

@@ -29,6 +29,8 @@ Decision = TypeVar("Decision")
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
+# What keys and values are called since transformers 5.24, and before.
+_CACHES = ("cache", "past_key_values")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -481,7 +483,7 @@ class EditableModel(nn.Module):
         if self._depth > 1:
             return
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache = _cache_in(given)
         n_cached = 0 if cache is None else int(cache.get_seq_length())
         if not self._state.is_open:
             # Called from outside: what goes on from the cache of a known prompt belongs to it, all else is a prompt.
@@ -499,7 +501,7 @@ class EditableModel(nn.Module):
 
     def _end_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         self._depth -= 1
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache_in(output)
         if not self._depth and cache is not None and not self._state.is_open:
             self._continued[cache] = self._state
 
@@ -688,6 +690,13 @@ def _loading(path: str) -> Iterator[None]:
 
 def _are_activations(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cache_in(values: Any) -> Any:
+    """The keys and values among what a forward pass is given or gives, None without."""
+    if not isinstance(values, Mapping):
+        return None
+    return next((values[name] for name in _CACHES if values.get(name) is not None), None)
 
 
 def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from grace_bench.encoding import IGNORED, EncodedBatch
 
 BlockPruner = Callable[..., Tensor]
 
 _FAMILIES: dict[str, BlockPruner] = {}
+_TALL = 8
+"""From so many times as many tokens as dimensions on a head is run by columns."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
     takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
     if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
         columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        start = first_changed if _continues(module, batch) and len(columns) and first_changed <= columns[0] else 0
+        continues = cache_argument(module) is not None and "decoder_input_ids" not in batch.inputs
+        start = first_changed if continues and len(columns) and first_changed <= columns[0] else 0
         if start:
-            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, start=start)
+            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, _head(module, layer), start)
         if len(columns) in {0, batch.labels.shape[1]}:
             return Tail(batch)
-        forwards = {} if block is None else {block: partial(_pruned, columns)}
+        forwards = _head(module, layer) | ({} if block is None else {block: partial(_pruned, columns)})
         return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
     if not takes_columns and block is not None and getattr(module, "num_labels", None) and batch.n_positions > 1:
         # A classifier of this family reads its first position.
@@ -74,14 +78,33 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
     return Tail(batch)
 
 
-def _continues(module: nn.Module, batch: EncodedBatch) -> bool:
-    """Whether a model can go on from keys and values of the inputs' first part."""
-    return "past_key_values" in inspect.signature(module.forward).parameters and "decoder_input_ids" not in batch.inputs
+def cache_argument(module: nn.Module) -> str | None:
+    """Returns what a model's forward pass calls its keys and values (transformers renamed it in 5.24), None without."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def _last_block(module: nn.Module) -> nn.Module | None:
     blocks = [part for part in module.modules() if type(part).__name__ in _FAMILIES]
     return blocks[-1] if blocks else None
+
+
+def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """How the head is run, where its weights are float32 on the CPU and its rows few."""
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    if type(head) is not nn.Linear or head is layer or head.bias is not None:
+        return {}
+    is_tall, weight = head.out_features > _TALL * head.in_features, head.weight
+    return {head: _by_columns} if is_tall and weight.is_cpu and weight.dtype is torch.float32 else {}
+
+
+def _by_columns(head: nn.Linear, _: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """The head's output as its weights times the rows as columns.
+
+    Its weights are most of what a step reads, and MKL takes up to twice as long for few rows times their transpose.
+    """
+    columns = head.weight @ hidden.flatten(0, -2).T
+    return columns.T.contiguous().view(*hidden.shape[:-1], -1)
 
 
 def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
