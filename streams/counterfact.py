@@ -111,7 +111,7 @@ class CounterFact(RecordStream):
         return tuple(Files(path) for path in (self.path, self.validation_path) if path is not None)
 
     def read(self, reader: Reader) -> StreamData:
-        edits, *rest = (tuple(reader.read(source, _FORMATS, _request, id_field="case_id")) for source in self.sources())
+        edits, *rest = (tuple(reader.read(source, _FORMATS, _request, id_fields=["case_id"])) for source in self.sources())
         edited = {request.prompt for request in edits}
         validation = []
         for request in rest[0] if rest else ():

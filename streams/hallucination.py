@@ -278,7 +278,7 @@ def _read_concepts(path: str, passages: Source) -> tuple[str, ...]:
 
 def _read_items(reader: Reader, source: Source, *, concepts: Sequence[str] = (), prefix: str = "") -> list[_Item]:
     convert = partial(_item, concepts=concepts, prefix=prefix)
-    return reader.read(source, _FORMATS, convert, id_field="wiki_bio_test_idx")
+    return reader.read(source, _FORMATS, convert, id_fields=["wiki_bio_test_idx"])
 
 
 def _item(record: Record[_Passage | _Wise], *, concepts: Sequence[str], prefix: str) -> _Item:

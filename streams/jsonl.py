@@ -71,7 +71,7 @@ class Jsonl(RecordStream):
 
     def read(self, reader: Reader) -> StreamData:
         edits, upstream = (
-            tuple(reader.read(Files(path), [_REQUEST], self._checked, id_field="id")) if path is not None else ()
+            tuple(reader.read(Files(path), [_REQUEST], self._checked, id_fields=["id"])) if path is not None else ()
             for path in (self.path, self.upstream_path)
         )
         return StreamData(edits=edits, upstream=upstream, holdout=tuple(rephrased(edits)), label_names=self.label_names)

@@ -165,7 +165,7 @@ class Zsre(RecordStream):
 
     def read(self, reader: Reader) -> StreamData:
         convert = partial(_request, reader=reader)
-        edits = reader.read(Files(self.path), _FORMATS, convert, id_field="id")
+        edits = reader.read(Files(self.path), _FORMATS, convert, id_fields=["id"])
         spare: Sequence[EditRequest] = ()
         if self._is_annotated:
             edits, holdout, spare = _split(edits)
@@ -185,7 +185,7 @@ class Zsre(RecordStream):
         is_apart = _apart(edited)
         if self.validation_path is not None:
             convert = partial(_request, reader=reader, prefix="validation/")
-            for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_field="id"):
+            for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_fields=["id"]):
                 if is_apart(request):
                     yield request
                 else:
@@ -197,7 +197,7 @@ class Zsre(RecordStream):
 
     @cached_property
     def _is_annotated(self) -> bool:
-        for _, parse in Files(self.path).records(None):
+        for _, _, parse in Files(self.path).records(None):
             try:
                 item = parse()
             except UserError:

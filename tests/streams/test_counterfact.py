@@ -104,7 +104,7 @@ def test_an_array_gives_the_same_data_as_lines(tmp_path: Path) -> None:
     assert CounterFact(path=str(array)).load() == CounterFact(path=lines(tmp_path, *records)).load()
     records[3]["prompt"] = ""
     array.write_text(json.dumps(records), encoding="utf-8")
-    assert error_of(str(array)) == f"{array}: record 4: field 'prompt': is empty"
+    assert error_of(str(array)) == f"{array}:1: record 4: field 'prompt': is empty"
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_invalid_utf8_ends_a_run_with_exit_code_2(tmp_path: Path, capsys: pytest
     command = ["run", "stream=hallucination", f"stream.path={path}", "model=atlas-text", "editor=none"]
     assert main([*command, f"out={tmp_path / 'runs'}"]) == 2
     error = capsys.readouterr().err.strip()
-    assert f"{path}:2: is not UTF-8" in error
+    assert f"{path}:2: field 'prompt': is not UTF-8" in error
     assert "\n" not in error
 
 

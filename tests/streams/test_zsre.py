@@ -404,7 +404,7 @@ def test_invalid_utf8_names_its_line_and_is_skipped_on_request(tmp_path: Path) -
     content = [json.dumps(evaluation(number)).encode() for number in range(3)]
     path = tmp_path / "zsre.jsonl"
     path.write_bytes(b"\n".join([content[0].replace(b"Firm0", b"Firm\xff"), *content[1:]]))
-    assert error_of(path=str(path)).startswith(f"{path}:1: is not UTF-8")
+    assert error_of(path=str(path)).startswith(f"{path}:1: field 'subject': is not UTF-8")
     assert len(Zsre(path=str(path), on_error="skip").load().edits) == 2
 
 
