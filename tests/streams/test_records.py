@@ -160,6 +160,16 @@ def test_a_broken_record_ends_the_load_or_is_left_out_and_counted(tmp_path: Path
     assert data.left_out == {"broken": 1}
 
 
+def test_labels_that_the_model_lacks_are_kept_apart_from_those_it_has(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", *({"id": str(n), "prompt": "p", "target": n} for n in range(4)))
+    stream = Jsonl(path=path, task="classification", on_error="skip")
+    assert len(stream.load().edits) == 4
+    stream.n_model_labels = 2
+    assert (len(stream.load().edits), stream.load().left_out) == (2, {"broken": 2})
+    stream.n_model_labels = None
+    assert len(stream.load().edits) == 4
+
+
 def test_where_every_record_is_broken_there_is_nothing_to_edit(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", {"id": "x"}, {"id": "y"})
     with pytest.raises(UserError, match=r"stream 'jsonl' has no requests left to edit in .*/r.jsonl \(broken: 2\)"):
