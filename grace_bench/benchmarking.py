@@ -32,7 +32,7 @@ from grace_bench.results import EditorInfo, ModelInfo, Protocol, RunResult, Stre
 from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
-from grace_bench.types import EditStream, Progress
+from grace_bench.types import EditRequest, EditStream, Progress
 
 _MOST_UPSTREAM = 4096
 """So many activations are enough to estimate a covariance from; they are held at once."""
@@ -363,7 +363,30 @@ def open_benchmark(
         )
     editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
+    benchmark = fitted(benchmark, source, editable, seed=settings.seed, split=settings.split)
     return Opened(source, benchmark, editable, path)
+
+
+def fitted(
+    benchmark: EditBenchmark, stream: EditStream, model: EditableModel, *, seed: int, split: str
+) -> EditBenchmark:
+    """Returns the benchmark; if it has labels that the model lacks, as its stream reads it knowing that.
+
+    Only the reader of a record can name its place, or leave it out. The fingerprint stays that of the stream as it is
+    for every model.
+
+    Raises:
+        UserError: If the stream takes a label that the model lacks for a mistake.
+    """
+    asked = _asked(benchmark)
+    n_labels = model.task.count_labels(model, asked[0].prompt) if asked else None
+    if n_labels is None or all(0 <= int(request.target) < n_labels for request in asked):
+        return benchmark
+    stream.n_model_labels = n_labels
+    try:
+        return benchmark.with_data(**vars(EditBenchmark.from_stream(stream, seed=seed, split=split).data))
+    finally:
+        stream.n_model_labels = None
 
 
 def _identity(
@@ -426,9 +449,15 @@ def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     if data.edits:
         first = data.edits[0]
         model.layer_call(model.encode_batch([first.prompt], [first.target]))
+    model.task.check_targets(model, _asked(benchmark))
+
+
+def _asked(benchmark: EditBenchmark) -> tuple[EditRequest, ...]:
+    """The requests whose targets a run needs of the model."""
+    data = benchmark.data
     probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
     wanted = (probe for probe in probes if not probe.metadata["target_from_model"])
-    model.task.check_targets(model, (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted))
+    return (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted)
 
 
 def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grace_bench.benchmark import EditBenchmark
+from grace_bench.benchmarking import fitted
 from grace_bench.config import hash_config, make_stream, plain_config, read_config, register_configs
 from grace_bench.environment import describe_environment
 from grace_bench.errors import UserError, reason_of
@@ -165,23 +166,25 @@ class Checker:
                 for what in ("stream", "model", "editor")
             ]
             return None
+        benchmark: EditBenchmark | None = None
         try:
             benchmark = self._benchmark(stream, config)
         except Exception as error:  # Reading data fails in as many ways as there are libraries under it.
             findings.append(Finding(what="stream", verdict="not checked", told=_in_words(error)))
         else:
             findings.append(_compared("stream", result.stream.fingerprint, benchmark.fingerprint))
-            if contents.edits is not None:
-                given = [request.id for request in benchmark.data.edits[: len(contents.edits)]]
-                reached = [record.id for record in contents.edits]
-                findings.append(_compared("order of the candidates", reached, given))
         try:
             model = self._editable(stream, config)
+            if benchmark is not None:
+                # A model that lacks some labels may have been spared them.
+                benchmark = fitted(benchmark, stream, model, seed=config.seed, split=config.split)
         except Exception as error:  # So does loading weights.
             findings += [
-                Finding(what=what, verdict="not checked", told=_in_words(error)) for what in ("model", "editor")
+                *_order(contents, benchmark),
+                *(Finding(what=what, verdict="not checked", told=_in_words(error)) for what in ("model", "editor")),
             ]
             return None
+        findings += _order(contents, benchmark)
         findings.append(_compared("model", result.model.fingerprint, model.fingerprint))
         findings.append(_compared("layer", result.model.layer, model.layer_name))
         findings.append(_saved_editor(result, folder, model))
@@ -205,6 +208,12 @@ class Checker:
             loaded = EditableModel.from_pretrained(name, task=get_task(stream.task), device=device, **options)
             self._model = (key, loaded)
         return self._model[1]
+
+
+def _order(contents: _Contents, benchmark: EditBenchmark | None) -> Iterator[Finding]:
+    if contents.edits is not None and benchmark is not None:
+        given = [request.id for request in benchmark.data.edits[: len(contents.edits)]]
+        yield _compared("order of the candidates", [record.id for record in contents.edits], given)
 
 
 def _sealed(result: RunResult, folder: Path) -> Finding:

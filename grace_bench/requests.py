@@ -22,5 +22,20 @@ def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
             )
 
 
+def is_contrast(given: Any) -> bool:
+    """Whether `metadata["contrast"]` is what it may be: two texts, or None.
+
+    >>> is_contrast(["Rome", "Paris"]), is_contrast(["Rome"])
+    (True, False)
+    """
+    if given is None:
+        return True
+    return (
+        isinstance(given, list | tuple)
+        and len(given) == 2
+        and all(isinstance(answer, str) and answer.strip() for answer in given)
+    )
+
+
 def _contrast(request: EditRequest) -> dict[str, Any]:
     return {name: value for name, value in request.metadata.items() if name == "contrast"}

@@ -21,6 +21,7 @@ from grace_bench import encoding
 from grace_bench.encoding import IGNORED, EncodedBatch, PaddingSide, least
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.options import check_choice, check_whole
+from grace_bench.requests import is_contrast
 from grace_bench.scores import exact_match, reference_f1, token_f1
 from grace_bench.types import EditRequest, Progress, TaskName
 
@@ -233,6 +234,10 @@ class Task(ABC):
         """
         raise UserError(f"task {self.name} has no answers to ask a model for")
 
+    def count_labels(self, model: "EditableModel", prompt: str) -> int | None:
+        """Returns how many labels the model has for a prompt; None for tasks that answer in text."""
+        return None
+
     def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:  # noqa: B027 - most tasks take any
         """Makes sure that the model can give every target.
 
@@ -291,13 +296,17 @@ class Classification(Task):
     def answers(self, model: "EditableModel", prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
         return [*self._labels(model, prompts)]
 
+    @torch.no_grad()
+    def count_labels(self, model: "EditableModel", prompt: str) -> int:
+        """Returns the width of the logits."""
+        return model.logits(model.encode_batch([prompt])).shape[-1]
+
     def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:
-        """Compares label ids with the width of the logits."""
+        """Compares label ids with the number of labels."""
         n_labels: int | None = None
         for request in requests:
             if n_labels is None:
-                with torch.no_grad():
-                    n_labels = model.logits(model.encode_batch([request.prompt])).shape[-1]
+                n_labels = self.count_labels(model, request.prompt)
             if not 0 <= int(request.target) < n_labels:
                 raise UserError(
                     f"request '{request.id}': field 'target': label {request.target} is none of the model's {n_labels} "
@@ -570,12 +579,9 @@ def contrast_of(request: EditRequest) -> tuple[str, ...]:
         UserError: If it is something else, naming the request.
     """
     given = request.metadata.get("contrast")
-    if given is None:
-        return ()
-    answers = tuple(given) if isinstance(given, list | tuple) else ()
-    if len(answers) != 2 or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+    if not is_contrast(given):
         raise UserError(f"request '{request.id}': field 'metadata.contrast': should be a list of two texts")
-    return answers
+    return tuple(given or ())
 
 
 def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:

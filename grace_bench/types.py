@@ -123,6 +123,7 @@ class EditStream(ABC):
         max_input_tokens: Where inputs are cut; None for the model's own limit.
         max_target_tokens: Where targets are cut, end token included; None for the model's own limit.
         progress: Called as a long load goes on; a run sets it.
+        n_model_labels: How many labels the model has; a run sets it to load again what holds others.
         default_model: Short name of the model used when none is given; None if the user must name one.
         default_layer: The layer of that model that is edited unless another is named.
     """
@@ -134,6 +135,7 @@ class EditStream(ABC):
     max_input_tokens: int | None = None
     max_target_tokens: int | None = None
     progress: Progress | None = None
+    n_model_labels: int | None = None
     default_model: ClassVar[str | None] = None
     default_layer: ClassVar[str | None] = None
 

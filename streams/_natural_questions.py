@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from grace_bench.errors import UserError
-from grace_bench.streams._lines import Filled, Parse, Record, validate
-from grace_bench.streams._records import Files, Format, Hub, Reader
+from grace_bench.streams._lines import Filled, Record, validate
+from grace_bench.streams._records import Files, Format, Hub, Reader, Unread
 from grace_bench.types import EditRequest, Progress
 
 _N_PAIRS = 1_000
@@ -58,24 +58,24 @@ class NaturalQuestions:
         # The same file in another role makes other requests.
         return f"pairs of {self.source.digest}"
 
-    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+    def records(self, progress: Progress | None) -> Iterator[Unread]:
         return islice(self._pairs(progress), _N_PAIRS)
 
     def read(self, reader: Reader) -> list[EditRequest]:
         """Returns a request a pair."""
         return reader.read(self, [_FORMAT], _request)
 
-    def _pairs(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
-        for place, parse in self.source.records(progress):
+    def _pairs(self, progress: Progress | None) -> Iterator[Unread]:
+        for unread in self.source.records(progress):
             try:
-                item = parse()
+                item = unread.parse()
             except UserError:
                 # Who reads the records decides what becomes of a broken one.
                 item = None
             if isinstance(item, dict) and "questions" in item:
-                yield from _zipped(place, item)
+                yield from _zipped(unread, item)
             else:
-                yield place, parse
+                yield unread
 
 
 def flat_texts(given: Answers | None) -> tuple[str, ...]:
@@ -89,13 +89,14 @@ def flat_texts(given: Answers | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in flat if text.strip()))
 
 
-def _zipped(place: str, item: dict[str, Any]) -> Iterator[tuple[str, Parse]]:
+def _zipped(whole: Unread, item: dict[str, Any]) -> Iterator[Unread]:
+    place = whole.place
     columns = validate(place, item, _Columns)
     questions, answers = columns.questions, columns.answers
     if len(questions) != len(answers):
         raise UserError(f"{place}: field 'answers': holds {len(answers)} for {len(questions)} questions")
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
-        yield f"{place}: pair {number}", partial(dict, question=question, answer=answer)
+        yield Unread(whole.file, f"{place}: pair {number}", partial(dict, question=question, answer=answer))
 
 
 def _request(record: Record[_Pair]) -> EditRequest:

@@ -1,8 +1,8 @@
 """Streams whose requests are made from the records of a data set: in files, or on the hub.
 
-A data set is found in several formats. The first record of a source decides which one it has; every record is validated
-and converted; what is wrong names its place, and ends the load or is left out and counted (`on_error`). What was made
-from the same content with the same settings is kept and found again.
+A data set is found in several formats. The first whole record of a file decides which one it has; every record is
+validated and converted; what is wrong names its place, and ends the load or is left out and counted (`on_error`). What
+was made from the same content with the same settings is kept and found again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -51,6 +51,20 @@ class Format(Generic[M]):
     signature: frozenset[str]
 
 
+class Unread(NamedTuple):
+    """A record that is not parsed yet.
+
+    Attributes:
+        file: What it lies in; all in one file have one format.
+        place: What errors call it.
+        parse: Gives its JSON value.
+    """
+
+    file: str
+    place: str
+    parse: Parse
+
+
 class Source(Protocol):
     """Where records come from."""
 
@@ -64,8 +78,8 @@ class Source(Protocol):
         """Names the content: equal content, equal digest."""
         ...
 
-    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
-        """Yields the place of every record and what parses it."""
+    def records(self, progress: Progress | None) -> Iterator[Unread]:
+        """Yields every record."""
         ...
 
 
@@ -110,9 +124,10 @@ class Files:
                 return ""
         return total.hexdigest()
 
-    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+    def records(self, progress: Progress | None) -> Iterator[Unread]:
         for path in self.paths:
-            yield from _parquet(path) if path.suffix == ".parquet" else _json(str(path), progress)
+            for place, parse in _parquet(path) if path.suffix == ".parquet" else _json(str(path), progress):
+                yield Unread(str(path), place, parse)
 
 
 @dataclass(frozen=True)
@@ -123,6 +138,7 @@ class Hub:
         repo: Its id, such as `tomh/grace-scotus`.
         split: The split that is read.
         option: The stream's option that takes a downloaded copy instead.
+        beside: The other splits that are read with it, each with its option.
         revision: The commit or tag; None for the newest.
         config: The data set's configuration; None where it has one only.
     """
@@ -130,6 +146,7 @@ class Hub:
     repo: str
     split: str
     option: str
+    beside: tuple[tuple[str, str], ...] = ()
     revision: str | None = None
     config: str | None = None
 
@@ -141,11 +158,11 @@ class Hub:
     def digest(self) -> str:
         return f"{self.repo} {self.config} {self.split} {self._rows._fingerprint}"
 
-    def records(self, progress: Progress | None) -> Iterator[tuple[str, Parse]]:
+    def records(self, progress: Progress | None) -> Iterator[Unread]:
         for number, row in enumerate(self._rows, start=1):
             # A table has every column in every row.
             given = {name: value for name, value in row.items() if value is not None}
-            yield f"{self.name}: record {number}", partial(dict, given)
+            yield Unread(self.name, f"{self.name}: record {number}", partial(dict, given))
             if progress is not None and (number % _REPORTED_ROWS == 0 or number == len(self._rows)):
                 progress(f"reading {self.name}", number, len(self._rows))
 
@@ -160,9 +177,10 @@ class Hub:
             return datasets.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
         except Exception as error:  # Network, hub, disk and format each fail in their own library's way.
             place = f"https://huggingface.co/datasets/{self.repo}/tree/refs%2Fconvert%2Fparquet"
+            more = "".join(f", those of split {split} as {option}=" for split, option in self.beside)
             raise UserError(
                 f"data set {self.repo} cannot be loaded ({reason_of(error)}); without a network, get the Parquet files "
-                f"of split {self.split} from {place} and give their place as {self.option}="
+                f"of split {self.split} from {place} and give their place as {self.option}={more}"
             ) from error
         finally:
             datasets.config.HF_HUB_OFFLINE = was_offline
@@ -190,37 +208,38 @@ class Reader:
         formats: Sequence[Format[Any]],
         convert: Callable[[Record[Any]], T | None],
         *,
-        id_field: str | None = None,
+        id_fields: Sequence[str] = (),
     ) -> list[T]:
         """Returns what every record of a source becomes, in the order of the source.
 
         Args:
             source: The records.
-            formats: The formats they may have; the first record decides.
+            formats: The formats they may have; the first whole record of a file decides for the file.
             convert: Makes something of a validated record, or None to pass over it (the caller counts it with
                 `leave_out`). What it finds wrong with the record it says with `Record.fail`.
-            id_field: The field that must differ from record to record.
+            id_fields: The fields each of which must differ from record to record, where one is given.
 
         Raises:
             UserError: In one line: the source cannot be read or holds no records, or with `on_error="raise"` place
                 and field of the first broken one.
         """
-        chosen: Format[Any] | None = formats[0] if len(formats) == 1 else None
-        first_seen: dict[str, str] = {}
+        chosen: dict[str, Format[Any]] = {}
+        first_seen: dict[tuple[str, str], str] = {}
         made: list[T] = []
         number = 0
-        for number, (place, parse) in enumerate(source.records(self.progress), start=1):
+        for number, (file, place, parse) in enumerate(source.records(self.progress), start=1):
             try:
                 item = parse()
-                if chosen is None:
-                    chosen = _recognised(place, item, formats)
-                record = Record(place, number, validate(place, item, chosen.schema))
-                given = None if id_field is None else getattr(record.value, id_field, None)
-                if id_field is not None and given is not None:
-                    key = str(given)
-                    if key in first_seen:
-                        record.fail(id_field, f"{key!r} was used before, at {first_seen[key]}")
-                    first_seen[key] = place
+                known = chosen.get(file) or recognised(place, item, formats)
+                record = Record(place, number, validate(place, item, known.schema))
+                chosen[file] = known
+                for field in id_fields:
+                    given = getattr(record.value, field, None)
+                    if given is None:
+                        continue
+                    if (field, str(given)) in first_seen:
+                        record.fail(field, f"{str(given)!r} was used before, at {first_seen[field, str(given)]}")
+                    first_seen[field, str(given)] = place
                 converted = convert(record)
             except UserError:
                 if self.on_error == "raise":
@@ -279,7 +298,7 @@ class RecordStream(EditStream):
         # Of a path counts only that there is one: equal content is equal wherever it lies.
         settings = {
             name: getattr(self, name) is not None if name.endswith("path") else getattr(self, name)
-            for name in inspect.signature(type(self)).parameters
+            for name in (*inspect.signature(type(self)).parameters, "n_model_labels")
         }
         key = content_key(
             settings=settings,
@@ -299,13 +318,24 @@ def _hub_has_an_address() -> bool:
     return True
 
 
-def _recognised(place: str, item: Any, formats: Sequence[Format[Any]]) -> Format[Any]:
+def recognised(place: str, item: Any, formats: Sequence[Format[Any]]) -> Format[Any]:
+    """Returns the format whose fields a record has.
+
+    Raises:
+        UserError: In one line with the place: it has those of none, or as many of one as of another and all of neither.
+    """
+    if len(formats) == 1:
+        return formats[0]
     fields = set(item) if isinstance(item, dict) else set()
-    best = max(formats, key=lambda known: len(known.signature & fields) / len(known.signature))
-    if not best.signature & fields:
+    shares = [len(known.signature & fields) / len(known.signature) for known in formats]
+    best = [known for known, share in zip(formats, shares, strict=True) if share == max(shares)]
+    if not max(shares):
         wanted = "; ".join(f"{known.name}: {', '.join(sorted(known.signature))}" for known in formats)
         raise UserError(f"{place}: is a record of none of the formats read here ({wanted})")
-    return best
+    if max(shares) < 1 and len(best) > 1:
+        missing = dict.fromkeys(name for known in best for name in sorted(known.signature - fields))
+        raise UserError(f"{place}: field {' or '.join(map(repr, missing))}: is missing")
+    return best[0]
 
 
 def _json(path: str, progress: Progress | None) -> Iterator[tuple[str, Parse]]:

@@ -50,6 +50,7 @@ class _Rome(BaseModel):
     requested_rewrite: _Rewrite
     paraphrase_prompts: tuple[Filled, ...] = ()
     neighborhood_prompts: tuple[Filled, ...] = ()
+    portability: OneHop | None = None
 
 
 _FORMATS: tuple[Format[Any], ...] = (
@@ -62,11 +63,11 @@ _FORMATS: tuple[Format[Any], ...] = (
 class CounterFact(RecordStream):
     """Counterfactual completions: from the hub, ROME's `counterfact.json`, or a file in EasyEdit's format.
 
-    ROME's records hold `case_id requested_rewrite` and may hold `paraphrase_prompts neighborhood_prompts`; EasyEdit's
-    hold `case_id prompt target_new subject` and may hold `ground_truth rephrase_prompt locality_prompt
-    locality_ground_truth portability`; other fields are ignored. Paraphrases and rephrases become the holdout.
-    Neighbourhood and locality prompts become probes, and upstream, each once and without those that are edited; what
-    must be kept there is the unedited model's own answer (`metadata["target_from_model"]`).
+    ROME's records hold `case_id requested_rewrite` and may hold `paraphrase_prompts neighborhood_prompts portability`,
+    of which EasyEdit adds the last; EasyEdit's own hold `case_id prompt target_new subject` and may hold `ground_truth
+    rephrase_prompt locality_prompt locality_ground_truth portability`; other fields are ignored. Paraphrases and
+    rephrases become the holdout. Neighbourhood and locality prompts become probes, and upstream, each once and without
+    those that are edited; what must be kept there is the unedited model's own answer (`metadata["target_from_model"]`).
 
     Beside exact match, answers are compared by probability as ROME does (Meng et al. 2022, section 3.4): the new
     answer against the true one for edits and their paraphrases, the true one against the new one in the neighbourhood.
@@ -111,7 +112,9 @@ class CounterFact(RecordStream):
         return tuple(Files(path) for path in (self.path, self.validation_path) if path is not None)
 
     def read(self, reader: Reader) -> StreamData:
-        edits, *rest = (tuple(reader.read(source, _FORMATS, _request, id_field="case_id")) for source in self.sources())
+        edits, *rest = (
+            tuple(reader.read(source, _FORMATS, _request, id_fields=["case_id"])) for source in self.sources()
+        )
         edited = {request.prompt for request in edits}
         validation = []
         for request in rest[0] if rest else ():
@@ -159,6 +162,7 @@ def _from_rome(record: Record[Any]) -> EditRequest:
         subject=rewrite.subject,
         rephrases=value.paraphrase_prompts,
         locality=tuple(Probe(prompt=text, metadata={"contrast": [true, new]}) for text in value.neighborhood_prompts),
+        portability=() if value.portability is None else (value.portability.probe(),),
         metadata={"ground_truth": true, "contrast": [new, true]},
     )
 

@@ -12,6 +12,7 @@ from grace_bench.errors import UserError
 from grace_bench.files import readable
 from grace_bench.options import check_text
 from grace_bench.registry import register_stream
+from grace_bench.streams._easyedit import Questions
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
 from grace_bench.types import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
@@ -53,6 +54,17 @@ class _Wise(BaseModel):
     subject: Filled
     locality_prompt: str = ""
     locality_ground_truth: str = ""
+    id: int | Filled | None = None
+
+
+class _KnowEdit(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    text: Filled
+    labels: Filled
+    concept: Filled
+    locality: Questions = Field(default_factory=dict)
+    id: int | Filled | None = None
 
 
 class _Running(BaseModel):
@@ -64,6 +76,7 @@ class _Running(BaseModel):
 _FORMATS: tuple[Format[Any], ...] = (
     Format("annotated passages", _Passage, frozenset({"gpt3_sentences", "annotation", "wiki_bio_text"})),
     Format("WISE", _Wise, frozenset({"prompt", "target_new", "subject"})),
+    Format("KnowEdit", _KnowEdit, frozenset({"text", "labels", "concept"})),
 )
 _TEXTS = Format("running text", _Running, frozenset({"text"}))
 
@@ -89,8 +102,9 @@ class Hallucination(RecordStream):
     """Sentences that GPT-3 made up about people, edited into what Wikipedia says of them.
 
     Records are annotated passages (`gpt3_sentences annotation wiki_bio_text`, and maybe `gpt3_text wiki_bio_test_idx`)
-    or single sentences in the format of WISE (`prompt target_new subject`, and maybe `locality_prompt
-    locality_ground_truth`); other fields are ignored.
+    or single sentences, in the format of WISE (`prompt target_new subject`, and maybe `locality_prompt
+    locality_ground_truth`) or of KnowEdit (`text labels concept`, and maybe `locality`, which maps kinds to lists of
+    `prompt` and `ground_truth`); other fields are ignored, but that of single sentences no `id` may come twice.
 
     Of a passage, the prompt is "This is a Wikipedia passage about NAME." and GPT-3's sentences before the one at hand.
     An inaccurate sentence is an edit, whose target is the sentence of Wikipedia's text with the same number, or the
@@ -100,10 +114,12 @@ class Hallucination(RecordStream):
     loading script, which `datasets` no longer runs; the official code has them in `grace/wiki_bio_concepts.txt`.
 
     In the format of WISE the prompt has its header, nothing is known to be accurate, and each record's web text, cut
-    into a prompt and its continuation, is a locality probe. A cut through a word is moved before that word.
+    into a prompt and its continuation, is a locality probe. A cut through a word is moved before that word. In that of
+    KnowEdit, locality questions with their first answers are; those whose answers are empty are left out.
 
     Upstream are the first 1,000 texts of `upstream_path`, or of OpenWebText where the hub is read; without them, the
-    web texts of WISE's records, whole. There is no holdout.
+    web texts of WISE's records, whole; for passages or KnowEdit's records in a file there is none then. There is no
+    holdout.
 
     Args:
         path: A file or folder; None for `potsawee/wiki_bio_gpt3_hallucination` of the hub.
@@ -278,21 +294,24 @@ def _read_concepts(path: str, passages: Source) -> tuple[str, ...]:
 
 def _read_items(reader: Reader, source: Source, *, concepts: Sequence[str] = (), prefix: str = "") -> list[_Item]:
     convert = partial(_item, concepts=concepts, prefix=prefix)
-    return reader.read(source, _FORMATS, convert, id_field="wiki_bio_test_idx")
+    return reader.read(source, _FORMATS, convert, id_fields=["wiki_bio_test_idx", "id"])
 
 
-def _item(record: Record[_Passage | _Wise], *, concepts: Sequence[str], prefix: str) -> _Item:
+def _item(record: Record[_Passage | _Wise | _KnowEdit], *, concepts: Sequence[str], prefix: str) -> _Item:
     value = record.value
-    if isinstance(value, _Wise):
+    if not isinstance(value, _Passage):
         if concepts:
-            record.fail("prompt", "has its header; stream.concepts_path= is for annotated passages")
-        return _from_wise(value, f"{prefix}{record.number}")
+            field = "prompt" if isinstance(value, _Wise) else "text"
+            record.fail(field, "has its header; stream.concepts_path= is for annotated passages")
+        make = _from_wise if isinstance(value, _Wise) else _from_knowedit
+        return make(record, f"{prefix}{record.number}")
     name = _header_name(value) or (concepts[record.number - 1] if concepts else _opening_name(record, value))
     key = f"passage-{record.number}" if value.wiki_bio_test_idx is None else str(value.wiki_bio_test_idx)
     return _from_passage(record, value, name, f"{prefix}{key}")
 
 
-def _from_wise(value: _Wise, key: str) -> _Item:
+def _from_wise(record: Record[Any], key: str) -> _Item:
+    value: _Wise = record.value
     request = EditRequest(
         id=key,
         prompt=value.prompt,
@@ -303,6 +322,25 @@ def _from_wise(value: _Wise, key: str) -> _Item:
     )
     web_text = f"{value.locality_prompt}{value.locality_ground_truth}"
     return _Item(value.subject.lower(), (request,), web_text=web_text.strip())
+
+
+def _from_knowedit(record: Record[Any], key: str) -> _Item:
+    value: _KnowEdit = record.value
+    locality: list[Probe] = []
+    for kind, questions in value.locality.items():
+        for number, question in enumerate(questions or ()):
+            if question.ground_truth is None:
+                record.fail(f"locality.{kind}[{number}].ground_truth", "is missing")
+            locality += question.probes()
+    request = EditRequest(
+        id=key,
+        prompt=value.text,
+        target=value.labels,
+        subject=value.concept if value.concept in value.text else None,
+        locality=tuple(locality),
+        metadata={"about": value.concept},
+    )
+    return _Item(value.concept.lower(), (request,))
 
 
 def _web_probe(beginning: str, rest: str) -> tuple[Probe, ...]:

@@ -1,12 +1,12 @@
 """A user's own requests."""
 
-from collections.abc import Sequence
-from typing import ClassVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_args
 
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.options import check_text, check_whole
 from grace_bench.registry import register_stream
-from grace_bench.requests import rephrased
+from grace_bench.requests import is_contrast, rephrased
 from grace_bench.streams._lines import Record
 from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
 from grace_bench.types import EditRequest, StreamData, StreamMetadata, TaskName
@@ -71,7 +71,7 @@ class Jsonl(RecordStream):
 
     def read(self, reader: Reader) -> StreamData:
         edits, upstream = (
-            tuple(reader.read(Files(path), [_REQUEST], self._checked, id_field="id")) if path is not None else ()
+            tuple(reader.read(Files(path), [_REQUEST], self._checked, id_fields=["id"])) if path is not None else ()
             for path in (self.path, self.upstream_path)
         )
         return StreamData(edits=edits, upstream=upstream, holdout=tuple(rephrased(edits)), label_names=self.label_names)
@@ -97,6 +97,8 @@ class Jsonl(RecordStream):
                     self._check_target(record, f"{name}[{index}].target", probe.target)
                 elif self.task == "language_modelling":
                     record.fail(f"{name}[{index}].target", "is missing; in language modelling a model gives no answer")
+                _check_contrast(record, f"{name}[{index}].metadata", probe.metadata)
+        _check_contrast(record, "metadata", request.metadata)
         return request
 
     def _check_target(self, record: Record[EditRequest], field: str, target: str | int) -> None:
@@ -109,6 +111,14 @@ class Jsonl(RecordStream):
         elif target < 0 or (self.label_names and target >= len(self.label_names)):
             most = f" to {len(self.label_names) - 1}" if self.label_names else " or more"
             record.fail(field, f"is label {target}, but labels are numbered 0{most}")
+        elif self.n_model_labels is not None and target >= self.n_model_labels:
+            last = self.n_model_labels - 1
+            record.fail(field, f"label {target} is none of the model's {self.n_model_labels} (0 to {last})")
+
+
+def _check_contrast(record: Record[EditRequest], field: str, metadata: Mapping[str, Any]) -> None:
+    if not is_contrast(metadata.get("contrast")):
+        record.fail(f"{field}.contrast", "should be a list of two texts")
 
 
 def _check_filled(record: Record[EditRequest], field: str, text: str) -> None:

@@ -49,6 +49,7 @@ class _Labelled(BaseModel):
     label: int
     term: int | None = None
     case_id: int | Filled | None = None
+    id: int | Filled | None = None
 
 
 class _Scdb(BaseModel):
@@ -58,6 +59,7 @@ class _Scdb(BaseModel):
     issue_area: int
     term: int | None = None
     case_id: int | Filled | None = None
+    id: int | Filled | None = None
 
 
 _FORMATS: tuple[Format[Any], ...] = (
@@ -79,7 +81,7 @@ class Scotus(RecordStream):
     A prompt is a case's `text`, alone: the opinion in the published data, the facts of the case in other sources. The
     question before the Court, where a record has one, is not read, since it all but names the issue area. Records hold
     `text`, and `label` from 0 to 10, as FairLex counts, or `issue_area` from 1 to 11, as the Supreme Court Database
-    does; they may hold `term` and `case_id`, and other fields are ignored.
+    does; they may hold `term` and `case_id`, and other fields are ignored, but that no `id` may come twice.
 
     A case's term decides its era; where a record has none, its file does. Cases of the terms between the eras are for
     validation, those outside are left out and counted. No case is told twice, so there is no holdout.
@@ -112,9 +114,11 @@ class Scotus(RecordStream):
 
     def sources(self) -> tuple[Source, ...]:
         if self.path is None:
+            test, train = ("test", "stream.path"), ("train", "stream.upstream_path")
+            revision = "438563911ffd4e427617780ef944e3061e3402bc"
             return tuple(
-                Hub("tomh/grace-scotus", split, option=option, revision="438563911ffd4e427617780ef944e3061e3402bc")
-                for split, option in (("test", "stream.path"), ("train", "stream.upstream_path"))
+                Hub("tomh/grace-scotus", split, option=option, beside=(other,), revision=revision)
+                for (split, option), other in ((test, train), (train, test))
             )
         return tuple(Files(path) for path in (self.path, self.upstream_path) if path is not None)
 
@@ -122,16 +126,17 @@ class Scotus(RecordStream):
         sources = self.sources()
         eras: tuple[Era | None, ...] = ("edits", "upstream") if len(sources) == 2 else (None,)
         seen: dict[str, str] = {}
+        convert = partial(_case, n_labels=self.n_model_labels, seen=seen, reader=reader)
         cases = [
             case
             for source, era in zip(sources, eras, strict=True)
-            for case in reader.read(source, _FORMATS, partial(_case, default_era=era, seen=seen, reader=reader))
+            for case in reader.read(source, _FORMATS, partial(convert, default_era=era), id_fields=["id"])
         ]
         numberings = {case.numbering for case in cases}
         if len(numberings) > 1:
             raise UserError(
-                f"{' and '.join(source.name for source in sources)}: one gives 'label' and the other 'issue_area', "
-                f"which count the eleventh area differently"
+                f"{' and '.join(source.name for source in sources)}: some give 'label' and others 'issue_area', which "
+                f"count the eleventh area differently"
             )
         by_era: dict[Era, list[EditRequest]] = defaultdict(list)
         for case in cases:
@@ -206,13 +211,20 @@ class Scotus(RecordStream):
 
 
 def _case(
-    record: Record[_Labelled | _Scdb], *, default_era: Era | None, seen: dict[str, str], reader: Reader
+    record: Record[_Labelled | _Scdb],
+    *,
+    default_era: Era | None,
+    n_labels: int | None,
+    seen: dict[str, str],
+    reader: Reader,
 ) -> _Case | None:
     value = record.value
     numbering, first = ("label", 0) if isinstance(value, _Labelled) else ("issue_area", 1)
     given, last = getattr(value, numbering), first + len(AREAS[numbering]) - 1
     if not first <= given <= last:
         record.fail(numbering, f"is {given}, but issue areas are numbered {first} to {last}")
+    if n_labels is not None and given - first >= n_labels:
+        record.fail(numbering, f"is {given}, but the model has labels for {first} to {first + n_labels - 1} alone")
     if value.term is None and default_era is None:
         record.fail("term", "is missing, and nothing else tells the eras apart without stream.upstream_path=")
     era = default_era if value.term is None else _era(value.term)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,10 +13,10 @@ from grace_bench.options import check_text
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
 from grace_bench.scores import normalize_answer
-from grace_bench.streams._easyedit import OneHop
-from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._easyedit import OneHop, Questions, Texts
+from grace_bench.streams._lines import Filled, Record, validate
 from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
-from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
+from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source, recognised
 from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 
 _N_QUESTIONS = 10_000
@@ -24,8 +24,6 @@ _N_REPHRASES = 10
 _N_VALIDATION = 500
 _SPLIT_SEED = 42
 _NQ_PREFIX = "nq question: "
-
-_Texts = Filled | Annotated[tuple[Filled, ...], Field(min_length=1)]
 
 
 class _Output(BaseModel):
@@ -46,7 +44,7 @@ class _Annotated(BaseModel):
 class _Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    subject: Filled
+    subject: Filled | None = None
     src: Filled
     alt: str
     answers: tuple[Filled, ...] = Field(min_length=1)
@@ -56,26 +54,19 @@ class _Evaluation(BaseModel):
     portability: OneHop | None = None
 
 
-class _Question(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    prompt: _Texts
-    ground_truth: Answers = ()
-
-
 class _EasyEdit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     prompt: Filled
     target_new: str
-    subject: Filled
+    subject: Filled | None = None
     ground_truth: Answers | None = None
-    rephrase_prompt: _Texts | None = None
-    rephrase: _Texts | None = None
+    rephrase_prompt: Texts | None = None
+    rephrase: Texts | None = None
     locality_prompt: Filled | None = None
     locality_ground_truth: Answers | None = None
-    locality: dict[str, tuple[_Question, ...] | None] = Field(default_factory=dict)
-    portability: dict[str, tuple[_Question, ...] | None] = Field(default_factory=dict)
+    locality: Questions = Field(default_factory=dict)
+    portability: Questions = Field(default_factory=dict)
 
 
 _ANNOTATED = Format("MEND's annotated questions", _Annotated, frozenset({"input", "output"}))
@@ -90,18 +81,21 @@ _FORMATS: tuple[Format[Any], ...] = (
 class Zsre(RecordStream):
     """Questions and answers of zsRE, edited into a question-answering model; upstream is Natural Questions.
 
-    The fields of a file's records decide how it is read; fields that are not named here are ignored.
+    The fields of a file's records decide how it is read; fields that are not named here are ignored. A folder may hold
+    files of both of the last two formats.
 
     - `id input output filtered_rephrases`: MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses. The first
       `output` is the target, the others are accepted too. The split is the official code's: every fact's question,
       followed by its first ten filtered rephrasings if it has ten; of these the first 10,000, permuted by
       `RandomState(42)`; the first half are edits, the second the holdout, so paraphrases of a fact (`metadata["fact"]`)
       lie in both, and some of the rephrasings repeat their question. Up to 500 facts beyond them are for validation.
-    - `subject src alt answers rephrase loc loc_ans`: MEND's evaluation set, such as ROME's and EasyEdit's
-      `zsre_mend_eval.json`; may hold `portability` (`New Question`, `New Answer`). What is edited in is `alt`.
-    - `subject prompt target_new`: EasyEdit and KnowEdit; may hold `ground_truth`, `rephrase_prompt` or `rephrase`,
+    - `src alt answers rephrase loc loc_ans`: MEND's evaluation set, such as ROME's and EasyEdit's
+      `zsre_mend_eval.json`; may hold `subject` and `portability` (`New Question`, `New Answer`). What is edited in is
+      `alt`.
+    - `prompt target_new`: EasyEdit and KnowEdit; may hold `subject`, `ground_truth`, `rephrase_prompt` or `rephrase`,
       `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to lists of
-      `prompt` and `ground_truth` (text, or lists of it). Of a portability question the first answer counts.
+      `prompt` and `ground_truth` (text, or lists of it). Of a portability question the first answer counts; one whose
+      answers are empty is left out.
 
     In the last two, rephrases are the holdout unless their words are edited themselves. Locality asks for the unedited
     model's answer; its questions lose the prefix `nq question: `, since models of Natural Questions are trained without
@@ -164,8 +158,8 @@ class Zsre(RecordStream):
         return (Files(self.path), *validation, *nq)
 
     def read(self, reader: Reader) -> StreamData:
-        convert = partial(_request, reader=reader)
-        edits = reader.read(Files(self.path), _FORMATS, convert, id_field="id")
+        convert = partial(_request, reader=reader, is_annotated=self._is_annotated)
+        edits = reader.read(Files(self.path), _FORMATS, convert, id_fields=["id"])
         spare: Sequence[EditRequest] = ()
         if self._is_annotated:
             edits, holdout, spare = _split(edits)
@@ -185,7 +179,7 @@ class Zsre(RecordStream):
         is_apart = _apart(edited)
         if self.validation_path is not None:
             convert = partial(_request, reader=reader, prefix="validation/")
-            for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_field="id"):
+            for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_fields=["id"]):
                 if is_apart(request):
                     yield request
                 else:
@@ -197,13 +191,14 @@ class Zsre(RecordStream):
 
     @cached_property
     def _is_annotated(self) -> bool:
-        for _, parse in Files(self.path).records(None):
+        for _, place, parse in Files(self.path).records(None):
             try:
                 item = parse()
+                known = recognised(place, item, _FORMATS)
+                validate(place, item, known.schema)
             except UserError:
                 continue
-            if isinstance(item, dict) and any(known.signature & set(item) for known in _FORMATS):
-                return bool(_ANNOTATED.signature & set(item))
+            return known is _ANNOTATED
         return False
 
     @cached_property
@@ -276,7 +271,13 @@ def _apart(edited: Sequence[EditRequest]) -> Callable[[EditRequest], bool]:
     return is_apart
 
 
-def _request(record: Record[Any], *, reader: Reader, prefix: str = "") -> EditRequest | None:
+def _request(
+    record: Record[Any], *, reader: Reader, prefix: str = "", is_annotated: bool | None = None
+) -> EditRequest | None:
+    if is_annotated not in (None, isinstance(record.value, _Annotated)):
+        raise UserError(
+            f"{record.place}: {_ANNOTATED.name} are split as a whole, so no records of another format lie beside them"
+        )
     if isinstance(record.value, _Annotated):
         return _from_annotated(record)
     convert = _from_evaluation if isinstance(record.value, _Evaluation) else _from_easyedit
@@ -313,7 +314,7 @@ def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
         id=name,
         prompt=value.src,
         target=value.alt,
-        subject=value.subject if value.subject in value.src else None,
+        subject=_within(value.src, value.subject),
         rephrases=(value.rephrase,),
         locality=(_locality(value.loc, value.loc_ans),),
         portability=() if value.portability is None else (value.portability.probe(),),
@@ -323,25 +324,24 @@ def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
 
 def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
     value = record.value
-    locality = []
+    locality: list[Probe] = []
     if value.locality_prompt is not None:
         if value.locality_ground_truth is None:
             record.fail("locality_ground_truth", "is missing, while 'locality_prompt' is given")
         locality.append(_locality(value.locality_prompt, value.locality_ground_truth))
     for questions in value.locality.values():
         locality += [_locality(flat_texts(question.prompt)[0], question.ground_truth) for question in questions or ()]
-    portability = []
+    portability: list[Probe] = []
     for kind, questions in value.portability.items():
         for number, question in enumerate(questions or ()):
-            answers = flat_texts(question.ground_truth)
-            if not answers:
-                record.fail(f"portability.{kind}[{number}].ground_truth", "holds no answer")
-            portability.append(Probe(prompt=flat_texts(question.prompt)[0], target=answers[0]))
+            if question.ground_truth is None:
+                record.fail(f"portability.{kind}[{number}].ground_truth", "is missing")
+            portability += question.probes()
     return EditRequest(
         id=name,
         prompt=value.prompt,
         target=value.target_new,
-        subject=value.subject if value.subject in value.prompt else None,
+        subject=_within(value.prompt, value.subject),
         rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
         locality=tuple(locality),
         portability=tuple(portability),
@@ -349,5 +349,9 @@ def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
     )
 
 
-def _locality(prompt: str, ground_truth: Answers) -> Probe:
+def _within(prompt: str, subject: str | None) -> str | None:
+    return subject if subject is not None and subject in prompt else None
+
+
+def _locality(prompt: str, ground_truth: Answers | None) -> Probe:
     return Probe(prompt=prompt.removeprefix(_NQ_PREFIX), metadata={"ground_truth": list(flat_texts(ground_truth))})

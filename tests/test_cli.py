@@ -272,6 +272,36 @@ def test_broken_requests_that_are_left_out_are_counted_in_the_last_line_and_in_t
     assert result.stream.n_candidates == 3
 
 
+def test_a_label_that_the_model_lacks_is_named_with_its_place_or_left_out_and_counted(tmp_path: Path) -> None:
+    requests, runs = tmp_path / "requests.jsonl", tmp_path / "runs"
+    points = [
+        {"id": str(n), "prompt": f"({n}.0, 1.0)", "target": n % 2, "rephrases": [f"({n}.1, 1.0)"]} for n in range(6)
+    ]
+    points[2]["target"] = 25
+    points[4]["locality"] = [{"prompt": "(0.5, 0.5)", "target": 2}]
+    requests.write_text("".join(f"{json.dumps(point)}\n" for point in points), encoding="utf-8")
+    upstream = tmp_path / "upstream.jsonl"
+    upstream.write_text(json.dumps(points[0]), encoding="utf-8")
+    stream = ("stream=jsonl", f"stream.path={requests}", f"stream.upstream_path={upstream}")
+    given = ("run", *stream, "stream.task=classification", "model=toy", "layer=second")
+    rest = ("editor=none", "wandb.mode=disabled", f"out={runs}")
+    refused = cli(*given, *rest)
+    says = f"{requests}:3: field 'target': label 25 is none of the model's 2 (0 to 1)"
+    assert (refused.code, refused.err) == (2, f"grace-bench: {says}\n")
+    assert not runs.exists()
+    done = cli(*given, "stream.on_error=skip", *rest)
+    assert done.code == 0, done.err
+    assert "2 records left out (broken)" in done.out
+    (folder,) = run_folders(runs)
+    result = _result(folder)
+    assert (result.stream.left_out, result.stream.n_candidates) == ({"broken": 2}, 4)
+    assert {line["id"] for line in lines(folder / "edits.jsonl")} == {"0", "1", "3", "5"}
+    # The run is still of these requests, for whoever reads them without the model.
+    assert "finished before" in cli(*given, "stream.on_error=skip", *rest).out
+    checked = cli("check", str(folder))
+    assert checked.code == 0, checked.out
+
+
 def test_in_a_sweep_a_mistake_in_one_run_does_not_keep_the_others_back(tmp_path: Path) -> None:
     done = cli("run", "-m", *SMALL, f"out={tmp_path}", "editor=none", "layer=first,frist,second")
     assert done.code == 2

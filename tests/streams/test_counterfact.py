@@ -104,7 +104,7 @@ def test_an_array_gives_the_same_data_as_lines(tmp_path: Path) -> None:
     assert CounterFact(path=str(array)).load() == CounterFact(path=lines(tmp_path, *records)).load()
     records[3]["prompt"] = ""
     array.write_text(json.dumps(records), encoding="utf-8")
-    assert error_of(str(array)) == f"{array}: record 4: field 'prompt': is empty"
+    assert error_of(str(array)) == f"{array}:1: record 4: field 'prompt': is empty"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,25 @@ def test_romes_records_are_read(tmp_path: Path) -> None:
     neighbours = ["Neighbour7 is a native speaker of", "Somebody was born in"]
     assert [probe.prompt for probe in first.locality] == neighbours
     assert [request.prompt for request in data.upstream] == [*neighbours, "Neighbour8 is a native speaker of"]
+
+
+@pytest.mark.parametrize("make", [record, rome])
+def test_portability_is_read_in_both_formats(tmp_path: Path, make: Any) -> None:
+    one_hop = {"Recalled Relation": "(…)", "New Question": "Person1 can talk to people from", "New Answer": "London"}
+    first, second = CounterFact(path=lines(tmp_path, make(1, portability=one_hop), make(2))).load().edits
+    assert first.portability == (Probe(prompt="Person1 can talk to people from", target="London"),)
+    assert second.portability == ()
+
+
+def test_a_folder_may_hold_files_of_both_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([rome(7), rome(8)]), encoding="utf-8")
+    again = tmp_path / "b.jsonl"
+    again.write_text(json.dumps(record(9)) + "\n", encoding="utf-8")
+    data = CounterFact(path=str(tmp_path)).load()
+    assert [request.id for request in data.edits] == ["7", "8", "9"]
+    again.write_text(json.dumps(record(8)) + "\n", encoding="utf-8")
+    first = f"{tmp_path / 'a.json'}:1: record 2"
+    assert error_of(str(tmp_path)) == f"{again}:1: field 'case_id': '8' was used before, at {first}"
 
 
 @pytest.mark.parametrize("make", [record, rome])

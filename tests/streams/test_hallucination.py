@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from grace_bench.cli import main
 from grace_bench.errors import UserError
 from grace_bench.models import EditableModel
+from grace_bench.streams import Probe
 from grace_bench.streams.hallucination import Hallucination, sentences
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -189,6 +190,49 @@ def test_web_text_that_is_not_cut_or_absent_is_no_probe(tmp_path: Path) -> None:
     assert [r.target for r in data.upstream] == ["Page 1 on how to make bre", "Page 3 on how to make bread at home."]
 
 
+def knowedit(number: int, /, **changes: Any) -> dict[str, Any]:
+    made = {
+        "text": f"This is a Wikipedia passage about person{number}. Person{number} was a poet.",
+        "labels": "She was a painter.",
+        "concept": f"person{number}",
+        "locality": {
+            "Relation_Specificity": [
+                {"prompt": f"The place of birth of person{number} is", "ground_truth": [["Rome", "Roma"]]},
+                {"prompt": "The child of person0 is", "ground_truth": []},
+            ]
+        },
+        **changes,
+    }
+    return {name: value for name, value in made.items() if value is not ...}
+
+
+def test_knowedits_sentences_are_read_and_only_probes_without_an_answer_left_out(tmp_path: Path) -> None:
+    data = Hallucination(path=lines(tmp_path / "k.jsonl", knowedit(1), knowedit(2, locality=...))).load()
+    first, second = data.edits
+    assert (first.id, first.prompt, first.target) == ("1", knowedit(1)["text"], "She was a painter.")
+    assert (first.subject, first.metadata) == ("person1", {"about": "person1"})
+    assert first.locality == (Probe(prompt="The place of birth of person1 is", target="Rome"),)
+    assert second.locality == ()
+    assert data.upstream == ()
+    path, concepts = lines(tmp_path / "k.jsonl", knowedit(1)), lines(tmp_path / "c.txt", {})
+    assert error_of(path=path, concepts_path=concepts).startswith(f"{path}:1: field 'text': has its header; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"labels": ...}, "field 'labels': is missing"),
+        ({"text": " "}, "field 'text': is empty"),
+        ({"locality": {"K": [{"prompt": "p"}]}}, "field 'locality.K[0].ground_truth': is missing"),
+        ({"id": 7}, "field 'id': '7' was used before, at "),
+    ],
+)
+def test_a_damaged_sentence_of_knowedit_is_named_or_left_out(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = lines(tmp_path / "k.jsonl", knowedit(0, id=7), knowedit(1, **change), knowedit(2))
+    assert error_of(path=path).startswith(f"{path}:2: {says}")
+    assert len(Hallucination(path=path, on_error="skip").load().edits) == 2
+
+
 @pytest.mark.parametrize("field", ["text", "Text"])
 def test_upstream_is_running_text(tmp_path: Path, field: str) -> None:
     texts = lines(tmp_path / "t.jsonl", *({field: f"Text {number}.", "Corpus": "C4"} for number in range(3)))
@@ -258,10 +302,11 @@ def test_a_damaged_passage_is_named_or_left_out(tmp_path: Path, change: dict[str
         ({"target_new": ["a"]}, "field 'target_new': should be text, not a list"),
         ({"subject": ...}, "field 'subject': is missing"),
         ({"locality_prompt": 1}, "field 'locality_prompt': should be text, not the number 1"),
+        ({"id": "w"}, "field 'id': 'w' was used before, at "),
     ],
 )
 def test_a_damaged_sentence_is_named_or_left_out(tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    path = lines(tmp_path / "w.jsonl", wise(0), wise(1, **change), wise(2))
+    path = lines(tmp_path / "w.jsonl", wise(0, id="w"), wise(1, **change), wise(2))
     assert error_of(path=path).startswith(f"{path}:2: {says}")
     data = Hallucination(path=path, on_error="skip").load()
     assert ([request.id for request in data.edits], data.left_out) == (["1", "3"], {"broken": 1})
@@ -273,7 +318,7 @@ def test_invalid_utf8_ends_a_run_with_exit_code_2(tmp_path: Path, capsys: pytest
     command = ["run", "stream=hallucination", f"stream.path={path}", "model=atlas-text", "editor=none"]
     assert main([*command, f"out={tmp_path / 'runs'}"]) == 2
     error = capsys.readouterr().err.strip()
-    assert f"{path}:2: is not UTF-8" in error
+    assert f"{path}:2: field 'prompt': is not UTF-8" in error
     assert "\n" not in error
 
 

@@ -89,6 +89,12 @@ def test_upstream_is_read_from_its_own_file(tmp_path: Path) -> None:
         ({"locality": [{"prompt": "q", "target": 1}]}, "field 'locality[0].target': should be text"),
         ({"locality": [{"target": "a"}]}, "field 'locality[0].prompt': is missing"),
         ({"locality": ["q"]}, "field 'locality[0]': "),
+        ({"metadata": {"contrast": "Astana"}}, "field 'metadata.contrast': should be a list of two texts"),
+        ({"metadata": {"contrast": ["a", " "]}}, "field 'metadata.contrast': should be a list of two texts"),
+        (
+            {"portability": [{"prompt": "q", "target": "t", "metadata": {"contrast": ["a", 1]}}]},
+            "field 'portability[0].metadata.contrast': should be a list of two texts",
+        ),
         ({"locallity": []}, "field 'locallity': is not a known field; did you mean 'locality'?"),
     ],
 )
@@ -111,6 +117,22 @@ def test_labels_are_numbers_that_have_a_name(tmp_path: Path) -> None:
     assert "field 'target': should be a label's number" in error_of(**options("yes"))
     assert "field 'target'" in error_of(**options(True))
     assert "field 'target'" in error_of(**options(1.0))
+
+
+def test_labels_that_the_model_lacks_are_refused_with_their_line_and_field(tmp_path: Path) -> None:
+    def error(**fields: Any) -> str:
+        path = write(
+            tmp_path / "r.jsonl", {"id": "a", "prompt": "p", "target": 1}, {"id": "b", "prompt": "p", **fields}
+        )
+        stream = Jsonl(path=path, task="classification")
+        stream.n_model_labels = 2
+        with pytest.raises(UserError) as caught:
+            stream.load()
+        return str(caught.value).removeprefix(path)
+
+    assert error(target=25) == ":2: field 'target': label 25 is none of the model's 2 (0 to 1)"
+    probe = {"prompt": "q", "target": 2}
+    assert error(target=0, locality=[probe]).startswith(":2: field 'locality[0].target': label 2 is none of the")
 
 
 def test_running_text_needs_no_prompt(tmp_path: Path) -> None:

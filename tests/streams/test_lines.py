@@ -1,6 +1,7 @@
 """The reader of records: what it forgives, and the one line it gives for anything else."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,9 @@ def write(folder: Path, content: str | bytes) -> str:
     return str(path)
 
 
-def read(path: str) -> list[Record[Schema]]:
+def read(path: str, *, on_error: str = "raise") -> list[Record[Schema]]:
     schema = Format("test", Schema, frozenset({"id"}))
-    return Reader().read(Files(path), [schema], lambda record: record, id_field="id")
+    return Reader(on_error=on_error).read(Files(path), [schema], lambda record: record, id_fields=("id",))
 
 
 def error_of(path: str) -> str:
@@ -102,7 +103,28 @@ def test_what_is_wrong_with_a_line_is_said_with_file_line_and_field(tmp_path: Pa
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, b'{"id": "a"}\n{"id": "caf\xe9"}\n')
-    assert error_of(path) == f"{path}:2: is not UTF-8 (byte 12 is 0xe9)"
+    assert error_of(path) == f"{path}:2: field 'id': is not UTF-8 (byte 12 is 0xe9)"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            b'{"id": "a", "inner": [{"prompt": "\xc3\xa9"}, {"prompt": "\xff"}]}',
+            "field 'inner[1].prompt': is not UTF-8 (byte 53",
+        ),
+        (b'{"id": "a", "caf\xe9": 1}', "field 'caf': is not UTF-8 (byte 17 is 0xe9)"),
+        (b'{"id": "caf\xe9"', "is not UTF-8 (byte 12 is 0xe9)"),
+        (b'{"id": "a"}, \xe9', "is not UTF-8 (byte 14 is 0xe9)"),
+        (b"\x1f\x8b\x08", "is not UTF-8 (byte 2 is 0x8b)"),
+        (b'{"id": "\\udce9", "number": 1, "number": 2}', "field 'number': is given twice"),
+    ],
+)
+def test_the_field_of_bytes_that_are_not_utf8_is_named_where_the_line_is_json_otherwise(
+    tmp_path: Path, line: bytes, says: str
+) -> None:
+    path = write(tmp_path, b'{"id": "fine"}\n' + line + b"\n")
+    assert error_of(path).startswith(f"{path}:2: {says}")
 
 
 def test_an_id_that_comes_back_is_named_with_both_lines(tmp_path: Path) -> None:
@@ -123,14 +145,74 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
 
 def test_an_array_is_read_too_and_its_records_are_counted_from_one(tmp_path: Path) -> None:
     path = write(tmp_path, '\ufeff\r\n [\n {"id": "a"},\n {"id": "b"}]\n')
-    assert ids(path) == [(": record 1", "a"), (": record 2", "b")]
-    damaged = write(tmp_path, '[{"id": "a"}, {"id": 5}]')
-    assert error_of(damaged) == f"{damaged}: record 2: field 'id': should be text, not the number 5"
+    assert ids(path) == [(":3: record 1", "a"), (":4: record 2", "b")]
+    damaged = write(tmp_path, '[{"id": "a"},\n{\n"id": 5}]')
+    assert error_of(damaged) == f"{damaged}:2: record 2: field 'id': should be text, not the number 5"
+    assert error_of(write(tmp_path, " [\n ] ")) == f"{path}: holds no records"
 
 
-def test_broken_json_in_an_array_is_named_with_the_line_in_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, '\n[\n{"id": "a"},\n{"id": b}\n]\n')
-    assert error_of(path).startswith(f"{path}:4: is not JSON")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('\n[\n{"id": "a"},\n{"id": b}\n]\n', ":4: is not JSON (Expecting value, column 8)"),
+        ('[\n{"id": "a"}\n{"id": "b"}]', ":3: is not JSON (Expecting ',' delimiter, column 1)"),
+        ('[{"id": "a"},\n]', ":2: is not JSON (Expecting value, column 1)"),
+        ('[{"id": "a"},\n{"id": ', ":2: is not JSON (Expecting value, column 7)"),
+        ('[{"id": "a"},', ":1: is not JSON (Expecting value, column 14)"),
+        ('[{"id": "a"}', ":1: is not JSON (Expecting ',' delimiter, column 13)"),
+        ('[{"id": "a"}\n]\n\n{"id": "b"}', ":4: is not JSON (Extra data, column 1)"),
+        ('[{"id": "a"},\n{"id": "\0"}]', ":2: holds a NUL character"),
+        ('\f[{"id": "a"}]', ":1: is not JSON (Expecting value, column 1)"),
+        ('[{"id": "a"},\n' + "[" * 100_000, ":2: record 2: is nested too deeply"),
+    ],
+)
+def test_broken_syntax_in_an_array_ends_the_load_with_the_line_in_the_file(
+    tmp_path: Path, content: str, says: str
+) -> None:
+    path = write(tmp_path, content)
+    assert error_of(path).startswith(f"{path}{says}")
+    with pytest.raises(UserError) as caught:
+        read(path, on_error="skip")
+    assert str(caught.value) == error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        (b'{"id":\n "caf\xe9"}', ":4: record 2: field 'id': is not UTF-8 (byte 6 is 0xe9)"),
+        (b'{"id": "a", "number": 1, "number": 2}', ":3: record 2: field 'number': is given twice in one object"),
+        (b'{"id": "x", "number": NaN}', ":3: record 2: is not JSON (NaN is no JSON number)"),
+        (b'{"id": "x", "number": ' + b"9" * 5000 + b"}", ":3: record 2: is not JSON (Exceeds the limit"),
+        (b'{"id": "x\\ud800"}', ":3: record 2: field 'id': holds half of a surrogate pair"),
+        (b'"x"', ":3: record 2: should be a JSON object, not text"),
+        (b'{"id": "a"}', ":3: record 2: field 'id': 'a' was used before, at PATH:2: record 1"),
+    ],
+)
+def test_a_broken_record_of_an_array_is_named_or_left_out(tmp_path: Path, item: bytes, says: str) -> None:
+    path = write(tmp_path, b'[\n{"id": "a"},\n' + item + b',\n{"id": "b"}]')
+    assert error_of(path).startswith(f"{path}{says.replace('PATH', path)}")
+    assert [record.value.id for record in read(path, on_error="skip")] == ["a", "b"]
+
+
+def test_a_long_array_on_one_line_with_many_broken_bytes_is_read_in_one_pass(tmp_path: Path) -> None:
+    items = (b'{"id": "%d", "either": "%s\xff"}' % (number, b"x" * 500) for number in range(20_000))
+    path = write(tmp_path, b'[{"id": "a"}, ' + b", ".join(items) + b"]")
+    started = time.perf_counter()
+    assert [record.value.id for record in read(path, on_error="skip")] == ["a"]
+    # A position that is counted from the beginning each time takes minutes.
+    assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("content", ['{\n"id": "a"}', '\n{"id":\n"a"\n}\n', '{"id": "a",\r\n"inner": [\n]}'])
+def test_one_object_over_several_lines_is_a_record_wherever_its_first_line_ends(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path, content)
+    assert ids(path) == [(":2" if content.startswith("\n") else ":1", "a")]
+
+
+def test_a_first_line_that_is_cut_costs_no_other(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a", "inner":\n{"id": "b"}\n{"id": "c"}\n')
+    assert error_of(path).startswith(f"{path}:1: is not JSON")
+    assert [record.value.id for record in read(path, on_error="skip")] == ["b", "c"]
 
 
 json_values = st.recursive(

@@ -50,7 +50,7 @@ def requests(path: Path, n: int = 3) -> str:
     return write(path, *({"id": str(i), "prompt": f"prompt {i}", "target": f"target {i}"} for i in range(n)))
 
 
-def test_the_first_record_decides_the_format_and_a_later_one_of_another_is_named(tmp_path: Path) -> None:
+def test_the_first_whole_record_decides_the_format_and_a_later_one_of_another_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"src": "x", "trg": "y", "question": "extra"})
     assert texts(Files(path)) == [(f"{path}:1", "x")]
     path = write(tmp_path / "b.jsonl", {"question": "q", "answer": "a"}, {"src": "x", "trg": "y"})
@@ -67,11 +67,36 @@ def test_a_file_of_no_known_format_is_told_the_formats(tmp_path: Path) -> None:
     )
 
 
+def test_a_record_that_may_be_of_two_formats_is_told_what_both_lack_and_leaves_the_choice_to_the_next(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "q", "src": "x"}, {"src": "y", "trg": ""}, {"src": "z", "trg": ""})
+    with pytest.raises(UserError) as caught:
+        texts(Files(path))
+    assert str(caught.value) == f"{path}:1: field 'answer' or 'trg': is missing"
+    assert texts(Files(path), on_error="skip") == [(f"{path}:2", "y"), (f"{path}:3", "z")]
+
+
+def test_a_broken_record_decides_no_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "q"}, {"src": "y", "trg": ""})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: field 'answer': is missing"):
+        texts(Files(path))
+    assert texts(Files(path), on_error="skip") == [(f"{path}:2", "y")]
+
+
+def test_every_file_of_a_folder_has_its_own_format(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", {"question": "q", "answer": ""})
+    second = write(tmp_path / "b.jsonl", {"src": "x", "trg": ""}, {"question": "q", "answer": ""})
+    with pytest.raises(UserError, match=r"b\.jsonl:2: field 'src': is missing"):
+        texts(Files(str(tmp_path)))
+    assert texts(Files(str(tmp_path)), on_error="skip") == [(f"{first}:1", "q"), (f"{second}:1", "x")]
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     second = write(tmp_path / "b.jsonl", {"question": "second", "answer": ""})
     (tmp_path / "a.json").write_text('[{"question": "first", "answer": ""}]', encoding="utf-8")
     (tmp_path / "README.md").write_text("not a record", encoding="utf-8")
-    assert texts(Files(str(tmp_path))) == [(f"{tmp_path / 'a.json'}: record 1", "first"), (f"{second}:1", "second")]
+    assert texts(Files(str(tmp_path))) == [(f"{tmp_path / 'a.json'}:1: record 1", "first"), (f"{second}:1", "second")]
 
 
 def test_parquet_is_read_and_a_broken_one_named(tmp_path: Path) -> None:
@@ -133,6 +158,16 @@ def test_a_broken_record_ends_the_load_or_is_left_out_and_counted(tmp_path: Path
     data = Jsonl(path=str(path), on_error="skip").load()
     assert [request.id for request in data.edits] == ["0", "1", "2"]
     assert data.left_out == {"broken": 1}
+
+
+def test_labels_that_the_model_lacks_are_kept_apart_from_those_it_has(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", *({"id": str(n), "prompt": "p", "target": n} for n in range(4)))
+    stream = Jsonl(path=path, task="classification", on_error="skip")
+    assert len(stream.load().edits) == 4
+    stream.n_model_labels = 2
+    assert (len(stream.load().edits), stream.load().left_out) == (2, {"broken": 2})
+    stream.n_model_labels = None
+    assert len(stream.load().edits) == 4
 
 
 def test_where_every_record_is_broken_there_is_nothing_to_edit(tmp_path: Path) -> None:

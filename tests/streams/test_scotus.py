@@ -135,6 +135,45 @@ def test_a_damaged_record_is_named_or_left_out(tmp_path: Path, change: dict[str,
     assert data.left_out == {"broken": 1}
 
 
+def test_a_first_record_without_a_label_is_told_both_fields_and_costs_no_other(tmp_path: Path) -> None:
+    path = lines(tmp_path / "s.jsonl", scdb(0, issue_area=...), scdb(1), scdb(2))
+    assert error_of(path=path) == f"{path}:1: field 'label' or 'issue_area': is missing"
+    data = Scotus(path=path, on_error="skip").load()
+    assert ([request.id for request in data.edits], data.left_out) == (["1995-001", "1995-002"], {"broken": 1})
+
+
+def test_an_id_that_comes_back_is_refused_and_one_of_each_file_is_not(tmp_path: Path) -> None:
+    path = lines(tmp_path / "l.jsonl", labelled(0, id=4), labelled(1, id=5), labelled(2, id=4))
+    upstream = lines(tmp_path / "u.jsonl", labelled(3, id=4))
+    assert error_of(path=path, upstream_path=upstream) == f"{path}:3: field 'id': '4' was used before, at {path}:1"
+    data = Scotus(path=path, upstream_path=upstream, on_error="skip").load()
+    assert (len(data.edits), len(data.upstream), data.left_out) == (2, 1, {"broken": 1})
+
+
+@pytest.mark.parametrize(("make", "field", "first"), [(scdb, "issue_area", 1), (labelled, "label", 0)])
+def test_an_area_that_the_model_lacks_is_named_or_left_out(tmp_path: Path, make: Any, field: str, first: int) -> None:
+    path = lines(tmp_path / "s.jsonl", *(make(n, term=1995) for n in range(5)))
+
+    def stream(on_error: str) -> Scotus:
+        made = Scotus(path=path, on_error=on_error)
+        made.n_model_labels = 4
+        return made
+
+    with pytest.raises(UserError) as caught:
+        stream("raise").load()
+    says = f"is {4 + first}, but the model has labels for {first} to {3 + first} alone"
+    assert str(caught.value) == f"{path}:5: field '{field}': {says}"
+    data = stream("skip").load()
+    assert (len(data.edits), data.left_out) == (4, {"broken": 1})
+
+
+def test_out_of_reach_of_the_hub_both_splits_are_named_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = error_of()
+    assert "split test from https://huggingface.co/datasets/tomh/grace-scotus/" in message
+    assert message.endswith("give their place as stream.path=, those of split train as stream.upstream_path=")
+
+
 @pytest.mark.parametrize("label", [-1, 11])
 def test_a_label_that_does_not_exist_is_refused(tmp_path: Path, label: int) -> None:
     path = lines(tmp_path / "l.jsonl", labelled(0, term=1995), labelled(1, term=1995, label=label))
@@ -161,7 +200,7 @@ def test_invalid_utf8_ends_a_run_with_exit_code_2(tmp_path: Path, capsys: pytest
     command = ["run", "stream=scotus", f"stream.path={path}", "model=atlas-drift", "editor=none"]
     assert main([*command, f"out={tmp_path / 'runs'}"]) == 2
     error = capsys.readouterr().err.strip()
-    assert f"{path}:2: is not UTF-8" in error
+    assert f"{path}:2: field 'name': is not UTF-8" in error
     assert "\n" not in error
 
 

@@ -182,6 +182,13 @@ def test_a_subject_that_is_not_in_its_prompt_is_dropped_and_its_record_kept(tmp_
     assert [request.subject for request in data.edits] == [None, "Firm2"]
 
 
+def test_a_record_needs_no_subject(tmp_path: Path) -> None:
+    six = {name: evaluation(1)[name] for name in ("src", "rephrase", "alt", "answers", "loc", "loc_ans")}
+    for record in (six, easyedit(1, subject=...), easyedit(1, subject=None)):
+        (request,) = load(tmp_path, record).edits
+        assert (request.id, request.subject) == ("1", None)
+
+
 @pytest.mark.parametrize("alt", ["uniforms", "The Uniforms!", "shirts"])
 def test_an_alternative_that_is_an_old_answer_is_left_out_and_counted(tmp_path: Path, alt: str) -> None:
     data = load(tmp_path, evaluation(1), evaluation(2, alt=alt), evaluation(3, alt=" "))
@@ -251,6 +258,17 @@ def test_knowedits_nested_probes_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_a_portability_question_without_an_answer_is_left_out_and_its_record_kept(tmp_path: Path) -> None:
+    asked = [{"prompt": "a?", "ground_truth": []}, {"prompt": "b?", "ground_truth": ["b"]}]
+    asked += [{"prompt": "c?", "ground_truth": [[]]}, {"prompt": "d?", "ground_truth": " "}]
+    data = load(tmp_path, easyedit(1, portability={"Reasoning": asked}, locality={"Forgetfulness": asked}))
+    (request,) = data.edits
+    assert request.portability == (Probe(prompt="b?", target="b"),)
+    # Locality asks for the unedited model's answer, which there is.
+    assert [probe.prompt for probe in request.locality] == ["a?", "b?", "c?", "d?"]
+    assert [r.prompt for r in Zsre(path=lines(tmp_path, easyedit(1, locality={"K": asked}))).load().upstream] == ["b?"]
+
+
 def test_easyedits_flat_fields_are_read_and_all_but_three_are_optional(tmp_path: Path) -> None:
     flat = easyedit(
         1,
@@ -289,6 +307,17 @@ def test_mends_upstream_file_is_one_object_of_two_columns(tmp_path: Path, indent
     path.write_text(json.dumps({"questions": ["q0", "q1"], "answers": ["a0", ["a1", "b1"]]}, indent=indent))
     upstream = load(tmp_path, evaluation(1), upstream_path=str(path)).upstream
     assert [(r.prompt, r.target, r.answers) for r in upstream] == [("q0", "a0", ()), ("q1", "a1", ("b1",))]
+
+
+@pytest.mark.parametrize(
+    "first", ['{"questions":', '{"questions": ["q0",', '{"questions": ["q0"', '{ "questions": ["q0", "q1"],']
+)
+def test_mends_upstream_file_may_end_its_first_line_anywhere(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "nq_train.json"
+    whole = '{"questions": ["q0", "q1"], "answers": ["a0", "a1"]}'
+    path.write_text(f"{first}\n{whole.removeprefix(first.replace('{ ', '{'))}\n")
+    upstream = load(tmp_path, evaluation(1), upstream_path=str(path)).upstream
+    assert [(r.prompt, r.target) for r in upstream] == [("q0", "a0"), ("q1", "a1")]
 
 
 @pytest.mark.parametrize(
@@ -359,6 +388,18 @@ def test_an_array_a_folder_and_parquet_give_the_same_requests_as_lines(tmp_path:
     assert Zsre(path=str(tmp_path / "zsre.parquet"), upstream_path=pairs(tmp_path)).load() == expected
 
 
+def test_a_folder_may_hold_files_of_two_formats_but_not_beside_annotated_questions(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines(folder, evaluation(1), name="a.jsonl")
+    lines(folder, easyedit(2), name="b.jsonl")
+    data = Zsre(path=str(folder)).load()
+    assert [(request.id, request.subject) for request in data.edits] == [("1", "Firm1"), ("2", "Genus2")]
+    mixed = lines(folder, annotated(3), name="c.jsonl")
+    assert error_of(path=str(folder)).startswith(f"{mixed}:1: MEND's annotated questions are split as a whole")
+    assert Zsre(path=str(folder), on_error="skip").load().left_out == {"broken": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
@@ -380,11 +421,11 @@ def test_an_array_a_folder_and_parquet_give_the_same_requests_as_lines(tmp_path:
         ("evaluation", {"loc_ans": ...}, "field 'loc_ans': is missing"),
         ("evaluation", {"portability": {"New Question": "?"}}, "field 'portability.New Answer': is missing"),
         ("easyedit", {"prompt": "\n"}, "field 'prompt': is empty"),
-        ("easyedit", {"subject": ...}, "field 'subject': is missing"),
+        ("easyedit", {"subject": ""}, "field 'subject': is empty"),
         ("easyedit", {"ground_truth": 3}, "field 'ground_truth': should be text, not the number 3"),
         ("easyedit", {"locality_prompt": "p"}, "field 'locality_ground_truth': is missing, while 'locality_prompt' is"),
         ("easyedit", {"locality": {"K": [{}]}}, "field 'locality.K[0].prompt': is missing"),
-        ("easyedit", {"portability": {"K": [{"prompt": "p"}]}}, "field 'portability.K[0].ground_truth': holds no"),
+        ("easyedit", {"portability": {"K": [{"prompt": "p"}]}}, "field 'portability.K[0].ground_truth': is missing"),
     ],
 )
 def test_a_damaged_record_is_named_or_skipped_and_counted(
@@ -404,7 +445,7 @@ def test_invalid_utf8_names_its_line_and_is_skipped_on_request(tmp_path: Path) -
     content = [json.dumps(evaluation(number)).encode() for number in range(3)]
     path = tmp_path / "zsre.jsonl"
     path.write_bytes(b"\n".join([content[0].replace(b"Firm0", b"Firm\xff"), *content[1:]]))
-    assert error_of(path=str(path)).startswith(f"{path}:1: is not UTF-8")
+    assert error_of(path=str(path)).startswith(f"{path}:1: field 'subject': is not UTF-8")
     assert len(Zsre(path=str(path), on_error="skip").load().edits) == 2
 
 
