@@ -1,8 +1,8 @@
 """One registry for editors, streams and metrics.
 
 The names in a folder and what its classes declare are read from its source text, so listing them imports nothing. A
-class is imported when it is asked for. Packages outside the repository register through entry points of the groups `grace_bench.editors`,
-`grace_bench.streams` and `grace_bench.metrics`.
+class is imported when it is asked for. Packages outside the repository register through entry points of the groups
+`grace_bench.editors`, `grace_bench.streams` and `grace_bench.metrics`.
 """
 
 import ast
