@@ -212,8 +212,9 @@ def _declared(module: str, class_name: str, flag: str) -> bool | None:
     if len(cls.bases) != 1 or not isinstance(cls.bases[0], ast.Name):
         return None
     base = cls.bases[0].id
-    for node in tree.body:
-        for alias in node.names if isinstance(node, ast.ImportFrom) and not node.level else ():
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    for node in imports:
+        for alias in node.names:
             if base == (alias.asname or alias.name):
                 return _declared(node.module or "", alias.name, flag)
     return _declared(module, base, flag)

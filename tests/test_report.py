@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -491,6 +492,22 @@ def test_the_first_row_minus_each_other_stands_below_the_leaderboard(runs: Path)
     verdict = "not shown to be a real difference" if rows[1].mark else "a real difference"
     lead = rows[0].cells["Avg"].mean - rows[1].cells["Avg"].mean
     assert _card(html)["Ahead of"] == f"{rows[1].name}, by {lead:.3f}: {verdict} (p = {rows[1].p_holm:.2g})"
+
+
+def test_of_perplexities_the_logarithms_differ_and_negative_is_ahead(runs: Path, tmp_path: Path) -> None:
+    def as_perplexity(record: dict[str, Any]) -> None:
+        record["protocol"].update(main_score="perplexity", higher_is_better=False)
+        record["metrics"].update(Avg=None, ERR=2.0 if record["editor"]["name"] == "ft" else 8.0)
+
+    for name in ("ft", "grace"):
+        run = copy_run(runs / f"{name}-s0", tmp_path / name, as_perplexity)
+        table = pq.read_table(run / "predictions.parquet")
+        rows = [{**row, "score": 2.0 if name == "ft" else 8.0} for row in table.to_pylist()]
+        pq.write_table(type(table).from_pylist(rows, schema=table.schema), run / "predictions.parquet")
+    html = render_report(read_runs([tmp_path]))
+    assert "Differences in log ERR: the first row, ft, minus the other (negative: it is ahead)" in html
+    assert _cells(html, "differences")[:2] == ["grace", f"{math.log(2 / 8):+.3f}"]
+    assert _card(html)["Ahead of"].startswith("grace, by 6.00: ")
 
 
 def test_the_best_editors_are_compared_also_where_the_unedited_model_is_first(runs: Path, tmp_path: Path) -> None:
