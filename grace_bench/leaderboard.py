@@ -504,8 +504,8 @@ def cell_text(row: Row, column: Column) -> str:
     return text
 
 
-def _marked_text(table: Table, row: Row, column: Column) -> str:
-    """A cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
+def marked_text(table: Table, row: Row, column: Column) -> str:
+    """Returns a cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
     text = cell_text(row, column)
     return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
 
@@ -533,8 +533,8 @@ def _headers(table: Table) -> list[str]:
     return [*names, *(column.header for column in table.columns), "tuning", "runs"]
 
 
-def _notes(table: Table) -> list[str]:
-    """What the marks of a table mean."""
+def table_notes(table: Table) -> list[str]:
+    """Returns what the marks of a table mean, why rows were not compared, what failed and who is missing."""
     notes = []
     if any(row.mark == TIED for row in table.rows):
         notes.append(
@@ -563,7 +563,7 @@ def _body(table: Table) -> list[Line]:
         lines.append(
             [
                 *((visible(name), False) for name in names),
-                *((_marked_text(table, row, column), index in best[column.name]) for column in table.columns),
+                *((marked_text(table, row, column), index in best[column.name]) for column in table.columns),
                 (budget, False),
                 (str(len(row.seeds)), False),
             ]
@@ -593,7 +593,7 @@ class _Fitted:
         else:
             yield _grid(self.table, [*names, *scores], deviation="\n±")
             yield _grid(self.table, [*names, *costs], deviation="\n±")
-        if notes := _notes(self.table):
+        if notes := table_notes(self.table):
             yield Text("\n".join([*notes, ""]))
 
 
@@ -625,7 +625,7 @@ def _render_markdown(leaderboard: Leaderboard) -> str:
     blocks = []
     for table in leaderboard.tables:
         shown = markdown_table(_headers(table), _body(table), n_names=_n_names(table))
-        notes = "".join(f"\n{markdown_text(note)}\n" for note in _notes(table))
+        notes = "".join(f"\n{markdown_text(note)}\n" for note in table_notes(table))
         blocks.append(f"{markdown_text(_caption(table))}\n\n{shown}{notes}")
     return "\n".join(blocks)
 
@@ -693,7 +693,7 @@ def _paper_cells(table: Table, columns: Sequence[Column], several_models: bool) 
     best = {column.name: table.best(column) for column in columns}
     return {
         _method(row, several_models): [
-            (_marked_text(table, row, column), index in best[column.name]) for column in columns
+            (marked_text(table, row, column), index in best[column.name]) for column in columns
         ]
         for index, row in enumerate(table.rows)
     }
@@ -711,7 +711,7 @@ def _paper_notes(table: Table, several_models: bool) -> list[str]:
         for text in (
             "Mean ± standard deviation over seeds, bold the best of a column",
             f"{table.stream}: n = {_shared_by(seeds)}; tuning {_shared_by(budgets)}",
-            *_notes(replace(table, missing=())),
+            *table_notes(replace(table, missing=())),
         )
     ]
 

@@ -1,8 +1,8 @@
 """One registry for editors, streams and metrics.
 
-The names in a folder are read from its source text, so listing them imports nothing. A class is imported when it is
-asked for. Packages outside the repository register through entry points of the groups `grace_bench.editors`,
-`grace_bench.streams` and `grace_bench.metrics`.
+The names in a folder and what its classes declare are read from its source text, so listing them imports nothing. A
+class is imported when it is asked for. Packages outside the repository register through entry points of the groups
+`grace_bench.editors`, `grace_bench.streams` and `grace_bench.metrics`.
 """
 
 import ast
@@ -136,6 +136,20 @@ class Registry(Generic[T]):
             self.register(name)(cls)
         return self._classes[name]
 
+    def declares(self, name: str, flag: str) -> bool:
+        """Returns a boolean class attribute of the class registered as `name`.
+
+        One of the package's own classes is imported only if its source does not say.
+
+        Raises:
+            UserError: As `get` does.
+        """
+        entry = self.entries().get(name)
+        declared = None
+        if name not in self._classes and entry is not None and entry.origin == "grace_bench":
+            declared = _declared(entry.module, entry.class_name, flag)
+        return bool(getattr(self.get(name), flag)) if declared is None else declared
+
     def by_class_name(self, class_name: str) -> type[T]:
         """Imports and returns the package's own class of that name, for `from grace_bench.editors import Grace`.
 
@@ -156,8 +170,7 @@ def _scan_package(package: str, decorator: str) -> dict[str, Entry]:
     found = {}
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-            for node in tree.body:
+            for node in _parsed(path).body:
                 if isinstance(node, ast.ClassDef) and (name := _registered_name(node, decorator)):
                     summary = (ast.get_docstring(node) or "").partition("\n")[0]
                     found[name] = Entry(name, f"{package}.{path.stem}", node.name, summary, "grace_bench")
@@ -174,6 +187,48 @@ def _registered_name(node: ast.ClassDef, decorator: str) -> str | None:
         ):
             return str(call.args[0].value)
     return None
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _declared(module: str, class_name: str, flag: str) -> bool | None:
+    """What the source of a class, or of the one it inherits from, says of a flag; None where it takes more to know."""
+    # To find another package's module would import that package.
+    spec = importlib.util.find_spec(module) if module.startswith("grace_bench.") else None
+    if spec is None or spec.origin is None:
+        return None
+    tree = _parsed(Path(spec.origin))
+    cls = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
+    if cls is None:
+        return None
+    bound = [node for node in ast.walk(cls) if _binds(node, flag)]
+    if bound:
+        plain = [node for node in cls.body if isinstance(node, ast.Assign | ast.AnnAssign) and _targets(node) == bound]
+        value = plain[0].value if plain else None
+        return value.value if isinstance(value, ast.Constant) and isinstance(value.value, bool) else None
+    if len(cls.bases) != 1 or not isinstance(cls.bases[0], ast.Name):
+        return None
+    base = cls.bases[0].id
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    for node in imports:
+        for alias in node.names:
+            if base == (alias.asname or alias.name):
+                return _declared(node.module or "", alias.name, flag)
+    return _declared(module, base, flag)
+
+
+def _binds(node: ast.AST, name: str) -> bool:
+    """Whether a node gives a name a value, in whichever way."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name == name
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
 EDITORS: Registry[Any] = Registry("editor", "grace_bench.editors", "grace_bench.strategy:EditorStrategy")

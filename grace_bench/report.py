@@ -8,8 +8,8 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +33,23 @@ from grace_bench.errors import UserError
 from grace_bench.files import write_atomically
 from grace_bench.foreign import check_run_folder
 from grace_bench.formats import visible
-from grace_bench.leaderboard import Column, Leaderboard, Row, Table, cell_text, find_result_files
+from grace_bench.leaderboard import (
+    Column,
+    Leaderboard,
+    Row,
+    Table,
+    cell_text,
+    compare_rows,
+    find_result_files,
+    marked_text,
+    table_notes,
+)
 from grace_bench.registry import EDITORS
 from grace_bench.results import Evaluation, RunResult, read_evaluations, read_result
-from grace_bench.significance import Comparison
+from grace_bench.significance import SIGNIFICANCE_LEVEL
 
-TRAITS = ("needs_subject", "needs_replay", "needs_meta_training", "freezes_weights")
-"""The class attributes of an editor that rows can be filtered by."""
+TRAITS = {"needs_subject": "S", "needs_replay": "R", "needs_meta_training": "M", "freezes_weights": "F"}
+"""The class attributes of an editor that rows can be filtered by, with their marks in a table."""
 
 MAX_POINTS = 500
 MAX_FORGOTTEN = 10
@@ -206,8 +216,7 @@ def _traits(editor: str) -> Mapping[str, bool] | None:
     """An editor's traits, or None for one that is not installed here."""
     if editor not in EDITORS.entries():
         return None
-    cls = EDITORS.get(editor)
-    return {trait: bool(getattr(cls, trait)) for trait in TRAITS}
+    return {trait: EDITORS.declares(editor, trait) for trait in TRAITS}
 
 
 # Told apart without colour, too. Counts without a common divisor: a look comes again only after 504 editors.
@@ -259,12 +268,6 @@ class _Group:
         self.table = table
         self.runs = [[by_result[id(result)] for result in row.results] for row in table.rows]
         self.index = index
-        # Each row with the first, p-values corrected for the rows of the table.
-        self.differences = [
-            replace(row.comparison, p_value=row.p_holm)
-            for row in table.rows
-            if row.comparison is not None and row.p_holm is not None
-        ]
         self.higher = table.protocol.higher_is_better
 
     def context(self, number: int) -> dict[str, Any]:
@@ -282,7 +285,8 @@ class _Group:
             "rows": [self._row(name, row) for row in table.rows],
             "body": [self._cells(position, row) for position, row in enumerate(table.rows)],
             "glance": self._glance(),
-            "differences": self.differences,
+            "notes": table_notes(table),
+            "differences": list(self._differences()),
             "forgetting": [self._forgetting(row, runs) for row, runs in zip(table.rows, self.runs, strict=True)],
             "charts": [{"group": name, **chart} for chart in (*self._curves(name), *self._others(name))],
             "runs": [self._run(row, run) for row, runs in zip(table.rows, self.runs, strict=True) for run in runs],
@@ -309,7 +313,7 @@ class _Group:
         for column in self.table.columns:
             cell = row.cells.get(column.name)
             is_best = position in self.table.best(column)
-            cells.append({"cell": cell, "text": cell_text(row, column), "is_best": is_best})
+            cells.append({"cell": cell, "text": marked_text(self.table, row, column), "is_best": is_best})
         traits = _traits(row.editor)
         return {
             "name": row.name,
@@ -332,26 +336,56 @@ class _Group:
         (best, runs), others = ranked[0], [row for row, _ in ranked[1:]]
         column = next(column for column in self.table.columns if column.name == self.table.ranked_by)
         figure = best.cells[column.name].mean
+
+        def apart(row: Row) -> dict[str, str]:
+            lead = abs(figure - row.cells[column.name].mean)
+            return {"name": row.name, "lead": f"{lead:.{column.decimals}f}", "verdict": self._verdict(best, row)}
+
         floor = next((row for row in self.table.rows if row.is_floor and column.name in row.cells), None)
-        beaten = floor is not None and (figure <= floor.cells[column.name].mean) == self.higher
-        second = others[0] if others else None
-        lead = abs(figure - second.cells[column.name].mean) if second else None
+        beaten = floor is not None and not (
+            figure > floor.cells[column.name].mean if self.higher else figure < floor.cells[column.name].mean
+        )
         return {
             "best": best.name,
             "figure": cell_text(best, column),
-            "second": second.name if second else None,
-            "lead": None if lead is None else f"{lead:.{column.decimals}f}",
-            "difference": self._difference(best, second),
-            "below_floor": floor.name if floor and beaten else None,
+            "second": apart(others[0]) if others else None,
+            "floor": apart(floor) if floor and beaten else None,
             "forgetting": self._forgetting(best, runs),
             "cost": ", ".join(self._cost_facts(best)),
         }
 
-    def _difference(self, best: Row, second: Row | None) -> Comparison | None:
-        names = {best.name, second.name if second else None}
-        return next(
-            (d for d in self.differences if d.metric == self.table.ranked_by and {d.first, d.second} == names), None
-        )
+    def _verdict(self, one: Row, two: Row) -> str:
+        """Whether the difference of two rows in the score that ranks them is real, in words."""
+        try:
+            p_value = self._p_value(one, two)
+        except UserError as error:
+            return f"not compared ({error})"
+        is_real = p_value < SIGNIFICANCE_LEVEL
+        return f"{'a real difference' if is_real else 'not shown to be a real difference'} (p = {p_value:.2g})"
+
+    def _p_value(self, one: Row, two: Row) -> float:
+        others = [row for row in (one, two) if row is not self.table.rows[0]]
+        if len(others) == 1 and others[0].p_holm is not None:
+            return others[0].p_holm
+        return compare_rows(one, two, self.table.ranked_by).p_value
+
+    def _differences(self) -> Iterator[dict[str, Any]]:
+        """How far the first row is from each other one."""
+        for row in self.table.rows:
+            if (found := row.comparison) is not None and row.p_holm is not None:
+                yield {
+                    "label": self.index[row.name],
+                    "name": row.name,
+                    "style": _style(self.index[row.name]),
+                    # A comparison is the row minus the first. Not -x: a zero has no sign.
+                    "difference": 0.0 - found.difference,
+                    "low": 0.0 - found.high,
+                    "high": 0.0 - found.low,
+                    "p_value": row.p_holm,
+                    "is_real": row.p_holm < SIGNIFICANCE_LEVEL,
+                    "n_items": found.n_items,
+                    "n_seeds": found.n_seeds,
+                }
 
     def _forgetting(self, row: Row, runs: Sequence[Run]) -> dict[str, Any]:
         def ends(metric: str) -> list[str]:

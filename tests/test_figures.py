@@ -118,6 +118,17 @@ def test_bands_reach_from_the_least_to_the_greatest_seed(runs: Path, group: Grou
     assert (min(last), max(last)) == pytest.approx((min(at_end), max(at_end)))
 
 
+def test_counts_have_ticks_at_whole_numbers(group: Group) -> None:
+    with styled():
+        figures = [curves_figure(group), overlap_figure(group)]
+    counts = [axes.xaxis for figure in figures for axes in figure.axes if axes.get_xlabel() == "edits"]
+    assert len(counts) == 7
+    for axis in (*counts, axes_of(figures[0], "keys").yaxis):
+        for greatest in (1, 3, 10, 12):
+            ticks = axis.get_major_locator().tick_values(0, greatest)
+            assert all(tick == round(tick) for tick in ticks)
+
+
 def _rgb(color: str) -> tuple[float, ...]:
     return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
@@ -291,6 +302,8 @@ def test_the_toy_figure_has_before_wanted_after_and_the_balls(toy: ToyEdits, tmp
     with styled():
         figure = toy_figure(toy)
     assert [axes.get_title() for axes in figure.axes] == ["before", "wanted", "after", "balls, enlarged"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"x1"}
+    assert figure.axes[0].get_ylabel() == "x2"
     stars = [tuple(line.get_xydata()[0]) for line in figure.axes[3].lines if line.get_marker() == "*"]
     assert stars == [tuple(key) for key in toy.keys]
     svg, _ = save(figure, tmp_path, "toy")

@@ -13,6 +13,7 @@ import pytest
 
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
+from grace_bench.report import TRAITS
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
 
 REGISTRIES = pytest.mark.parametrize("registry", [EDITORS, STREAMS, METRICS], ids=lambda registry: registry.kind)
@@ -144,3 +145,62 @@ def test_a_name_belongs_to_one_class(editors: Registry[Any]) -> None:
     with pytest.raises(ValueError, match="editor 'silent' is already registered by"):
         editors.register("silent")(Other)
     assert editors.get("silent") is Silent
+
+
+def test_what_an_editor_declares_is_read_without_importing_it() -> None:
+    program = f"""
+import json, sys
+from grace_bench.registry import EDITORS
+declared = {{name: {{flag: EDITORS.declares(name, flag) for flag in {TRAITS}}}
+            for name, entry in EDITORS.entries().items() if entry.origin == "grace_bench"}}
+print(json.dumps([declared, "torch" in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    declared, imported = json.loads(done.stdout)
+    assert not imported
+    assert declared == {name: {flag: getattr(EDITORS.get(name), flag) for flag in TRAITS} for name in declared}
+    # Its own word, that of the editor it inherits from, and that of the base class.
+    assert declared["ft_ewc"] == {
+        "needs_subject": False,
+        "needs_replay": True,
+        "needs_meta_training": False,
+        "freezes_weights": False,
+    }
+
+
+ODD = """
+def register_odd(name):
+    return lambda cls: cls
+
+class Base:
+    flag = False
+
+class Mixed:
+    flag = True
+
+@register_odd("odd")
+{source}
+    __doc__ = 'An odd one.'
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("odd_expression", "class Odd(Base):\n    flag = not False"),
+        ("odd_chain", "class Odd(Base):\n    flag = other = True"),
+        ("odd_twice", "class Odd(Base):\n    flag = False\n    flag = True"),
+        ("odd_condition", "class Odd(Base):\n    if True:\n        flag = True"),
+        ("odd_bases", "class Odd(Mixed, Base):"),
+    ],
+)
+def test_what_source_does_not_say_plainly_is_asked_of_the_class(
+    package: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / "odd.py").write_text(ODD.format(source=source), encoding="utf-8")
+    grace_bench = importlib.import_module("grace_bench")
+    monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
+    registry = Registry[Any]("odd", f"grace_bench.{package}", f"grace_bench.{package}.odd:Base")
+    assert registry.declares("odd", "flag") is True

@@ -3,10 +3,12 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.cli import main
-from grace_bench.leaderboard import Leaderboard
+from grace_bench.leaderboard import Leaderboard, compare_rows
 from grace_bench.registry import EDITORS as REGISTERED
 from grace_bench.report import MAX_POINTS, read_runs, render_report
 
@@ -228,7 +230,7 @@ def test_streams_traits_and_texts_filter_tables_and_charts(browser: Browser, pag
     assert browser.one("#shown").text == "3 of 6 rows shown"
     Select(browser.one("select[name=stream]")).select_by_visible_text("other")
     Select(browser.one("select[name=freezes_weights]")).select_by_visible_text("no")
-    assert browser.editors() == browser.editors("#g0 .forgetting") == ["ft"]
+    assert browser.editors() == browser.editors("#g0 .differences") == browser.editors("#g0 .forgetting") == ["ft"]
     assert browser.visibility("g0-TRR") == {"none": False, "ft": True, "grace": False}
     browser.one("button[type=reset]").click()
     browser.wait.until(lambda _: browser.one("#shown").text == "6 of 6 rows shown")
@@ -236,6 +238,8 @@ def test_streams_traits_and_texts_filter_tables_and_charts(browser: Browser, pag
     assert chart.find_element(By.CSS_SELECTOR, ".main-svg").size["width"] == pytest.approx(chart.size["width"], abs=2)
     browser.one("input[name=text]").send_keys("GRA")
     assert browser.editors() == ["grace"]
+    # The first row has no difference from itself, and a table without rows is none.
+    assert not browser.one("#g0 .differences").is_displayed()
     browser.one("input[name=text]").send_keys("nobody")
     assert browser.one("#nothing").is_displayed()
 
@@ -248,6 +252,7 @@ def test_an_editor_that_is_switched_off_leaves_every_table_and_chart(browser: Br
     browser.one("input[name=editor][value=ft]").click()
     for group in ("#g0", "#g1"):
         assert sorted(browser.editors(f"{group} .leaderboard")) == ["grace", "none"]
+        assert browser.editors(f"{group} .differences") == ["none"]
     # A chart that is drawn later knows as well.
     browser.draw("g0-age")
     for chart in ("g0-TRR", "g0-cost", "g0-age"):
@@ -332,6 +337,24 @@ def test_on_a_phone_only_tables_scroll_sideways(browser: Browser, page: Path) ->
     assert browser.script("return document.documentElement.scrollWidth") <= 360
     board = browser.one("#g0 .scroll")
     assert int(str(board.get_attribute("scrollWidth"))) > int(str(board.get_attribute("clientWidth")))
+
+
+@needs_browser
+def test_a_long_tuning_text_makes_no_row_taller_and_is_whole_in_its_tip(
+    browser: Browser, runs: Path, tmp_path: Path
+) -> None:
+    budgets = {name: f"{name} with {'many ' * 20}runs" for name in EDITORS}
+    for name, budget in budgets.items():
+        copy_run(runs / f"{name}-s0", tmp_path / name, lambda r, b=budget: r["protocol"].update(tuning_budget=b))
+    assert cli("report", tmp_path, "--out", tmp_path)[0] == 0
+    browser.open(tmp_path / "index.html")
+    rows = browser.all("#g0 .leaderboard tbody tr")
+    assert max(row.size["height"] for row in rows) < 2 * float(rows[0].value_of_css_property("font-size")[:-2]) * 1.5
+    board = browser.one("#g0 .scroll")
+    assert board.get_attribute("scrollWidth") == board.get_attribute("clientWidth")
+    next(b for b in browser.all("#g0 .leaderboard thead button") if b.text.startswith("tuning")).click()
+    tips = [cell.get_attribute("title") for cell in browser.all("#g0 .leaderboard td.tuning")]
+    assert tips == sorted(budgets.values())
 
 
 def _hostile(record: dict[str, Any]) -> None:
@@ -433,29 +456,96 @@ def test_two_hundred_runs_open_quickly_and_can_be_narrowed_down(browser: Browser
     assert [name for name, shown in browser.visibility("g3-TRR").items() if shown] == ["grace (eps_init=7.0)"]
 
 
+def _text(markup: str) -> str:
+    return " ".join(unescape(re.sub(r"<[^>]*>", "", markup)).split())
+
+
 def _cells(html: str, table: str) -> list[str]:
-    body = re.search(rf'(?s)<table class="sortable {table}">.*?</table>', html)
-    return [] if body is None else re.findall(r"<t[dh][^>]*>([^<]*)</t", body[0])
+    body = re.search(rf'(?s)<table class="sortable {table}">.*?<tbody>(.*?)</table>', html)
+    return [] if body is None else [_text(cell) for cell in re.findall(r"(?s)<t[dh][^>]*>(.*?)</t[dh]>", body[1])]
 
 
-def test_differences_from_the_first_row_stand_beside_it(runs: Path) -> None:
+def _card(html: str) -> dict[str, str]:
+    """What the first card says, by term."""
+    card = re.findall(r'(?s)<li class="card".*?</li>', html)[0]
+    return {term: _text(said) for term, said in re.findall(r"(?s)<dt>(.*?)</dt><dd>(.*?)</dd>", card)}
+
+
+def _notes(html: str) -> list[str]:
+    return [_text(note) for note in re.findall(r'(?s)<p class="note">(.*?)</p>', html)]
+
+
+def test_the_first_row_minus_each_other_stands_below_the_leaderboard(runs: Path) -> None:
     read = read_runs([runs])
     rows = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0].rows
     expected = []
     for row in rows[1:]:
-        found = row.comparison
-        assert found is not None
+        found = compare_rows(rows[0], row, "Avg")
+        assert found.difference > 0
         assert row.p_holm is not None
         numbers = (f"{value:+.3f}" for value in (found.difference, found.low, found.high))
         counts = (f"{row.p_holm:.2g}", str(found.n_items), str(found.n_seeds))
-        expected += [row.name, rows[0].name, "Avg", *numbers, *counts, "· not shown" if row.mark else "✓ yes"]
-    assert _cells(render_report(read), "differences") == expected
+        expected += [row.name, *numbers, *counts, "· not shown" if row.mark else "✓ yes"]
+    html = render_report(read)
+    assert _cells(html, "differences") == expected
+    assert f"the first row, {rows[0].name}, minus the other (positive: it is ahead)" in html
+    verdict = "not shown to be a real difference" if rows[1].mark else "a real difference"
+    lead = rows[0].cells["Avg"].mean - rows[1].cells["Avg"].mean
+    assert _card(html)["Ahead of"] == f"{rows[1].name}, by {lead:.3f}: {verdict} (p = {rows[1].p_holm:.2g})"
 
 
-def test_runs_that_cannot_be_compared_leave_no_trace_of_differences(runs: Path) -> None:
-    html = render_report(read_runs([runs / "ft-s0"]))
+def test_of_perplexities_the_logarithms_differ_and_negative_is_ahead(runs: Path, tmp_path: Path) -> None:
+    def as_perplexity(record: dict[str, Any]) -> None:
+        record["protocol"].update(main_score="perplexity", higher_is_better=False)
+        record["metrics"].update(Avg=None, ERR=2.0 if record["editor"]["name"] == "ft" else 8.0)
+
+    for name in ("ft", "grace"):
+        run = copy_run(runs / f"{name}-s0", tmp_path / name, as_perplexity)
+        table = pq.read_table(run / "predictions.parquet")
+        rows = [{**row, "score": 2.0 if name == "ft" else 8.0} for row in table.to_pylist()]
+        pq.write_table(type(table).from_pylist(rows, schema=table.schema), run / "predictions.parquet")
+    html = render_report(read_runs([tmp_path]))
+    assert "Differences in log ERR: the first row, ft, minus the other (negative: it is ahead)" in html
+    assert _cells(html, "differences")[:2] == ["grace", f"{math.log(2 / 8):+.3f}"]
+    assert _card(html)["Ahead of"].startswith("grace, by 6.00: ")
+
+
+def test_the_best_editors_are_compared_also_where_the_unedited_model_is_first(runs: Path, tmp_path: Path) -> None:
+    def retain_all(record: dict[str, Any]) -> None:
+        record["metrics"]["Avg"] = record["before"]["Avg"] = 2.0
+
+    for run in runs.iterdir():
+        copy_run(run, tmp_path / run.name, retain_all if run.name.startswith("none") else lambda record: None)
+    read = read_runs([tmp_path])
+    floor, best, second = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0].rows
+    card = _card(render_report(read))
+    assert floor.is_floor
+    found = compare_rows(best, second, "Avg")
+    verdict = "a real difference" if found.is_significant else "not shown to be a real difference"
+    assert card["Ahead of"].startswith(f"{second.name}, by 0.")
+    assert card["Ahead of"].endswith(f": {verdict} (p = {found.p_value:.2g})")
+    behind = 2.0 - best.cells["Avg"].mean
+    assert f"no better than the unedited model (none), behind by {behind:.3f}: " in card["Best editor"]
+    assert card["Best editor"].endswith(f"real difference (p = {best.p_holm:.2g})")
+
+
+def test_runs_that_cannot_be_compared_say_why_in_the_card_and_below_the_leaderboard(runs: Path) -> None:
+    html = render_report(read_runs([runs / "ft-s0", runs / "grace-s1"]))
     assert _cells(html, "differences") == []
     assert "real difference" not in html
+    first, second = (name for name in _cells(html, "leaderboard") if name in EDITORS)
+    reason = f"{second} and {first} have no seed in common"
+    assert f"? not compared with the first row: {reason}" in _notes(html)
+    assert any(cell.startswith("? ") for cell in _cells(html, "leaderboard"))
+    said = _card(html)["Ahead of"]
+    assert said.startswith(f"{second}, by ")
+    assert said.endswith(": not compared (" + f"{first} and {second} have no seed in common)")
+
+
+def test_editors_without_a_run_on_a_stream_are_named_below_its_leaderboard(two_streams: Path) -> None:
+    on_toy = [two_streams / "toy" / f"{name}-s0" for name in EDITORS]
+    notes = _notes(render_report(read_runs([*on_toy, two_streams / "other" / "none-s0"])))
+    assert [note for note in notes if "no run here" in note] == ["– no run here: ft, grace"]
 
 
 def test_long_curves_are_thinned_and_say_so(runs: Path, tmp_path: Path) -> None:
@@ -554,4 +644,4 @@ def test_two_protocols_share_no_page(runs: Path, tmp_path: Path) -> None:
 def test_an_editor_that_is_not_installed_has_unknown_traits(runs: Path, tmp_path: Path) -> None:
     copy_run(runs / "ft-s0", tmp_path / "run", lambda record: record["editor"].update(name="of_a_friend"))
     html = render_report(read_runs([tmp_path]))
-    assert "unknown: the editor is not installed" in html
+    assert '<abbr title="the editor is not installed">unknown</abbr>' in html

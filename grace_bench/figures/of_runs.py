@@ -28,6 +28,7 @@ from grace_bench.results import Evaluation, Protocol, RunResult, read_evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 _CURVES = {"TRR": "TRR", "ERR": "ERR", "ES": "ES", "Holdout": "Holdout", "n_keys": "keys"}
 _SWEEP = {"TRR": "TRR", "ERR": "ERR", "Holdout": "Holdout", "n_keys": "keys"}
@@ -140,7 +141,7 @@ def curves_figure(group: Group) -> "Figure":
     for axes, (metric, title) in zip(grid, panels.items(), strict=False):
         handles |= _draw_lines(axes, group, rows, metric)
         _name_score(axes, title, metric, group.table.protocol)
-        axes.set_xlabel("edits")
+        _name_edits(axes)
         axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.axis("off")
@@ -160,7 +161,7 @@ def overlap_figure(group: Group) -> "Figure":
     for axes, (metric, title) in zip(figure.subplots(1, 2, sharex=True), _OVERLAP.items(), strict=True):
         handles |= _draw_lines(axes, group, rows, metric)
         axes.set_title(title)
-        axes.set_xlabel("edits")
+        _name_edits(axes)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     figure.legend(handles=[handles[index] for index in rows], loc="outside right center", handlelength=3.2)
@@ -310,10 +311,23 @@ def _markers(points: Sequence[Point], place: int) -> slice:
     return slice(place % step, None, step)
 
 
+def _name_edits(axes: "Axes") -> None:
+    axes.set_xlabel("edits")
+    axes.xaxis.set_major_locator(_counts())
+
+
+def _counts() -> "MaxNLocator":
+    """Ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
+
+
 def _name_score(axes: "Axes", title: str, metric: str, protocol: Protocol) -> None:
     axes.set_title(title)
     if metric == "n_keys":
         axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
+        axes.yaxis.set_major_locator(_counts())
     elif protocol.main_score == "perplexity":
         drawn = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)]
         if drawn and max(drawn) > _WIDE * min(drawn) > 0:

@@ -139,7 +139,7 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
 
 def toy_figure(edits: ToyEdits) -> "Figure":
     """Returns four panels: classes before, wanted and after with the edited points, and which ball answers where."""
-    figure = new_figure(7.6, 2.6)
+    figure = new_figure(7.6, 2.8)
     panels = figure.subplots(1, 4)
     points = np.array([parse_point(request.prompt) for request in edits.edited])
     for axes, title, classes in zip(
@@ -161,6 +161,9 @@ def toy_figure(edits: ToyEdits) -> "Figure":
     _frame(balls, *_window(edits))
     for axes in panels[:3]:
         _frame(axes, -EXTENT, EXTENT, -EXTENT, EXTENT)
+    for axes in panels:
+        axes.set_xlabel("x1")
+    panels[0].set_ylabel("x2")
     settings, metrics = edits.settings, edits.metrics
     scores = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in metrics)
     add_caption(
