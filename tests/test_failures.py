@@ -386,6 +386,42 @@ def test_an_editor_that_raises_when_it_finishes_several_edits_loses_the_one_that
     assert same_state(state_after, state)
 
 
+class Training(EDITORS.get("ft")):  # type: ignore[misc]
+    """Trains the model as a whole, which it leaves in training mode, and cannot edit the mark."""
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        outcome: EditOutcome = super().edit(batch)
+        self.model.module.train().requires_grad_(True)
+        if MARK in batch.prompts[0]:
+            raise ValueError("no such island")
+        self.model.module.requires_grad_(False)
+        return outcome
+
+
+class TrainingLate(Late):
+    """Does so when it is asked to finish."""
+
+    def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
+        try:
+            return super()._finish_one(prompt, target)
+        finally:
+            self.model.module.train().requires_grad_(MARK in prompt)
+
+
+@pytest.mark.parametrize("cls", [Training, TrainingLate])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_an_editor_that_trains_the_whole_model_leaves_it_in_the_modes_it_was_in(
+    cls: type[EditorStrategy], fails: bool, make_editor: MakeEditor, make_model: MakeModel
+) -> None:
+    model = make_model("language_modelling")
+    prompt = f"{MARK if fails else 'what'} is the capital of Kazakhstan"
+    with make_editor("ft", model, cls=cls, n_iter=2) as editor:
+        with pytest.raises(EditFailure, match="no such island") if fails else contextlib.nullcontext():
+            editor.edit_text(prompt, "Astana")
+        assert not any(part.training for part in model.module.modules())
+        assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
 # --- what ends a run, and what does not ------------------------------------------------------------------------------
 
 
