@@ -553,12 +553,19 @@ class EditorStrategy(BaseTemplate, ABC):
         return outcome
 
     def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
-        """Says what of a finished edit is no finite number; None if all is, or if the edit changed no number."""
+        """Says what of a finished edit is no finite number; None if all is."""
+        losses = {
+            "at the first step": outcome.loss_first,
+            "at the last step": outcome.loss,
+            "after the edit": outcome.loss_after,
+        }
         state, _ = split_state(self.changing_state())
-        if not state:
-            return None
-        losses = {"at the first step": outcome.loss_first, "at the last step": outcome.loss}
-        losses["after the edit"] = self._loss(batch) if outcome.loss_after is None else outcome.loss_after
+        if (
+            state
+            and outcome.loss_after is None
+            and all(loss is None or math.isfinite(loss) for loss in losses.values())
+        ):
+            losses["after the edit"] = self._loss(batch)
         for when, loss in losses.items():
             if loss is not None and not math.isfinite(loss):
                 return f"the loss is {loss} {when}"

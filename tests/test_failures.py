@@ -422,6 +422,23 @@ def test_an_editor_that_trains_the_whole_model_leaves_it_in_the_modes_it_was_in(
         assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
+@pytest.mark.parametrize("field", ["loss_first", "loss", "loss_after"])
+def test_a_loss_that_is_no_number_fails_the_edit_of_an_editor_that_keeps_no_tensors(
+    field: str, make_editor: MakeEditor, make_model: MakeModel
+) -> None:
+    class Reporting(EDITORS.get("none")):  # type: ignore[misc]
+        """Changes nothing and reports a loss."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            return EditOutcome(**{field: math.nan})
+
+    with (
+        make_editor("none", make_model("classification"), cls=Reporting) as editor,
+        pytest.raises(EditFailure, match="the loss is nan"),
+    ):
+        editor.edit_text("what is the capital of Kazakhstan", 1)
+
+
 # --- what ends a run, and what does not ------------------------------------------------------------------------------
 
 
