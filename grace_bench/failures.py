@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import torch
+from torch import nn
 
 from grace_bench.errors import EditFailure, RunFailure, UserError, reason_of
 
@@ -72,3 +73,29 @@ class RandomState:
         np.random.set_state(self._numpy)
         if self._device is not None and self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+class ModelModes:
+    """Which parts of a model are in training mode and which parameters take gradients, as they are when this is made.
+
+    Args:
+        module: The model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._training = [(part, part.training) for part in module.modules()]
+        self._gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+    def restore_training(self) -> None:
+        """Puts the modes of the parts back."""
+        for part, training in self._training:
+            if part.training != training:
+                part.training = training
+
+    def restore(self) -> None:
+        """Puts all of it back; parameters that took no gradients lose those they got."""
+        self.restore_training()
+        for parameter, takes_gradients in self._gradients:
+            if parameter.requires_grad != takes_gradients:
+                parameter.requires_grad_(takes_gradients)
+                parameter.grad = None

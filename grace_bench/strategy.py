@@ -23,7 +23,7 @@ from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.checkpoint import copied
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import MISFITS, EditFailure, UserError
-from grace_bench.failures import RandomState, reason_of_failure
+from grace_bench.failures import ModelModes, RandomState, reason_of_failure
 from grace_bench.files import readable, write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
@@ -527,16 +527,21 @@ class EditorStrategy(BaseTemplate, ABC):
     def _attempt(self, batch: EditBatch) -> EditOutcome:
         """Makes an edit, or leaves everything as it was before it, the random generators included.
 
+        The model is in the modes that it was in before, either way: dropout would go on in every later answer.
+
         Raises:
             EditFailure: Saying why it could not be made.
         """
         undo, random_state, n_waiting = self.undo_point(), RandomState(self.model.device), self.n_pending
+        modes = ModelModes(self.model.module)
         try:
             outcome = self.edit(batch)
+            modes.restore_training()
             failure = outcome.failed or self._failure_of(outcome, batch)
             if failure is not None:
                 raise EditFailure(failure)
         except Exception as error:
+            modes.restore()
             undo()
             random_state.restore()
             reason = reason_of_failure(error)
@@ -548,12 +553,19 @@ class EditorStrategy(BaseTemplate, ABC):
         return outcome
 
     def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
-        """Says what of a finished edit is no finite number; None if all is, or if the edit changed no number."""
+        """Says what of a finished edit is no finite number; None if all is."""
+        losses = {
+            "at the first step": outcome.loss_first,
+            "at the last step": outcome.loss,
+            "after the edit": outcome.loss_after,
+        }
         state, _ = split_state(self.changing_state())
-        if not state:
-            return None
-        losses = {"at the first step": outcome.loss_first, "at the last step": outcome.loss}
-        losses["after the edit"] = self._loss(batch) if outcome.loss_after is None else outcome.loss_after
+        if (
+            state
+            and outcome.loss_after is None
+            and all(loss is None or math.isfinite(loss) for loss in losses.values())
+        ):
+            losses["after the edit"] = self._loss(batch)
         for when, loss in losses.items():
             if loss is not None and not math.isfinite(loss):
                 return f"the loss is {loss} {when}"
@@ -574,15 +586,19 @@ class EditorStrategy(BaseTemplate, ABC):
             EditFailure: If one of these edits is to blame for that.
         """
         undo, self._undo_waiting = self._undo_waiting, None
+        modes = ModelModes(self.model.module)
         try:
-            return self.flush()
+            outcomes = self.flush()
         except Exception as error:
             reason = reason_of_failure(error)
+            modes.restore()
             if undo is not None:
                 undo()
             if reason is None or undo is None:
                 raise
             raise EditFailure(reason) from error
+        modes.restore_training()
+        return outcomes
 
     def _finish_all(self) -> Sequence[EditOutcome]:
         """Finishes what waits, outside a run, where nobody makes edits again that were taken back with a failed one.

@@ -386,6 +386,59 @@ def test_an_editor_that_raises_when_it_finishes_several_edits_loses_the_one_that
     assert same_state(state_after, state)
 
 
+class Training(EDITORS.get("ft")):  # type: ignore[misc]
+    """Trains the model as a whole, which it leaves in training mode, and cannot edit the mark."""
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        outcome: EditOutcome = super().edit(batch)
+        self.model.module.train().requires_grad_(True)
+        if MARK in batch.prompts[0]:
+            raise ValueError("no such island")
+        self.model.module.requires_grad_(False)
+        return outcome
+
+
+class TrainingLate(Late):
+    """Does so when it is asked to finish."""
+
+    def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
+        try:
+            return super()._finish_one(prompt, target)
+        finally:
+            self.model.module.train().requires_grad_(MARK in prompt)
+
+
+@pytest.mark.parametrize("cls", [Training, TrainingLate])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_an_editor_that_trains_the_whole_model_leaves_it_in_the_modes_it_was_in(
+    cls: type[EditorStrategy], fails: bool, make_editor: MakeEditor, make_model: MakeModel
+) -> None:
+    model = make_model("language_modelling")
+    prompt = f"{MARK if fails else 'what'} is the capital of Kazakhstan"
+    with make_editor("ft", model, cls=cls, n_iter=2) as editor:
+        with pytest.raises(EditFailure, match="no such island") if fails else contextlib.nullcontext():
+            editor.edit_text(prompt, "Astana")
+        assert not any(part.training for part in model.module.modules())
+        assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+@pytest.mark.parametrize("field", ["loss_first", "loss", "loss_after"])
+def test_a_loss_that_is_no_number_fails_the_edit_of_an_editor_that_keeps_no_tensors(
+    field: str, make_editor: MakeEditor, make_model: MakeModel
+) -> None:
+    class Reporting(EDITORS.get("none")):  # type: ignore[misc]
+        """Changes nothing and reports a loss."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            return EditOutcome(**{field: math.nan})
+
+    with (
+        make_editor("none", make_model("classification"), cls=Reporting) as editor,
+        pytest.raises(EditFailure, match="the loss is nan"),
+    ):
+        editor.edit_text("what is the capital of Kazakhstan", 1)
+
+
 # --- what ends a run, and what does not ------------------------------------------------------------------------------
 
 
