@@ -3,7 +3,7 @@
     python benchmarks/distances.py
 
 A radius means something else in each distance, so `eps_init` is chosen for each on the stream's validation split, with
-the published overlap and the same number of runs, as `benchmarks/tune.py` chooses; both policies then get that radius,
+the published overlap and the same number of runs, as `sweep=tune` chooses; both policies then get that radius,
 and the third of those tried, at which balls meet. Everything else is the stream's tuned setting. Finished runs are
 reused.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from rich.console import Console
-from tune import quality
 
 from grace_bench.jobs import compose, execute
 from grace_bench.parallel import side_by_side
 from grace_bench.results import RunResult
+from grace_bench.tuning import quality
 
 RADII = {
     "euclidean": [0.5, 1.0, 3.0, 6.0],

@@ -1,5 +1,6 @@
 """Which of many keys lie near a query: exactly, in bounded memory, for little more than one matrix product."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -170,7 +171,7 @@ class KeyIndex(ABC):
     def inside(self, queries: Tensor, radii: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields some of (B, D) queries, some entries, and the bool matrix of which lie in balls of (N,) radii."""
         for some in _slices(len(queries), _ROWS):
-            for entries, inside in self._reached(queries[some], radii, radii.new_zeros(1, 1)):
+            for entries, inside in self._reached(queries[some], radii):
                 yield some, entries, inside
 
     def meeting(self, radii: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -179,19 +180,35 @@ class KeyIndex(ABC):
             for entries, meets in self._reached(self.keys[some], radii[: some.stop], radii[some, None]):
                 yield some, entries, meets
 
+    def lengths(self, distances: Tensor) -> Tensor:
+        """Returns distances as what obeys the triangle inequality."""
+        return distances
+
+    def distances_of(self, lengths: Tensor) -> Tensor:
+        """Returns the distances that lengths are of; 0 for negative ones."""
+        return lengths.clamp(min=0)
+
+    def reach(self, radii: Tensor, own_radii: Tensor) -> Tensor:
+        """Returns the greatest distances at which balls of two radii meet."""
+        return radii + own_radii
+
     def _plain(self, queries: Tensor) -> bool:
         """Whether to take the plain way: because it is faster, or because the bounds would not hold."""
         if self.keys.numel() * len(queries) <= _PLAIN or not _products_are_float32():
             return True
         return not (self._bounded_norms and bool((_norms(queries) <= _HUGE).all()))
 
-    def _reached(self, queries: Tensor, radii: Tensor, own_radii: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yields some of the first entries, and which of them are within the sum of both radii of a query."""
+    def _reached(
+        self, queries: Tensor, radii: Tensor, own_radii: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yields some of the first entries, and whose balls hold a query or, if it has a radius, meet its own."""
         if self._plain(queries):
-            yield slice(0, len(radii)), self.distances(queries)[:, : len(radii)] <= radii + own_radii
+            reach = radii if own_radii is None else self.reach(radii, own_radii)
+            yield slice(0, len(radii)), self.distances(queries)[:, : len(radii)] <= reach
             return
         for block, low, high in self._bounded(queries, len(radii)):
-            reach = (radii[block] + own_radii).expand_as(low)
+            reach = radii[block] if own_radii is None else self.reach(radii[block], own_radii)
+            reach = reach.expand_as(low)
             reached = high <= reach
             row, column = torch.nonzero((low <= reach) & ~reached, as_tuple=True)
             reached[row, column] = self._pairs(queries, row, column + block.start) <= reach[row, column]
@@ -297,8 +314,18 @@ class EuclideanIndex(KeyIndex):
 class CosineIndex(KeyIndex):
     """Keys under cosine distance: half the squared distance of unit vectors, exact near 0 as their product is not.
 
-    What is too short for a direction is at distance 1 from everything.
+    What is too short for a direction is at distance 1 from everything. Lengths are angles.
     """
+
+    def lengths(self, distances: Tensor) -> Tensor:
+        return 2 * (distances / 2).clamp(0, 1).sqrt().asin()
+
+    def distances_of(self, lengths: Tensor) -> Tensor:
+        return 2 * (lengths.clamp(0, math.pi) / 2).sin().square()
+
+    def reach(self, radii: Tensor, own_radii: Tensor) -> Tensor:
+        # Left in double precision: near opposite keys, float32 tells no two angles apart.
+        return self.distances_of(self.lengths(radii.double()) + self.lengths(own_radii.double()))
 
     def _exact(self, keys: Tensor, norms: Tensor, queries: Tensor) -> Tensor:
         sizes = _norms(queries)

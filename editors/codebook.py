@@ -416,13 +416,13 @@ class Codebook:
 
     def _others(self, centre: Tensor, label: Label, radius: float, noise: float, *, but: int | None = None) -> _Others:
         """Finds the entries of other labels whose balls come near one of a radius about a (D,) centre."""
-        reach = self._lengths(self.radii.double()) + (self._length(radius) + noise)
-        entry, distance = self._index.within(centre, self._distances_of(reach).float())
+        reach = self._index.lengths(self.radii.double()) + (self._length(radius) + noise)
+        entry, distance = self._index.within(centre, self._index.distances_of(reach).float())
         other = self._label_ids.tensor[entry] != self._id(label)
         if but is not None:
             other &= entry != but
-        entry, length = entry[other], self._lengths(distance[other].double())
-        return _Others(entry, length, self._lengths(self.radii[entry].double()), noise / 3 + _GAP * length)
+        entry, length = entry[other], self._index.lengths(distance[other].double())
+        return _Others(entry, length, self._index.lengths(self.radii[entry].double()), noise / 3 + _GAP * length)
 
     def _push_back(self, others: _Others, needed: float, noise: float) -> _Others:
         """Shrinks the balls that leave less than the needed length: to half their distance, or more where they must."""
@@ -430,7 +430,7 @@ class Codebook:
         most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
         radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)
         pushed = zip(
-            others.entry[crowding].tolist(), self._distances_of(radius[crowding]).float().tolist(), strict=True
+            others.entry[crowding].tolist(), self._index.distances_of(radius[crowding]).float().tolist(), strict=True
         )
         for entry, smaller in pushed:
             self._resize(entry, smaller)
@@ -458,18 +458,11 @@ class Codebook:
 
     def _length(self, distance: float) -> float:
         """A distance as a length, which obeys the triangle inequality: for cosine distance the angle."""
-        return float(self._lengths(torch.tensor(distance, dtype=torch.float64)))
-
-    def _lengths(self, distances: Tensor) -> Tensor:
-        return 2 * (distances / 2).clamp(0, 1).sqrt().asin() if self.distance == "cosine" else distances
+        return float(self._index.lengths(torch.tensor(distance, dtype=torch.float64)))
 
     def _distance(self, length: float) -> float:
         """The distance that a length is of; 0 for a negative one."""
-        return float(self._distances_of(torch.tensor(length, dtype=torch.float64)))
-
-    def _distances_of(self, lengths: Tensor) -> Tensor:
-        lengths = lengths.clamp(min=0)
-        return 2 * (lengths.clamp(max=math.pi) / 2).sin().square() if self.distance == "cosine" else lengths
+        return float(self._index.distances_of(torch.tensor(length, dtype=torch.float64)))
 
     def _mapped(self, queries: Tensor) -> Tensor:
         """Queries as keys are kept: float32, and whitened where distances are."""
@@ -509,7 +502,10 @@ class Codebook:
             return
         for i in range(len(self)):
             some = slice(i, i + 1)
-            yield some, slice(0, len(self)), self.distances(self.keys[some]) <= self.radii + self.radii[i]
+            reach = self._index.reach(self.radii, self.radii[some])
+            # The official code's splits can leave less than no radius: a ball that holds nothing.
+            reach[(self.radii < 0) | (self.radii[i] < 0)] = -1
+            yield some, slice(0, len(self)), self.distances(self.keys[some]) <= reach
 
     def _add(
         self,

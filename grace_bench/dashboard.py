@@ -124,7 +124,7 @@ def make_workspace(project: str, *, entity: str, group: str | None) -> Any:
         settings=ws.WorkspaceSettings(x_axis="n_edits", max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=_filters(group),
-            groupby=[ws.Metric("Group"), ws.Metric("JobType")],
+            groupby=[ws.Metric("Group"), ws.Metric("JobType"), ws.Config("row")],
             order=[ws.Ordering(ws.Summary("final/Avg"), ascending=False)],
             pinned_columns=[f"summary:{name}" for name in TABLE],
         ),
@@ -146,7 +146,7 @@ def make_report(project: str, *, entity: str, group: str | None) -> Any:
         runs = wr.Runset(
             name="runs",
             filters=_filters(group),
-            groupby=["run.group", "run.jobType"],
+            groupby=["run.group", "run.jobType", "config.row"],
             order=[wr.OrderBy(wr.SummaryMetric("final/Avg"), ascending=False)],
             pinned_columns=["run:displayName", *(f"summary:{name}" for name in TABLE)],
             lock_columns=True,
@@ -172,8 +172,8 @@ def specification(view: Any) -> dict[str, Any]:
 def _sections() -> list[tuple[str, str, list[Any]]]:
     """Returns titles, explanations and fresh panels.
 
-    Panels take their grouping from the table of runs, by W&B group and editor: one of their own has a single key, and
-    would average over streams.
+    Panels take their grouping from the table of runs, by W&B group, editor and row of the leaderboard: one of their own
+    has a single key, and a sweep over streams or settings has one group.
     """
     import wandb_workspaces.reports.v2 as wr
 

@@ -239,8 +239,8 @@ def _begin(folder: Path, config: DictConfig, say: Say) -> bool:
     is_new = all(path.name.startswith(".") for path in folder.iterdir())
     if not is_new and config.existing != "resume":
         raise UserError(
-            f"{folder}: holds an unfinished run: `grace-bench resume {folder}` goes on with it; existing=rerun sets it "
-            f"aside and starts anew"
+            f"{folder}: holds an unfinished run: `grace-bench resume {folder}` or existing=resume goes on with it; "
+            f"existing=rerun sets it aside and starts anew"
         )
     if not (folder / "config.yaml").exists():
         write_config(config, folder / "config.yaml")

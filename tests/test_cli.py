@@ -922,4 +922,5 @@ def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinishe
     assert (out, err) == ("", "grace-bench: interrupted\n")
     (folder,) = (tmp_path / "runs" / "toy" / "toy" / "grace").iterdir()
     assert not (folder / "result.json").exists()
-    assert_one_line(cli(*arguments), "holds an unfinished run", f"`grace-bench resume {folder}`")
+    ways = f"`grace-bench resume {folder}`", "existing=resume", "existing=rerun"
+    assert_one_line(cli(*arguments), "holds an unfinished run", *ways)

@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("wandb_workspaces")
 
+import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 import yaml
@@ -25,6 +28,8 @@ from wandb_workspaces.workspaces.internal import View
 from grace_bench.cli import main
 from grace_bench.dashboard import make_report, make_workspace, specification
 from grace_bench.jobs import compose, folder_of
+from grace_bench.loggers import RunPlan
+from grace_bench.loggers.wandb import WandbLogger
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 TITLES = ["Leaderboard", "Learning curves", "ERR by age of the edit", "Cost against quality", "Codebook overlap"]
@@ -137,9 +142,44 @@ def test_the_specification_loads_back_as_the_same_report() -> None:
     assert [block.text for block in loaded.blocks if isinstance(block, wr.H2)] == TITLES
 
 
-def test_runs_of_other_streams_are_never_averaged_together() -> None:
+def keys_of(stream: str, eps: float, seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What W&B can group a run of GRACE by."""
+    config = compose([f"stream={stream}", "editor=grace", f"editor.eps_init={eps}", f"seed={seed}"])
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **given: told.update(given) or MagicMock())
+    plan = RunPlan(
+        run_id=folder_of(config).relative_to(config.out).as_posix(),
+        folder=folder,
+        config={"seed": seed},
+        stream=stream,
+        model=stream,
+        editor="grace",
+        n_candidates=9,
+        max_edits=9,
+        higher_is_better=True,
+    )
+    WandbLogger(folder, mode="offline", group="sweep-0a1b2c3d").start(plan)
+    return {"group": told["group"], "jobType": told["job_type"], **told["config"]}
+
+
+def test_runs_of_other_streams_or_settings_are_never_averaged_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workspace = make_workspace("proj", entity="me", group=None)
-    assert [key.name for key in workspace.runset_settings.groupby] == ["Group", "JobType"]
+    (runsets,) = {
+        tuple(runset.groupby)
+        for block in make_report("proj", entity="me", group=None).blocks
+        if isinstance(block, wr.PanelGrid)
+        for runset in block.runsets
+    }
+    names = {"Group": "group", "JobType": "jobType"}
+    keys = [names.get(key.name, key.name) for key in workspace.runset_settings.groupby]
+    assert keys == [key.rpartition(".")[2] for key in runsets]
+    shown: Counter[tuple[Any, ...]] = Counter()
+    for stream, eps, seed in product(["toy", "atlas-drift"], [0.1, 1.0], [0, 1]):
+        run = keys_of(stream, eps, seed, tmp_path, monkeypatch)
+        shown[tuple(run[key] for key in keys)] += 1
+    assert list(shown.values()) == [2] * 4, "only seeds share a line"
     assert all(getattr(panel, "groupby", None) is None for section in workspace.sections for panel in section.panels)
 
 

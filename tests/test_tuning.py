@@ -35,7 +35,7 @@ class Tuned:
 
     @property
     def folders(self) -> list[Path]:
-        return sorted(path.parent for path in (self.root / "runs").rglob("result.json"))
+        return sorted(path.parent for path in (self.root / "tuning").rglob("result.json"))
 
     @property
     def results(self) -> list[RunResult]:
@@ -77,6 +77,12 @@ def test_tuning_never_touches_the_streams_edits(tuned: Tuned) -> None:
         # Nor is one of them scored, in any role.
         assert not set(pd.read_parquet(folder / "predictions.parquet")["request_id"]) & edits
     assert {result.protocol.split for result in tuned.results} == {"validation"}
+
+
+def test_trials_are_kept_apart_from_runs_on_the_streams_edits_unless_told_otherwise(tuned: Tuned) -> None:
+    assert {path.name for path in tuned.root.iterdir()} == {"tuning", "presets"}
+    (part,) = searches(["sweep=tune", "stream=toy", "editor=grace", "out=elsewhere"])
+    assert [item for item in part if item.startswith("out=")] == ["out=elsewhere"]
 
 
 @pytest.mark.parametrize("stream", EMBEDDED)

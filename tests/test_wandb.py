@@ -76,6 +76,7 @@ def test_the_offline_run_holds_the_config_project_and_group(offline: Any) -> Non
     assert run.project == "grace-bench"
     assert run.run_group == "toy/toy"
     assert run.display_name == result.run_id
+    assert f"{config['row']}-s0" == result.run_id
 
 
 def test_the_offline_run_holds_every_metric_against_n_edits(offline: Any) -> None:

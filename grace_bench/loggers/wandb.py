@@ -106,7 +106,7 @@ class WandbLogger(RunLogger):
             id=known,
             resume="allow",
             job_type=plan.editor,
-            config=plan.config,
+            config={**plan.config, "row": _row(plan.run_id)},
             dir=str(self._folder),
             mode=mode,
             settings=wandb.Settings(
@@ -180,6 +180,15 @@ def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
     """
     tenths = score_by_age([kept_edits(folder, n_edits)], width=max(1, math.ceil(n_edits / 10)))
     return [(point.x, point.mean) for point, _ in tenths.values()]
+
+
+def _row(run_id: str) -> str:
+    """The row of the leaderboard that a run belongs to: its id without the seed.
+
+    >>> _row("toy/toy/grace/0a1b2c3d-s12"), _row("my-stream/toy/grace/s0"), _row("first-sketch")
+    ('toy/toy/grace/0a1b2c3d', 'my-stream/toy/grace', 'first-sketch')
+    """
+    return re.sub(r"[-/]s\d+$", "", run_id)
 
 
 def _remote_holds_secrets() -> bool:

@@ -352,20 +352,27 @@ def test_clearing_leaves_an_empty_codebook_that_can_grow_again() -> None:
     assert codebook.keys.shape == (1, 7)
 
 
+@pytest.mark.parametrize("fidelity", ["strict", "reference"])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @given(edits=_edits, eps=_eps)
 @_thorough
-def test_overlap_and_contested_are_what_a_plain_loop_finds(distance: Distance, edits: list[Edit], eps: float) -> None:
-    codebook = filled(edits, eps, distance)
+def test_overlap_and_contested_are_what_a_plain_loop_finds(
+    fidelity: Fidelity, distance: Distance, edits: list[Edit], eps: float
+) -> None:
+    codebook = filled(edits, eps, distance, fidelity)
     radii, labels = codebook.radii.double().numpy(), codebook.labels
+    sizes = lengths(codebook, radii)
     pairs = meeting = 0
     for i in range(len(codebook)):
         gaps = true_distances(codebook, codebook.keys[i])
         for j in range(i):
             if labels[i] != labels[j]:
-                assume(abs(gaps[j] - radii[i] - radii[j]) > 4e-6)
+                reach = sizes[i] + sizes[j]
+                if distance == "cosine":
+                    reach = 1 - math.cos(min(reach, math.pi))
+                assume(abs(gaps[j] - reach) > 4e-6)
                 pairs += 1
-                meeting += gaps[j] <= radii[i] + radii[j]
+                meeting += gaps[j] <= reach and min(radii[i], radii[j]) >= 0
     assert codebook.overlap() == (meeting / pairs if pairs else 0.0)
     points = torch.tensor([key for key, _ in edits])
     for point, contested in zip(points, codebook.contested(points), strict=True):
