@@ -212,6 +212,7 @@ def run_benchmark(
                 name=editable.name,
                 path=opened.path,
                 fingerprint=fingerprint,
+                config_fingerprint=editable.config_fingerprint,
                 layer=editable.layer_name,
                 dtype=str(editable.dtype).removeprefix("torch."),
                 n_parameters=sum(parameter.numel() for parameter in editable.module.parameters()),
@@ -397,6 +398,7 @@ def _identity(
     return {
         "stream": benchmark.fingerprint,
         "model": fingerprint,
+        "model_config": model.config_fingerprint,
         "layer": model.layer_name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "editor": {"name": strategy.registered_name, **strategy.settings()},

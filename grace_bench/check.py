@@ -186,6 +186,7 @@ class Checker:
             return None
         findings += _order(contents, benchmark)
         findings.append(_compared("model", result.model.fingerprint, model.fingerprint))
+        findings.append(_model_config(result, model))
         findings.append(_compared("layer", result.model.layer, model.layer_name))
         findings.append(_saved_editor(result, folder, model))
         return model
@@ -269,6 +270,13 @@ def _configuration(result: RunResult, config: DictConfig) -> Iterator[Finding]:
         **{f"protocol.{name}": protocol[name] for name in ("query", "prefix_length")},
     }
     yield _compared("settings", told, {name: OmegaConf.select(config, name) for name in told})
+
+
+def _model_config(result: RunResult, model: EditableModel) -> Finding:
+    what = "model's configuration and tokenizer"
+    if result.model.config_fingerprint is None:
+        return Finding(what=what, verdict="note", told="no hash was recorded")
+    return _compared(what, result.model.config_fingerprint, model.config_fingerprint)
 
 
 def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Finding:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"
@@ -198,6 +198,10 @@ class Checkpoints:
                 continue
             if name == "model":
                 raise UserError(f"{self._run}: the model's weights are not those that the run began with")
+            if name == "model_config":
+                raise UserError(
+                    f"{self._run}: the model's configuration or tokenizer is not that which the run began with"
+                )
             if name == "stream":
                 raise UserError(f"{self._run}: the stream's requests are not those that the run began with")
             raise UserError(

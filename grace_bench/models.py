@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 _TINY_MODEL_PARAMETERS = 20_000_000
 # What keys and values are called since transformers 5.24, and before.
 _CACHES = ("cache", "past_key_values")
+_PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"})
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -531,6 +533,37 @@ class EditableModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of all weights and buffers, taken when first asked for and kept; the name of the unedited model."""
         return hash_tensors(_Weights(self.module))
+
+    @cached_property
+    def config_fingerprint(self) -> str:
+        """SHA-256 of what else decides the answers: the configuration and the tokenizer, if it has any."""
+        config: Any = getattr(self.module, "config", None)
+        parts = {
+            # Only what is no default: another transformers knows other options.
+            "config": _lasting(config.to_diff_dict()) if hasattr(config, "to_diff_dict") else None,
+            "tokenizer": None if self.tokenizer is None else _serialised(self.tokenizer),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration without what differs by where and with what it was loaded; the dtype is told apart by itself."""
+    if not isinstance(config, Mapping):
+        return config
+    return {str(name): _lasting(value) for name, value in config.items() if name not in _PASSING}
+
+
+def _serialised(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    # Every call sets these anew.
+    passing = ("truncation", "padding")
+    return {
+        **{name: value for name, value in content.items() if name not in passing},
+        "special_tokens": tokenizer.special_tokens_map,
+        "clean_up": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+        "longest": tokenizer.model_max_length,
+    }
 
 
 class _Weights(Mapping[str, Tensor]):

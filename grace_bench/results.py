@@ -125,13 +125,19 @@ class StreamInfo(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """The model of a run."""
+    """The model of a run.
+
+    Attributes:
+        fingerprint: SHA-256 of its weights.
+        config_fingerprint: SHA-256 of its configuration and tokenizer; None where it was not recorded.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     path: str
     fingerprint: str
+    config_fingerprint: str | None = None
     layer: str
     dtype: str
     n_parameters: int

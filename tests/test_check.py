@@ -235,6 +235,32 @@ def test_other_weights_and_other_requests_are_noticed(moved: Path) -> None:
     assert said["order of the candidates"].verdict == "differs"
 
 
+def swap_ids(vocabulary: dict[str, int]) -> None:
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer.json"])
+def test_another_configuration_or_tokenizer_of_the_same_weights_is_noticed(
+    changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(resolve_model("atlas-text").path, tmp_path / "model"))
+    options = ["stream=atlas-text", "editor=none", "max_edits=2", "eval_every=2", "max_upstream=2", "seed=0"]
+    options += ["wandb.mode=disabled", f"model={model}", f"out={tmp_path / 'runs'}"]
+    assert main(["run", *options]) == 0
+    (config,) = (tmp_path / "runs").rglob("config.yaml")
+    run, what = config.parent, "model's configuration and tokenizer"
+    assert check(run)[what].verdict == "same"
+    if changed == "config.json":
+        change_json(model / changed, lambda config: config.update(layer_norm_epsilon=0.01))
+    else:
+        change_json(model / changed, lambda tokenizer: swap_ids(tokenizer["model"]["vocab"]))
+    said = check(run)
+    assert (said["model"].verdict, said[what].verdict) == ("same", "differs")
+    change_json(run / "result.json", lambda result: result["model"].pop("config_fingerprint"))
+    assert check(run)[what].told == "no hash was recorded"
+
+
 def test_what_cannot_be_checked_says_why_and_is_no_success(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(moved.parent / "model")
     (moved.parent / "upstream.jsonl").unlink()

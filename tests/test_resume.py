@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_schema_version_is_refused_and_nothing_is_touche
     for manifest in folder.glob("checkpoint/0*/manifest.json"):
         rewritten(manifest, lambda content: content.update(schema_version=99, news="of a later version"))
     before = {path: path.read_bytes() for path in files_of(folder)}
-    with pytest.raises(UserError, match="schema version 99, this grace-bench reads 3"):
+    with pytest.raises(UserError, match="schema version 99, this grace-bench reads 4"):
         run_facts(folder, task="qa", resume=True)
     assert {path: path.read_bytes() for path in files_of(folder)} == before
 
@@ -212,6 +212,17 @@ def test_a_checkpoint_of_another_configuration_model_or_data_is_refused_and_noth
     with pytest.raises(UserError, match=re.escape(says)):
         run_facts(folder, **{"task": "qa", "resume": True, **changed})
     assert {path: path.read_bytes() for path in files_of(folder)} == before
+
+
+def test_a_checkpoint_of_another_tokenizer_under_the_same_weights_is_refused(
+    run_facts: Callable[..., RunResult],
+    stopped: tuple[Path, dict[str, Any]],
+    word_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(word_tokenizer, "clean_up_tokenization_spaces", True)
+    with pytest.raises(UserError, match="the model's configuration or tokenizer is not that which the run began with"):
+        run_facts(stopped[0], task="qa", resume=True)
 
 
 SMALL = ("stream=toy", "max_edits=12", "eval_every=5", "max_upstream=20", "checkpoint_every=2", "wandb.mode=disabled")
