@@ -286,7 +286,7 @@ def test_real_processes_are_killed_refused_interrupted_and_resumed(
     assert re.match(rf"{folder}: resumed at \d+ edits", said)
     assert re.search(r"grace-bench: interrupted at \d+ edits; `grace-bench resume \S+` goes on\n$", err)
     assert main(["run", *options, f"out={out}"]) == 2
-    assert f"`grace-bench resume {folder}` goes on with it" in capfd.readouterr().err
+    assert f"`grace-bench resume {folder}` or existing=resume goes on with it" in capfd.readouterr().err
     assert main(["resume", str(folder)]) == 0
     found = traces(folder)
     for result in (found["result.json"], expected["result.json"]):
