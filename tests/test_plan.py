@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from grace_bench import planning
 from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.cli import main
 from grace_bench.planning import Forecast, plan_benchmark
@@ -45,6 +46,17 @@ def test_the_time_is_the_sum_of_its_phases_and_within_its_range(planned: tuple[s
     assert 0 < forecast.seconds_low <= forecast.seconds <= forecast.seconds_high < math.inf
     assert 100 < forecast.rss_mb < 100_000
     assert forecast.disk_mb > 0
+
+
+def test_edits_trained_together_are_tried_together_also_where_time_is_left_for_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "_SHARE", 0.0)
+    monkeypatch.setattr(planning, "_LEAST_SECONDS", 0.0)
+    forecasts = {editor: plan_benchmark("atlas-drift", editor=editor, settings=SETTINGS) for editor in ("grace", "ft")}
+    assert {editor: forecast.trial_edits for editor, forecast in forecasts.items()} == {"grace": 12, "ft": 1}
+    monkeypatch.setattr(planning, "_MOST_SECONDS", 0.0)
+    assert plan_benchmark("atlas-drift", editor="grace", settings=SETTINGS).trial_edits == 1, "none takes too long"
 
 
 def test_a_plan_of_one_run_leaves_no_files(

@@ -646,6 +646,15 @@ def test_shrinking_keeps_balls_of_different_labels_apart(
         assert not codebook.contested(points).any()
 
 
+def test_shrinking_keeps_balls_about_opposite_keys_apart_although_float32_hardly_tells_their_angles_apart() -> None:
+    codebook = filled([([1, 0, 0, 0], 0), ([-1, 0, 0, 0], 1)], 3.0, "cosine", overlap="shrink")
+    for how in (PLAIN, BOUNDED):
+        with lookups(how):
+            assert codebook.overlap() == 0.0
+    codebook.radii.fill_(1.0)
+    assert codebook.overlap() == 1.0
+
+
 @each_distance
 @given(edits=_edits, eps=st.sampled_from([0.05, 0.5, 3.0]), seed=st.integers(0, 2**31))
 @_thorough
