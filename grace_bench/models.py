@@ -20,6 +20,7 @@ from grace_bench.encoding import EncodedBatch, last_token
 from grace_bench.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.foreign import check_model_folder
+from grace_bench.pruning import CACHES
 from grace_bench.tasks import Task, get_task
 from grace_bench.types import TaskName
 from grace_bench.zoo import default_layer, resolve_model
@@ -30,8 +31,6 @@ Decision = TypeVar("Decision")
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
-# What keys and values are called since transformers 5.24, and before.
-_CACHES = ("cache", "past_key_values")
 _PASSING = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"})
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
@@ -729,7 +728,7 @@ def _cache_in(values: Any) -> Any:
     """The keys and values among what a forward pass is given or gives, None without."""
     if not isinstance(values, Mapping):
         return None
-    return next((values[name] for name in _CACHES if values.get(name) is not None), None)
+    return next((values[name] for name in CACHES if values.get(name) is not None), None)
 
 
 def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:

@@ -22,6 +22,9 @@ from grace_bench.encoding import IGNORED, EncodedBatch
 
 BlockPruner = Callable[..., Tensor]
 
+CACHES = ("cache", "past_key_values")
+"""What models call their keys and values, since transformers 5.24 and before."""
+
 _FAMILIES: dict[str, BlockPruner] = {}
 _TALL = 8
 """From so many times as many tokens as dimensions on a head is run by columns."""
@@ -79,9 +82,9 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """Returns what a model's forward pass calls its keys and values (transformers renamed it in 5.24), None without."""
+    """Returns what a model's forward pass calls its keys and values, None without."""
     names = inspect.signature(module.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+    return next((name for name in CACHES if name in names), None)
 
 
 def _last_block(module: nn.Module) -> nn.Module | None:
@@ -90,7 +93,7 @@ def _last_block(module: nn.Module) -> nn.Module | None:
 
 
 def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """How the head is run, where its weights are float32 on the CPU and its rows few."""
+    """How the head is run, where its weights are tall, in float32 and on the CPU."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     if type(head) is not nn.Linear or head is layer or head.bias is not None:
         return {}

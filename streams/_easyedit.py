@@ -1,10 +1,10 @@
 """What several data sets have in common in EasyEdit's format."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.streams._lines import Filled
+from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._natural_questions import Answers, flat_texts
 from grace_bench.types import Probe
 
@@ -19,14 +19,26 @@ class Question(BaseModel):
     prompt: Texts
     ground_truth: Answers | None = None
 
-    def probes(self) -> tuple[Probe, ...]:
-        """Returns it as a probe with its first answer; none where the list of answers is empty, as it is at times."""
-        answers = flat_texts(self.ground_truth)
-        return (Probe(prompt=flat_texts(self.prompt)[0], target=answers[0]),) if answers else ()
-
 
 Questions = dict[str, tuple[Question, ...] | None]
 """Lists of questions, by what they ask about."""
+
+
+def answered_probes(record: Record[Any], field: str, asked: Questions) -> list[Probe]:
+    """Returns questions as probes with their first answers, without those whose list of answers is empty.
+
+    Raises:
+        UserError: If a question has no list of answers, naming it.
+    """
+    probes = []
+    for kind, questions in asked.items():
+        for number, question in enumerate(questions or ()):
+            if question.ground_truth is None:
+                record.fail(f"{field}.{kind}[{number}].ground_truth", "is missing")
+            answers = flat_texts(question.ground_truth)
+            if answers:
+                probes.append(Probe(prompt=flat_texts(question.prompt)[0], target=answers[0]))
+    return probes
 
 
 class OneHop(BaseModel):

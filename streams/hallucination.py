@@ -12,7 +12,7 @@ from grace_bench.errors import UserError
 from grace_bench.files import readable
 from grace_bench.options import check_text
 from grace_bench.registry import register_stream
-from grace_bench.streams._easyedit import Questions
+from grace_bench.streams._easyedit import Questions, answered_probes
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
 from grace_bench.types import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
@@ -326,18 +326,12 @@ def _from_wise(record: Record[Any], key: str) -> _Item:
 
 def _from_knowedit(record: Record[Any], key: str) -> _Item:
     value: _KnowEdit = record.value
-    locality: list[Probe] = []
-    for kind, questions in value.locality.items():
-        for number, question in enumerate(questions or ()):
-            if question.ground_truth is None:
-                record.fail(f"locality.{kind}[{number}].ground_truth", "is missing")
-            locality += question.probes()
     request = EditRequest(
         id=key,
         prompt=value.text,
         target=value.labels,
         subject=value.concept if value.concept in value.text else None,
-        locality=tuple(locality),
+        locality=tuple(answered_probes(record, "locality", value.locality)),
         metadata={"about": value.concept},
     )
     return _Item(value.concept.lower(), (request,))

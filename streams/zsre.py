@@ -13,7 +13,7 @@ from grace_bench.options import check_text
 from grace_bench.registry import register_stream
 from grace_bench.requests import rephrased
 from grace_bench.scores import normalize_answer
-from grace_bench.streams._easyedit import OneHop, Questions, Texts
+from grace_bench.streams._easyedit import OneHop, Questions, Texts, answered_probes
 from grace_bench.streams._lines import Filled, Record, validate
 from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source, recognised
@@ -331,12 +331,6 @@ def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
         locality.append(_locality(value.locality_prompt, value.locality_ground_truth))
     for questions in value.locality.values():
         locality += [_locality(flat_texts(question.prompt)[0], question.ground_truth) for question in questions or ()]
-    portability: list[Probe] = []
-    for kind, questions in value.portability.items():
-        for number, question in enumerate(questions or ()):
-            if question.ground_truth is None:
-                record.fail(f"portability.{kind}[{number}].ground_truth", "is missing")
-            portability += question.probes()
     return EditRequest(
         id=name,
         prompt=value.prompt,
@@ -344,7 +338,7 @@ def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
         subject=_within(value.prompt, value.subject),
         rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
         locality=tuple(locality),
-        portability=tuple(portability),
+        portability=tuple(answered_probes(record, "portability", value.portability)),
         metadata={"ground_truth": list(flat_texts(value.ground_truth))},
     )
 
