@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grace_bench.editors.codebook import Codebook
 from grace_bench.encoding import EncodedBatch
-from grace_bench.failures import loss_failure
+from grace_bench.failures import loss_failure, size_failure
 from grace_bench.models import EditableModel, LayerCall, Replacement
 
 
@@ -66,8 +66,8 @@ class ValueTraining:
         """Trains the values of B different entries, each on its own row of the batch, as if alone.
 
         Adam works element by element, so values that share an optimiser have moments of their own. A row that its
-        entry does not answer leaves the value as it is, and so does one whose loss or value is at any step no finite
-        number, the loss after the last step included.
+        entry does not answer leaves the value as it is, and so does one whose loss is at any step no finite number, the
+        loss after the last step included, and one whose value is none or has exploded.
 
         Args:
             entries: The entries.
@@ -79,6 +79,7 @@ class ValueTraining:
         """
         assert encoded.labels is not None
         values = self._codebook.values[list(entries)].clone().requires_grad_()
+        before = values.detach().abs().amax(dim=1)
         optimizer = torch.optim.Adam([values], lr=self._lr)
         losses: list[Tensor] = []
         answered = torch.tensor(answering, device=values.device)
@@ -98,9 +99,9 @@ class ValueTraining:
                 losses.append(self._model.task.row_losses(repeated(), repeated.batch))
         finally:
             self._trained = None
-        is_finite = values.detach().isfinite().all(dim=1).to(losses[0])
-        *history, finite = torch.stack([*losses, is_finite]).tolist()
-        trainings = [_training(each, bool(flag)) for *each, flag in zip(*history, finite, strict=True)]
+        after = values.detach().abs().amax(dim=1)
+        history = torch.stack([*losses, before.to(losses[0]), after.to(losses[0])])
+        trainings = [_training(row[:-2], *row[-2:]) for row in history.T.tolist()]
         sound = [row for row, training in enumerate(trainings) if training.failed is None]
         self._codebook.values[[entries[row] for row in sound]] = values.detach()[sound]
         return trainings
@@ -113,8 +114,8 @@ class ValueTraining:
         return call.replace(values, trained.is_answered, self._replacement)
 
 
-def _training(losses: Sequence[float], is_finite: bool) -> Training:
-    """What became of a value with these losses, the last of them taken after the last step."""
+def _training(losses: Sequence[float], before: float, after: float) -> Training:
+    """What became of a value with these losses, the last of them taken after the last step, and largest entries."""
     failures = (loss_failure(loss, n_steps) for n_steps, loss in enumerate(losses))
     failed = next((failure for failure in failures if failure is not None), None)
-    return Training(losses[:-1], failed if failed is not None or is_finite else "the value is not finite")
+    return Training(losses[:-1], failed or size_failure("the value", before, after))

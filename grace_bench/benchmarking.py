@@ -33,6 +33,7 @@ from grace_bench.runner import Run, Schedule, seed_everything
 from grace_bench.strategy import EditorStrategy
 from grace_bench.tasks import get_task
 from grace_bench.types import EditRequest, EditStream, Progress
+from grace_bench.zoo import resolve_model
 
 _MOST_UPSTREAM = 4096
 """So many activations are enough to estimate a covariance from; they are held at once."""
@@ -213,6 +214,7 @@ def run_benchmark(
                 path=opened.path,
                 fingerprint=fingerprint,
                 config_fingerprint=editable.config_fingerprint,
+                files=opened.files,
                 layer=editable.layer_name,
                 dtype=str(editable.dtype).removeprefix("torch."),
                 n_parameters=sum(parameter.numel() for parameter in editable.module.parameters()),
@@ -313,12 +315,14 @@ class Opened:
         benchmark: The stream's requests.
         model: The model, with the stream's task.
         path: What the model was loaded from; empty for one that was given.
+        files: SHA-256 of the files in the folder it was loaded from; None if there is none.
     """
 
     stream: EditStream
     benchmark: EditBenchmark
     model: EditableModel
     path: str
+    files: str | None
 
 
 def open_benchmark(
@@ -355,6 +359,7 @@ def open_benchmark(
         label_names=benchmark.data.label_names,
     )
     path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
+    files = None
     if isinstance(model, EditableModel):
         editable = model
         editable.task = task
@@ -362,10 +367,11 @@ def open_benchmark(
         editable = EditableModel.from_pretrained(
             path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map
         )
+        files = resolve_model(path).content_hash()
     editable.engine = make_engine(settings.engine, editable, memory_mb=settings.engine_memory_mb)
     torch.set_num_threads(pick_threads(editable, settings.threads))
     benchmark = fitted(benchmark, source, editable, seed=settings.seed, split=settings.split)
-    return Opened(source, benchmark, editable, path)
+    return Opened(source, benchmark, editable, path, files)
 
 
 def fitted(

@@ -13,6 +13,7 @@ from typing import NoReturn
 from grace_bench.credentials import refuse_secrets, without_secrets
 from grace_bench.errors import RunFailure, UserError
 from grace_bench.formats import on_one_line, visible
+from grace_bench.lasting import LastingStream, close_output
 
 _RUN_HELP = """usage: grace-bench run [-m] [option=value ...]
 
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         sys.excepthook = _show_traceback
+        sys.stderr = LastingStream(sys.stderr)  # type: ignore[assignment]
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Loading reports and download bars would drown the one line that says what is wrong.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
@@ -119,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grace-bench: {on_one_line(str(interrupt)) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        close_output()
         return 0
 
 

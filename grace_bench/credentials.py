@@ -7,10 +7,14 @@ refused there, and taken out of what an error says.
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from grace_bench.errors import UserError
 
-_VARIABLE = re.compile(r"(?:.*_)?(?:TOKEN|(?:API)?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE)", re.IGNORECASE)
+_VARIABLE = re.compile(
+    r".*(?:TOKEN|APIKEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS)|(?:.*_)?(?:KEY|CREDENTIALS?)|.+_(?:PAT|PWD)",
+    re.IGNORECASE,
+)
 # Tokenizers have a mask_token and the like, which are no secrets.
 _OPTION = re.compile(
     r"(?:.*\.)?(?:(?:(?:api|auth|access|hf|hub|wandb)_)?token|\w*(?:secret|password|passwd|passphrase|"
@@ -19,7 +23,7 @@ _OPTION = re.compile(
 )
 # Taken from the environment, as in `export KEY=$KEY`, it is not told.
 _ASSIGNMENT = re.compile(
-    r"\b(?:[A-Z0-9_]*_)?(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|PASSWORD|PASSWD)[=:]\s*['\"]?[^\s'\"$]"
+    r"\b[A-Z0-9_]*(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|_PAT|_PWD)[=:]\s*['\"]?[^\s'\"$]"
 )
 _URL_USER = re.compile(r"(?<=://)[^/\s@:'\"]*:[^/\s@'\"]+(?=@)")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -31,8 +35,9 @@ _HIDDEN = "***"
 def refuse_secrets(place: str, texts: Iterable[str]) -> None:
     """Makes sure that texts which results will carry hold no secret.
 
-    A secret is the value of an environment variable whose name ends in TOKEN, KEY, SECRET or PASSWORD, a password in
-    a URL, a token of the Hugging Face hub, and what an option or a variable of such a name is set to.
+    A secret is the value of an environment variable whose name ends in TOKEN, KEY, SECRET, PASSWORD and the like unless
+    it is a file or folder, a password in a URL, a token of the Hugging Face hub, and what an option or a variable of
+    such a name is set to.
 
     Args:
         place: What the texts are, for the message.
@@ -69,4 +74,12 @@ def without_secrets(text: str) -> str:
 def _environment() -> Iterator[tuple[str, str]]:
     """The variables of the environment that hold a secret, the longest first: one may be a part of another."""
     found = [item for item in os.environ.items() if _VARIABLE.fullmatch(item[0]) and len(item[1]) >= _SHORTEST]
-    yield from sorted(found, key=lambda item: -len(item[1]))
+    yield from sorted((item for item in found if not _is_path(item[1])), key=lambda item: -len(item[1]))
+
+
+def _is_path(value: str) -> bool:
+    """Whether a variable says where a secret lies, or which folder one stands in, rather than what it is."""
+    try:
+        return Path(value).is_absolute() and Path(value).exists()
+    except (OSError, ValueError):  # No name for a file.
+        return False

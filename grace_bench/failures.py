@@ -1,5 +1,6 @@
 """Edits gone wrong: which errors are an editor's on one request, and which losses end an edit."""
 
+import errno
 import math
 import random
 
@@ -7,26 +8,41 @@ import numpy as np
 import torch
 from torch import nn
 
+from grace_bench.credentials import without_secrets
 from grace_bench.errors import EditFailure, RunFailure, UserError, reason_of
 
-# The next edit would meet them too: the user's mistakes, no memory, no disk, a device that has stopped working.
-_NOT_OF_ONE_EDIT = (UserError, RunFailure, MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+# The next edit would meet them too: the user's mistakes, no memory, a device that has stopped working.
+_NOT_OF_ONE_EDIT = (UserError, RunFailure, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+# So would a disk or a machine that gives no more; other errors of the system, such as a server that does not answer an
+# editor, are of one edit.
+_EXHAUSTED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+)
+_LARGEST = 1e6
+"""No weight or activation of a model that works is larger, and grew to that by a thousand times in one edit."""
+_MOST_GROWTH = 1e3
 
 
 def reason_of_failure(error: Exception) -> str | None:
     """Returns in one line why an edit failed that ended in an error; None if no single edit is to blame for that.
+
+    What the line says is kept and shown, so secrets are taken out of it.
 
     >>> reason_of_failure(ZeroDivisionError("division by zero"))
     'ZeroDivisionError: division by zero'
     >>> reason_of_failure(MemoryError()) is None
     True
     """
+    reason = without_secrets(reason_of(error))
     if isinstance(error, EditFailure):
-        return reason_of(error)
+        return reason
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        return None
     # Out of memory on the CPU is a plain RuntimeError to torch.
     if isinstance(error, _NOT_OF_ONE_EDIT) or "can't allocate memory" in str(error):
         return None
-    name, reason = type(error).__name__, reason_of(error)
+    name = type(error).__name__
     return name if reason == name else f"{name}: {reason}"
 
 
@@ -41,6 +57,25 @@ def loss_failure(loss: float, n_steps: int) -> str | None:
     if math.isfinite(loss):
         return None
     return f"the loss is {loss} after {n_steps} {'step' if n_steps == 1 else 'steps'}"
+
+
+def size_failure(what: str, before: float, after: float) -> str | None:
+    """Returns what is wrong with numbers that an edit trained, by the largest magnitude among them before and after.
+
+    They have exploded if they are no finite numbers, or larger than a million after growing by a thousand times.
+
+    >>> size_failure("the value", 0.5, 1e30)
+    'the value exploded (largest entry 0.5 before, 1e+30 after)'
+    >>> size_failure("the value", 0.5, math.inf)
+    'the value is not finite'
+    >>> size_failure("the value", 0.5, 400.0) is None
+    True
+    """
+    if not math.isfinite(after):
+        return f"{what} is not finite" if math.isfinite(before) else None
+    if after > max(_LARGEST, _MOST_GROWTH * before):
+        return f"{what} exploded (largest entry {before:.3g} before, {after:.3g} after)"
+    return None
 
 
 def check_loss(loss: float, n_steps: int) -> None:

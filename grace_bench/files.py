@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file under another name, makes sure it is on disk, and renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.partial")
     write_synced(partial, text.encode())
     partial.replace(path)
@@ -70,6 +71,16 @@ def name_aside(path: Path) -> Path:
     stamp = f".{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
     return next(name for name in map(path.with_name, names) if not name.exists())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, and makes sure that their names are on disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        # Names can be made in a folder that does not tell which it has.
+        with suppress(PermissionError):
+            sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

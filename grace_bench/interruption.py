@@ -2,15 +2,25 @@
 
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform != "win32":
+    # The terminal is gone.
+    _SIGNALS.append(signal.SIGHUP)
+
+
+_STOPPING = b"grace-bench: stopping as soon as the edit or evaluation at hand is done; again stops at once\n"
 
 
 class Interruption:
-    """While the context lasts, the first SIGINT or SIGTERM only asks for the end; the second ends everything at once.
+    """While the context lasts, the first signal that ends programs only asks for the end; the second ends them at once.
+
+    These are SIGINT, SIGTERM and SIGHUP, the last unless it is ignored, as under `nohup`.
 
     Before the first checkpoint there is nothing to wait for, so the first signal does. Outside the main thread, where
     Python lets nobody handle signals, nothing changes.
@@ -27,7 +37,8 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            handled = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
+            self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,4 +51,9 @@ class Interruption:
             raise KeyboardInterrupt
         self.is_asked = True
         # What the signal interrupted may have been printing, which cannot be begun again.
-        os.write(2, b"grace-bench: stopping as soon as the edit or evaluation at hand is done; again stops at once\n")
+        with suppress(OSError):  # A terminal that is gone takes no text.
+            os.write(2, _STOPPING)
+
+
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from grace_bench.benchmark import fingerprint_requests
 from grace_bench.benchmarking import RunSettings, meta_train, model_slug, run_benchmark
+from grace_bench.checkpoint import FOLDER as CHECKPOINTS
 from grace_bench.config import (
     check_options,
     config_hash,
@@ -38,7 +39,7 @@ from grace_bench.errors import MISFITS, RunFailure, UserError, did_you_mean, rea
 from grace_bench.files import name_aside, write_atomically
 from grace_bench.foreign import check_run_folder
 from grace_bench.formats import on_one_line
-from grace_bench.lock import FolderLock
+from grace_bench.lock import LOCK_FILES, FolderLock
 from grace_bench.loggers.progress import ProgressLogger
 from grace_bench.loggers.wandb import WandbLogger
 from grace_bench.presets import take_presets
@@ -57,14 +58,9 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, Recursion
 
 _FAILURE = "error.json"
 _FILES = ("config.yaml", "edits.jsonl", "metrics.jsonl", "predictions.parquet", "result.json", _FAILURE)
-_FOLDERS = ("checkpoint", "editor", "wandb")
+_FOLDERS = (CHECKPOINTS, "editor", "wandb")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _raise_first(failures: Sequence[UserError]) -> None:
-    if failures:
-        others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
-        raise UserError(f"{failures[0]}{others}")
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def foresee(config: DictConfig, *, started: float) -> "Forecast":
@@ -128,7 +124,7 @@ def execute(config: DictConfig, *, say: Say, console: Console | None = None) -> 
     Raises:
         UserError: If the folder holds an unfinished run that is not to be resumed, another process is at work on it, or
             the configuration asks for what cannot be.
-        RunFailure: If the disk takes no more.
+        RunFailure: If the disk takes no more, or the folder cannot be written to any more.
     """
     return _execute_in(folder_of(config), config, say=say, console=console)
 
@@ -142,10 +138,10 @@ def resume(folders: Sequence[Path], *, say: Say) -> None:
 
     Raises:
         UserError: If a folder holds no run, or one that cannot go on; the others are carried out all the same.
-        RunFailure: If the disk takes no more.
+        RunFailure: If one fails for a known reason; so are the others then.
     """
     register_configs(())
-    failures: list[UserError] = []
+    failures: list[UserError | RunFailure] = []
     for folder in folders:
         try:
             config = read_config(folder / "config.yaml")
@@ -153,9 +149,13 @@ def resume(folders: Sequence[Path], *, say: Say) -> None:
             if re.fullmatch(r"[0-9a-f]{8}-s\d+", folder.name) and folder.name != expected:
                 raise UserError(f"{folder / 'config.yaml'}: was changed since the run began (it is of {expected} now)")
             _execute_in(folder, config, say=say, console=None)
-        except UserError as error:
+        except (UserError, RunFailure) as error:
             failures.append(error)
-    _raise_first(failures)
+    if failures:
+        # What is nobody's mistake is what a script has to hear of.
+        first = next((failure for failure in failures if isinstance(failure, RunFailure)), failures[0])
+        others = f" (and {len(failures) - 1} more of the runs)" if len(failures) > 1 else ""
+        raise type(first)(f"{first}{others}")
 
 
 def _expected(config: DictConfig, path: Path) -> str:
@@ -177,15 +177,18 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
         try:
             if config.existing != "rerun":
                 _refuse_others(folder)
-                finished = _finished(folder, stream, say)
+                finished = _finished(folder, stream, asked["model"])
                 if finished is not None:
+                    _tidy(folder)
+                    say(f"finished before, reused: {folder}")
                     return finished
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
             stack.enter_context(FolderLock(folder))
             # Another process may have had it until now.
-            finished = _finished(folder, stream, say)
+            finished = _finished(folder, stream, asked["model"])
             if finished is not None:
+                say(f"finished before, reused: {folder}")
                 return finished
             is_new = _begin(folder, config, say)
         except OSError as error:
@@ -208,10 +211,11 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
                 raise
             if not isinstance(error, UserError):
                 record_failure(folder, error)
-            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            if isinstance(error, OSError) and error.errno in (*_DISK_FULL, *_NOT_WRITABLE):
+                need = "with room" if error.errno in _DISK_FULL else "once that is mended"
                 raise RunFailure(
-                    f"{folder}: {error.strerror}; what was kept before is whole: with room, `grace-bench resume "
-                    f"{folder}` goes on"
+                    f"{error.filename or folder}: {error.strerror}; what was kept before is whole: {need}, "
+                    f"`grace-bench resume {folder}` goes on"
                 ) from error
             raise
     say(summary(result, folder))
@@ -362,15 +366,39 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
-def _finished(folder: Path, stream: Any, say: Say) -> RunResult | None:
-    """Returns the finished run in a folder, if there is one, and says that it is reused."""
+def _finished(folder: Path, stream: Any, model: str) -> RunResult | None:
+    """Returns the finished run in a folder, if there is one.
+
+    Raises:
+        UserError: If its stream or model is another by now.
+    """
     if not (folder / "result.json").is_file():
         return None
     result = read_result(folder / "result.json")
     if result.stream.fingerprint != fingerprint_requests(stream.load()):
         raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts anew")
-    say(f"finished before, reused: {folder}")
+    if result.model.files is not None and _files_of(model) not in (None, result.model.files):
+        raise UserError(
+            f"{folder}: was made with other files of model={model}; existing=rerun sets it aside and starts anew"
+        )
     return result
+
+
+def _files_of(model: str) -> str | None:
+    """The hash of a model's files; None if they are not here, when a finished run says nothing that they deny."""
+    try:
+        return resolve_model(model).content_hash()
+    except (OSError, UserError):
+        return None
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a process that was killed right after its result had no time to, if nobody is at work there."""
+    leftovers = [name for name in (CHECKPOINTS, *LOCK_FILES) if (folder / name).exists()]
+    with suppress(OSError, UserError):
+        if leftovers:
+            with FolderLock(folder):
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> Path:

@@ -4,15 +4,19 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from filelock import FileLock, Timeout
 
 from grace_bench.errors import UserError
+from grace_bench.files import make_folder
 
 _LOCK = ".lock"
 _OWNER = ".owner.json"
+LOCK_FILES = (_OWNER, _LOCK)
+"""What a process at work on a run folder has there; one that was killed leaves them."""
 
 
 class FolderLock:
@@ -35,7 +39,7 @@ class FolderLock:
             UserError: If another process has it, naming that one.
             OSError: If the folder cannot be made or written to.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         owner = self._folder / _OWNER
         try:
             self._lock.acquire()
@@ -51,8 +55,10 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         # While the lock is held: a process that waits for it sees that the file it opened is gone.
-        for name in (_OWNER, _LOCK):
-            (self._folder / name).unlink(missing_ok=True)
+        for name in LOCK_FILES:
+            # Where nothing can be removed any more, what ended the run is what the user is to hear of.
+            with suppress(OSError):
+                (self._folder / name).unlink(missing_ok=True)
         self._lock.release()
 
     def rename(self, target: Path) -> None:

@@ -130,6 +130,7 @@ class ModelInfo(BaseModel):
     Attributes:
         fingerprint: SHA-256 of its weights.
         config_fingerprint: SHA-256 of its configuration and tokenizer; None where it was not recorded.
+        files: SHA-256 of the files in its folder; None for one of the hub, and where it was not recorded.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -138,6 +139,7 @@ class ModelInfo(BaseModel):
     path: str
     fingerprint: str
     config_fingerprint: str | None = None
+    files: str | None = None
     layer: str
     dtype: str
     n_parameters: int

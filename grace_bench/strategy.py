@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from grace_bench.benchmark import EditExperience, EvalExperience
 from grace_bench.checkpoint import copied
+from grace_bench.credentials import without_secrets
 from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import MISFITS, EditFailure, UserError
-from grace_bench.failures import ModelModes, RandomState, reason_of_failure
+from grace_bench.failures import ModelModes, RandomState, reason_of_failure, size_failure
 from grace_bench.files import readable, write_synced
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.results import EditRecord, first_error
@@ -286,7 +287,7 @@ class EditorStrategy(BaseTemplate, ABC):
     def changing_state(self) -> State:
         """Returns the part of `state_dict` that edits may change, all of it unless an editor says less.
 
-        After an edit all of its tensors are to be finite.
+        After an edit its tensors are to be finite, and none may have exploded (`failures.size_failure`).
         """
         return self.state_dict()
 
@@ -533,11 +534,11 @@ class EditorStrategy(BaseTemplate, ABC):
             EditFailure: Saying why it could not be made.
         """
         undo, random_state, n_waiting = self.undo_point(), RandomState(self.model.device), self.n_pending
-        modes = ModelModes(self.model.module)
+        modes, sizes = ModelModes(self.model.module), self._largest_entries()
         try:
             outcome = self.edit(batch)
             modes.restore_training()
-            failure = outcome.failed or self._failure_of(outcome, batch)
+            failure = outcome.failed or self._failure_of(outcome, batch, sizes)
             if failure is not None:
                 raise EditFailure(failure)
         except Exception as error:
@@ -545,23 +546,27 @@ class EditorStrategy(BaseTemplate, ABC):
             undo()
             random_state.restore()
             reason = reason_of_failure(error)
-            if reason is None or isinstance(error, EditFailure):
+            if reason is None:
                 raise
             raise EditFailure(reason) from error
         if not n_waiting:
             self._undo_waiting = undo
         return outcome
 
-    def _failure_of(self, outcome: EditOutcome, batch: EditBatch) -> str | None:
-        """Says what of a finished edit is no finite number; None if all is."""
+    def _largest_entries(self) -> dict[str, float]:
+        """The largest magnitude in each tensor that edits may change, by name."""
+        return {name: _largest(tensor) for name, tensor in split_state(self.changing_state())[0].items()}
+
+    def _failure_of(self, outcome: EditOutcome, batch: EditBatch, sizes: Mapping[str, float]) -> str | None:
+        """Says what of a finished edit is no finite number or has exploded since it had these sizes; None if all is."""
         losses = {
             "at the first step": outcome.loss_first,
             "at the last step": outcome.loss,
             "after the edit": outcome.loss_after,
         }
-        state, _ = split_state(self.changing_state())
+        after = self._largest_entries()
         if (
-            state
+            after
             and outcome.loss_after is None
             and all(loss is None or math.isfinite(loss) for loss in losses.values())
         ):
@@ -569,11 +574,8 @@ class EditorStrategy(BaseTemplate, ABC):
         for when, loss in losses.items():
             if loss is not None and not math.isfinite(loss):
                 return f"the loss is {loss} {when}"
-        for name, tensor in state.items():
-            untouched = self._untouched.get(name.removeprefix("weights."))
-            if not _is_finite(tensor) and (untouched is None or _is_finite(untouched)):
-                return f"{name} is not finite after the edit"
-        return None
+        failures = (size_failure(name, sizes.get(name, 0.0), size) for name, size in after.items())
+        return next((f"{failure} after the edit" for failure in failures if failure is not None), None)
 
     @torch.no_grad()
     def _loss(self, batch: EditBatch) -> float:
@@ -598,7 +600,10 @@ class EditorStrategy(BaseTemplate, ABC):
                 raise
             raise EditFailure(reason) from error
         modes.restore_training()
-        return outcomes
+        return [
+            outcome if outcome.failed is None else replace(outcome, failed=without_secrets(outcome.failed))
+            for outcome in outcomes
+        ]
 
     def _finish_all(self) -> Sequence[EditOutcome]:
         """Finishes what waits, outside a run, where nobody makes edits again that were taken back with a failed one.
@@ -657,8 +662,10 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             parameter.grad = None
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+def _largest(tensor: Tensor) -> float:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(tensor, math.inf))
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from grace_bench.errors import UserError, did_you_mean, reason_of
-from grace_bench.files import readable
+from grace_bench.files import hash_file, readable
 from grace_bench.registry import STREAMS
 
 MODELS_FOLDER = Path("models")
@@ -125,6 +127,15 @@ class ModelSource:
         if self.tokenizer is None:
             return weights, str(folder)
         return weights, str(self._download(self.tokenizer, None, _TOKENIZER_FILES))
+
+    def content_hash(self) -> str | None:
+        """Returns the SHA-256 of the names and contents of the files in a model's folder; None for one of the hub."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return None
+        patterns = (*_WEIGHT_FILES, *_TOKENIZER_FILES)
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        return _hash_of_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
     def _download(self, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
         from huggingface_hub import HfApi, snapshot_download
@@ -260,6 +271,12 @@ def last_projections(module: Any) -> list[str]:
         if numbered is not None and weight is not None and weight.dim() == 2:
             projections.setdefault(numbered[1], {})[int(numbered[2])] = path
     return [path for _, path in sorted(next(iter(projections.values()), {}).items())]
+
+
+@cache
+def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The SHA-256 of files with their sizes and times, taken once for all runs of a sweep."""
+    return sha256("".join(f"{path.name}:{hash_file(path)};" for path, *_ in files).encode()).hexdigest()
 
 
 def _checkpoints() -> Path:

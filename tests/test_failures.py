@@ -1,6 +1,7 @@
 """An edit that goes wrong is recorded with its reason, and everything after it is as if it had never been asked for."""
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -442,7 +443,9 @@ def test_a_loss_that_is_no_number_fails_the_edit_of_an_editor_that_keeps_no_tens
 # --- what ends a run, and what does not ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), UserError("no"), OSError("no")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), UserError("no"), OSError(errno.ENOSPC, "no")], ids=repr
+)
 def test_what_no_single_edit_is_to_blame_for_ends_the_run_and_is_taken_back_too(
     error: Exception, make_model: MakeModel, make_requests: MakeRequests, make_editor: MakeEditor
 ) -> None:
@@ -459,6 +462,69 @@ def test_what_no_single_edit_is_to_blame_for_ends_the_run_and_is_taken_back_too(
         with pytest.raises(type(error)):
             editor.train(EditExperience(request), eval_streams=[])
         assert all(torch.equal(value, editor.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("no answer"), FileNotFoundError(errno.ENOENT, "gone"), OSError("no")], ids=repr
+)
+def test_an_error_of_the_system_that_the_next_edit_need_not_meet_is_of_one_edit(
+    error: OSError, make_model: MakeModel, make_editor: MakeEditor
+) -> None:
+    class Asking(EDITORS.get("none")):  # type: ignore[misc]
+        """Asks a server for every edit."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            raise error
+
+    with (
+        make_editor("none", make_model("classification"), cls=Asking) as editor,
+        pytest.raises(EditFailure, match=type(error).__name__),
+    ):
+        editor.edit_text("what is the capital of Kazakhstan", 1)
+
+
+@pytest.mark.parametrize("how", ["raises", "fails", "returns", "at flush"])
+def test_the_reason_of_a_failed_edit_tells_no_secret(
+    how: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_PAT", "fake-secret-of-a-server")
+    told = "401 for fake-secret-of-a-server"
+
+    class Asking(EDITORS.get("none")):  # type: ignore[misc]
+        """Asks a server, and repeats what that says."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            if how == "raises":
+                raise RuntimeError(told)
+            if how == "fails":
+                raise EditFailure(told)
+            return EditOutcome(failed=told if how == "returns" else None)
+
+        def flush(self) -> Sequence[EditOutcome]:
+            return [EditOutcome(failed=told)]
+
+    with Asking(model=make_model("classification")) as editor, pytest.raises(EditFailure) as failure:
+        editor.edit_text("what is the capital of Kazakhstan", 1)
+    assert str(failure.value).endswith("401 for ***")
+
+
+@each_editor
+def test_a_learning_rate_out_of_all_bounds_is_recorded_on_every_edit(
+    name: str, make_editor: MakeEditor, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    """Adam moves a number by the rate, so after three steps it is huge, and finite."""
+    if name in ("none", "mend", "rome"):
+        pytest.skip("its updates are none, of networks that were trained before, or in closed form")
+    task = EDITORS.get(name).supported_tasks[0]
+    recorder = Recorder()
+    evaluator = EvaluationPlugin(loggers=[recorder], collect_all=False)
+    with make_editor(name, make_model(task), evaluator=evaluator, n_iter=3, lr=1e9) as editor:
+        records, state, metrics = carried_out(editor, make_requests(task)[:4], recorder)
+    edited = [record for record in records if record["edited"]]
+    assert edited
+    assert metrics["n_failed"] == len(edited)
+    assert all("exploded (largest entry" in record["failed"] for record in edited), edited
+    assert all(float(value.abs().max()) < 1e6 for value in state.values() if isinstance(value, Tensor) and len(value))
 
 
 def test_a_loop_without_a_run_is_told_of_a_value_that_failed() -> None:
@@ -495,7 +561,12 @@ def test_a_strict_run_stops_at_each_failed_edit_and_resumes_to_what_it_would_hav
         "grace-bench: strict=true: edit 1 (request 'edit/23') failed: the prompt is one token, so replace_prompt has "
         f"nothing to overwrite; `grace-bench resume {folder}` goes on without it"
     )
-    assert [cli("resume", str(folder))[0] for _ in range(3)] == [1, 1, 0]
+    (whole / "result.json").rename(tmp_path / "result.json")
+    code, out, err = cli("resume", str(folder), str(whole))
+    assert code == 1
+    assert (whole / "result.json").exists(), "those after one that stops are carried out all the same"
+    (tmp_path / "result.json").replace(whole / "result.json")
+    assert [cli("resume", str(folder))[0] for _ in range(2)] == [1, 0]
     for name in ("metrics.jsonl", "predictions.parquet"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     lines = [

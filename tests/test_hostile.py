@@ -623,6 +623,12 @@ SECRETS = {
     "DATABASE_PASSWORD": "fake-password-04",
     "SOME_SERVICE_SECRET": "fake-secret-05",
     "OPENAI_APIKEY": "fake-key-06",
+    "PGPASSWORD": "fake-password-10",
+    "GITHUBTOKEN": "fake-token-11",
+    "GITHUB_PAT": "fake-token-12",
+    "DB_PASS": "fake-password-13",
+    "MYSQL_PWD": "fake-password-14",
+    "GOOGLE_CREDENTIALS": "{fake: credentials-15}",
 }
 PROXY = "http://someone:fake-proxy-07@127.0.0.1:9"
 IN_REMOTE = "fake-remote-08"
@@ -711,6 +717,7 @@ def with_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         "hydra.launcher.ray.init.runtime_env={env_vars:{WANDB_API_KEY:fake-one}}",
         "hydra.launcher.ray.init.runtime_env.env_vars.HF_TOKEN=fake-one",
         "hydra.launcher.setup=['export HF_TOKEN=fake-one']",
+        "hydra.launcher.setup=['export PGPASSWORD=fake-one']",
         "hydra.launcher.ray.init.address=ray://someone:fake-one@host:1",
         "model=hf_fakefakefakefakefakefakefakefake99",
     ],
@@ -734,6 +741,17 @@ def test_a_secret_on_the_command_line_is_refused_and_not_repeated(
 )  # fmt: skip
 def test_what_only_looks_like_a_secret_is_let_through(setting: str) -> None:
     refuse_secrets("the command", [setting])
+
+
+def test_where_a_secret_lies_and_where_one_stands_are_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key.json").touch()
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    monkeypatch.setenv("WORK_PWD", str(tmp_path))
+    monkeypatch.setenv("OLDPWD", "/nowhere/at/all")
+    for setting in (f"out={tmp_path}/runs", f"stream.path={tmp_path / 'key.json'}", "out=/nowhere/at/all/runs"):
+        refuse_secrets("the command", [setting])
 
 
 @pytest.mark.usefixtures("with_secrets")

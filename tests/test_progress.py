@@ -1,8 +1,12 @@
 """What the terminal and a log hear of a run: a bar that ends full, or one readable line an evaluation."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +141,21 @@ def test_a_run_that_fails_leaves_the_bar_where_it_was() -> None:
     frames = [frame for frame in re.split(r"[\r\n]+", file.getvalue()) if " on toy" in frame]
     assert "2/6" in frames[-1]
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_tells(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "grace_bench", "run", "stream=toy", "editor=none", "max_edits=3", "eval_every=1"]
+    done = subprocess.run([*command, "wandb.mode=disabled", f"out={tmp_path}"], stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert b"none on toy: TRR" in done.stdout
+    assert len(list(tmp_path.rglob("result.json"))) == 1
+
+
+def test_a_reader_that_has_read_enough_is_no_failure() -> None:
+    listing = subprocess.Popen([sys.executable, "-m", "grace_bench", "list"], stdout=subprocess.PIPE)
+    assert listing.stdout is not None
+    listing.stdout.close()
+    assert listing.wait(timeout=60) == 0

@@ -21,6 +21,7 @@ from avalanche.evaluation.metric_results import MetricValue
 from grace_bench import Schedule
 from grace_bench.cli import main
 from grace_bench.errors import UserError
+from grace_bench.interruption import Interruption
 from grace_bench.loggers import RunLogger
 from grace_bench.registry import EDITORS
 from grace_bench.results import RunResult
@@ -50,7 +51,7 @@ class Dies(RunLogger):
         if self._left == 0:
             if not self._by_signal:
                 raise KilledError
-            os.kill(os.getpid(), random.choice([signal.SIGINT, signal.SIGTERM]))
+            os.kill(os.getpid(), random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
 
 
 def traces(folder: Path) -> dict[str, Any]:
@@ -340,6 +341,34 @@ def test_existing_resume_says_of_each_run_of_a_sweep_what_became_of_it(
     captured = capsys.readouterr()
     assert f"finished before, reused: {finished}" in captured.out
     assert captured.err == f"grace-bench: {tmp_path / 'nothing' / 'config.yaml'}: No such file or directory\n"
+
+
+def test_what_a_process_left_that_was_killed_right_after_its_result_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, "editor=none", f"out={tmp_path}"]
+    assert main(["run", *options]) == 0
+    folder = folder_in(tmp_path)
+    before = {path: path.read_bytes() for path in files_of(folder)}
+    (folder / "checkpoint" / "000001").mkdir(parents=True)
+    for name in (".lock", ".owner.json"):
+        (folder / name).write_text("")
+    capsys.readouterr()
+    assert main(["run", *options]) == 0
+    assert capsys.readouterr().out == f"finished before, reused: {folder}\n"
+    assert {path: path.read_bytes() for path in files_of(folder)} == before
+    assert not (folder / "checkpoint").exists()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            interruption.can_wait = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.is_asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_in_wandb_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,7 @@ from grace_bench.runner import Run
 from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.tasks import Completion
 from grace_bench.types import Probe, StreamData, StreamMetadata
+from grace_bench.zoo import resolve_model
 
 # A point is one position, so there is nothing before it to replace.
 GRACE = partial(EDITORS.get("grace"), replacement="replace_last", eps_init=0.3)
@@ -626,6 +628,21 @@ def test_a_file_that_changed_since_the_finished_run_is_refused_and_can_be_run_an
     assert execute(own_requests(path, out), say=said.append) == second
     (aside,) = (entry for entry in folder.parent.iterdir() if entry != folder)
     assert read_result(aside / "result.json") == first
+
+
+def test_a_finished_run_is_not_reused_for_a_model_whose_files_changed(tmp_path: Path) -> None:
+    path, out, model = tmp_path / "r.jsonl", tmp_path / "runs", tmp_path / "model"
+    write_requests(path, [point(0)])
+    shutil.copytree(resolve_model("toy").path, model)
+    said: list[str] = []
+    first = execute(own_requests(path, out, f"model={model}"), say=said.append)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"was made with other files of model={model}; existing=rerun sets it aside"):
+        execute(own_requests(path, out, f"model={model}"), say=said.append)
+    (model / "model.safetensors").write_bytes(weights)
+    assert execute(own_requests(path, out, f"model={model}"), say=said.append) == first
+    assert said[-1].startswith("finished before, reused: ")
 
 
 def test_classes_stand_under_their_names_where_the_stream_has_any(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
@@ -176,3 +177,20 @@ def test_no_wandb(tmp_path: Path, undisturbed: Done) -> None:
         )
         assert again.returncode == 0, again.stderr
         assert says in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_a_process_of_wandb_that_dies_on_the_way(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    settings = ["stream=atlas-qa", "editor=grace", "max_edits=60", "wandb.mode=offline", f"out={tmp_path}"]
+    running = subprocess.Popen([SCRIPT, "run", *settings], env=environment, stderr=subprocess.PIPE, text=True)
+    while not any(path.read_bytes() for path in tmp_path.rglob("edits.jsonl")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    (service,) = [child for child in psutil.Process(running.pid).children() if "wandb" in child.name()]
+    service.kill()
+    _, err = running.communicate(timeout=100)
+    assert running.returncode == 0
+    assert len([line for line in err.splitlines() if "W&B is off for this run" in line]) == 1, err
+    assert "Traceback" not in err
+    assert len(list(tmp_path.rglob("result.json"))) == 1

@@ -16,7 +16,7 @@ from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench import checkpoint
 from grace_bench.errors import UserError
-from grace_bench.files import remove, write_atomically, write_synced
+from grace_bench.files import make_folder, remove, sync_folder, write_atomically, write_synced
 from grace_bench.loggers import RunLogger, RunPlan
 from grace_bench.results import PREDICTIONS, RunResult
 from grace_bench.strategy import EditorStrategy
@@ -118,7 +118,7 @@ class PredictionsLogger(RunLogger):
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         folder = self._checkpoints / _PARTS
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for path in folder.iterdir():
             if f"{_PARTS}/{path.name}" not in self._parts:
                 remove(path)
@@ -148,6 +148,7 @@ class PredictionsLogger(RunLogger):
         self._newest = []
         name = f"{_PARTS}/{strategy.n_edits}.parquet"
         write_synced(self._checkpoints / name, buffer.getvalue())
+        sync_folder(self._checkpoints / _PARTS)
         self._parts[name] = checkpoint.digest(buffer.getvalue())
 
     def finish(self, result: RunResult | None) -> None:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 from avalanche.evaluation.metric_results import MetricValue
+from pydantic import ValidationError
 
 from grace_bench.credentials import without_secrets
 from grace_bench.curves import kept_edits, score_by_age
@@ -18,7 +20,7 @@ from grace_bench.errors import reason_of
 from grace_bench.files import write_atomically
 from grace_bench.formats import on_one_line
 from grace_bench.loggers import RunLogger, RunPlan
-from grace_bench.results import EditRecord, RunResult, read_edits
+from grace_bench.results import EditRecord, RunResult, first_error, read_edits
 from grace_bench.strategy import EditorStrategy
 from grace_bench.wandb_account import logged_in, quieten
 
@@ -88,6 +90,8 @@ class WandbLogger(RunLogger):
         except Exception as error:
             if mode in ("offline", "disabled") or isinstance(error, ImportError):
                 raise
+            # Its own process would hold the id of the run that it did not get to open.
+            _leave()
             self._run = self._start(plan, "offline")
             _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
 
@@ -96,6 +100,9 @@ class WandbLogger(RunLogger):
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
         kept = self._folder / "wandb" / "run-id"
+        if not kept.exists() and mode != "disabled":
+            # Before W&B hears of the run: one that dies in between is still the same there when it goes on.
+            write_atomically(kept, token_hex(4))
         known = kept.read_text(encoding="utf-8") if kept.exists() else None
         if known is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
             raise ValueError(f"{kept} holds no id of a run")
@@ -121,8 +128,6 @@ class WandbLogger(RunLogger):
                 finish_timeout_raises=True,
             ),
         )
-        if kept.parent.is_dir():
-            write_atomically(kept, run.id)
         run.define_metric("n_edits")
         run.define_metric("*", step_metric="n_edits")
         run.define_metric("age")
@@ -165,8 +170,12 @@ class WandbLogger(RunLogger):
                 # An open run would take in what the next one logs.
                 with suppress(Exception):
                     run.finish(exit_code=1)
+            if isinstance(error, ConnectionError):
+                # W&B's own process is gone: it would be missed at the end of the program, and by the next run.
+                _leave()
             kept = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
-            _say(f"W&B is off for this run ({reason_of(error)}){kept}")
+            reason = first_error(error) if isinstance(error, ValidationError) else reason_of(error)
+            _say(f"W&B is off for this run ({reason}){kept}")
 
 
 def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
@@ -180,6 +189,15 @@ def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
     """
     tenths = score_by_age([kept_edits(folder, n_edits)], width=max(1, math.ceil(n_edits / 10)))
     return [(point.x, point.mean) for point, _ in tenths.values()]
+
+
+def _leave() -> None:
+    """Ends W&B's own process; the next run starts another."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown(exit_code=1)
+    quieten()
 
 
 def _row(run_id: str) -> str:
