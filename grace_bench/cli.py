@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         sys.excepthook = _show_traceback
-        sys.stderr = LastingStream(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = LastingStream(sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Loading reports and download bars would drown the one line that says what is wrong.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
