@@ -45,6 +45,7 @@ class KeptEdit:
         id: The request's id.
         n_edits: Edits made by then, this one included.
         age: Edits made since.
+        prompt, target: The input and the wanted answer, where they were recorded.
         before_text, after_text, end_text: The answer before the edit, right after it, and at the end.
         score_after, score_end: The main score right after the edit and at the end.
     """
@@ -52,6 +53,8 @@ class KeptEdit:
     id: str
     n_edits: int
     age: int
+    prompt: str | None
+    target: str | None
     before_text: str
     after_text: str | None
     end_text: str | None
@@ -167,6 +170,8 @@ def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
                 id=record.id,
                 n_edits=record.n_edits,
                 age=n_edits - record.n_edits,
+                prompt=record.prompt,
+                target=record.target,
                 before_text=record.before_text,
                 after_text=record.after_text,
                 end_text=row["text"],

@@ -216,7 +216,8 @@ class ExactEngine(Engine):
     def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         with self.model.bypassing():
-            self.model.logits(batch, **self._with_cache(cache))
+            # Of the logits the last is the least that a model may be asked for.
+            self.model.logits(batch, logits_to_keep=1, **self._with_cache(cache))
         return cache
 
     def _with_cache(self, cache: DynamicCache) -> dict[str, Any]:

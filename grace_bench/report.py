@@ -547,6 +547,8 @@ class _Group:
             "id": _clipped(edit.id),
             "n_edits": edit.n_edits,
             "age": edit.age,
+            "prompt": _clipped(edit.prompt or ""),
+            "target": _clipped(edit.target or ""),
             "texts": [_clipped(text or "") for text in (edit.before_text, edit.after_text, edit.end_text)],
             "score_after": f"{edit.score_after:.{self._decimals}f}",
             "score_end": f"{edit.score_end:.{self._decimals}f}",

@@ -50,6 +50,10 @@ JsonFloat = Annotated[
 ]
 
 
+LONGEST_TEXT = 500
+"""Characters of a prompt or a target that a record of an edit keeps: enough to know it by."""
+
+
 class EditRecord(BaseModel):
     """One candidate: a line of `edits.jsonl`.
 
@@ -59,6 +63,8 @@ class EditRecord(BaseModel):
         was_error: Whether the model, as edited so far, got it wrong; None where every candidate is an error.
         edited: Whether it was edited.
         n_edits: Edits made so far, this one included.
+        prompt, target: The input and the wanted answer, or its label's name, cut after `LONGEST_TEXT` characters; None
+            where they were not recorded.
         before_text, after_text: The answer before and after the edit.
         score_before, score_after: The main score before and after; after is None if it was not edited.
         loss: Loss at the edit's last step.
@@ -75,6 +81,8 @@ class EditRecord(BaseModel):
     was_error: bool | None
     edited: bool
     n_edits: int
+    prompt: str | None = None
+    target: str | None = None
     before_text: str
     after_text: str | None = None
     score_before: JsonFloat

@@ -18,7 +18,7 @@ from grace_bench.checkpoint import copied, restored
 from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.formats import visible
 from grace_bench.options import check_whole
-from grace_bench.results import Cost, EditRecord
+from grace_bench.results import LONGEST_TEXT, Cost, EditRecord
 from grace_bench.strategy import EditorStrategy, EditOutcome
 from grace_bench.tasks import ItemScore
 from grace_bench.types import EditRequest, Progress
@@ -454,6 +454,8 @@ class Run:
             was_error=None if before.correct is None else not before.correct,
             edited=after is not None,
             n_edits=pending.n_edits,
+            prompt=_cut(pending.request.prompt),
+            target=_cut(self.strategy.model.task.named(pending.request.target)),
             before_text=before.text,
             after_text=None if after is None else after.text,
             score_before=before.score,
@@ -523,6 +525,10 @@ def _thinned(benchmark: EditBenchmark, most: int | None) -> EditBenchmark:
         return benchmark
     chosen = tuple(upstream[i * len(upstream) // most] for i in range(most))
     return benchmark.with_data(upstream=chosen)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
 
 
 def _number(value: Any) -> float:

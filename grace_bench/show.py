@@ -24,7 +24,10 @@ def show_request(folder: Path, request_id: str) -> None:
             f"{folder}: no candidate '{request_id}' among {len(records)}{did_you_mean(request_id, records)}"
         )
     title = _visible(f"{record.id}, candidate {record.index}")
-    table = Table("", "answer", "score", box=None, title=title, title_justify="left")
+    table = Table("", "text", "score", box=None, title=title, title_justify="left")
+    for what, text in (("prompt", record.prompt), ("wanted", record.target)):
+        if text is not None:
+            table.add_row(what, _visible(text))
     table.add_row("before", _visible(record.before_text), _score(record.score_before))
     if record.edited:
         table.add_row("after its edit", _visible(record.after_text), _score(record.score_after))

@@ -117,6 +117,11 @@ class Task(ABC):
         self.label_names = tuple(label_names)
         self._counts: dict[str, int] = {}
 
+    def named(self, target: str | int) -> str:
+        """Returns a target as answers are shown: a label by its name, if it has one."""
+        has_name = isinstance(target, int) and target < len(self.label_names)
+        return self.label_names[int(target)] if has_name else str(target)
+
     @abstractmethod
     def encode(
         self,
@@ -140,9 +145,10 @@ class Task(ABC):
     def row_losses(self, logits: Tensor, batch: EncodedBatch) -> Tensor:
         """Returns the (B,) mean cross-entropies over each row's own labels, in float32."""
         assert batch.labels is not None
-        classes_second = logits.float().movedim(-1, 1)
-        losses = functional.cross_entropy(classes_second, batch.labels, ignore_index=IGNORED, reduction="none")
-        n_rows = len(batch.labels)
+        n_rows, classes = len(batch.labels), logits.shape[-1]
+        losses = functional.cross_entropy(
+            logits.float().reshape(-1, classes), batch.labels.reshape(-1), ignore_index=IGNORED, reduction="none"
+        )
         return losses.reshape(n_rows, -1).sum(dim=1) / (batch.labels != IGNORED).reshape(n_rows, -1).sum(dim=1)
 
     def answered(self, logits: Tensor, batch: EncodedBatch) -> bool:
@@ -286,7 +292,7 @@ class Classification(Task):
         return [
             ItemScore(
                 score=float(label == request.target),
-                text=self.label_names[label] if label < len(self.label_names) else str(label),
+                text=self.named(label),
                 correct=label == request.target,
                 **note,
             )

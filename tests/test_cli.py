@@ -654,6 +654,8 @@ def test_show_tells_of_an_edited_request_before_after_and_now(sweep: Sweep, edit
     assert (done.code, done.err) == (0, "")
     told = [" ".join(line.split()) for line in done.out.splitlines()]
     assert told[0] == f"{record['id']}, candidate {record['index']}"
+    assert f"prompt {record['prompt']}" in told
+    assert f"wanted {record['target']}" in told
     assert f"before {record['before_text']} {record['score_before']:.3f}" in told
     assert f"after its edit {record['after_text']} {record['score_after']:.3f}" in told
     assert f"after 3 edits {now['text']} {now['score']:.3f}" in told

@@ -521,7 +521,8 @@ def obeyed(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for line in (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        texts = {name: OBEYED + MARKUP for name in ("before_text", "after_text") if record[name] is not None}
+        named = ("prompt", "target", "before_text", "after_text")
+        texts = {name: OBEYED + MARKUP for name in named if record[name] is not None}
         lines.append(json.dumps({**record, **texts, "id": f"{record['id']}{OBEYED}"}))
     (folder / "edits.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
     return folder

@@ -373,6 +373,7 @@ def hostile(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
     for line in lines:
         line.update(id=f"{SCRIPT}{line['id']}", before_text=BREAKOUT, after_text=CONTROLS)
+        line.update(prompt=SCRIPT, target=BREAKOUT)
     (run / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = pq.read_table(run / "predictions.parquet")
     rows = [
@@ -401,9 +402,9 @@ def test_texts_of_a_data_set_are_shown_and_never_carried_out(browser: Browser, h
     assert browser.one("#g0 h2").text == f"{SCRIPT} · {BREAKOUT}"
     row = browser.one(".forgotten tbody tr").find_elements(By.XPATH, "./*")
     assert row[0].text.startswith(SCRIPT + "edit/")
-    assert row[3].text == BREAKOUT
-    assert row[4].text == r"\x1b[31mred\u202e\x00"
-    assert row[6].text == "&lt;b&gt;" + SCRIPT
+    assert [row[3].text, row[4].text, row[5].text] == [SCRIPT, BREAKOUT, BREAKOUT]
+    assert row[6].text == r"\x1b[31mred\u202e\x00"
+    assert row[8].text == "&lt;b&gt;" + SCRIPT
     assert f"title: {BREAKOUT}" in " ".join(element.text for element in browser.all("pre"))
     # Filters still know the names.
     Select(browser.one("select[name=stream]")).select_by_visible_text(SCRIPT)

@@ -645,6 +645,27 @@ def test_a_finished_run_is_not_reused_for_a_model_whose_files_changed(tmp_path: 
     assert said[-1].startswith("finished before, reused: ")
 
 
+def test_a_record_tells_prompt_and_target_of_its_request_and_cuts_long_ones(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    texts = ("the capital of Peru is Lima", "the river of Italy is the Tiber " * 20)
+    benchmark = EditBenchmark(
+        name="texts",
+        data=StreamData(
+            edits=tuple(EditRequest(id=str(n), prompt=text, target="so it is") for n, text in enumerate(texts))
+        ),
+        task="completion",
+        metadata=StreamMetadata(source="this test", revision="1", license="MIT"),
+        fingerprint="0" * 64,
+        max_new_tokens=1,
+    )
+    recorder = Recorder()
+    evaluator = EvaluationPlugin(loggers=[recorder], collect_all=False)
+    Run(benchmark, EDITORS.get("none")(model=make_model("completion"), evaluator=evaluator), Schedule()).run()
+    told = {record["id"]: (record["prompt"], record["target"]) for record in recorder.records}
+    assert told == {"0": (texts[0], "so it is"), "1": (f"{texts[1][:500]}…", "so it is")}
+
+
 def test_classes_stand_under_their_names_where_the_stream_has_any(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     write_requests(path, [point(0), point(1)])

@@ -87,6 +87,7 @@ def test_why_an_edit_failed_is_shown_letter_by_letter(tmp_path: Path, capsys: py
 def test_classes_are_shown_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, "p", label_names=("below", "above"))
     lines = [line.split() for line in told(capsys, tmp_path, "p")]
+    assert ["wanted", "below"] in lines
     assert ["before", "above", "0.000"] in lines
     assert ["after", "its", "edit", "below", "1.000"] in lines
     assert ["after", "1", "edits", "below", "1.000"] in lines
