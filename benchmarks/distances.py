@@ -5,7 +5,7 @@
 A radius means something else in each distance, so `eps_init` is chosen for each on the stream's validation split, with
 the published overlap and the same number of runs, as `sweep=tune` chooses; both policies then get that radius,
 and the third of those tried, at which balls meet. Everything else is the stream's tuned setting. Finished runs are
-reused.
+reused; those that a radius was chosen by lie apart from the others, in `OUT/tuning` and `OUT/runs`.
 """
 
 import argparse
@@ -53,8 +53,9 @@ def main() -> None:
         for stream, (distance, radii) in product(options.streams, RADII.items())
         for radius in radii
     ]
-    go = partial(run, out=options.out)
-    tried = side_by_side(partial(go, n_edits=options.validation_edits), trials, jobs=options.jobs)
+    tried = side_by_side(
+        partial(run, out=options.out / "tuning", n_edits=options.validation_edits), trials, jobs=options.jobs
+    )
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for (stream, distance, _, radius, *_), result in zip(trials, tried, strict=True):
         found = quality(result), radius
@@ -68,7 +69,7 @@ def main() -> None:
         for policy in POLICIES
     ]
     runs = [(*setting, seed, "edits") for setting, seed in product(settings, options.seeds)]
-    results = side_by_side(partial(go, n_edits=options.edits), runs, jobs=options.jobs)
+    results = side_by_side(partial(run, out=options.out / "runs", n_edits=options.edits), runs, jobs=options.jobs)
     print("| stream | distance | overlap | eps_init | edits | " + " | ".join(COLUMNS.values()) + " |")
     print("|---|---|---|" + "--:|" * (len(COLUMNS) + 2))
     n_seeds = len(options.seeds)

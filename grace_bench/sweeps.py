@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grace_bench.config import registered_name
 from grace_bench.credentials import without_secrets
-from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.errors import RunFailure, UserError, did_you_mean, reason_of
 from grace_bench.jobs import (
     NOT_COMPOSED,
     compose,
@@ -134,6 +134,8 @@ class Job:
             execute(config, say=say)
         except (UserError, OmegaConfBaseException) as error:
             return _mistake(error)
+        except RunFailure as error:
+            return Outcome("failed", without_secrets(str(error)))
         except Exception as error:
             return Outcome("failed", without_secrets(f"{type(error).__name__}: {reason_of(error)}"))
         finally:

@@ -66,7 +66,14 @@ LAYERS = {
 }
 
 # The same examples every time, however busy the machine: a test that fails fails for everyone.
-settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+for profile, n_examples in (("steady", 40), ("thorough", 400)):
+    settings.register_profile(
+        profile,
+        max_examples=n_examples,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 settings.load_profile("steady")
 
 

@@ -331,7 +331,7 @@ def twins(make_model: MakeModel) -> Callable[[int], list[EditableModel]]:
     return make
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     actions=st.lists(st.tuples(ACTIONS, st.sampled_from(sorted(PROMPTS)), st.integers(0, 9)), max_size=12),
     memory_mb=st.sampled_from([0, 1, 100]),

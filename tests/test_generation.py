@@ -49,7 +49,6 @@ EDITORS: dict[str, dict[str, Any]] = {
 } | {"lora": {"n_iter": 25, "lr": 0.02}}
 
 each_architecture = pytest.mark.parametrize("architecture", list(LAYERS))
-each_editor = pytest.mark.parametrize("editor", list(EDITORS))
 
 
 @pytest.fixture
@@ -146,8 +145,15 @@ def by_the_user(model: EditableModel, prompts: Sequence[str], cache: str) -> lis
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
-@each_editor
-@each_architecture
+@pytest.mark.parametrize(
+    ("architecture", "editor"),
+    # Half of the pairs is a share of each editor and of each architecture.
+    [
+        pytest.param(architecture, editor, marks=() if (i + j) % 2 else pytest.mark.slow)
+        for i, architecture in enumerate(LAYERS)
+        for j, editor in enumerate(EDITORS)
+    ],
+)
 def test_every_cache_alone_and_in_a_batch_gives_the_tokens_of_the_sequence_without_one(
     architecture: str, editor: str, edited: Callable[[str, str], Any]
 ) -> None:

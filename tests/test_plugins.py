@@ -125,6 +125,7 @@ def test_an_installed_editor_stream_and_metric_run_with_the_unchanged_harness(si
     assert "offset" in board.stdout, board.stderr
 
 
+@pytest.mark.slow
 def test_the_editor_of_the_guide_keeps_every_contract(site: Path) -> None:
     contracts = ROOT / "tests" / "contracts" / "test_editors.py"
     done = run(site, ["pytest", "-q", "-p", "no:cacheprovider", "-k", "offset", str(contracts)], ROOT)

@@ -137,6 +137,7 @@ def test_no_network(tmp_path: Path, undisturbed: Done) -> None:
     whole(done, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_wrong_key_and_no_secret_in_the_run_folder_nor_in_what_is_said(
     tmp_path: Path, undisturbed: Done, unauthorized: str
 ) -> None:

@@ -115,6 +115,8 @@
     return [band, line];
   });
 
+  const last = (chart) => Math.max(...chart.series.flatMap((series) => series.x));
+
   const layout = (chart, colour) => {
     const axis = { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true };
     const title = (text) => ({ text: literal(text), standoff: 8 });
@@ -122,7 +124,11 @@
       margin: { l: 44, r: 10, t: 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
       hovermode: "closest", hoverlabel: { bgcolor: colour("--raised"), font: { color: colour("--ink") }, align: "left" },
-      xaxis: { ...axis, title: title(chart.x), ...(chart.kind === "scatter" ? { type: "log", dtick: 1 } : { rangemode: "tozero" }) },
+      xaxis: {
+        ...axis, title: title(chart.x),
+        // Of a run of a few edits, ticks would stand between two of them.
+        ...(chart.kind === "scatter" ? { type: "log", dtick: 1 } : { rangemode: "tozero", ...(last(chart) < 10 ? { dtick: 1 } : {}) }),
+      },
       yaxis: {
         ...axis, title: title(chart.y),
         ...(chart.log ? { type: "log" } : chart.share ? { range: [-0.03, 1.03] } : { rangemode: "tozero" }),

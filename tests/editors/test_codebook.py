@@ -30,7 +30,7 @@ _edits = st.lists(
 )
 _queries = st.lists(st.lists(_coordinate, min_size=WIDTH, max_size=WIDTH), min_size=1, max_size=8)
 _eps = st.sampled_from([0.002, 0.05, 0.5, 3.0])
-_thorough = settings(max_examples=150)
+_thorough = settings(max_examples=settings.default.max_examples * 3 // 2)
 
 
 def settle(codebook: Codebook, key: list[float], label: int) -> Settlement:
@@ -760,7 +760,6 @@ def test_an_entry_that_takes_another_label_loses_what_lies_in_balls_of_its_old_o
     seed=st.integers(0, 2**31),
     eps=st.sampled_from([1e-3, 0.3, 2.0]),
 )
-@settings(max_examples=60)
 def test_bounding_distances_changes_no_decision_of_a_policy_or_a_distance(
     distance: Distance, overlap: Overlap, kind: str, n: int, width: int, seed: int, eps: float
 ) -> None:

@@ -13,7 +13,7 @@ _coordinate = st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0, 2.5])
 _edits = st.lists(st.tuples(_coordinate, _coordinate, st.integers(0, 2)), min_size=1, max_size=16)
 
 
-@settings(max_examples=150)
+@settings(max_examples=settings.default.max_examples * 3 // 2)
 @given(
     edits=_edits, trained=st.integers(1, 5), overlap=st.sampled_from(["allow", "shrink"]), n_before=st.integers(0, 8)
 )

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,6 @@ def samples(n: int, width: int, seed: int = 0) -> Tensor:
 
 
 @given(n=st.integers(2, 60), width=st.integers(1, 30), seed=st.integers(0, 2**16))
-@settings(max_examples=60)
 def test_covariance_is_shrunk_by_the_share_of_ledoit_and_wolf(n: int, width: int, seed: int) -> None:
     x = samples(n, width, seed).double().numpy()
     x = x - x.mean(axis=0)
