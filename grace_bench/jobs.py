@@ -177,18 +177,16 @@ def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console 
         try:
             if config.existing != "rerun":
                 _refuse_others(folder)
-                finished = _finished(folder, stream, asked["model"])
+                finished = _finished(folder, stream, asked["model"], say)
                 if finished is not None:
                     _tidy(folder)
-                    say(f"finished before, reused: {folder}")
                     return finished
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
             aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
             stack.enter_context(FolderLock(folder))
             # Another process may have had it until now.
-            finished = _finished(folder, stream, asked["model"])
+            finished = _finished(folder, stream, asked["model"], say)
             if finished is not None:
-                say(f"finished before, reused: {folder}")
                 return finished
             is_new = _begin(folder, config, say)
         except OSError as error:
@@ -366,8 +364,8 @@ def summary(result: RunResult, folder: Path) -> str:
     return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
-def _finished(folder: Path, stream: Any, model: str) -> RunResult | None:
-    """Returns the finished run in a folder, if there is one.
+def _finished(folder: Path, stream: Any, model: str, say: Say) -> RunResult | None:
+    """Returns the finished run in a folder, if there is one, and says that it is reused.
 
     Raises:
         UserError: If its stream or model is another by now.
@@ -381,6 +379,7 @@ def _finished(folder: Path, stream: Any, model: str) -> RunResult | None:
         raise UserError(
             f"{folder}: was made with other files of model={model}; existing=rerun sets it aside and starts anew"
         )
+    say(f"finished before, reused: {folder}")
     return result
 
 
