@@ -29,7 +29,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --hypothesis-profile=thorough $(PROPERTIES)
 
 test-real: $(INSTALLED) models/minilm models/smollm2-135m
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m real
 
 models/%: | $(INSTALLED)
 	$(BIN)/python scripts/fetch_model.py $* $@
@@ -47,10 +47,11 @@ audit: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# Modules are compiled when they are first imported: most of what torch and Ray bring never is, and takes minutes.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=78.1.1" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,gguf,ray,slurm,dashboard]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev,gguf,ray,slurm,dashboard]"
 	touch $@
 
 clean:

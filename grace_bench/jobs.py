@@ -170,11 +170,11 @@ def _expected(config: DictConfig, path: Path) -> str:
 
 
 def _execute_in(folder: Path, config: DictConfig, *, say: Say, console: Console | None) -> RunResult:
-    check_run_folder(folder)
     refuse_secrets("the configuration", flat_settings(config))
     stream, asked = asked_of(config)
     with ExitStack() as stack:
         try:
+            check_run_folder(folder)
             if config.existing != "rerun":
                 _refuse_others(folder)
                 finished = _finished(folder, stream, asked["model"], say)

@@ -196,10 +196,13 @@ def make_train() -> Callable[[str], list[EditRequest]]:
 
 
 QUICK: dict[str, dict[str, Any]] = {
-    "grace": {"n_iter": 20},
-    "defer": {"n_iter": 20},
-    "memory": {"n_iter": 20},
-    "lora": {"n_iter": 20, "lr": 0.01},
+    "grace": {"n_iter": 8},
+    "ft": {"n_iter": 8},
+    "ft_ewc": {"n_iter": 8},
+    "ft_retrain": {"n_iter": 8, "n_epochs": 3},
+    "defer": {"n_iter": 8},
+    "memory": {"n_iter": 8},
+    "lora": {"n_iter": 8, "lr": 0.01},
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 0, "clamp": 1.0},
 }

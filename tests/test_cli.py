@@ -469,6 +469,7 @@ RUN_MISTAKES = {
     "seed-that-is-text": (["seed=abc"], ["seed=abc should be a whole number"]),
     "layer-that-is-a-number": (["layer=3"], ["layer"]),
     "out-that-is-null": (["out=null"], ["out"]),
+    "out-that-is-too-long": ([f"out={'a' * 300}"], ["out=aaa", "File name too long"]),
     "negative-seed": (["seed=-1"], ["seed=-1 should be", "at least 0"]),
     "no-edits": (["max_edits=0"], ["max_edits=0 should be", "at least 1"]),
     "no-threads": (["threads=0"], ["threads=0"]),

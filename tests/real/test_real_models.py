@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.models import EditableModel, hash_tensors
@@ -20,6 +19,8 @@ from grace_bench.streams.scotus import Scotus
 from grace_bench.types import EditStream
 
 pytestmark = pytest.mark.real
+# Two processes share the work: what is alike in load, and no fixture that both would make.
+facts, texts = (pytest.mark.xdist_group(name) for name in ("facts", "texts"))
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -44,12 +45,6 @@ def folder_of(name: str) -> Path:
     if not (folder / "config.json").is_file():
         pytest.skip(f"no models/{name}: python scripts/fetch_model.py {name} makes it")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    # Models of this size are worth more than the one thread of the tiny ones.
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +93,7 @@ def first_records(name: str, n: int, folder: Path) -> str:
 
 
 def three_edits(stream: EditStream, model: EditableModel, editor: str, **options: Any) -> RunResult:
-    settings = RunSettings(schedule=Schedule(max_edits=3, eval_every=3, max_upstream=6), threads=2, batch_size=16)
+    settings = RunSettings(schedule=Schedule(max_edits=3, eval_every=3, max_upstream=6), threads=1, batch_size=16)
     before = hash_tensors(model.module.state_dict())
     result = run_benchmark(stream, model=model, editor=partial(EDITORS.get(editor), **options), settings=settings)
     assert result.metrics["n_edits"] == 3
@@ -115,6 +110,7 @@ def value(result: RunResult, name: str) -> float:
     return number
 
 
+@facts
 @needs_shared
 @pytest.mark.parametrize(
     ("editor", "options", "layer"),
@@ -133,6 +129,7 @@ def test_counterfact_is_edited_into_a_real_language_model(
         assert value(result, "TRR") == value(result, "Locality") == 1.0
 
 
+@texts
 @needs_shared
 @pytest.mark.parametrize(
     # These prompts are ten times as long, and any step in the right direction shows.
@@ -154,6 +151,7 @@ def test_hallucinations_of_a_real_language_model_become_less_likely(
         assert value(result, "TRR") == pytest.approx(value(unedited, "TRR"), rel=1e-4)
 
 
+@texts
 @needs_shared
 @pytest.mark.parametrize(("editor", "options"), RIVALS)
 def test_a_real_bert_that_meets_a_later_era_is_corrected(
