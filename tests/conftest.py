@@ -66,7 +66,7 @@ LAYERS = {
 }
 
 # The same examples every time, however busy the machine: a test that fails fails for everyone.
-for profile, n_examples in (("steady", 40), ("thorough", 400)):
+for profile, n_examples in (("steady", 25), ("thorough", 400)):
     settings.register_profile(
         profile,
         max_examples=n_examples,

@@ -71,9 +71,14 @@ def traces(folder: Path) -> dict[str, Any]:
     }
 
 
+# What each keeps differs most: a codebook with values that wait, a replay memory, an adaptor, networks of its own.
+QUICKLY = ("grace", "ft_retrain", "lora", "mend")
 PAIRS = [
-    *((name, EDITORS.get(name).supported_tasks[0]) for name in EDITORS.entries()),
-    *(("grace", task) for task in EDITORS.get("grace").supported_tasks[1:]),
+    *(
+        pytest.param(name, EDITORS.get(name).supported_tasks[0], marks=() if name in QUICKLY else pytest.mark.slow)
+        for name in EDITORS.entries()
+    ),
+    *(pytest.param("grace", task, marks=pytest.mark.slow) for task in EDITORS.get("grace").supported_tasks[1:]),
 ]
 
 

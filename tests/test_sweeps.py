@@ -76,6 +76,15 @@ def answers(folder: Path) -> dict[str, Any]:
     }
 
 
+def assert_same_runs(out: Path, expected: Path, *, n: int) -> None:
+    """Two folders hold as many runs, which found out the same."""
+    ours, theirs = run_folders(out), run_folders(expected)
+    assert len(ours) == n
+    assert {name: answers(folder) for name, folder in ours.items()} == {
+        name: answers(folder) for name, folder in theirs.items()
+    }
+
+
 def busy_workers(command: psutil.Process) -> list[psutil.Process]:
     """The processes of a local Ray cluster that carry out a run; idle ones and agents have other titles."""
     found = []
@@ -86,6 +95,16 @@ def busy_workers(command: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@needs_ray
+def test_a_sweep_on_ray_ends_with_the_results_of_a_serial_one(tmp_path: Path) -> None:
+    given = (*SMALL, "editor=grace", "seed=0,1,2")
+    done = cli("run", "-m", *given, *RAY, f"out={tmp_path / 'ray'}")
+    assert done.code == 0, done.err
+    assert cli("run", "-m", *given, f"out={tmp_path / 'serial'}").code == 0
+    assert_same_runs(tmp_path / "ray", tmp_path / "serial", n=3)
+
+
+@pytest.mark.slow
 @needs_ray
 def test_eight_runs_on_ray_of_which_one_is_killed_end_with_the_eight_results_of_a_serial_sweep(tmp_path: Path) -> None:
     out = tmp_path / "runs"
@@ -116,12 +135,9 @@ def test_eight_runs_on_ray_of_which_one_is_killed_end_with_the_eight_results_of_
 
     serial = cli("run", "-m", *EIGHT, f"out={tmp_path / 'serial'}")
     assert serial.code == 0, serial.err
-    ours, theirs = run_folders(out), run_folders(tmp_path / "serial")
-    assert len(ours) == 8
-    assert ours.keys() == theirs.keys()
-    for run_id in ours:
-        assert answers(ours[run_id]) == answers(theirs[run_id])
-        noted = json.loads((ours[run_id] / "result.json").read_text(encoding="utf-8"))["environment"]
+    assert_same_runs(out, tmp_path / "serial", n=8)
+    for folder in run_folders(out).values():
+        noted = json.loads((folder / "result.json").read_text(encoding="utf-8"))["environment"]
         assert "hydra/launcher=ray" in json.dumps(noted), "what was typed is noted on the other machine too"
 
 
@@ -131,11 +147,7 @@ def test_a_sweep_through_submitit_ends_with_the_results_of_a_serial_one(tmp_path
     done = cli("run", "-m", *given, "hydra/launcher=submitit_local", f"out={tmp_path / 'submitit'}")
     assert done.code == 0, done.err
     assert cli("run", "-m", *given, f"out={tmp_path / 'serial'}").code == 0
-    ours, theirs = run_folders(tmp_path / "submitit"), run_folders(tmp_path / "serial")
-    assert len(ours) == 1
-    assert {name: answers(folder) for name, folder in ours.items()} == {
-        name: answers(folder) for name, folder in theirs.items()
-    }
+    assert_same_runs(tmp_path / "submitit", tmp_path / "serial", n=1)
 
 
 @needs_submitit
