@@ -42,6 +42,12 @@ needs_ray = pytest.mark.skipif(
 needs_submitit = pytest.mark.skipif(not find_spec("submitit"), reason='needs pip install "grace-bench[slurm]"')
 
 
+@pytest.fixture(autouse=True)
+def _ray_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives its workers niceness 15: beside other tests they would hardly be given any time."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 @dataclass(frozen=True)
 class Done:
     code: int
