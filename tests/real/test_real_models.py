@@ -35,7 +35,7 @@ ROME: dict[str, Any] = {
     "n_prefixes": 2,
     "n_iter": 10,
     "text_path": str(SHARED / "openwebtext_c4_sample.jsonl"),
-    "n_texts": 10,
+    "n_texts": 4,
 }
 RIVALS: tuple[tuple[str, dict[str, Any]], ...] = (("grace", GRACE), ("ft", FT), ("defer", DEFER))
 
@@ -65,7 +65,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scotus]:
     folder = tmp_path_factory.mktemp("scotus")
     stream = Scotus(
         path=first_records("scotus_1991_2009.jsonl", 20, folder),
-        upstream_path=first_records("scotus_1946_1982.jsonl", 40, folder),
+        upstream_path=first_records("scotus_1946_1982.jsonl", 24, folder),
     )
     figures = stream.pretrain(folder / "model", base=str(folder_of("minilm")))
     # It has learned its own era better than the later one.
