@@ -439,6 +439,7 @@ def two_hundred(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "index.html"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_two_hundred_runs_open_quickly_and_can_be_narrowed_down(browser: Browser, two_hundred: Path) -> None:
     assert two_hundred.stat().st_size < 10e6
