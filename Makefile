@@ -21,9 +21,8 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
 
-# Three processes for two cores: some tests wait, for a browser, a server or a time limit.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not real and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not real and not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -s
