@@ -30,6 +30,10 @@ _TALL = 8
 """From so many times as many tokens as dimensions on a head is run in parts."""
 _PART = 512
 """Tokens of a part: its weights then lie in the processor's cache."""
+_FEW = 64
+"""So many rows are multiplied as columns at most."""
+_COLUMNS = 16
+"""Columns are filled up to a multiple of so many: MKL takes longer for numbers between."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,17 @@ def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., 
 def _in_parts(head: nn.Linear, _: Callable[..., Any], hidden: Tensor) -> Tensor:
     """The head's output, some hundred tokens at a time.
 
-    Its weights are most of what a step reads, and MKL takes up to twice as long for few rows times all of them.
+    Its weights are most of what a step reads, and MKL takes up to twice as long for few rows times all of them. Few
+    rows are best taken as columns, which all parts are multiplied with at once.
     """
-    return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
+    rows, weight = hidden.flatten(0, -2), head.weight
+    if len(rows) > _FEW:
+        return torch.cat([functional.linear(hidden, part) for part in weight.split(_PART)], dim=-1)
+    columns = functional.pad(rows, (0, 0, 0, -len(rows) % _COLUMNS)).T.contiguous()
+    n_whole = len(weight) // _PART * _PART
+    parts = weight[:n_whole].view(-1, _PART, weight.shape[1])
+    scores = torch.cat([torch.bmm(parts, columns.expand(len(parts), -1, -1)).flatten(0, 1), weight[n_whole:] @ columns])
+    return scores.T[: len(rows)].reshape(*hidden.shape[:-1], -1)
 
 
 def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

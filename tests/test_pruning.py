@@ -230,6 +230,29 @@ def test_a_causal_models_last_block_and_head_are_computed_for_the_labelled_posit
     assert logits.shape[:2] == labels_of(aligned).shape == (2, 3)
 
 
+@pytest.mark.parametrize("n_vocabulary", [1024, 1300])
+@pytest.mark.parametrize(("n_rows", "n_labels"), [(1, 1), (3, 5), (16, 4), (13, 5)])
+def test_a_head_of_many_tokens_gives_the_logits_and_gradients_of_the_whole_model(
+    n_vocabulary: int, n_rows: int, n_labels: int
+) -> None:
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **{**GPT2_SIZES, "vocab_size": n_vocabulary}))
+    model = EditableModel(module, layer="transformer.h.0.mlp.c_fc", task="completion")
+    batch = encoded("completion", n_rows * [9], n_targets=(n_labels,))
+    delta = torch.randn(n_rows, model.layer_call(batch).output.shape[-1], requires_grad=True)
+    every = torch.ones(n_rows, dtype=torch.bool)
+    handle = model.intercept(lambda call: call.replace(call.output_at_query + delta, every, "replace_last"))
+    first = int(batch.query.min())
+    for repeated in (model.repeated(batch), model.repeated(batch, first_changed=first)):
+        pruned, whole = repeated(), model.logits(batch)
+        assert pruned.shape == (n_rows, n_labels, n_vocabulary)
+        assert_close(scored(pruned, repeated.batch), scored(whole, batch))
+        losses = (model.task.loss(pruned, repeated.batch), model.task.loss(whole, batch))
+        assert_close(*(torch.autograd.grad(loss, delta)[0] for loss in losses))
+    handle.remove()
+    assert model.engine.notes == []
+
+
 @each_causal
 def test_a_batch_whose_every_position_is_labelled_is_computed_whole(family: Family) -> None:
     model = family.model()
