@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grace_bench.encoding import IGNORED, EncodedBatch
 
@@ -29,7 +31,7 @@ _FAMILIES: dict[str, BlockPruner] = {}
 _TALL = 8
 """From so many times as many tokens as dimensions on a head is run in parts."""
 _PART = 512
-"""Tokens of a part: its weights then lie in the processor's cache."""
+"""Weights of a part, in rows: they then lie in the processor's cache."""
 _FEW = 64
 """So many rows are multiplied as columns at most."""
 _COLUMNS = 16
@@ -76,7 +78,8 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
         continues = cache_argument(module) is not None and "decoder_input_ids" not in batch.inputs
         start = first_changed if continues and len(columns) and first_changed <= columns[0] else 0
         if start:
-            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, _head(module, layer), start)
+            forwards = _products(module) | _head(module, layer)
+            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, forwards, start)
         if len(columns) in {0, batch.labels.shape[1]}:
             return Tail(batch)
         forwards = _head(module, layer) | ({} if block is None else {block: partial(_pruned, columns)})
@@ -98,29 +101,79 @@ def _last_block(module: nn.Module) -> nn.Module | None:
     return blocks[-1] if blocks else None
 
 
+def _products(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """How each product with weights is run where rows are few, in float32 and on the CPU."""
+    return {part: _of_few_rows for part in module.modules() if type(part) in (nn.Linear, Conv1D) and _is_own(part)}
+
+
 def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """How the head is run, where its weights are tall, in float32 and on the CPU."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     if type(head) is not nn.Linear or head is layer or head.bias is not None:
         return {}
-    is_tall, weight = head.out_features > _TALL * head.in_features, head.weight
-    return {head: _in_parts} if is_tall and weight.is_cpu and weight.dtype is torch.float32 else {}
+    return {head: _in_parts} if head.out_features > _TALL * head.in_features and _is_own(head) else {}
 
 
-def _in_parts(head: nn.Linear, _: Callable[..., Any], hidden: Tensor) -> Tensor:
+def _is_own(part: nn.Module) -> bool:
+    """Whether the processor multiplies with a part's weights in float32."""
+    weight = part.weight
+    return isinstance(weight, Tensor) and weight.is_cpu and weight.dtype is torch.float32
+
+
+def _in_parts(head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
     """The head's output, some hundred tokens at a time.
 
-    Its weights are most of what a step reads, and MKL takes up to twice as long for few rows times all of them. Few
-    rows are best taken as columns, which all parts are multiplied with at once.
+    Its weights are most of what a step reads, and MKL takes up to twice as long for many rows times all of them.
     """
-    rows, weight = hidden.flatten(0, -2), head.weight
-    if len(rows) > _FEW:
-        return torch.cat([functional.linear(hidden, part) for part in weight.split(_PART)], dim=-1)
-    columns = functional.pad(rows, (0, 0, 0, -len(rows) % _COLUMNS)).T.contiguous()
-    n_whole = len(weight) // _PART * _PART
-    parts = weight[:n_whole].view(-1, _PART, weight.shape[1])
-    scores = torch.cat([torch.bmm(parts, columns.expand(len(parts), -1, -1)).flatten(0, 1), weight[n_whole:] @ columns])
-    return scores.T[: len(rows)].reshape(*hidden.shape[:-1], -1)
+    if _are_few(hidden):
+        return _of_few_rows(head, forward, hidden)
+    return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
+
+
+def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """A product with weights, as weights times columns where the rows are few."""
+    # What another patch does with the part, a replay say, it goes on doing.
+    is_patched = getattr(forward, "__func__", None) is not type(part).forward
+    if is_patched or not _are_few(hidden) or part.weight.requires_grad:
+        return forward(hidden)
+    weight = part.weight.T if isinstance(part, Conv1D) else part.weight
+    product = _WeightsTimesColumns.apply(hidden.flatten(0, -2), weight).view(*hidden.shape[:-1], -1)
+    return product if part.bias is None else product + part.bias
+
+
+def _are_few(hidden: Tensor) -> bool:
+    return 1 < hidden.shape[:-1].numel() <= _FEW
+
+
+class _WeightsTimesColumns(torch.autograd.Function):
+    """(R, D) rows times the transpose of (N, D) weights, as weights times columns.
+
+    MKL takes up to twice as long for few rows times weights as for the reverse, and less again where the weights are a
+    batch of parts that each lie in a processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        columns = _columns(rows)
+        n_whole = len(weight) // _PART * _PART
+        product = rows.new_empty(len(weight), columns.shape[1])
+        if n_whole:
+            parts = weight[:n_whole].unflatten(0, (-1, _PART))
+            torch.bmm(parts, columns.expand(len(parts), -1, -1), out=product[:n_whole].view(len(parts), _PART, -1))
+        torch.mm(weight[n_whole:], columns, out=product[n_whole:])
+        return product.T[: len(rows)].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (weight.T @ _columns(gradient)).T[: len(gradient)].contiguous(), None
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """(D, R) rows as columns, filled up with zeros."""
+    return functional.pad(rows, (0, 0, 0, -len(rows) % _COLUMNS)).T.contiguous()
 
 
 def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -755,7 +755,7 @@ def test_the_demo_runs_every_editor_and_says_where_the_files_are(tmp_path: Path)
     out = tmp_path / "demo"
     interrupted = folder_of(compose(["stream=atlas-qa", "editor=none", "max_edits=3", f"out={out}"]))
     interrupted.mkdir(parents=True)
-    done = process(SCRIPT, "demo", "--edits", "3", "--out", str(out), cwd=tmp_path)
+    done = cli("demo", "--edits", "3", "--out", str(out))
     assert done.code == 0, done.err
     assert (interrupted / "result.json").is_file()
     results = {(r.stream.name, r.editor.name): r for r in map(_result, run_folders(out))}

@@ -44,18 +44,17 @@ each_supported = pytest.mark.parametrize(("name", "task"), SUPPORTED)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
-VARIANTS = [pytest.param({}, id="float32"), pytest.param({"dtype": torch.bfloat16}, id="bfloat16")]
+# bfloat16 where minutes do not count; a few edits in it are among the tests of tasks.
+VARIANTS = [
+    pytest.param({}, id="float32"),
+    pytest.param({"dtype": torch.bfloat16}, id="bfloat16", marks=pytest.mark.slow),
+]
 if torch.cuda.is_available():
     VARIANTS += [
         pytest.param({"device": "cuda"}, id="cuda"),
         pytest.param({"device": "cuda", "dtype": torch.bfloat16}, id="cuda-bfloat16"),
     ]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
-# bfloat16 in full where minutes do not count.
-each_variant_in_time = pytest.mark.parametrize(
-    "variant",
-    [VARIANTS[0], pytest.param({"dtype": torch.bfloat16}, id="bfloat16", marks=pytest.mark.slow), *VARIANTS[2:]],
-)
 
 
 def apply(editor: EditorStrategy, requests: list[EditRequest]) -> list[EditOutcome]:
@@ -142,7 +141,7 @@ def test_an_edit_moves_the_answer_towards_the_target(
         assert loss_of(model, request) < before
 
 
-@each_variant_in_time
+@each_variant
 @each_supported
 def test_rollback_and_detach_give_the_unedited_model_back_bit_for_bit(
     make_editor: MakeEditor,
@@ -237,7 +236,7 @@ def test_suspending_lets_the_unedited_model_answer_and_then_every_edit_holds_aga
         assert same_bits(logits_of(model, requests), edited)
 
 
-@each_variant_in_time
+@each_variant
 @each_supported
 def test_a_saved_editor_answers_the_same_bits_on_a_fresh_model(
     make_editor: MakeEditor,
