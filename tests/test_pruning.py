@@ -54,7 +54,17 @@ class Family:
 
     def model(self, *, block: int = 0, layer: str | None = None, **options: Any) -> EditableModel:
         torch.manual_seed(0)
-        return EditableModel(self.make(), layer=layer or self.layer.format(block), task=self.task, **options)
+        return EditableModel(
+            with_biases(self.make()), layer=layer or self.layer.format(block), task=self.task, **options
+        )
+
+
+def with_biases(module: nn.Module) -> nn.Module:
+    """The network with biases that are not zero, as they are at first."""
+    for name, weight in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight, std=0.3)
+    return module
 
 
 def gpt2() -> nn.Module:
@@ -237,7 +247,7 @@ def test_a_head_of_many_tokens_gives_the_logits_and_gradients_of_the_whole_model
 ) -> None:
     torch.manual_seed(0)
     module = GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **{**GPT2_SIZES, "vocab_size": n_vocabulary}))
-    model = EditableModel(module, layer="transformer.h.0.mlp.c_fc", task="completion")
+    model = EditableModel(with_biases(module), layer="transformer.h.0.mlp.c_fc", task="completion")
     batch = encoded("completion", n_rows * [9], n_targets=(n_labels,))
     delta = torch.randn(n_rows, model.layer_call(batch).output.shape[-1], requires_grad=True)
     every = torch.ones(n_rows, dtype=torch.bool)
