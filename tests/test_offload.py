@@ -99,7 +99,9 @@ def make(name: str, model: EditableModel) -> EditorStrategy:
 
 @each_place
 @each_family
-@pytest.mark.parametrize("name", ["grace", "defer", "memory", "lora"])
+@pytest.mark.parametrize(
+    "name", ["grace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("defer", "memory")), "lora"]
+)
 def test_an_offloaded_model_is_edited_and_answers_as_the_plain_one(
     name: str, family: str, place: str, folder: Callable[[str], Path]
 ) -> None:

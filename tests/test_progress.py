@@ -143,6 +143,7 @@ def test_a_run_that_fails_leaves_the_bar_where_it_was() -> None:
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l"), "the cursor is shown again"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_what_it_tells(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

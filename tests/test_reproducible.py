@@ -21,6 +21,10 @@ DECISIONS = ("index", "id", "was_error", "edited", "n_edits", "op", "key", "n_ke
 SCORE, LOSS = 1e-4, 1e-3
 
 RunFacts = Callable[..., RunResult]
+OTHERS: dict[str, dict[str, Any]] = {
+    "batches-of-three": {"batch_size": 3},
+    "evaluated-after-every-edit": {"schedule": Schedule(eval_every=1, max_edits=10)},
+}
 each_editor = pytest.mark.parametrize("editor", list(EDITORS.entries()))
 
 
@@ -109,11 +113,14 @@ def test_the_same_configuration_and_seed_give_the_same_files(
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"batch_size": 3}, {"schedule": Schedule(eval_every=1, max_edits=10)}],
-    ids=["batches-of-three", "evaluated-after-every-edit"],
+    ("editor", "other"),
+    # Half of the pairs is a share of each editor.
+    [
+        pytest.param(editor, other, id=f"{editor}-{name}", marks=() if (i + j) % 2 else pytest.mark.slow)
+        for i, editor in enumerate(EDITORS.entries())
+        for j, (name, other) in enumerate(OTHERS.items())
+    ],
 )
-@each_editor
 def test_another_batch_size_or_evaluation_frequency_decides_the_same_and_scores_within_the_bounds(
     tmp_path: Path, run_editor: Callable[..., None], done: dict[str, Path], editor: str, other: dict[str, Any]
 ) -> None:

@@ -18,6 +18,8 @@ import pandas as pd
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 KEY = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_thisIsNoTokenOfAnyone"
@@ -129,7 +131,6 @@ def unauthorized() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.slow
 def test_no_network(tmp_path: Path, undisturbed: Done) -> None:
     # Nothing listens there: the answer is a refusal, at once and every time.
     done = run(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY=KEY)
@@ -137,7 +138,6 @@ def test_no_network(tmp_path: Path, undisturbed: Done) -> None:
     whole(done, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_wrong_key_and_no_secret_in_the_run_folder_nor_in_what_is_said(
     tmp_path: Path, undisturbed: Done, unauthorized: str
 ) -> None:
@@ -160,7 +160,6 @@ def test_a_server_that_hangs(tmp_path: Path, undisturbed: Done, hanging: str) ->
     assert done.seconds < undisturbed.seconds + 20
 
 
-@pytest.mark.slow
 def test_no_wandb(tmp_path: Path, undisturbed: Done) -> None:
     # An interpreter in which `import wandb` fails, as where it is not installed.
     (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')\n")
@@ -180,7 +179,6 @@ def test_no_wandb(tmp_path: Path, undisturbed: Done) -> None:
         assert says in again.stdout + again.stderr
 
 
-@pytest.mark.slow
 def test_a_process_of_wandb_that_dies_on_the_way(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     settings = ["stream=atlas-qa", "editor=grace", "max_edits=60", "wandb.mode=offline", f"out={tmp_path}"]

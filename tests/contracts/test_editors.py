@@ -26,13 +26,15 @@ MakeRequests = Callable[[str], list[EditRequest]]
 MakeEditor = Callable[..., EditorStrategy]
 
 TASKS = ("classification", "qa", "completion", "language_modelling")
-# Running text and completion are one model with other labels: two editors show both, the others in `make test-slow`.
+# Running text and completion are one model with other labels, and completion and answers differ in the model alone: a
+# few editors show all, the others in `make test-slow`.
+SHOWN = {"language_modelling": {"grace", "rome"}, "completion": {"grace", "rome", "ft"}}
 SUPPORTED = [
     pytest.param(
         name,
         task,
         id=f"{name}-{task}",
-        marks=pytest.mark.slow if task == "language_modelling" and name not in {"grace", "rome"} else (),
+        marks=() if name in SHOWN.get(task, {name}) else pytest.mark.slow,
     )
     for name in EDITORS.entries()
     for task in EDITORS.get(name).supported_tasks
