@@ -103,7 +103,8 @@ def _last_block(module: nn.Module) -> nn.Module | None:
 
 def _products(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """How each product with weights is run where rows are few, in float32 and on the CPU."""
-    return {part: _of_few_rows for part in module.modules() if type(part) in (nn.Linear, Conv1D) and _is_own(part)}
+    parts = (part for part in module.modules() if type(part) in (nn.Linear, Conv1D))
+    return {part: _of_few_rows for part in parts if _is_float32_on_cpu(part)}
 
 
 def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
@@ -111,11 +112,12 @@ def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., 
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     if type(head) is not nn.Linear or head is layer or head.bias is not None:
         return {}
-    return {head: _in_parts} if head.out_features > _TALL * head.in_features and _is_own(head) else {}
+    is_tall = head.out_features > _TALL * head.in_features
+    return {head: _in_parts} if is_tall and _is_float32_on_cpu(head) else {}
 
 
-def _is_own(part: nn.Module) -> bool:
-    """Whether the processor multiplies with a part's weights in float32."""
+def _is_float32_on_cpu(part: nn.Module) -> bool:
+    """Whether a part's weights are float32 in main memory."""
     weight = part.weight
     return isinstance(weight, Tensor) and weight.is_cpu and weight.dtype is torch.float32
 
