@@ -15,6 +15,8 @@ INSTALLED = $(abspath $(VENV))/.installed
 # Tiny models run many times slower when every process takes every core.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# What is compiled is kept, or every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-real lint audit install clean
 
