@@ -256,10 +256,17 @@ class ExactEngine(Engine):
                 self._note_whole(reason)
                 return run
             self._kept.pop(key, None)
-            if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
-                self._kept[key] = recording
+            self._keep(key, recording)
         self._used.add(key)
         return partial(self._play, self._replay, run, recording, kind)
+
+    def _keep(self, key: bytes, recording: Recording) -> None:
+        """Keeps a recording if there is memory for it, narrowed like all others if that makes room."""
+        if self.kept_bytes + recording.n_bytes > self.most_kept_bytes:
+            self._kept = {name: kept.narrowed() for name, kept in self._kept.items()}
+            recording = recording.narrowed()
+        if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
+            self._kept[key] = recording
 
     def _tail(self, batch: EncodedBatch, first_changed: int = 0) -> Tail:
         tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)

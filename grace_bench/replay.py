@@ -28,6 +28,8 @@ _METADATA = {
 }
 
 _CALLS_DIFFER = "the model does not call the same modules each time"
+_FEW_WEIGHTS = 1 / 8
+"""What a narrow recording leaves to be computed again has at most this share of the weights before the layer."""
 
 
 class CannotReplayError(Exception):
@@ -87,11 +89,13 @@ class Recording:
         outputs: One a call, in the order of the calls.
         stamp: The state of the recorded modules' weights; a recording holds as long as they keep it.
         versions: How often each tensor of the outputs was written to.
+        n_narrow: How many of the outputs are the narrowest recording that gives the same.
     """
 
     outputs: tuple[_Output, ...]
     stamp: tuple[tuple[int, int, bool], ...]
     versions: tuple[int, ...]
+    n_narrow: int
 
     @property
     def n_bytes(self) -> int:
@@ -104,14 +108,26 @@ class Recording:
         """Whether nothing wrote to the outputs since."""
         return self.versions == _versions(self.outputs)
 
+    def narrowed(self) -> "Recording":
+        """Returns the same in less memory, from which a replay computes a little more.
+
+        A transformer's hidden states are narrow, and what a layer inside a block reads is up to four times as wide.
+        """
+        outputs = self.outputs[: self.n_narrow]
+        return replace(self, outputs=outputs, versions=self.versions[: len(_versions(outputs))])
+
 
 @dataclass(frozen=True)
 class _Plan:
-    """The calls that finish before the layer, in order, where they are made, and which leaves are read afterwards."""
+    """The calls that finish before the layer, in order, where they are made, and which leaves are read afterwards.
+
+    Of the calls the first `n_narrow` are enough.
+    """
 
     calls: tuple[nn.Module, ...]
     parents: tuple[nn.Module, ...]
     kept: tuple[tuple[bool, ...], ...] = ()
+    n_narrow: int = 0
 
     def weights(self) -> Iterator[Tensor]:
         """What the recorded part computes with: the weights of its modules, and those their parents hold themselves."""
@@ -186,20 +202,21 @@ class Replay:
         assert isinstance(plan, _Plan)
         if not recording.is_intact:
             raise CannotReplayError("the model changes in place what it is handed")
+        calls = plan.calls[: len(recording.outputs)]
         n_given = 0
 
         def hand_out(part: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
             nonlocal n_given
-            if n_given == len(plan.calls):
+            if n_given == len(calls):
                 return forward(*args, **kwargs)
-            if part is not plan.calls[n_given]:
+            if part is not calls[n_given]:
                 raise CannotReplayError(_CALLS_DIFFER)
             n_given += 1
             return recording.outputs[n_given - 1].value()
 
-        with patched(dict.fromkeys(plan.calls, hand_out)):
+        with patched(dict.fromkeys(calls, hand_out)):
             logits = run()
-        if n_given != len(plan.calls):
+        if n_given != len(calls):
             raise CannotReplayError(_CALLS_DIFFER)
         return logits
 
@@ -226,13 +243,19 @@ class Replay:
             raise _UndecidedError("a batch whose logits are no numbers came first")
         uses.note(whole)
         kept = tuple(tuple(id(leaf) in uses.seen or not _is_large(leaf) for leaf in out.leaves) for out in outputs)
-        plan = self._plans[kind] = replace(everything, kept=kept)
+        plan = self._plans[kind] = replace(everything, kept=kept, n_narrow=len(kept))
         recording = self._record(run, plan)
         for _ in range(2):
             # Twice, because code that changes what it is handed shows at the second replay only.
             if not torch.equal(self.play(run, recording, kind), whole[0]):
                 raise CannotReplayError("a replay does not give what the whole model gives")
-        return plan
+        narrowest = replace(plan, n_narrow=_n_narrow(plan, recording, outputs, uses.entered))
+        narrow = replace(recording, n_narrow=narrowest.n_narrow).narrowed()
+        try:
+            agrees = all(torch.equal(self.play(run, narrow, kind), whole[0]) for _ in range(2))
+        except CannotReplayError:
+            agrees = False
+        return narrowest if agrees else plan
 
     def _find_calls(self, run: Run) -> _Plan:
         """The modules that finish before the layer starts, or with it, and whose parent is running then."""
@@ -286,7 +309,7 @@ class Replay:
         if len(outputs) != len(plan.calls):
             raise CannotReplayError(_CALLS_DIFFER)
         kept = tuple(output.pruned(keep) for output, keep in zip(outputs, plan.kept, strict=True))
-        return Recording(kept, plan.stamp(), _versions(kept))
+        return Recording(kept, plan.stamp(), _versions(kept), plan.n_narrow)
 
     def _collect(
         self, run: Callable[[], object], plan: _Plan, *, uses: "_Uses | None" = None, stops: bool = False
@@ -303,6 +326,7 @@ class Replay:
                 raise CannotReplayError(_CALLS_DIFFER)
             n_inside += 1
             if uses is not None:
+                uses.enter((args, kwargs))
                 if part is self._layer:
                     # Its hooks read what enters it.
                     uses.note((args, kwargs))
@@ -356,6 +380,8 @@ class _Uses(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[int] = set()
+        self.entered: list[set[int]] = []
+        """For each recorded call what it was handed."""
         self.is_paused = False
         # Ids tell tensors apart while they live, as all that are watched do; others leave theirs to later ones.
         self._watched: set[int] = set()
@@ -364,7 +390,13 @@ class _Uses(TorchFunctionMode):
         self._watched.update(id(leaf) for leaf in leaves)
 
     def note(self, arguments: Any) -> None:
-        self.seen.update(self._watched.intersection(map(id, tree_leaves(arguments))))
+        self.seen |= self._among(arguments)
+
+    def enter(self, arguments: Any) -> None:
+        self.entered.append(self._among(arguments))
+
+    def _among(self, arguments: Any) -> set[int]:
+        return self._watched.intersection(map(id, tree_leaves(arguments)))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -402,6 +434,32 @@ def _bound(function: Callable[..., Any], part: nn.Module, forward: Forward) -> F
         return function(part, forward, *args, **kwargs)
 
     return call
+
+
+def _n_narrow(plan: _Plan, recording: Recording, outputs: Sequence[_Output], entered: Sequence[set[int]]) -> int:
+    """How many calls of a plan take the least memory to record, of those that leave little to be computed again.
+
+    Args:
+        plan: The plan.
+        recording: What it records of a batch.
+        outputs: What its calls gave when it was traced.
+        entered: The ids of the tensors of `outputs` that each call was handed then.
+    """
+    n_weights = [sum(weight.numel() for weight in part.parameters()) for part in plan.calls]
+    narrowest, least_bytes = len(plan.calls), recording.n_bytes
+    for n in reversed(range(len(plan.calls))):
+        if sum(n_weights[n:]) > _FEW_WEIGHTS * sum(n_weights):
+            break
+        dropped = {
+            id(leaf)
+            for output, kept in zip(outputs[:n], plan.kept[:n], strict=True)
+            for leaf, keep in zip(output.leaves, kept, strict=True)
+            if not keep
+        }
+        n_bytes = replace(recording, n_narrow=n).narrowed().n_bytes
+        if n_bytes < least_bytes and dropped.isdisjoint(set().union(*entered[n:])):
+            narrowest, least_bytes = n, n_bytes
+    return narrowest
 
 
 def _tensors(outputs: Sequence[_Output]) -> Iterator[Tensor]:

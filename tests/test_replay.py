@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from grace_bench.encoding import EncodedBatch, PaddingSide, last_token
+from grace_bench.engine import ExactEngine
 from grace_bench.models import EditableModel, LayerCall
 from grace_bench.replay import CannotReplayError, Replay
 from grace_bench.types import TaskName
@@ -167,6 +168,17 @@ def batches(model: EditableModel) -> Iterator[EncodedBatch]:
             yield encoded(model, lengths, "left")
 
 
+@contextmanager
+def calls_of(model: EditableModel, path: str) -> Iterator[list[None]]:
+    """Grows by one with each forward pass of a module."""
+    calls: list[None] = []
+    handle = model.find_layer(path).register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
 def kind_of(batch: EncodedBatch) -> str:
     return ",".join(batch.inputs)
 
@@ -205,16 +217,17 @@ def test_a_replay_gives_the_answers_and_gradients_of_the_whole_model_bit_for_bit
     for batch in batches(model):
         run, kind = partial(model.logits, batch), kind_of(batch)
         recording = replay.record(run, kind)
-        replayed = partial(replay.play, run, recording, kind)
-        assert torch.equal(replayed(), run())
+        replays = [partial(replay.play, run, one, kind) for one in (recording, recording.narrowed())]
+        assert all(torch.equal(replayed(), run()) for replayed in replays)
 
         delta = torch.randn(model.layer_call(batch).output.shape[-1], requires_grad=True)
         handle = model.intercept(adding(delta))
         wanted = [delta, *(weight for part in changing for weight in part.parameters())]
-        assert torch.equal(replayed(), run())
+        assert all(torch.equal(replayed(), run()) for replayed in replays)
         whole = gradients(run, wanted)
         assert whole[0].any()
-        assert all(map(torch.equal, gradients(replayed, wanted), whole))
+        for replayed in replays:
+            assert all(map(torch.equal, gradients(replayed, wanted), whole))
         handle.remove()
 
 
@@ -281,6 +294,48 @@ def test_a_recording_takes_no_more_memory_the_more_blocks_come_before_the_layer(
         sizes.append(replay.record(partial(model.logits, encoded(model, [9, 5])), "batch").n_bytes)
     shallow, deep = sizes
     assert 0 < shallow == deep
+
+
+@each_family
+def test_a_recording_can_be_narrowed_to_hidden_states_with_most_of_the_blocks_still_left_out(family: Family) -> None:
+    model = family.model(n_layers=8, block=6, engine="plain")
+    replay, run = Replay(model.module, model.layer, [model.layer]), partial(model.logits, encoded(model, [9, 5]))
+    recording = replay.record(run, "batch")
+    narrow = recording.narrowed()
+    assert 0 < narrow.n_bytes < recording.n_bytes * 2 / 3
+    whole = run()
+    with calls_of(model, family.block.format(5) + f".{family.layer}") as early:
+        assert torch.equal(replay.play(run, narrow, "batch"), whole)
+    assert not early
+    change(model.layer)
+    assert torch.equal(replay.play(run, narrow, "batch"), run())
+    assert narrow.narrowed().n_bytes == narrow.n_bytes
+
+
+@each_family
+def test_where_memory_is_short_narrowed_recordings_leave_room_for_all(family: Family) -> None:
+    model = family.model(n_layers=8, block=6)
+    given = [encoded(model, lengths) for lengths in ([9, 5], [4, 12], [7])]
+
+    def evaluate() -> list[Tensor]:
+        with model.engine.remembering(), torch.no_grad():
+            return [model.labelled_logits(batch)[0] for batch in given]
+
+    def memory_for(memory: int) -> int:
+        """Bytes kept of an evaluation with so much memory, after which another computes nothing early again."""
+        model.engine = ExactEngine(model, memory=memory)
+        model.engine.rewrites([model.layer])
+        expected = evaluate()
+        with calls_of(model, family.block.format(5) + f".{family.layer}") as early:
+            assert all(map(torch.equal, evaluate(), expected))
+        assert not early
+        return model.engine.kept_bytes
+
+    wide = memory_for(2**30)
+    assert memory_for(wide) == wide
+    narrow = memory_for(wide - 1)
+    assert narrow < wide * 3 / 4
+    assert memory_for(narrow) == narrow
 
 
 @each_family
