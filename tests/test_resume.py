@@ -245,7 +245,8 @@ def folder_in(out: Path) -> Path:
 
 
 def wait_for_checkpoint(running: "subprocess.Popen[str]", out: Path, number: int) -> None:
-    while not any(int(path.name) >= number for path in out.rglob("checkpoint/0*")):
+    # Not further down: a checkpoint's folder has another name while it is written, and may be gone when it is opened.
+    while not any(int(path.name) >= number for path in out.glob("*/*/*/*/checkpoint/0*")):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
 
