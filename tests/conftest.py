@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -336,3 +337,19 @@ def _request(task: str, fact: tuple[str, str, str, int]) -> EditRequest:
         else ({"prompt": f"what is the {relation} of France", "target": "Paris"},),  # type: ignore[arg-type]
         metadata={"fact": f"{relation} of {country}"},
     )
+
+
+@pytest.fixture
+def calls_of() -> Callable[[EditableModel, str], AbstractContextManager[list[None]]]:
+    """Inside the context, a list that grows by one with each forward pass of a module."""
+
+    @contextmanager
+    def count(model: EditableModel, path: str) -> Iterator[list[None]]:
+        calls: list[None] = []
+        handle = model.find_layer(path).register_forward_hook(lambda *_: calls.append(None))
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    return count

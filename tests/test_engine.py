@@ -1,8 +1,8 @@
 """Engines: the same answers whichever computes them, and how much of the model each of them runs for it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from grace_bench.errors import UserError
 from grace_bench.models import EditableModel, LayerCall
 
 MakeModel = Callable[..., EditableModel]
+CallsOf = Callable[[EditableModel, str], AbstractContextManager[list[None]]]
 
 # A module inside one that ends before the layer, which a replay hands out without running it, and one behind the layer.
 EARLY = {
@@ -49,17 +50,6 @@ def use(model: EditableModel, engine: str, memory_mb: int | None = None) -> Engi
     return model.engine
 
 
-@contextmanager
-def calls_of(model: EditableModel, path: str) -> Iterator[list[None]]:
-    """Grows by one with each forward pass of a module."""
-    calls: list[None] = []
-    handle = model.find_layer(path).register_forward_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def evaluate(model: EditableModel, batches: Sequence[EncodedBatch], *, passes: int = 1) -> list[Tensor]:
     """The logits of some batches, each run so many times in one evaluation."""
@@ -83,7 +73,9 @@ def change(weights: nn.Module, seed: int) -> None:
 
 
 @each_task
-def test_the_plain_engine_runs_the_whole_model_for_each_answer_and_never_more(task: str, make_model: MakeModel) -> None:
+def test_the_plain_engine_runs_the_whole_model_for_each_answer_and_never_more(
+    task: str, make_model: MakeModel, calls_of: CallsOf
+) -> None:
     model = make_model(task)
     use(model, "plain")
     batch = encode(model)
@@ -128,7 +120,9 @@ def test_an_engine_that_is_not_there_is_refused_by_name(make_model: MakeModel) -
 
 
 @each_task
-def test_a_batch_that_is_run_many_times_runs_what_comes_before_the_layer_once(task: str, make_model: MakeModel) -> None:
+def test_a_batch_that_is_run_many_times_runs_what_comes_before_the_layer_once(
+    task: str, make_model: MakeModel, calls_of: CallsOf
+) -> None:
     model = make_model(task)
     warm_up(model)
     batch = encode(model)
@@ -142,7 +136,7 @@ def test_a_batch_that_is_run_many_times_runs_what_comes_before_the_layer_once(ta
 
 
 @each_task
-def test_asking_for_the_layer_runs_nothing_behind_it(task: str, make_model: MakeModel) -> None:
+def test_asking_for_the_layer_runs_nothing_behind_it(task: str, make_model: MakeModel, calls_of: CallsOf) -> None:
     model, plain = make_model(task), make_model(task)
     use(plain, "plain")
     for name in PROMPTS:
@@ -159,7 +153,7 @@ def test_asking_for_the_layer_runs_nothing_behind_it(task: str, make_model: Make
 
 @each_task
 def test_asking_for_the_layer_and_then_running_the_batch_runs_what_comes_before_once(
-    task: str, make_model: MakeModel
+    task: str, make_model: MakeModel, calls_of: CallsOf
 ) -> None:
     model = make_model(task)
     warm_up(model)
@@ -217,7 +211,7 @@ def test_a_batch_that_was_made_ready_before_the_layer_is_rewritten_answers_with_
 
 @each_task
 def test_an_evaluation_that_comes_again_runs_what_comes_before_the_layer_no_more(
-    task: str, make_model: MakeModel
+    task: str, make_model: MakeModel, calls_of: CallsOf
 ) -> None:
     model = make_model(task)
     warm_up(model)
@@ -231,7 +225,9 @@ def test_an_evaluation_that_comes_again_runs_what_comes_before_the_layer_no_more
 
 
 @each_task
-def test_outside_of_a_remembered_evaluation_nothing_is_kept(task: str, make_model: MakeModel) -> None:
+def test_outside_of_a_remembered_evaluation_nothing_is_kept(
+    task: str, make_model: MakeModel, calls_of: CallsOf
+) -> None:
     model = make_model(task)
     warm_up(model)
     with calls_of(model, EARLY[task]) as early:
@@ -241,7 +237,9 @@ def test_outside_of_a_remembered_evaluation_nothing_is_kept(task: str, make_mode
 
 
 @each_task
-def test_what_an_evaluation_did_not_use_is_dropped_and_computed_anew(task: str, make_model: MakeModel) -> None:
+def test_what_an_evaluation_did_not_use_is_dropped_and_computed_anew(
+    task: str, make_model: MakeModel, calls_of: CallsOf
+) -> None:
     model = make_model(task)
     warm_up(model)
     both = ["first", "second"]
@@ -255,7 +253,7 @@ def test_what_an_evaluation_did_not_use_is_dropped_and_computed_anew(task: str, 
 
 
 @each_task
-def test_an_evaluation_that_broke_off_keeps_what_it_used(task: str, make_model: MakeModel) -> None:
+def test_an_evaluation_that_broke_off_keeps_what_it_used(task: str, make_model: MakeModel, calls_of: CallsOf) -> None:
     model = make_model(task)
     warm_up(model)
 
@@ -274,7 +272,9 @@ def test_an_evaluation_that_broke_off_keeps_what_it_used(task: str, make_model: 
 
 
 @each_task
-def test_without_memory_nothing_is_kept_and_the_answers_are_right(task: str, make_model: MakeModel) -> None:
+def test_without_memory_nothing_is_kept_and_the_answers_are_right(
+    task: str, make_model: MakeModel, calls_of: CallsOf
+) -> None:
     model = make_model(task)
     expected = evaluate(model, [encode(model)])
     use(model, "exact", memory_mb=0)
@@ -285,7 +285,7 @@ def test_without_memory_nothing_is_kept_and_the_answers_are_right(task: str, mak
             assert len(early) == n
 
 
-def test_recordings_take_no_more_memory_than_they_are_given(make_model: MakeModel) -> None:
+def test_recordings_take_no_more_memory_than_they_are_given(make_model: MakeModel, calls_of: CallsOf) -> None:
     model = make_model("qa")
     model.engine = make_engine("exact", model, memory_mb=1)
     # Room for some of these recordings: batches of another length are other batches.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from grace_bench.types import TaskName
 
 VOCABULARY, WIDTH = 50, 32
 MakeModel = Callable[..., EditableModel]
+CallsOf = Callable[[EditableModel, str], AbstractContextManager[list[None]]]
 SIZES = {
     "hidden_size": WIDTH,
     "num_attention_heads": 2,
@@ -168,17 +169,6 @@ def batches(model: EditableModel) -> Iterator[EncodedBatch]:
             yield encoded(model, lengths, "left")
 
 
-@contextmanager
-def calls_of(model: EditableModel, path: str) -> Iterator[list[None]]:
-    """Grows by one with each forward pass of a module."""
-    calls: list[None] = []
-    handle = model.find_layer(path).register_forward_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
 def kind_of(batch: EncodedBatch) -> str:
     return ",".join(batch.inputs)
 
@@ -297,7 +287,9 @@ def test_a_recording_takes_no_more_memory_the_more_blocks_come_before_the_layer(
 
 
 @each_family
-def test_a_recording_can_be_narrowed_to_hidden_states_with_most_of_the_blocks_still_left_out(family: Family) -> None:
+def test_a_recording_can_be_narrowed_to_hidden_states_with_most_of_the_blocks_still_left_out(
+    family: Family, calls_of: CallsOf
+) -> None:
     model = family.model(n_layers=8, block=6, engine="plain")
     replay, run = Replay(model.module, model.layer, [model.layer]), partial(model.logits, encoded(model, [9, 5]))
     recording = replay.record(run, "batch")
@@ -313,7 +305,7 @@ def test_a_recording_can_be_narrowed_to_hidden_states_with_most_of_the_blocks_st
 
 
 @each_family
-def test_where_memory_is_short_narrowed_recordings_leave_room_for_all(family: Family) -> None:
+def test_where_memory_is_short_narrowed_recordings_leave_room_for_all(family: Family, calls_of: CallsOf) -> None:
     model = family.model(n_layers=8, block=6)
     given = [encoded(model, lengths) for lengths in ([9, 5], [4, 12], [7])]
 
