@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"

@@ -79,8 +79,12 @@ class Engine(ABC):
         """Runs a batch at least until the edited layer and the hooks on it were called."""
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """What `labelled` computes inside may be kept for the next time; what this time did not use is dropped."""
+    def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:
+        """What `labelled` computes inside may be kept for the next time.
+
+        Args:
+            drops_unused: Whether what this time did not use is dropped.
+        """
         yield
 
     @property
@@ -176,12 +180,13 @@ class ExactEngine(Engine):
         self._prunes = dict(state["prunes"])
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:  # noqa: D102
+    def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:  # noqa: D102
         self._used = set()
         try:
             yield
         finally:
-            self._kept = {key: recording for key, recording in self._kept.items() if key in self._used}
+            if drops_unused:
+                self._kept = {key: recording for key, recording in self._kept.items() if key in self._used}
             self._used = None
 
     @property

@@ -711,7 +711,7 @@ class _Planner:
         growth += 4 * max(0, strategy.max_extra_parameters(counts.edits) - strategy.max_extra_parameters(last.n_edits))
         if strategy.scorer.is_incremental:
             growth += _SCORE_BYTES * (most + counts.candidates)
-        elif sampled:
+        if sampled:
             kept = strategy.model.engine.kept_bytes
             growth += max(
                 0.0, min(kept / last.timed[-1].work.requests * most, strategy.model.engine.most_kept_bytes) - kept
@@ -753,7 +753,7 @@ class _Planner:
 
 def _work(model: EditableModel, requests: Sequence[EditRequest]) -> Work:
     sizes = _sizes(model, requests)
-    return Work(len(sizes), sum(1 for _ in model.task.batches(sizes)), sum(sizes))
+    return Work(len(sizes), sum(1 for _ in model.task.together(model, requests)), sum(sizes))
 
 
 def _sizes(model: EditableModel, requests: Sequence[EditRequest]) -> list[int]:
@@ -770,7 +770,7 @@ def _sample(model: EditableModel, requests: Sequence[EditRequest], n: int, which
     """About `n` requests that stand for all: whole batches as the task makes them, from short to long."""
     if not requests or n >= len(requests):
         return tuple(requests)
-    batches = [*model.task.batches(_sizes(model, requests))]
+    batches = [*model.task.together(model, requests)]
     n_batches = n // max(len(batch) for batch in batches)
     if n_batches == 0:
         middle = batches[len(batches) // 2]

@@ -27,11 +27,15 @@ _FIELDS = tuple(
 
 @dataclass
 class _Known:
-    """A request's query, which version of which entry answered it last, and the scores that are kept by version."""
+    """A request's query, which version of which entry answered it last, and the scores that are kept by version.
+
+    Beside them, by digest, the requests that it was scored with in one batch, in their order.
+    """
 
     query: Tensor
     version: Hashable
     items: dict[Hashable, ItemScore]
+    batch: tuple[str, ...]
 
 
 class Scorer:
@@ -39,7 +43,8 @@ class Scorer:
 
     What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
     editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
-    the last time, so is the answer.
+    the last time, so is the answer. What is scored again is scored in its batch of the last time, from the edited layer
+    on if the engine has kept what came before, unless less than half of that batch is to be scored again.
 
     Args:
         strategy: The editor.
@@ -82,9 +87,10 @@ class Scorer:
             return model.task.score(model, requests)
         keys = [self._key(request) for request in requests]
         known = self._look_up(keys)
-        stale = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        asked = dict(zip(keys, requests, strict=True))
+        stale = [key for key in asked if key not in known]
         if stale:
-            known |= self._score_anew(stale)
+            known |= self._score_anew(stale, asked)
         return [known[key] for key in keys]
 
     def knows(self, request: EditRequest) -> bool:
@@ -105,11 +111,15 @@ class Scorer:
         """Returns the scores that are kept, so that whoever goes on asks the model again for the same ones."""
         known = self._known.values()
         items = [one.items[one.version] for one in known]
+        numbers = {key: number for number, key in enumerate(self._known)}
+        batches = {batch: number for number, batch in enumerate(dict.fromkeys(one.batch for one in known))}
         return {
             "requests": [*self._known],
             # By column: a checkpoint of thousands of them is made often.
             "items": {name: [getattr(item, name) for item in items] for name in _FIELDS},
             "versions": [one.version for one in known],
+            "batches": [[numbers[key] for key in batch] for batch in batches],
+            "batch": [batches[one.batch] for one in known],
             "queries": torch.stack([one.query for one in known]) if known else None,
         }
 
@@ -117,10 +127,13 @@ class Scorer:
         """Takes up a state from `state_dict`, which may have been JSON in between."""
         queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
         columns = [state["items"][name] for name in _FIELDS]
+        keys = state["requests"]
+        batches = [tuple(keys[number] for number in batch) for batch in state["batches"]]
         self._known = {}
-        for key, version, query, *values in zip(state["requests"], state["versions"], queries, *columns, strict=True):
+        rows = zip(keys, state["versions"], state["batch"], queries, *columns, strict=True)
+        for key, version, batch, query, *values in rows:
             item = restored(ItemScore, dict(zip(_FIELDS, values, strict=True)))
-            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item})
+            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch])
 
     def _key(self, request: EditRequest) -> str:
         """The digest of all of a request that its score depends on: texts are long, and in every checkpoint."""
@@ -147,26 +160,42 @@ class Scorer:
                 found[key] = item
         return found
 
-    def _score_anew(self, requests: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
-        model = self._strategy.model
-        self.n_scored += len(requests)
+    def _score_anew(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
+        model, answered_by = self._strategy.model, self._strategy.answered_by
+        scored = {}
         handle = model.intercept(_note_query, first=True)
         try:
-            items = model.task.score(model, [*requests.values()])
+            with model.engine.remembering(drops_unused=False), torch.no_grad():
+                for batch in self._batches(stale, asked):
+                    self.n_scored += len(batch)
+                    items = model.task.score_batch(model, [asked[key] for key in batch])
+                    scored |= {key: (batch, item) for key, item in zip(batch, items, strict=True)}
         finally:
             handle.remove()
-        scored = dict(zip(requests, items, strict=True))
-        kept = {key: item for key, item in scored.items() if item.query is not None}
+        kept = [(key, *scored[key]) for key in stale if scored[key][1].query is not None]
         if kept:
-            queries = [item.query for item in kept.values() if item.query is not None]
-            answered = self._strategy.answered_by(torch.stack(queries))
+            queries = [item.query for _, _, item in kept if item.query is not None]
+            answered = answered_by(torch.stack(queries))
             if answered is not None:
-                for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
+                for (key, batch, item), query, version in zip(kept, queries, answered.versions, strict=True):
                     earlier = self._known[key].items if self._keeps_versions and key in self._known else {}
-                    known = self._known[key] = _Known(query, version, {**earlier, version: item})
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch)
                     if earlier:
                         self._with_earlier.append(known)
-        return scored
+        return {key: scored[key][1] for key in stale}
+
+    def _batches(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
+        """The batches that hold all stale requests: those of the last time where they pay, and new ones of the rest."""
+        rest = dict.fromkeys(stale)
+        for key in stale:
+            batch = self._known[key].batch if key in rest and key in self._known else ()
+            if batch and all(key in asked for key in batch) and 2 * sum(key in rest for key in batch) >= len(batch):
+                yield batch
+                for done in batch:
+                    rest.pop(done, None)
+        keys, task = [*rest], self._strategy.model.task
+        for chunk in task.together(self._strategy.model, [asked[key] for key in keys]):
+            yield tuple(keys[i] for i in chunk)
 
 
 def _hashable(value: Any) -> Hashable:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from grace_bench.models import EditableModel, QueryState
 
 _OUTLIER = 1000.0
+_ENOUGH_ON_CPU = 1024
+"""Tokens that keep a CPU busy; the fewer inputs a pass holds, the fewer are scored again with one that changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class Task(ABC):
             last token and scores everything, as the official GRACE code does.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
-        batch_tokens: The most tokens in one, padding included; a single longer input goes alone.
+        batch_tokens: The most tokens in one, padding included; a single longer input goes alone. On a CPU it is at most
+            1,024 where nothing is generated.
         max_input_tokens: Where prompts are cut; None for the model's own limit.
         max_target_tokens: Where targets are cut, end token included, and the answers accepted beside them.
         label_names: The names of the label ids, which answers are shown by; classification only.
@@ -87,6 +90,8 @@ class Task(ABC):
     main_score: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     other_scores: ClassVar[tuple[str, ...]] = ()
+    generates: ClassVar[bool] = False
+    """Whether answers are generated token by token, each of which reads all weights once a batch."""
     carried_scores: ClassVar[tuple[str, ...]] = ()
     """Scores that only requests have which carry what they need."""
 
@@ -161,10 +166,16 @@ class Task(ABC):
     def score(self, model: "EditableModel", requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Scores the model's answers to requests, in the order given; batches hold inputs of like length."""
         results: list[ItemScore | None] = [None] * len(requests)
-        for chunk in self.batches([self.size(model, r.prompt, (r.target, *contrast_of(r))) for r in requests]):
+        for chunk in self.together(model, requests):
             for index, item in zip(chunk, self.score_batch(model, [requests[i] for i in chunk]), strict=True):
                 results[index] = item
         return [item for item in results if item is not None]
+
+    def together(self, model: "EditableModel", requests: Sequence[EditRequest]) -> Iterator[list[int]]:
+        """Yields the indices of requests that are scored in one batch."""
+        sizes = [self.size(model, r.prompt, (r.target, *contrast_of(r))) for r in requests]
+        is_enough = model.layer_device.type == "cpu" and not self.generates
+        return self.batches(sizes, most_tokens=_ENOUGH_ON_CPU if is_enough else None)
 
     @torch.no_grad()
     def ask(
@@ -328,6 +339,7 @@ class _Generating(Task):
     """Tasks whose answers are generated freely and compared as text."""
 
     main_score = "f1"
+    generates = True
     other_scores = ("exact_match", "token_accuracy", "reference_f1")
     carried_scores = ("contrast",)
 

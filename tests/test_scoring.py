@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from grace_bench.benchmark import EditExperience, eval_stream
 from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.editors.grace import Grace
-from grace_bench.engine import EngineName
+from grace_bench.engine import EngineName, ExactEngine
 from grace_bench.models import EditableModel
 from grace_bench.runner import Schedule
 from grace_bench.strategy import EditBatch
 from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
+CallsOf = Callable[[EditableModel, str], AbstractContextManager[list[None]]]
 MakeRequests = Callable[[str], list[EditRequest]]
 DECISIONS = (
     "id",
@@ -104,6 +106,73 @@ def test_a_second_evaluation_without_an_edit_asks_the_model_nothing(
         fresh = model.task.score(model, requests)
         assert again == fresh
         assert 0 < n_asked <= 3, "only the edited request was generated and scored again"
+
+
+BEFORE_THE_LAYER = {
+    "classification": "bert.encoder.layer.0.output.dense",
+    "language_modelling": "transformer.h.0.attn.c_proj",
+}
+
+
+@pytest.mark.parametrize("task", BEFORE_THE_LAYER)
+def test_what_is_scored_again_starts_at_the_layer(
+    task: str, make_model: MakeModel, make_requests: MakeRequests, calls_of: CallsOf
+) -> None:
+    model, requests = make_model(task), make_requests(task)
+    with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
+        editor.scorer.score(requests)
+        for request in requests[:4]:
+            editor.edit(_batch(model, request))
+        editor.flush()
+        before = editor.scorer.n_scored
+        with calls_of(model, BEFORE_THE_LAYER[task]) as early:
+            again = editor.scorer.score(requests)
+        assert not early
+        assert editor.scorer.n_scored == before + len(requests), "most of the batch, so all of it"
+        assert {item.entry for item in again} == {-1, 0, 1, 2, 3}
+        assert again == model.task.score(model, requests)
+
+
+@pytest.mark.parametrize("task", ["classification", "qa", "language_modelling"])
+def test_scores_depend_neither_on_memory_nor_on_an_interruption(
+    task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    """To the last bit, whatever was edited and asked for in between."""
+    requests = make_requests(task)
+    # What is edited, and what is asked for after it: streams, some of which grow, and single requests.
+    steps = [((), range(6)), ((0,), range(6)), ((1, 4), (1,)), ((2,), range(4)), ((0, 3, 5), range(6)), ((), (2, 5, 3))]
+    scores: list[list[Any]] = []
+    for memory, is_interrupted in ((2**30, False), (0, False), (2**30, True)):
+        model = make_model(task, batch_size=4)
+        model.engine = ExactEngine(model, memory=memory)
+        with Grace(model=model, n_iter=5, lr=0.3, eps_init=0.3) as editor:
+            told = []
+            for edited, asked in steps:
+                for number in edited:
+                    editor.edit(_batch(model, requests[number]))
+                editor.flush()
+                told.append((editor.scorer.score([requests[number] for number in asked]), editor.scorer.n_scored))
+                if is_interrupted:
+                    state = editor.scorer.state_dict()
+                    queries = state.pop("queries")
+                    editor.scorer.load_state_dict({**json.loads(json.dumps(state)), "queries": queries})
+                    model.engine = ExactEngine(model, memory=memory)
+            assert (model.engine.kept_bytes > 0) == (memory > 0 and not is_interrupted)
+            scores.append(told)
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_few_of_a_batch_are_scored_again_without_the_rest_of_it(
+    make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model("classification"), make_requests("classification")
+    with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
+        editor.scorer.score(requests)
+        for n_asked in (1, 1, 1):
+            before = editor.scorer.n_scored
+            editor.edit_text(requests[0].prompt, requests[0].target)
+            editor.scorer.score(requests)
+            assert editor.scorer.n_scored == before + n_asked
 
 
 def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel, make_requests: MakeRequests) -> None:
