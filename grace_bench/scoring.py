@@ -44,7 +44,8 @@ class Scorer:
     What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
     editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
     the last time, so is the answer. What is scored again is scored in its batch of the last time, from the edited layer
-    on if the engine has kept what came before, unless less than half of that batch is to be scored again.
+    on if the engine has kept what came before, unless most of that batch need not be. So the bits of a score depend on
+    what was asked for and when, and not on what is kept.
 
     Args:
         strategy: The editor.
@@ -186,14 +187,17 @@ class Scorer:
 
     def _batches(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
         """The batches that hold all stale requests: those of the last time where they pay, and new ones of the rest."""
-        rest = dict.fromkeys(stale)
+        task, rest = self._strategy.model.task, dict.fromkeys(stale)
+        # Nothing of what generates starts at the layer, so that more inputs than the stale ones would never pay.
+        least_share = 1.0 if task.generates else 0.5
         for key in stale:
             batch = self._known[key].batch if key in rest and key in self._known else ()
-            if batch and all(key in asked for key in batch) and 2 * sum(key in rest for key in batch) >= len(batch):
+            n_stale = sum(key in rest for key in batch)
+            if batch and n_stale >= least_share * len(batch) and all(key in asked for key in batch):
                 yield batch
                 for done in batch:
                     rest.pop(done, None)
-        keys, task = [*rest], self._strategy.model.task
+        keys = [*rest]
         for chunk in task.together(self._strategy.model, [asked[key] for key in keys]):
             yield tuple(keys[i] for i in chunk)
 

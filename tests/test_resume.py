@@ -19,6 +19,7 @@ import pytest
 from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench import Schedule
+from grace_bench.checkpoint import SCHEMA_VERSION
 from grace_bench.cli import main
 from grace_bench.errors import UserError
 from grace_bench.interruption import Interruption
@@ -196,7 +197,7 @@ def test_a_checkpoint_of_another_schema_version_is_refused_and_nothing_is_touche
     for manifest in folder.glob("checkpoint/0*/manifest.json"):
         rewritten(manifest, lambda content: content.update(schema_version=99, news="of a later version"))
     before = {path: path.read_bytes() for path in files_of(folder)}
-    with pytest.raises(UserError, match="schema version 99, this grace-bench reads 4"):
+    with pytest.raises(UserError, match=f"schema version 99, this grace-bench reads {SCHEMA_VERSION}"):
         run_facts(folder, task="qa", resume=True)
     assert {path: path.read_bytes() for path in files_of(folder)} == before
 
