@@ -145,6 +145,7 @@ class ExactEngine(Engine):
         self._replay = Replay(model.module, model.layer)
         self._recent: tuple[EncodedBatch, Recording] | None = None
         self._kept: dict[bytes, Recording] = {}
+        self._narrows = False
         self._used: set[bytes] | None = None
         self._prunes: dict[str, bool] = {}
 
@@ -181,7 +182,7 @@ class ExactEngine(Engine):
 
     @contextmanager
     def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:  # noqa: D102
-        self._used = set()
+        self._used, self._narrows = set(), False
         try:
             yield
         finally:
@@ -267,8 +268,10 @@ class ExactEngine(Engine):
 
     def _keep(self, key: bytes, recording: Recording) -> None:
         """Keeps a recording if there is memory for it, narrowed like all others if that makes room."""
-        if self.kept_bytes + recording.n_bytes > self.most_kept_bytes:
+        if not self._narrows and self.kept_bytes + recording.n_bytes > self.most_kept_bytes:
+            self._narrows = True
             self._kept = {name: kept.narrowed() for name, kept in self._kept.items()}
+        if self._narrows:
             recording = recording.narrowed()
         if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
             self._kept[key] = recording

@@ -9,6 +9,7 @@ code knows an architecture, and a replay gives the bits that the whole model giv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Recording:
     versions: tuple[int, ...]
     n_narrow: int
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """The memory that the recording holds."""
         storages = (tensor.untyped_storage() for tensor in _tensors(self.outputs))
@@ -113,6 +114,8 @@ class Recording:
 
         A transformer's hidden states are narrow, and what a layer inside a block reads is up to four times as wide.
         """
+        if len(self.outputs) == self.n_narrow:
+            return self
         outputs = self.outputs[: self.n_narrow]
         return replace(self, outputs=outputs, versions=self.versions[: len(_versions(outputs))])
 

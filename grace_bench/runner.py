@@ -376,7 +376,7 @@ class Run:
         if len(due) > 1:
             # All of it as it is now, when few answers are others than when they were due.
             together += [request for stream in self._eval_streams(due[-1]) for request in stream[0].requests]
-        with self._scoring():
+        with self._scoring(), scorer.evaluation() if len(due) > 1 else nullcontext():
             after = dict(zip([pending.index for pending in edits], scorer.score(together), strict=False))
             later: set[int | None] = set()
             for pending in reversed(edits if self.strategy.knows_past else ()):

@@ -29,7 +29,7 @@ _FIELDS = tuple(
 class _Known:
     """A request's query, which version of which entry answered it last, and the scores that are kept by version.
 
-    Beside them, by digest, the requests that it was scored with in one batch, in their order.
+    Beside them the batch that it was scored in, by digests in their order.
     """
 
     query: Tensor
@@ -43,9 +43,10 @@ class Scorer:
 
     What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
     editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
-    the last time, so is the answer. What is scored again is scored in its batch of the last time, from the edited layer
-    on if the engine has kept what came before, unless most of that batch need not be. So the bits of a score depend on
-    what was asked for and when, and not on what is kept.
+    the last time, so is the answer. What an evaluation scores again is scored in its batch of the last time, from the
+    edited layer on if the engine has kept what came before, unless most of that batch need not be. So the bits of a
+    score depend on what was asked for and when, and not on what is kept. Answers that are generated never start at the
+    layer: nothing is kept for them, and their batches are new each time.
 
     Args:
         strategy: The editor.
@@ -59,14 +60,21 @@ class Scorer:
         self._with_earlier: list[_Known] = []
         self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
+        self._reuses_batches = False
         self.n_scored = 0
         """How many requests the model was asked for, kept scores aside."""
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """One evaluation of every stream: what it asks again and again is computed from where it can change."""
-        with nullcontext() if self.is_incremental else self._strategy.model.engine.remembering():
-            yield
+        model = self._strategy.model
+        keeps = not (self.is_incremental and model.task.generates)
+        self._reuses_batches = self.is_incremental and keeps
+        try:
+            with model.engine.remembering(drops_unused=not self.is_incremental) if keeps else nullcontext():
+                yield
+        finally:
+            self._reuses_batches = False
 
     @contextmanager
     def keeping_versions(self) -> Iterator[None]:
@@ -161,44 +169,43 @@ class Scorer:
                 found[key] = item
         return found
 
+    @torch.no_grad()
     def _score_anew(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
-        model, answered_by = self._strategy.model, self._strategy.answered_by
-        scored = {}
+        model = self._strategy.model
+        batch_of: dict[str, tuple[str, ...]] = {}
+        items: dict[str, ItemScore] = {}
         handle = model.intercept(_note_query, first=True)
         try:
-            with model.engine.remembering(drops_unused=False), torch.no_grad():
-                for batch in self._batches(stale, asked):
-                    self.n_scored += len(batch)
-                    items = model.task.score_batch(model, [asked[key] for key in batch])
-                    scored |= {key: (batch, item) for key, item in zip(batch, items, strict=True)}
+            for batch in self._batches(stale, asked):
+                self.n_scored += len(batch)
+                items |= zip(batch, model.task.score_batch(model, [asked[key] for key in batch]), strict=True)
+                batch_of |= dict.fromkeys(batch, batch)
         finally:
             handle.remove()
-        kept = [(key, *scored[key]) for key in stale if scored[key][1].query is not None]
+        scored = {key: items[key] for key in stale}
+        kept = {key: item for key, item in scored.items() if item.query is not None}
         if kept:
-            queries = [item.query for _, _, item in kept if item.query is not None]
-            answered = answered_by(torch.stack(queries))
+            queries = [item.query for item in kept.values() if item.query is not None]
+            answered = self._strategy.answered_by(torch.stack(queries))
             if answered is not None:
-                for (key, batch, item), query, version in zip(kept, queries, answered.versions, strict=True):
+                for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
                     earlier = self._known[key].items if self._keeps_versions and key in self._known else {}
-                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch)
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch_of[key])
                     if earlier:
                         self._with_earlier.append(known)
-        return {key: scored[key][1] for key in stale}
+        return scored
 
     def _batches(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
-        """The batches that hold all stale requests: those of the last time where they pay, and new ones of the rest."""
-        task, rest = self._strategy.model.task, dict.fromkeys(stale)
-        # Nothing of what generates starts at the layer, so that more inputs than the stale ones would never pay.
-        least_share = 1.0 if task.generates else 0.5
-        for key in stale:
+        """Batches that hold all stale requests: those of the last time, if half is stale, and new ones of the rest."""
+        rest = dict.fromkeys(stale)
+        for key in stale if self._reuses_batches else ():
             batch = self._known[key].batch if key in rest and key in self._known else ()
-            n_stale = sum(key in rest for key in batch)
-            if batch and n_stale >= least_share * len(batch) and all(key in asked for key in batch):
+            if batch and 2 * sum(key in rest for key in batch) >= len(batch) and all(key in asked for key in batch):
                 yield batch
                 for done in batch:
                     rest.pop(done, None)
         keys = [*rest]
-        for chunk in task.together(self._strategy.model, [asked[key] for key in keys]):
+        for chunk in self._strategy.model.task.together(self._strategy.model, [asked[key] for key in keys]):
             yield tuple(keys[i] for i in chunk)
 
 

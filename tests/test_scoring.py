@@ -1,7 +1,7 @@
 """Scoring only what changed, and training values together, never change a result."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from grace_bench.engine import EngineName, ExactEngine
 from grace_bench.models import EditableModel
 from grace_bench.runner import Schedule
 from grace_bench.strategy import EditBatch
+from grace_bench.tasks import ItemScore
 from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
@@ -114,19 +115,24 @@ BEFORE_THE_LAYER = {
 }
 
 
+def evaluate(editor: Grace, requests: Sequence[EditRequest]) -> list[ItemScore]:
+    with editor.scorer.evaluation():
+        return editor.scorer.score(requests)
+
+
 @pytest.mark.parametrize("task", BEFORE_THE_LAYER)
-def test_what_is_scored_again_starts_at_the_layer(
+def test_what_an_evaluation_scores_again_starts_at_the_layer(
     task: str, make_model: MakeModel, make_requests: MakeRequests, calls_of: CallsOf
 ) -> None:
     model, requests = make_model(task), make_requests(task)
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        editor.scorer.score(requests)
+        evaluate(editor, requests)
         for request in requests[:4]:
             editor.edit(_batch(model, request))
         editor.flush()
         before = editor.scorer.n_scored
         with calls_of(model, BEFORE_THE_LAYER[task]) as early:
-            again = editor.scorer.score(requests)
+            again = evaluate(editor, requests)
         assert not early
         assert editor.scorer.n_scored == before + len(requests), "most of the batch, so all of it"
         assert {item.entry for item in again} == {-1, 0, 1, 2, 3}
@@ -151,28 +157,33 @@ def test_scores_depend_neither_on_memory_nor_on_an_interruption(
                 for number in edited:
                     editor.edit(_batch(model, requests[number]))
                 editor.flush()
-                told.append((editor.scorer.score([requests[number] for number in asked]), editor.scorer.n_scored))
+                chosen = [requests[number] for number in asked]
+                answers = evaluate(editor, chosen) if len(chosen) > 1 else editor.scorer.score(chosen)
+                told.append((answers, editor.scorer.n_scored))
                 if is_interrupted:
                     state = editor.scorer.state_dict()
                     queries = state.pop("queries")
                     editor.scorer.load_state_dict({**json.loads(json.dumps(state)), "queries": queries})
                     model.engine = ExactEngine(model, memory=memory)
-            assert (model.engine.kept_bytes > 0) == (memory > 0 and not is_interrupted)
+            keeps = memory > 0 and not is_interrupted and not model.task.generates
+            assert (model.engine.kept_bytes > 0) == keeps
             scores.append(told)
     assert scores[0] == scores[1] == scores[2]
 
 
+@pytest.mark.parametrize(("n_edited", "n_scored"), [(1, 1), (2, 2), (3, 6)])
 def test_few_of_a_batch_are_scored_again_without_the_rest_of_it(
-    make_model: MakeModel, make_requests: MakeRequests
+    n_edited: int, n_scored: int, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
     model, requests = make_model("classification"), make_requests("classification")
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        editor.scorer.score(requests)
-        for n_asked in (1, 1, 1):
-            before = editor.scorer.n_scored
-            editor.edit_text(requests[0].prompt, requests[0].target)
-            editor.scorer.score(requests)
-            assert editor.scorer.n_scored == before + n_asked
+        evaluate(editor, requests)
+        before = editor.scorer.n_scored
+        for request in requests[:n_edited]:
+            editor.edit_text(request.prompt, request.target)
+        again = evaluate(editor, requests)
+        assert editor.scorer.n_scored == before + n_scored
+        assert [item.entry for item in again] == [*range(n_edited), *[-1] * (len(requests) - n_edited)]
 
 
 def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel, make_requests: MakeRequests) -> None:
