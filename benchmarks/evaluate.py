@@ -85,6 +85,7 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
 
     def one_round(requests: Sequence[EditRequest]) -> None:
         grace.rollback()
+        frozen.engine.forget()
         timed("plain", lambda: score(plain_grace, requests))
         timed("anew", lambda: score(grace, requests))
         edit(grace, requests[:1])

@@ -56,7 +56,7 @@ class RunSettings:
         query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring.
-        batch_tokens: The most tokens in one, padding included.
+        batch_tokens: The most tokens in one, padding included; on a CPU at most 1,024 where nothing is generated.
         engine: `exact`, or `plain` for every pass whole and one input at a time, whatever `batch_size` says.
         engine_memory_mb: What the exact engine may keep between evaluations; None for a quarter of the free memory.
         threads: torch threads, or `auto` by model size.

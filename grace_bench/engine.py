@@ -97,7 +97,10 @@ class Engine(ABC):
         """The most that may be kept, in bytes."""
         return 0
 
-    def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - an engine that keeps nothing need not know
+    def forget(self) -> None:  # noqa: B027 - an engine that keeps nothing has nothing to forget
+        """Drops what is kept for the next time."""
+
+    def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - nor need it know what changes
         """Declares which modules' weights edits may change from now on."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,11 +152,14 @@ class ExactEngine(Engine):
         self._used: set[bytes] | None = None
         self._prunes: dict[str, bool] = {}
 
+    def forget(self) -> None:  # noqa: D102
+        self._recent, self._kept = None, {}
+
     def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: D102
         if tuple(modules) != self._changing:
             self._changing = tuple(modules)
             self._replay = Replay(self.model.module, self.model.layer, self._changing)
-            self._recent, self._kept = None, {}
+            self.forget()
 
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
         tail = self._tail(batch)

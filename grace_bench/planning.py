@@ -569,8 +569,7 @@ class _Planner:
         if self.trials:
             self.strategy.rollback()
         # What an earlier trial left would make this one's first scoring a second one.
-        with model.engine.remembering():
-            pass
+        model.engine.forget()
         # Trials of one request each take another one.
         n_before = len(self.trials)
         most = self.schedule.max_upstream
@@ -713,8 +712,9 @@ class _Planner:
             growth += _SCORE_BYTES * (most + counts.candidates)
         if sampled:
             kept = strategy.model.engine.kept_bytes
-            growth += max(
-                0.0, min(kept / last.timed[-1].work.requests * most, strategy.model.engine.most_kept_bytes) - kept
+            n_kept = self.trials[-1].timed[-1].work.requests
+            growth += (
+                max(0.0, min(kept / n_kept * most, strategy.model.engine.most_kept_bytes) - kept) if n_kept else 0.0
             )
         # A batch larger than any of the trials takes more for its activations.
         largest = min(task.batch_size, most)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ _FIELDS = tuple(
 class _Known:
     """A request's query, which version of which entry answered it last, and the scores that are kept by version.
 
-    Beside them the batch that it was scored in, by digests in their order.
+    Beside them the batch that it was first scored in, by digests in their order.
     """
 
     query: Tensor
@@ -43,10 +44,12 @@ class Scorer:
 
     What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
     editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
-    the last time, so is the answer. What an evaluation scores again is scored in its batch of the last time, from the
-    edited layer on if the engine has kept what came before, unless most of that batch need not be. So the bits of a
-    score depend on what was asked for and when, and not on what is kept. Answers that are generated never start at the
-    layer: nothing is kept for them, and their batches are new each time.
+    the last time, so is the answer.
+
+    What an evaluation scores again is scored in the batch that it was first scored in, if half of that batch is to be
+    scored again and all of it is asked for: the engine has kept what comes before the edited layer. The rest goes into
+    new batches. So the bits of a score depend on what was asked for and when, never on what is kept. Answers that are
+    generated do not start at the layer; their batches are always new.
 
     Args:
         strategy: The editor.
@@ -62,16 +65,15 @@ class Scorer:
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
         self._reuses_batches = False
         self.n_scored = 0
-        """How many requests the model was asked for, kept scores aside."""
+        """How many scores the model was asked for, kept ones aside."""
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """One evaluation of every stream: what it asks again and again is computed from where it can change."""
         model = self._strategy.model
-        keeps = not (self.is_incremental and model.task.generates)
-        self._reuses_batches = self.is_incremental and keeps
+        self._reuses_batches = self.is_incremental and not model.task.generates
         try:
-            with model.engine.remembering(drops_unused=not self.is_incremental) if keeps else nullcontext():
+            with nullcontext() if self.is_incremental else model.engine.remembering():
                 yield
         finally:
             self._reuses_batches = False
@@ -171,41 +173,59 @@ class Scorer:
 
     @torch.no_grad()
     def _score_anew(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
-        model = self._strategy.model
-        batch_of: dict[str, tuple[str, ...]] = {}
+        again = [*self._again(stale, asked)] if self._reuses_batches else []
+        held = {key for batch in again for key in batch}
+        first: list[tuple[str, ...]] = []
+        rest: list[tuple[str, ...]] = []
+        for batch in self._together([key for key in stale if key not in held], asked):
+            (rest if all(key in self._known for key in batch) else first).append(batch)
+        self.n_scored += len(stale)
         items: dict[str, ItemScore] = {}
+        model = self._strategy.model
         handle = model.intercept(_note_query, first=True)
         try:
-            for batch in self._batches(stale, asked):
-                self.n_scored += len(batch)
-                items |= zip(batch, model.task.score_batch(model, [asked[key] for key in batch]), strict=True)
-                batch_of |= dict.fromkeys(batch, batch)
+            with model.engine.remembering(drops_unused=False) if self._reuses_batches else nullcontext():
+                for batch in (*again, *first):
+                    items |= self._score_batch(batch, asked)
+            for batch in rest:
+                items |= self._score_batch(batch, asked)
         finally:
             handle.remove()
         scored = {key: items[key] for key in stale}
         kept = {key: item for key, item in scored.items() if item.query is not None}
         if kept:
+            batches = {key: batch for batch in first for key in batch}
             queries = [item.query for item in kept.values() if item.query is not None]
             answered = self._strategy.answered_by(torch.stack(queries))
             if answered is not None:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
-                    earlier = self._known[key].items if self._keeps_versions and key in self._known else {}
-                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch_of[key])
+                    before = self._known.get(key)
+                    earlier = before.items if self._keeps_versions and before else {}
+                    batch = before.batch if before else batches[key]
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch)
                     if earlier:
                         self._with_earlier.append(known)
         return scored
 
-    def _batches(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
-        """Batches that hold all stale requests: those of the last time, if half is stale, and new ones of the rest."""
-        rest = dict.fromkeys(stale)
-        for key in stale if self._reuses_batches else ():
-            batch = self._known[key].batch if key in rest and key in self._known else ()
-            if batch and 2 * sum(key in rest for key in batch) >= len(batch) and all(key in asked for key in batch):
+    def _score_batch(self, batch: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterable[tuple[str, ItemScore]]:
+        model = self._strategy.model
+        return zip(batch, model.task.score_batch(model, [asked[key] for key in batch]), strict=True)
+
+    def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
+        """First batches that are scored again as they were."""
+        n_stale = Counter(self._known[key].batch for key in stale if key in self._known)
+        for batch, n in n_stale.items():
+            # They are of a run with other limits where they hold too much for those of this one.
+            if (
+                2 * n >= len(batch)
+                and all(key in asked for key in batch)
+                and [*self._together(batch, asked)] == [batch]
+            ):
                 yield batch
-                for done in batch:
-                    rest.pop(done, None)
-        keys = [*rest]
-        for chunk in self._strategy.model.task.together(self._strategy.model, [asked[key] for key in keys]):
+
+    def _together(self, keys: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
+        model = self._strategy.model
+        for chunk in model.task.together(model, [asked[key] for key in keys]):
             yield tuple(keys[i] for i in chunk)
 
 

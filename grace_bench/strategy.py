@@ -360,6 +360,7 @@ class EditorStrategy(BaseTemplate, ABC):
         for handle in self._interceptors:
             handle.remove()
         self._interceptors.clear()
+        self.model.engine.forget()
         self.model.engine.rewrites([])
 
     def __enter__(self) -> Self:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 _OUTLIER = 1000.0
 _ENOUGH_ON_CPU = 1024
-"""Tokens that keep a CPU busy; the fewer inputs a pass holds, the fewer are scored again with one that changed."""
+"""Tokens that two cores take no longer for, each, than for those of larger batches (`docs/performance.md`).
+
+The fewer inputs a batch holds, the fewer are scored again with one that changed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,8 @@ class Task(ABC):
             last token and scores everything, as the official GRACE code does.
         prefix_length: Tokens of running text that are read and not scored.
         batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
-        batch_tokens: The most tokens in one, padding included; a single longer input goes alone. On a CPU it is at most
-            1,024 where nothing is generated.
+        batch_tokens: The most tokens in one, padding included; a single longer input goes alone. On a CPU at most 1,024
+            are scored in one where nothing is generated.
         max_input_tokens: Where prompts are cut; None for the model's own limit.
         max_target_tokens: Where targets are cut, end token included, and the answers accepted beside them.
         label_names: The names of the label ids, which answers are shown by; classification only.

@@ -284,6 +284,7 @@ def run_facts(
         model_seed: int = 0,
         batch_size: int = 64,
         n_requests: int = 6,
+        engine_memory_mb: int | None = None,
         **options: Any,
     ) -> RunResult:
         cls = EDITORS.get(editor)
@@ -295,7 +296,11 @@ def run_facts(
             model=make_model(task, seed=model_seed),
             editor=lambda **given: cls(**given, **SHORT_RUNS.get(editor, {})),
             settings=RunSettings(
-                schedule=schedule, checkpoint_every=checkpoint_every, batch_size=batch_size, threads=1
+                schedule=schedule,
+                checkpoint_every=checkpoint_every,
+                batch_size=batch_size,
+                threads=1,
+                engine_memory_mb=engine_memory_mb,
             ),
             folder=folder,
             **options,

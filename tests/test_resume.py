@@ -104,6 +104,20 @@ def test_a_run_that_dies_again_and_again_ends_as_one_that_never_did(
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
+@pytest.mark.parametrize("task", ["classification", pytest.param("language_modelling", marks=pytest.mark.slow)])
+def test_what_is_kept_between_evaluations_never_shows_in_the_result(
+    tmp_path: Path, run_facts: Callable[..., RunResult], task: str
+) -> None:
+    settings = {"task": task, "schedule": Schedule(eval_every=1, max_edits=10), "batch_size": 4}
+    run_facts(tmp_path / "whole", **settings)
+    run_facts(tmp_path / "nothing kept", engine_memory_mb=0, **settings)
+    for after in (11, 7, 9):
+        with pytest.raises(KilledError):
+            run_facts(tmp_path / "broken", resume=True, loggers=[Dies(after)], **settings)
+    run_facts(tmp_path / "broken", resume=True, **settings)
+    assert traces(tmp_path / "whole") == traces(tmp_path / "nothing kept") == traces(tmp_path / "broken")
+
+
 @pytest.fixture
 def stopped(tmp_path: Path, run_facts: Callable[..., RunResult]) -> tuple[Path, dict[str, Any]]:
     """A run that died with two checkpoints and lines after the newest, and what it should have come to."""

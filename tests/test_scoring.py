@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from grace_bench.benchmark import EditExperience, eval_stream
 from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.editors.grace import Grace
 from grace_bench.engine import EngineName, ExactEngine
-from grace_bench.models import EditableModel
+from grace_bench.models import EditableModel, LayerCall
 from grace_bench.runner import Schedule
 from grace_bench.strategy import EditBatch
 from grace_bench.tasks import ItemScore
@@ -130,11 +131,9 @@ def test_what_an_evaluation_scores_again_starts_at_the_layer(
         for request in requests[:4]:
             editor.edit(_batch(model, request))
         editor.flush()
-        before = editor.scorer.n_scored
         with calls_of(model, BEFORE_THE_LAYER[task]) as early:
             again = evaluate(editor, requests)
         assert not early
-        assert editor.scorer.n_scored == before + len(requests), "most of the batch, so all of it"
         assert {item.entry for item in again} == {-1, 0, 1, 2, 3}
         assert again == model.task.score(model, requests)
 
@@ -143,47 +142,90 @@ def test_what_an_evaluation_scores_again_starts_at_the_layer(
 def test_scores_depend_neither_on_memory_nor_on_an_interruption(
     task: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
-    """To the last bit, whatever was edited and asked for in between."""
+    """To the last bit, whatever was edited and asked for in between; nor do the batches, which larger models show."""
     requests = make_requests(task)
     # What is edited, and what is asked for after it: streams, some of which grow, and single requests.
     steps = [((), range(6)), ((0,), range(6)), ((1, 4), (1,)), ((2,), range(4)), ((0, 3, 5), range(6)), ((), (2, 5, 3))]
-    scores: list[list[Any]] = []
-    for memory, is_interrupted in ((2**30, False), (0, False), (2**30, True)):
+
+    def follow(memory: int, *, is_interrupted: bool = False) -> tuple[list[Any], int]:
+        """The scores and batches of each step, and the bytes that are kept in the end."""
         model = make_model(task, batch_size=4)
         model.engine = ExactEngine(model, memory=memory)
+        batches: list[Any] = []
+        told: list[Any] = []
+        score_batch = model.task.score_batch
+
+        def note(model: EditableModel, chosen: Sequence[EditRequest]) -> list[ItemScore]:
+            batches.append([request.id for request in chosen])
+            return score_batch(model, chosen)
+
+        model.task.score_batch = note  # type: ignore[method-assign]
         with Grace(model=model, n_iter=5, lr=0.3, eps_init=0.3) as editor:
-            told = []
             for edited, asked in steps:
                 for number in edited:
                     editor.edit(_batch(model, requests[number]))
                 editor.flush()
                 chosen = [requests[number] for number in asked]
-                answers = evaluate(editor, chosen) if len(chosen) > 1 else editor.scorer.score(chosen)
-                told.append((answers, editor.scorer.n_scored))
+                told.append(evaluate(editor, chosen) if len(chosen) > 1 else editor.scorer.score(chosen))
+                told.append([*batches])
                 if is_interrupted:
                     state = editor.scorer.state_dict()
                     queries = state.pop("queries")
                     editor.scorer.load_state_dict({**json.loads(json.dumps(state)), "queries": queries})
-                    model.engine = ExactEngine(model, memory=memory)
-            keeps = memory > 0 and not is_interrupted and not model.task.generates
-            assert (model.engine.kept_bytes > 0) == keeps
-            scores.append(told)
-    assert scores[0] == scores[1] == scores[2]
+                    model.engine.forget()
+            return told, model.engine.kept_bytes
+
+    told, wide = follow(2**30)
+    assert (wide > 0) == (task != "qa"), "answers that are generated start at their prompt"
+    for memory in (0, wide // 2, max(0, wide - 1)):
+        again, kept = follow(memory)
+        assert again == told
+        assert kept <= memory
+    assert follow(2**30, is_interrupted=True)[0] == told
 
 
-@pytest.mark.parametrize(("n_edited", "n_scored"), [(1, 1), (2, 2), (3, 6)])
+@pytest.mark.parametrize(("n_edited", "n_asked"), [(1, 1), (2, 2), (3, 6)])
 def test_few_of_a_batch_are_scored_again_without_the_rest_of_it(
-    n_edited: int, n_scored: int, make_model: MakeModel, make_requests: MakeRequests
+    n_edited: int, n_asked: int, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
     model, requests = make_model("classification"), make_requests("classification")
+    n_rows = 0
+
+    def count(call: LayerCall) -> Tensor:
+        nonlocal n_rows
+        n_rows += len(call.output)
+        return call.output
+
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
         evaluate(editor, requests)
-        before = editor.scorer.n_scored
-        for request in requests[:n_edited]:
+        for _ in range(2):
+            for request in requests[:n_edited]:
+                editor.edit_text(request.prompt, request.target)
+            handle, n_rows = model.intercept(count), 0
+            again = evaluate(editor, requests)
+            handle.remove()
+            assert n_rows == n_asked
+            assert [item.entry for item in again] == [*range(n_edited), *[-1] * (len(requests) - n_edited)]
+
+
+def test_a_batch_of_the_last_time_that_holds_too_much_for_now_is_made_anew(
+    make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model("classification"), make_requests("classification")
+    sizes: list[int] = []
+
+    def note(call: LayerCall) -> Tensor:
+        sizes.append(len(call.output))
+        return call.output
+
+    with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
+        evaluate(editor, requests)
+        for request in requests:
             editor.edit_text(request.prompt, request.target)
-        again = evaluate(editor, requests)
-        assert editor.scorer.n_scored == before + n_scored
-        assert [item.entry for item in again] == [*range(n_edited), *[-1] * (len(requests) - n_edited)]
+        model.task.batch_size = 2
+        model.intercept(note)
+        evaluate(editor, requests)
+    assert sizes == [2, 2, 2]
 
 
 def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel, make_requests: MakeRequests) -> None:

@@ -210,6 +210,19 @@ def test_a_forward_pass_of_scoring_holds_no_more_tokens_than_allowed(task: str, 
     assert [item.score for item in scores] == pytest.approx([item.score for item in expected], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("task", "is_held"), [("classification", True), ("language_modelling", True), ("completion", False)]
+)
+def test_on_a_cpu_a_batch_that_generates_nothing_holds_at_most_1024_tokens(
+    make_model: MakeModel, task: str, is_held: bool
+) -> None:
+    model = make_model(task, batch_size=1000)
+    n = 1024 // model.task.size(model, "Rome", ("Italy",))
+    requests = [EditRequest(id=str(number), prompt="Rome", target="Italy") for number in range(n + 1)]
+    sizes = [len(batch) for batch in model.task.together(model, requests)]
+    assert sizes == ([n, 1] if is_held else [n + 1])
+
+
 def test_a_text_longer_than_a_pass_may_be_goes_alone(make_model: MakeModel) -> None:
     task = make_model("completion", batch_tokens=10, batch_size=3).task
     assert [sorted(batch) for batch in task.batches([12, 2, 2, 30, 2, 2, 5])] == [[1, 2, 4], [5, 6], [0], [3]]
