@@ -17,10 +17,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from grace_bench.engine import EngineName
-from grace_bench.models import EditableModel
-from grace_bench.tasks import get_task
-from grace_bench.types import EditRequest, TaskName
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.engine.engine import EngineName
+from grace_bench.models.tasks.base import get_task
 
 ANSWER_TOKENS = 8
 """The longest free answer; with random weights nearly every answer is that long."""

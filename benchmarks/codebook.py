@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from grace_bench.editors._key_index import EuclideanIndex
-from grace_bench.editors.codebook import Codebook
+from grace_bench.editors._grace.codebook import Codebook
+from grace_bench.editors._grace.key_index import EuclideanIndex
 
 BATCH = 64
 MICRO = 1e-6

@@ -16,10 +16,10 @@ from statistics import fmean, stdev
 
 from rich.console import Console
 
-from grace_bench.jobs import compose, execute
-from grace_bench.parallel import side_by_side
-from grace_bench.results import RunResult
-from grace_bench.tuning import quality
+from grace_bench.common.processes import side_by_side
+from grace_bench.launch.jobs import compose, execute
+from grace_bench.launch.tuning import quality
+from grace_bench.results.schema import RunResult
 
 RADII = {
     "euclidean": [0.5, 1.0, 3.0, 6.0],

@@ -24,11 +24,11 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditBatch
 from grace_bench.editors import Grace
-from grace_bench.engine import EngineName
-from grace_bench.models import EditableModel, Replacement
-from grace_bench.strategy import EditBatch
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel, Replacement
+from grace_bench.models.engine.engine import EngineName
 
 N_PLAIN = 4
 

@@ -28,11 +28,11 @@ from _models import SIZES, Size
 from rich.console import Console
 from rich.table import Table
 
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditBatch, EditorStrategy
 from grace_bench.editors import Grace
 from grace_bench.editors.ft import FineTune
-from grace_bench.strategy import EditBatch, EditorStrategy
-from grace_bench.tasks import ItemScore
-from grace_bench.types import EditRequest
+from grace_bench.models.tasks.base import ItemScore
 
 CASES = ("anew", "full", "one edit", "a tenth")
 

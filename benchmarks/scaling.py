@@ -23,10 +23,10 @@ from avalanche.core import BasePlugin
 from rich.console import Console
 from rich.table import Table
 
-from grace_bench.benchmarking import RunSettings, run_benchmark
 from grace_bench.editors import Grace
-from grace_bench.editors.codebook import Codebook
-from grace_bench.runner import Schedule
+from grace_bench.editors._grace.codebook import Codebook
+from grace_bench.run.loop import Schedule
+from grace_bench.run.run_benchmark import RunSettings, run_benchmark
 from grace_bench.streams.jsonl import Jsonl
 
 WINDOW = 160

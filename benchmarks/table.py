@@ -12,9 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grace_bench.jobs import compose, execute, execute_meta_training, folder_of
-from grace_bench.leaderboard import Leaderboard, print_leaderboard
-from grace_bench.parallel import side_by_side
+from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
+from grace_bench.common.processes import side_by_side
+from grace_bench.launch.jobs import compose, execute, execute_meta_training, folder_of
 from grace_bench.registry import EDITORS, STREAMS
 
 

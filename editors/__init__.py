@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from grace_bench.registry import EDITORS, register_editor
 
 if TYPE_CHECKING:
-    from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
+    from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 
 __all__ = ["EditBatch", "EditOutcome", "EditorStrategy", "register_editor"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("EditBatch", "EditOutcome", "EditorStrategy"):
-        from grace_bench import strategy
+        from grace_bench.editing import strategy
 
         return getattr(strategy, name)
     return EDITORS.by_class_name(name)

@@ -10,10 +10,10 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 
-from grace_bench.failures import check_loss
-from grace_bench.models import EditableModel, LayerCall
-from grace_bench.options import check_positive, check_whole
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.common.options import check_positive, check_whole
+from grace_bench.editing.failures import check_loss
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.models.editable import EditableModel, LayerCall
 
 
 class AdaptorStrategy(EditorStrategy):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
 
 
 @dataclass(frozen=True)

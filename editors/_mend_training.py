@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import EditRequest
 from grace_bench.editors._mend_networks import EditorNetworks, edit_gradients, updated
-from grace_bench.encoding import IGNORED, EncodedBatch
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
-from grace_bench.requests import rephrased
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import IGNORED, EncodedBatch
 
 _WINDOW = 50
 """Steps over which figures are averaged."""

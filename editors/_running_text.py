@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grace_bench.artifacts import content_key, load_artifact, save_artifact
-from grace_bench.encoding import EncodedBatch, last_token, pad
+from grace_bench.common.files import readable
+from grace_bench.data.artifacts import content_key, load_artifact, save_artifact
+from grace_bench.data.requests import Progress
 from grace_bench.errors import UserError
-from grace_bench.files import readable
-from grace_bench.models import EditableModel
-from grace_bench.types import Progress
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch, last_token, pad
 
 _FORMAT = 1
 # Logits of a whole vocabulary come with every token: 2048 of them take 400 MB for 50,000 words in float32.

@@ -10,10 +10,10 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grace_bench.common.options import check_choice, check_positive
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel, LayerCall, Replacement
-from grace_bench.options import check_choice, check_positive
+from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor
 
 # On the logit scale: a gate trained to lie just at the threshold would lie below it in another batch.

@@ -7,12 +7,12 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
+from grace_bench.common.options import check_positive, check_whole
+from grace_bench.editing.failures import check_loss
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, trainable
 from grace_bench.errors import UserError
-from grace_bench.failures import check_loss
-from grace_bench.models import EditableModel
-from grace_bench.options import check_positive, check_whole
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, trainable
 
 
 @register_editor("ft")

@@ -8,13 +8,13 @@ from typing import Any
 from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
+from grace_bench.common.options import check_whole
+from grace_bench.editing.strategy import EditBatch, EditOutcome, State, trainable
 from grace_bench.editors.ft import FineTune, WeightAdam
-from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure
-from grace_bench.models import EditableModel
-from grace_bench.options import check_whole
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditOutcome, State, trainable
 
 
 @register_editor("ft_retrain")

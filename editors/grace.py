@@ -11,16 +11,16 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
-from grace_bench.editors._history import History
-from grace_bench.editors._values import Training, ValueTraining
-from grace_bench.editors.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
-from grace_bench.encoding import EncodedBatch, stack
+from grace_bench.common.options import check_choice, check_positive, check_whole
+from grace_bench.editing.failures import reason_of_failure
+from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
+from grace_bench.editors._grace.history import History
+from grace_bench.editors._grace.values import Training, ValueTraining
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.failures import reason_of_failure
-from grace_bench.models import EditableModel, LayerCall, Replacement
-from grace_bench.options import check_choice, check_positive, check_whole
+from grace_bench.models.editable import EditableModel, LayerCall, Replacement
+from grace_bench.models.encoding import EncodedBatch, stack
 from grace_bench.registry import register_editor
-from grace_bench.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
 
 ValueInit = Literal["cold", "warm"]
 

@@ -8,10 +8,10 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grace_bench.common.options import check_positive, check_whole
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel, LayerCall
-from grace_bench.options import check_positive, check_whole
+from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.registry import register_editor
 
 _NAME = "default"

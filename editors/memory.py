@@ -8,9 +8,9 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 
+from grace_bench.common.options import check_choice, check_whole
 from grace_bench.editors._adaptor import AdaptorStrategy
-from grace_bench.models import EditableModel, LayerCall, Replacement
-from grace_bench.options import check_choice, check_whole
+from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor
 
 

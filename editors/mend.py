@@ -10,15 +10,15 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
-from grace_bench.artifacts import content_key, drop_artifact, load_artifact, requests_key, save_artifact
+from grace_bench.common.options import check_positive, check_whole
+from grace_bench.data.artifacts import content_key, drop_artifact, load_artifact, requests_key, save_artifact
+from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._mend_networks import EditorNetworks, add_to_weight, edit_gradients, linear_size
 from grace_bench.editors._mend_training import MetaTraining
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.models import EditableModel
-from grace_bench.options import check_positive, check_whole
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
-from grace_bench.types import EditRequest, Progress
 
 _VERSION = 1
 """Of what meta-training computes: networks trained under another one are not used."""

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome
 from grace_bench.registry import register_editor
-from grace_bench.strategy import Answered, EditBatch, EditorStrategy, EditOutcome
 
 
 @register_editor("none")

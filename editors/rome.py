@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from grace_bench.common.options import check_not_negative, check_positive, check_text, check_whole
+from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.editing.failures import check_loss
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts
-from grace_bench.encoding import EncodedBatch, subject_position
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.failures import check_loss
-from grace_bench.models import EditableModel, LayerCall
-from grace_bench.options import check_not_negative, check_positive, check_text, check_whole
+from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.encoding import EncodedBatch, subject_position
 from grace_bench.registry import register_editor
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome, State
-from grace_bench.types import EditRequest, Progress
 
 # Of the mean of the covariance's diagonal. Only directions that the text never takes are as small as this.
 _RIDGE = 1e-6

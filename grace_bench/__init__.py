@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grace_bench.benchmarking import RunSettings, run_benchmark
-    from grace_bench.models import EditableModel
-    from grace_bench.runner import Schedule
-    from grace_bench.types import EditRequest
+    from grace_bench.data.requests import EditRequest
+    from grace_bench.models.editable import EditableModel
+    from grace_bench.run.loop import Schedule
+    from grace_bench.run.run_benchmark import RunSettings, run_benchmark
 
 __all__ = ["EditRequest", "EditableModel", "RunSettings", "Schedule", "run_benchmark"]
 
 _HOMES = {
-    "EditRequest": "types",
-    "EditableModel": "models",
-    "RunSettings": "benchmarking",
-    "Schedule": "runner",
-    "run_benchmark": "benchmarking",
+    "EditRequest": "data.requests",
+    "EditableModel": "models.editable",
+    "RunSettings": "run.run_benchmark",
+    "Schedule": "run.loop",
+    "run_benchmark": "run.run_benchmark",
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from grace_bench.credentials import refuse_secrets, without_secrets
+from grace_bench.common.credentials import refuse_secrets, without_secrets
+from grace_bench.common.output import LastingStream, close_output
+from grace_bench.common.text import on_one_line, visible
 from grace_bench.errors import RunFailure, UserError
-from grace_bench.formats import on_one_line, visible
-from grace_bench.lasting import LastingStream, close_output
 
 _RUN_HELP = """usage: grace-bench run [-m] [option=value ...]
 
@@ -204,7 +204,7 @@ def _run(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         from importlib.resources import files
 
-        defaults = (files("grace_bench.conf") / "run.yaml").read_text(encoding="utf-8")
+        defaults = (files("grace_bench.launch.conf") / "run.yaml").read_text(encoding="utf-8")
         section = defaults.partition("\nmodel:")[2].partition("\nhydra:")[0]
         print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
         print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
@@ -217,15 +217,15 @@ def _run(overrides: list[str]) -> int:
         )
         return 0
     _import_avalanche()
-    from grace_bench.sweeps import run
+    from grace_bench.launch.sweep import run
 
     return run(overrides)
 
 
 def _resume(options: argparse.Namespace) -> int:
     _import_avalanche()
-    from grace_bench.jobs import resume
-    from grace_bench.terminal import say
+    from grace_bench.common.terminal import say
+    from grace_bench.launch.jobs import resume
 
     resume(options.runs, say=say)
     return 0
@@ -236,7 +236,7 @@ def _plan(overrides: list[str]) -> int:
         print(_PLAN_HELP, end="")
         return 0
     _import_avalanche()
-    from grace_bench.sweeps import plan
+    from grace_bench.launch.sweep import plan
 
     plan(overrides)
     return 0
@@ -250,8 +250,8 @@ def _meta_train(overrides: list[str]) -> int:
     if flag is not None:
         raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
     _import_avalanche()
-    from grace_bench.jobs import compose, execute_meta_training
-    from grace_bench.terminal import say
+    from grace_bench.common.terminal import say
+    from grace_bench.launch.jobs import compose, execute_meta_training
 
     execute_meta_training(compose(overrides), say=say)
     return 0
@@ -259,7 +259,7 @@ def _meta_train(overrides: list[str]) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     _import_avalanche()
-    from grace_bench.demo import demo
+    from grace_bench.launch.demo import demo
 
     demo(options.out, n_edits=options.edits)
     return 0
@@ -269,9 +269,9 @@ def _list(options: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from grace_bench.common.terminal import table_console
+    from grace_bench.models.zoo import known_models
     from grace_bench.registry import EDITORS, METRICS, STREAMS
-    from grace_bench.terminal import table_console
-    from grace_bench.zoo import known_models
 
     console = table_console()
     kinds = {"editors": EDITORS, "streams": STREAMS, "metrics": METRICS}
@@ -296,36 +296,36 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from grace_bench.show import show_request
+    from grace_bench.analysis.show import show_request
 
     show_request(options.run, options.id)
     return 0
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
-    from grace_bench.leaderboard import Leaderboard, print_leaderboard
+    from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
 
     leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream")
     if options.compare is None:
         print_leaderboard(leaderboard, options.format)
     else:
-        from grace_bench.comparisons import compare_editors, print_comparisons
+        from grace_bench.analysis.compare import compare_editors, print_comparisons
 
         print_comparisons(compare_editors(leaderboard, *options.compare), options.format)
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from grace_bench.report import write_report
-    from grace_bench.terminal import say
+    from grace_bench.analysis.report import write_report
+    from grace_bench.common.terminal import say
 
     say(str(write_report(options.runs, options.out)))
     return 0
 
 
 def _dashboard(options: argparse.Namespace) -> int:
-    from grace_bench.dashboard import dashboard
-    from grace_bench.terminal import say
+    from grace_bench.analysis.dashboard import dashboard
+    from grace_bench.common.terminal import say
 
     dashboard(options.project, entity=options.entity, group=options.group, out=options.out, say=say)
     return 0
@@ -341,8 +341,8 @@ def _figure(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_intermixed_args(arguments)
     _import_avalanche()
-    from grace_bench.figures.commands import draw
-    from grace_bench.terminal import say
+    from grace_bench.analysis.figures.commands import draw
+    from grace_bench.common.terminal import say
 
     draw(options.kind, options.given, options.out, say=say)
     return 0
@@ -350,15 +350,15 @@ def _figure(arguments: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     _import_avalanche()
-    from grace_bench.check import check_runs
+    from grace_bench.launch.check import check_runs
 
     return check_runs(options.runs)
 
 
 def _verify(options: argparse.Namespace) -> int:
     _import_avalanche()
-    from grace_bench.terminal import say
-    from grace_bench.verify import verify_files
+    from grace_bench.common.terminal import say
+    from grace_bench.launch.verify import verify_files
 
     return verify_files(options.files, say)
 
@@ -375,8 +375,8 @@ def _pretrain(arguments: list[str]) -> int:
     # Options of both kinds may come in any order.
     options = parser.parse_intermixed_args(arguments)
     _import_avalanche()
-    from grace_bench.pretraining import pretrain
-    from grace_bench.zoo import MODELS_FOLDER
+    from grace_bench.launch.pretrain import pretrain
+    from grace_bench.models.zoo import MODELS_FOLDER
 
     pretrain(options.stream, options.overrides, options.out or MODELS_FOLDER / options.stream, seed=options.seed)
     return 0
@@ -384,7 +384,7 @@ def _pretrain(arguments: list[str]) -> int:
 
 def _import_avalanche() -> None:
     """Comes before whatever else imports Avalanche, which by itself does not work without wandb."""
-    from grace_bench.wandb_account import import_avalanche
+    from grace_bench.common.wandb_account import import_avalanche
 
     import_avalanche()
 

@@ -231,9 +231,9 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
     return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
-EDITORS: Registry[Any] = Registry("editor", "grace_bench.editors", "grace_bench.strategy:EditorStrategy")
-STREAMS: Registry[Any] = Registry("stream", "grace_bench.streams", "grace_bench.types:EditStream")
-METRICS: Registry[Any] = Registry("metric", "grace_bench.metrics", "grace_bench.metric:EditMetric")
+EDITORS: Registry[Any] = Registry("editor", "grace_bench.editors", "grace_bench.editing.strategy:EditorStrategy")
+STREAMS: Registry[Any] = Registry("stream", "grace_bench.streams", "grace_bench.data.requests:EditStream")
+METRICS: Registry[Any] = Registry("metric", "grace_bench.metrics", "grace_bench.evaluation.metric:EditMetric")
 
 register_editor = EDITORS.register
 register_stream = STREAMS.register

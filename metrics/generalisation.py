@@ -1,6 +1,6 @@
 """What the edits achieved: on the edited requests, on other wordings of them, and on what follows from them."""
 
-from grace_bench.metric import StreamScore
+from grace_bench.evaluation.metric import StreamScore
 from grace_bench.registry import register_metric
 
 

@@ -1,6 +1,6 @@
 """What the model still knows: retention on upstream data, on what was right, and beside the edits."""
 
-from grace_bench.metric import StreamScore
+from grace_bench.evaluation.metric import StreamScore
 from grace_bench.registry import register_metric
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from avalanche.evaluation.metric_results import MetricValue
 
-from grace_bench.metric import EditMetric
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.metric import EditMetric
 from grace_bench.registry import register_metric
-from grace_bench.strategy import EditorStrategy
 
 
 class RunningMean:

@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from grace_bench.dashboard import CURVES, OVERLAP
-from grace_bench.loggers.wandb import err_by_age
-from grace_bench.results import RunResult, read_result
+from grace_bench.analysis.dashboard import CURVES, OVERLAP
+from grace_bench.results.schema import RunResult, read_result
+from grace_bench.run.loggers.wandb import err_by_age
 
 
 def main(runs: Path, out: Path) -> None:

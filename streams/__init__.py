@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from grace_bench.data.requests import EditRequest, EditStream, Probe, StreamData, StreamMetadata
 from grace_bench.registry import STREAMS, register_stream
-from grace_bench.types import EditRequest, EditStream, Probe, StreamData, StreamMetadata
 
 __all__ = ["EditRequest", "EditStream", "Probe", "StreamData", "StreamMetadata", "register_stream"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from grace_bench.data.requests import StreamMetadata
 from grace_bench.errors import UserError
-from grace_bench.types import StreamMetadata
 
 FACTS = Path(__file__).parent / "data" / "atlas_facts.csv"
 

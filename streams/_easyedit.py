@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from grace_bench.data.requests import Probe
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._natural_questions import Answers, flat_texts
-from grace_bench.types import Probe
 
 Texts = Filled | Annotated[tuple[Filled, ...], Field(min_length=1)]
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
+from grace_bench.common.files import readable
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.files import readable
 
 M = TypeVar("M", bound=BaseModel)
 

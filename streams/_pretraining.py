@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grace_bench.common.untrusted import check_model_folder
+from grace_bench.data.requests import EditStream, Progress
 from grace_bench.errors import UserError, reason_of
-from grace_bench.foreign import check_model_folder
-from grace_bench.types import EditStream, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
     import torch
     import transformers
 
-    from grace_bench.models import pick_device
+    from grace_bench.models.editable import pick_device
 
     check_model_folder(base)
     try:

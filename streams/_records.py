@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
+from grace_bench.common.files import readable, write_atomically
+from grace_bench.common.options import check_choice
+from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData
 from grace_bench.errors import UserError, reason_of
-from grace_bench.files import readable, write_atomically
-from grace_bench.options import check_choice
 from grace_bench.streams._lines import Parse, Record, read_lines, validate
-from grace_bench.types import EditRequest, EditStream, Progress, StreamData
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -293,7 +293,7 @@ class RecordStream(EditStream):
         return data
 
     def _cached(self) -> Path:
-        from grace_bench.artifacts import cache_folder, content_key
+        from grace_bench.data.artifacts import cache_folder, content_key
 
         # Of a path counts only that there is one: equal content is equal wherever it lies.
         settings = {

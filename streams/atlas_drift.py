@@ -8,9 +8,9 @@ from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 from grace_bench.registry import register_stream
 from grace_bench.streams._atlas import draw
-from grace_bench.types import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

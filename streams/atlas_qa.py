@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from grace_bench.data.requests import Progress
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffled
-from grace_bench.types import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -257,7 +257,7 @@ def _request(fact: Fact, phrasing: int, *, rephrased: bool = False) -> EditReque
 
 
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
-    from grace_bench.models import EditableModel
+    from grace_bench.models.editable import EditableModel
 
     editable = EditableModel(model, layer="encoder.block.2.layer.1.DenseReluDense.wo", task="qa", tokenizer=tokenizer)
     data = AtlasQA().load()

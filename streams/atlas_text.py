@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from grace_bench.data.requests import Progress
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts
-from grace_bench.types import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -295,7 +295,7 @@ def _request(passage: Passage, index: int, *, style: int = PASSAGE_STYLE) -> Edi
 
 
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
-    from grace_bench.models import EditableModel
+    from grace_bench.models.editable import EditableModel
 
     editable = EditableModel(model, layer="transformer.h.1.mlp.c_fc", task="language_modelling", tokenizer=tokenizer)
     data = AtlasText().load()

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.options import check_text, check_whole
+from grace_bench.common.options import check_text, check_whole
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 from grace_bench.registry import register_stream
-from grace_bench.requests import rephrased
 from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
-from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 
 
 class _EasyEdit(BaseModel):

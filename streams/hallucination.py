@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from grace_bench.common.files import readable
+from grace_bench.common.options import check_text
+from grace_bench.data.requests import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError
-from grace_bench.files import readable
-from grace_bench.options import check_text
+from grace_bench.models.zoo import last_projections, mark_checkpoint
 from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import Questions, answered_probes
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
-from grace_bench.types import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
-from grace_bench.zoo import last_projections, mark_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -417,7 +417,7 @@ def _layer_to_edit(model: "PreTrainedModel") -> str:
 
 
 def _measure(data: StreamData, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
-    from grace_bench.models import EditableModel
+    from grace_bench.models.editable import EditableModel
 
     editable = EditableModel(model, layer=_layer_to_edit(model), task="language_modelling", tokenizer=tokenizer)
     originals = [

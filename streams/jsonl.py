@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
+from grace_bench.common.options import check_text, check_whole
+from grace_bench.data.derived import is_contrast, rephrased
+from grace_bench.data.requests import EditRequest, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.options import check_text, check_whole
 from grace_bench.registry import register_stream
-from grace_bench.requests import is_contrast, rephrased
 from grace_bench.streams._lines import Record
 from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
-from grace_bench.types import EditRequest, StreamData, StreamMetadata, TaskName
 
 _REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target"}))
 

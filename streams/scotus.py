@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from grace_bench.common.options import check_text
+from grace_bench.data.requests import EditRequest, Progress, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError
-from grace_bench.options import check_text
+from grace_bench.models.zoo import last_projections, mark_checkpoint
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
-from grace_bench.types import EditRequest, Progress, StreamData, StreamMetadata, TaskName
-from grace_bench.zoo import last_projections, mark_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -262,7 +262,7 @@ def _freeze_below(model: "PreTrainedModel", layer: str) -> None:
 def _measure(
     data: StreamData, layer: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
 ) -> dict[str, float]:
-    from grace_bench.models import EditableModel
+    from grace_bench.models.editable import EditableModel
 
     editable = EditableModel(model, layer=layer, task="classification", tokenizer=tokenizer)
     return {

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from grace_bench.common.files import readable
+from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError
-from grace_bench.files import readable
 from grace_bench.registry import register_stream
-from grace_bench.types import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
 
 if TYPE_CHECKING:
     import torch

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from grace_bench.common.options import check_text
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError
-from grace_bench.options import check_text
+from grace_bench.models.tasks.text_scores import normalize_answer
 from grace_bench.registry import register_stream
-from grace_bench.requests import rephrased
-from grace_bench.scores import normalize_answer
 from grace_bench.streams._easyedit import OneHop, Questions, Texts, answered_probes
 from grace_bench.streams._lines import Filled, Record, validate
 from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source, recognised
-from grace_bench.types import EditRequest, Probe, StreamData, StreamMetadata, TaskName
 
 _N_QUESTIONS = 10_000
 _N_REPHRASES = 10

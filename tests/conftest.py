@@ -26,14 +26,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from grace_bench.benchmarking import RunSettings, meta_train, run_benchmark
-from grace_bench.models import EditableModel
+from grace_bench.data.requests import EditRequest, EditStream, StreamData, StreamMetadata
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.tasks.base import get_task
 from grace_bench.registry import EDITORS
-from grace_bench.results import RunResult
-from grace_bench.runner import Schedule
-from grace_bench.strategy import EditorStrategy
-from grace_bench.tasks import get_task
-from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata
+from grace_bench.results.schema import RunResult
+from grace_bench.run.loop import Schedule
+from grace_bench.run.run_benchmark import RunSettings, meta_train, run_benchmark
 
 WORDS = [
     "what",

@@ -763,7 +763,7 @@ def _resealing(name: str, change: Callable[[bytes], bytes]) -> Damage:
     """Changes a file of a checkpoint and gives the manifest the digests that then hold."""
 
     def damage(path: Path, choice: random.Random) -> None:
-        from grace_bench.checkpoint import _Manifest, digest
+        from grace_bench.run.checkpoint import _Manifest, digest
 
         content = change((path / name).read_bytes())
         (path / name).write_bytes(content)

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 
 import grace_bench.streams
 from grace_bench.cli import main
-from grace_bench.config import config_hash, read_config, write_config
-from grace_bench.jobs import compose, folder_of
-from grace_bench.models import EditableModel
+from grace_bench.launch.config import config_hash, read_config, write_config
+from grace_bench.launch.jobs import compose, folder_of
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.zoo import known_models
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.results import RunResult, read_result
-from grace_bench.zoo import known_models
+from grace_bench.results.schema import RunResult, read_result
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"
@@ -326,14 +326,16 @@ def base_hash() -> str:
 
 
 TUNED = sorted(
-    path.name.removesuffix(".yaml") for path in (files("grace_bench.conf") / "tuned").iterdir() if "_" in path.name
+    path.name.removesuffix(".yaml")
+    for path in (files("grace_bench.launch.conf") / "tuned").iterdir()
+    if "_" in path.name
 )
 
 
 @pytest.mark.parametrize("name", TUNED)
 def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
     stream, _, editor = name.partition("_")
-    preset = yaml.safe_load((files("grace_bench.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
+    preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
     config = compose([f"stream={stream}", f"editor={editor}"])
     assert {option: config.editor[option] for option in preset["editor"]} == preset["editor"]
     assert config.tuning_budget == preset["tuning_budget"]
@@ -342,7 +344,7 @@ def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
 @pytest.mark.parametrize("name", TUNED)
 def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     stream, _, editor = name.partition("_")
-    preset = yaml.safe_load((files("grace_bench.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
+    preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
     option, value = next((key, value) for key, value in preset["editor"].items() if isinstance(value, float))
     config = compose([f"stream={stream}", f"editor.{option}={value * 3}", f"editor={editor}", "tuning_budget=mine"])
     assert config.editor[option] == value * 3

@@ -26,7 +26,7 @@ import grace_bench.streams
 from grace_bench.cli import main
 from grace_bench.editors import Grace
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 SECONDS = 20

@@ -26,22 +26,22 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import grace_bench.streams
-from grace_bench.benchmarking import model_slug
-from grace_bench.checkpoint import Checkpoints, digest
+from grace_bench.analysis.figures.drawing import file_name
+from grace_bench.analysis.leaderboard import Leaderboard, render
 from grace_bench.cli import main
-from grace_bench.credentials import refuse_secrets
+from grace_bench.common.credentials import refuse_secrets
+from grace_bench.common.terminal import progress_bars
+from grace_bench.common.text import csv_text, latex_cells
 from grace_bench.errors import UserError
-from grace_bench.figures.drawing import file_name
-from grace_bench.formats import csv_text, latex_cells
-from grace_bench.jobs import record_failure
-from grace_bench.leaderboard import Leaderboard, render
-from grace_bench.loggers import RunPlan
-from grace_bench.loggers.jsonl import PredictionsLogger
-from grace_bench.loggers.wandb import WandbLogger, _remote_holds_secrets
-from grace_bench.models import EditableModel
+from grace_bench.launch.jobs import record_failure
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
-from grace_bench.results import PREDICTIONS, read_predictions
-from grace_bench.terminal import progress_bars
+from grace_bench.results.schema import PREDICTIONS, read_predictions
+from grace_bench.run.checkpoint import Checkpoints, digest
+from grace_bench.run.loggers import RunPlan
+from grace_bench.run.loggers.jsonl import PredictionsLogger
+from grace_bench.run.loggers.wandb import WandbLogger, _remote_holds_secrets
+from grace_bench.run.run_benchmark import model_slug
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"
@@ -117,7 +117,7 @@ def test_a_configuration_builds_registered_names_and_nothing_else(
         case "in a list":
             config[group]["seed"] = [[call]]
         case "another part of the package":
-            config[group]["_target_"] = "grace_bench.files.set_aside"
+            config[group]["_target_"] = "grace_bench.common.files.set_aside"
         case "in half":
             config[group]["_partial_"] = not config[group]["_partial_"]
         case "instead":

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from grace_bench.analysis.report import TRAITS
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
-from grace_bench.report import TRAITS
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
 
 REGISTRIES = pytest.mark.parametrize("registry", [EDITORS, STREAMS, METRICS], ids=lambda registry: registry.kind)
 NAMED_BY_MODULE = pytest.mark.parametrize("registry", [EDITORS, STREAMS], ids=lambda registry: registry.kind)
@@ -23,7 +23,7 @@ NAMED_BY_MODULE = pytest.mark.parametrize("registry", [EDITORS, STREAMS], ids=la
 @pytest.fixture
 def editors() -> Registry[Any]:
     """A registry of editors like the package's own, for classes that a test defines."""
-    return Registry("editor", "grace_bench.editors", "grace_bench.strategy:EditorStrategy")
+    return Registry("editor", "grace_bench.editors", "grace_bench.editing.strategy:EditorStrategy")
 
 
 class Silent(EditorStrategy):

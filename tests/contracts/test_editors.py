@@ -13,13 +13,13 @@ from avalanche.core import BasePlugin
 from torch import Tensor
 from torch.nn import functional
 
-from grace_bench.benchmark import EditExperience
+from grace_bench.data.benchmark import EditExperience
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.tasks.base import get_task
 from grace_bench.registry import EDITORS
-from grace_bench.strategy import EditBatch, EditorStrategy, EditOutcome
-from grace_bench.tasks import get_task
-from grace_bench.types import EditRequest
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -10,13 +10,13 @@ import torch
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench import EditableModel, EditRequest, Schedule
-from grace_bench.benchmark import EditBenchmark
-from grace_bench.loggers import RunLogger
-from grace_bench.metric import EditMetric, StreamScore
+from grace_bench.data.benchmark import EditBenchmark
+from grace_bench.data.requests import Probe, StreamData, StreamMetadata
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.metric import EditMetric, StreamScore
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.runner import Run
-from grace_bench.strategy import EditorStrategy
-from grace_bench.types import Probe, StreamData, StreamMetadata
+from grace_bench.run.loggers import RunLogger
+from grace_bench.run.loop import Run
 
 each_metric = pytest.mark.parametrize("name", list(METRICS.entries()))
 METADATA = StreamMetadata(source="this test", revision="1", license="MIT")
@@ -118,7 +118,7 @@ def test_a_score_that_is_nan_is_left_out_and_counted(name: str, make_model: Call
     )
     cls = METRICS.get(name)
     requests = texts(cls.stream, 2)
-    from grace_bench.benchmark import eval_stream
+    from grace_bench.data.benchmark import eval_stream
 
     strategy.eval(list(eval_stream(cls.stream, requests)))
     values = {key: value for key, value, _ in heard.values}

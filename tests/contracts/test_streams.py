@@ -8,12 +8,12 @@ from typing import Any, get_args
 import datasets
 import pytest
 
-from grace_bench.benchmark import EditBenchmark, fingerprint_requests
+from grace_bench.data.benchmark import EditBenchmark, fingerprint_requests
+from grace_bench.data.requests import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
 from grace_bench.errors import UserError
+from grace_bench.models.tasks.base import get_task
+from grace_bench.models.zoo import known_models
 from grace_bench.registry import STREAMS
-from grace_bench.tasks import get_task
-from grace_bench.types import EditRequest, EditStream, StreamData, StreamMetadata, TaskName
-from grace_bench.zoo import known_models
 
 ROLES = ("edits", "upstream", "holdout", "validation", "train", "accurate")
 

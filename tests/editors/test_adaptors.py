@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from grace_bench.data.requests import EditRequest
 from grace_bench.editors.defer import Defer
 from grace_bench.editors.lora import Lora
 from grace_bench.editors.memory import Memory
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel, LayerCall
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel, LayerCall
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from grace_bench.data.requests import EditRequest
 from grace_bench.editors.ft import FineTune
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grace_bench.data.requests import EditRequest
 from grace_bench.editors.ft import FineTune
 from grace_bench.editors.ft_ewc import FineTuneEwc
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

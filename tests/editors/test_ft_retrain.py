@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from grace_bench.data.requests import EditRequest
 from grace_bench.editors.ft import FineTune
 from grace_bench.editors.ft_retrain import FineTuneRetrain
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.artifacts import cache_folder
+from grace_bench.data.artifacts import cache_folder
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditBatch
 from grace_bench.editors._mend_networks import EditorNetworks, RankOnes, edit_gradients, updated
 from grace_bench.editors.mend import Mend
-from grace_bench.encoding import EncodedBatch
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.models import EditableModel
-from grace_bench.strategy import EditBatch
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditBatch
 from grace_bench.editors.rome import Rome
-from grace_bench.encoding import subject_position
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.models import EditableModel
-from grace_bench.strategy import EditBatch
-from grace_bench.types import EditRequest
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import subject_position
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
-from grace_bench.benchmark import eval_stream
-from grace_bench.models import EditableModel
+from grace_bench.data.benchmark import eval_stream
+from grace_bench.data.requests import EditRequest
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS
-from grace_bench.types import EditRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 MakeModel = Callable[..., EditableModel]

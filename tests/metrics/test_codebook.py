@@ -10,12 +10,12 @@ import torch
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 
-from grace_bench.benchmark import eval_stream
-from grace_bench.loggers import RunLogger
-from grace_bench.models import EditableModel
+from grace_bench.data.benchmark import eval_stream
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.strategy import EditorStrategy
-from grace_bench.types import EditRequest
+from grace_bench.run.loggers import RunLogger
 
 NAMES = ("n_keys", "edits_per_key", "codebook_overlap")
 

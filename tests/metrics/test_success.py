@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace_bench.metrics.success import EditSuccess, RunningMean
-from grace_bench.results import EditRecord
+from grace_bench.results.schema import EditRecord
 
 scores = st.lists(st.one_of(st.floats(0, 1e6), st.just(math.nan)), max_size=30)
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from grace_bench.benchmarking import RunSettings, run_benchmark
-from grace_bench.models import EditableModel, hash_tensors
+from grace_bench.data.requests import EditStream
+from grace_bench.models.editable import EditableModel, hash_tensors
 from grace_bench.registry import EDITORS
-from grace_bench.results import RunResult
-from grace_bench.runner import Schedule
+from grace_bench.results.schema import RunResult
+from grace_bench.run.loop import Schedule
+from grace_bench.run.run_benchmark import RunSettings, run_benchmark
 from grace_bench.streams.counterfact import CounterFact
 from grace_bench.streams.hallucination import Hallucination
 from grace_bench.streams.scotus import Scotus
-from grace_bench.types import EditStream
 
 pytestmark = pytest.mark.real
 # Two processes share the work: what is alike in load, and no fixture that both would make.

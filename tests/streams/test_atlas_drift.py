@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from safetensors import safe_open
 
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import STREAMS
 from grace_bench.streams import EditRequest, StreamData, atlas_drift
 

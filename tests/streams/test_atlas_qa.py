@@ -15,9 +15,9 @@ import pytest
 from safetensors import safe_open
 
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.tasks.text_scores import normalize_answer
 from grace_bench.registry import STREAMS
-from grace_bench.scores import normalize_answer
 from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_qa
 from grace_bench.streams._pretraining import Example, collate, seeded, train, train_tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
 from grace_bench.registry import STREAMS
 from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_text
 from grace_bench.streams._pretraining import seeded

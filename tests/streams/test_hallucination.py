@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from grace_bench.cli import main
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
 from grace_bench.streams import Probe
 from grace_bench.streams.hallucination import Hallucination, sentences
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
-from grace_bench.artifacts import cache_folder
-from grace_bench.benchmark import fingerprint_requests
+from grace_bench.data.artifacts import cache_folder
+from grace_bench.data.benchmark import fingerprint_requests
 from grace_bench.errors import UserError
 from grace_bench.streams._records import Files, Format, Hub, Reader
 from grace_bench.streams.jsonl import Jsonl

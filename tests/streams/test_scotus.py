@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from grace_bench.cli import main
 from grace_bench.errors import UserError
-from grace_bench.models import EditableModel
+from grace_bench.models.editable import EditableModel
 from grace_bench.streams.scotus import Scotus
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 
-from grace_bench.benchmark import EditBenchmark
+from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.errors import UserError
-from grace_bench.scores import normalize_answer
+from grace_bench.models.tasks.text_scores import normalize_answer
 from grace_bench.streams import Probe, StreamData
 from grace_bench.streams.zsre import Zsre
 

@@ -1,0 +1,116 @@
+"""The edits of late: what each changed in a codebook."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_bench.editors._grace.codebook import Before, Codebook
+
+
+@dataclass
+class _Made:
+    """An edit: the clock before it, what it changed, its entry, and that one's (D_out,) value before it was trained."""
+
+    clock: int
+    before: Before
+    entry: int
+    value: Tensor | None = None
+
+
+class History:
+    """What edits changed in a codebook since `clear`, so that it can be put back, and read as it was.
+
+    An edit adds an entry at most, and changes radii and labels of few. Keys never change. A value does when it is
+    trained, which may be later than the edit it is trained for.
+
+    Args:
+        codebook: The codebook.
+    """
+
+    def __init__(self, codebook: Codebook) -> None:
+        self._codebook = codebook
+        self._made: list[_Made] = []
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def clear(self) -> None:
+        """Begins with the codebook as it is now."""
+        self._made = []
+
+    def note(self, clock: int, before: Before, entry: int) -> None:
+        """Notes an edit.
+
+        Args:
+            clock: Edits made before it.
+            before: Of its settlement.
+            entry: The entry whose value is to be trained for it.
+        """
+        self._made.append(_Made(clock, before, entry))
+
+    def note_value(self, place: int) -> None:
+        """Notes the value that is about to be trained for the edit at a place."""
+        made = self._made[place]
+        made.value = self._codebook.values[made.entry].clone()
+
+    def take_back(self, n: int) -> set[int]:
+        """Puts the codebook back to where it was after the first n edits; returns the entries with another value."""
+        entries = set()
+        for made in reversed(self._made[n:]):
+            if made.value is not None:
+                self._codebook.values[made.entry] = made.value
+            self._codebook.take_back(made.before)
+            entries.add(made.entry)
+        del self._made[n:]
+        return entries
+
+    def as_of(self, clock: int) -> tuple[Codebook, set[int]]:
+        """Returns the codebook as it was when the clock stood there, and the entries whose values were others then.
+
+        A value that was still to be trained then, and is by now, is the trained one.
+        """
+        undone = [made for made in self._made if made.clock >= clock]
+        n = undone[0].before.n_entries if undone else len(self._codebook)
+        before, others = Before(n), {}
+        for made in reversed(undone):
+            before.radii.update({entry: radius for entry, radius in made.before.radii.items() if entry < n})
+            before.labels.update({entry: label for entry, label in made.before.labels.items() if entry < n})
+            if made.value is not None and made.entry < n:
+                others[made.entry] = made.value
+        values = self._codebook.values[:n]
+        if others:
+            values = values.clone()
+            values[[*others]] = torch.stack([*others.values()])
+        return self._codebook.as_it_was(before, values), set(others)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the edits: JSON values, and the (M, D_out) values of those that were trained."""
+        values = [made.value for made in self._made if made.value is not None]
+        edits = [
+            [
+                made.clock,
+                made.before.n_entries,
+                [[entry, radius] for entry, radius in made.before.radii.items()],
+                [[entry, [*label], mean] for entry, (label, mean) in made.before.labels.items()],
+                made.entry,
+                made.value is not None,
+            ]
+            for made in self._made
+        ]
+        return {"history": edits, **({"history_values": torch.stack(values)} if values else {})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, or one without a history."""
+        values = iter(state.get("history_values", ()))
+        self._made = [
+            _Made(
+                clock,
+                Before(n_entries, dict(radii), {one: (tuple(label), mean) for one, label, mean in labels}),
+                entry,
+                next(values).to(self._codebook.values.device) if is_trained else None,
+            )
+            for clock, n_entries, radii, labels, entry, is_trained in state.get("history", ())
+        ]

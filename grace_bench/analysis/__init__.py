@@ -1,0 +1,1 @@
+"""Finished runs compared: leaderboard, significance, report and figures, from run folders alone."""

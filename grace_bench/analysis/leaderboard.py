@@ -1,0 +1,779 @@
+"""Leaderboards: finished runs side by side, a row an editor, means and deviations over seeds.
+
+What was not measured the same way is never ranked together: runs on one stream must share its content, the protocol
+(tuning budget aside, which is a column) and, for each model name, the weights. Rows that do not differ significantly
+from the first of their table are marked.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal, get_args
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, STREAM_ROLES, Comparison, compare, holm
+from grace_bench.common.terminal import table_console
+from grace_bench.common.text import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.results.comparability import refuse_mixtures, value_text
+from grace_bench.results.schema import Protocol, RunResult, read_result
+
+Format = Literal["table", "markdown", "csv", "json", "latex"]
+
+RESULT_FILE = "result.json"
+MISSING = "–"
+TIED = "≈"
+UNCOMPARED = "?"
+
+_SCORES = ("TRR", "ERR", "Avg", "ES", "Holdout")
+_OPTIONAL_SCORES = ("ARR", "Locality", "Portability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A measured column.
+
+    Attributes:
+        name: The metric, as results name it.
+        header: What stands above the column.
+        decimals: Digits after the point in formats for people.
+        higher_is_better: Which end is marked as best; None for what is neither good nor bad.
+    """
+
+    name: str
+    header: str
+    decimals: int
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A figure over the runs that have it.
+
+    Attributes:
+        mean: Mean over the runs.
+        std: Sample standard deviation (n - 1); None for a single run.
+        n: How many runs have the figure.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One editor with one set of settings on one model, over its seeds.
+
+    Attributes:
+        model: The model's name.
+        editor: The editor's registered name.
+        settings: The settings in which it differs from other rows of the same editor and model, as `name=value`.
+        tuning_budget: What its hyperparameters were chosen with.
+        seeds: The runs' seeds in ascending order.
+        cells: Figures by column name; a figure that no run has is left out.
+        is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
+        results: The runs, by seed.
+        folders: The run folders, in the order of `seeds`; empty where they are not known.
+        comparison: This row with the first of its table, in the score that ranks it; None for the first, and where the
+            two cannot be compared.
+        p_holm: The comparison's p-value, corrected for the rows of the table (Holm 1979).
+        not_compared: Why there is no comparison; None where there is one and for the first row.
+    """
+
+    model: str
+    editor: str
+    settings: str
+    tuning_budget: str | None
+    seeds: tuple[int, ...]
+    cells: Mapping[str, Cell]
+    is_floor: bool
+    results: tuple[RunResult, ...]
+    folders: tuple[Path, ...] = ()
+    comparison: Comparison | None = None
+    p_holm: float | None = None
+    not_compared: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The editor, with the settings that tell it from its neighbours."""
+        return f"{self.editor} ({self.settings})" if self.settings else self.editor
+
+    @property
+    def n_failed(self) -> int:
+        """How many edits failed, over all runs."""
+        return sum(int(result.metrics.get("n_failed") or 0) for result in self.results)
+
+    @property
+    def n_edits(self) -> int:
+        """How many edits were to be made, over all runs."""
+        return sum(int(result.metrics.get("n_edits") or 0) for result in self.results)
+
+    @property
+    def mark(self) -> str:
+        """What stands beside the ranking score: `≈` if it is not significantly off the first row's, `?` if unknown."""
+        if self.not_compared is not None:
+            return UNCOMPARED
+        return TIED if self.p_holm is not None and self.p_holm >= SIGNIFICANCE_LEVEL else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows that may be compared.
+
+    Attributes:
+        stream: The stream's name.
+        task: The stream's task.
+        models: The names of the models in the table.
+        protocol: The protocol of every run, whatever its tuning budget.
+        ranked_by: The column that orders the rows: `Avg`, or `ERR` where no run has an Avg, as with perplexity.
+        columns: The measured columns.
+        rows: Best first; rows without the ranking figure come last.
+        missing: Editors that have runs in other tables and none in this one.
+    """
+
+    stream: str
+    task: str
+    models: tuple[str, ...]
+    protocol: Protocol
+    ranked_by: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    missing: tuple[str, ...] = ()
+
+    def best(self, column: Column) -> frozenset[int]:
+        """Returns the indices of the rows to mark as best in a column.
+
+        Figures that print alike are marked alike. Nothing is marked where only one editor has the figure. The floor
+        is no competitor: an unedited model is bound to retain the most and to take the least time.
+        """
+        if column.higher_is_better is None:
+            return frozenset()
+        means = {
+            index: round(row.cells[column.name].mean, column.decimals)
+            for index, row in enumerate(self.rows)
+            if column.name in row.cells and not row.is_floor
+        }
+        if len(means) < 2:
+            return frozenset()
+        top = max(means.values()) if column.higher_is_better else min(means.values())
+        return frozenset(index for index, mean in means.items() if mean == top)
+
+
+class Leaderboard:
+    """Runs grouped into tables and rows.
+
+    A row holds the runs of one editor that differ in nothing but the seed: model, layer, dtype, settings and tuning
+    budget are the same. An editor's own `seed` is no setting. A run that is given twice counts once.
+
+    Args:
+        results: Finished runs, at least one.
+        folders: The run folder of each result in their order, None where it is not known. Rows without them are not
+            compared.
+        by_stream: Whether the models of a stream stand in one table; otherwise each model has its own, so that editors
+            are compared on equal terms. Streams never share a table: their scores have no common scale.
+
+    Attributes:
+        tables: In alphabetical order of stream and model.
+
+    Raises:
+        UserError: If there are no runs, or two of them cannot stand side by side: other content of the stream, another
+            protocol, other weights under one model name, or two results for one configuration and seed. Names both
+            runs and the first field that differs.
+    """
+
+    def __init__(
+        self, results: Sequence[RunResult], *, folders: Sequence[Path | None] = (), by_stream: bool = False
+    ) -> None:
+        if not results:
+            raise UserError("a leaderboard needs at least one finished run")
+        refuse_mixtures(results)
+        folder_of: dict[tuple[Any, ...], Path] = {}
+        for result, folder in zip(results, folders, strict=True) if folders else ():
+            if folder is not None:
+                folder_of.setdefault((_configuration(result), result.seed), folder)
+        groups: dict[tuple[str, ...], list[RunResult]] = {}
+        for result in _without_repeats(results):
+            key = (result.stream.name,) if by_stream else (result.stream.name, result.model.name)
+            groups.setdefault(key, []).append(result)
+        editors = sorted({result.editor.name for result in results})
+        self.tables: tuple[Table, ...] = tuple(_build_table(groups[key], editors, folder_of) for key in sorted(groups))
+
+    @classmethod
+    def read(cls, paths: Iterable[Path], *, by_stream: bool = False) -> "Leaderboard":
+        """Makes a leaderboard of the runs in some folders.
+
+        Args:
+            paths: As `find_result_files` takes them.
+            by_stream: As for the constructor.
+
+        Raises:
+            UserError: As `find_result_files` and the constructor do, or if a result is broken.
+        """
+        files = find_result_files(paths)
+        # Of a result under another name, what lies beside it need not be of its run.
+        folders = [file.parent if file.name == RESULT_FILE else None for file in files]
+        return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
+
+
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder.
+
+    Args:
+        paths: Each a result file, a run folder, or a folder that is searched for runs at any depth. The inside of a run
+            folder and folders whose name begins with a dot are not searched. A file reached twice is named once.
+
+    Returns:
+        The files in the order of `paths`, within a folder by path.
+
+    Raises:
+        UserError: If a path does not exist or holds no result.
+    """
+    files: dict[str, Path] = {}
+    for path in paths:
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = _result_files(path)
+        else:
+            raise UserError(f"{visible(str(path))}: no such file or folder")
+        if not found:
+            raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
+
+
+def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
+    """Prints a leaderboard on standard output."""
+    shown = render(leaderboard, fmt)
+    if isinstance(shown, str):
+        print(shown, end="")
+    else:
+        table_console().print(shown)
+
+
+def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableType:
+    """Renders a leaderboard.
+
+    `table`, `markdown` and `latex` are for people: means with the deviation over seeds, the number of runs where a
+    figure is not from all of them, the best in bold, a dash for what is missing. `csv` and `json` are for programs: a
+    record a row, with mean, deviation and number of runs in columns of their own at full precision, and an empty cell
+    or `null` for what is missing. Control characters in names are shown as escapes in every format.
+
+    Args:
+        leaderboard: The leaderboard.
+        fmt: `table` gives a rich renderable, the others text.
+
+    Raises:
+        UserError: If there is no such format.
+    """
+    renderers: dict[str, Callable[[Leaderboard], str | RenderableType]] = {
+        "table": _render_rich,
+        "markdown": _render_markdown,
+        "csv": _render_csv,
+        "json": _render_json,
+        "latex": _render_latex,
+    }
+    if fmt not in renderers:
+        known = get_args(Format)
+        raise UserError(f"format={fmt!r} is not known{did_you_mean(fmt, known)} (there are: {', '.join(known)})")
+    return renderers[fmt](leaderboard)
+
+
+def _result_files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{visible(str(error.filename))}: {error.strerror}") from error
+
+    found = []
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        if RESULT_FILE in files:
+            found.append(Path(where, RESULT_FILE))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:
+    """Drops runs that are given twice; two different results for one configuration and seed are refused."""
+    kept: dict[tuple[Any, ...], RunResult] = {}
+    for result in results:
+        earlier = kept.setdefault((_configuration(result), result.seed), result)
+        one, two = (_flattened(run.model_dump(mode="json")) for run in (earlier, result))
+        differing = next((name for name in [*one, *two] if one.get(name) != two.get(name)), None)
+        if differing is not None:
+            raise UserError(
+                f"runs {visible(earlier.run_id)} and {visible(result.run_id)} share configuration and seed but differ: "
+                f"{visible(differing)} is {value_text(one.get(differing))} in the first and "
+                f"{value_text(two.get(differing))} in the second; leave one of them out"
+            )
+    return list(kept.values())
+
+
+def _configuration(result: RunResult) -> tuple[Any, ...]:
+    """What the runs of one row share, as a key."""
+    # Not as JSON: 1 and 1.0 are the same setting.
+    settings = frozenset(
+        (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
+        for name, value in _settings(result).items()
+    )
+    return (result.stream.name, result.model.name, result.editor.name, settings)
+
+
+def _settings(result: RunResult) -> dict[str, Any]:
+    """The settings that tell two runs of one editor on one model apart, by dotted name."""
+    editor = result.editor.model_dump(mode="json", exclude={"name", "seed"})
+    return {**_flattened(editor), "layer": result.model.layer, "tuning_budget": result.protocol.tuning_budget}
+
+
+def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flattened(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _build_table(
+    results: Sequence[RunResult], editors: Sequence[str], folder_of: Mapping[tuple[Any, ...], Path]
+) -> Table:
+    first = results[0]
+    columns = _columns(results)
+    by_configuration: dict[tuple[Any, ...], list[RunResult]] = {}
+    for result in results:
+        by_configuration.setdefault(_configuration(result), []).append(result)
+    groups = list(by_configuration.values())
+    rows = [_build_row(group, columns, _differing_settings(group[0], groups), folder_of) for group in groups]
+    ranked_by = "Avg" if any("Avg" in row.cells for row in rows) else "ERR"
+    sign = -1 if first.protocol.higher_is_better else 1
+
+    def rank(row: Row) -> tuple[Any, ...]:
+        figure = row.cells.get(ranked_by)
+        return (figure is None, sign * figure.mean if figure else 0.0, row.model, row.editor, row.settings)
+
+    return Table(
+        stream=first.stream.name,
+        task=first.stream.task,
+        models=tuple(sorted({result.model.name for result in results})),
+        protocol=first.protocol,
+        ranked_by=ranked_by,
+        columns=columns,
+        rows=_compared_with_first(sorted(rows, key=rank), ranked_by),
+        missing=tuple(editor for editor in editors if editor not in {row.editor for row in rows}),
+    )
+
+
+def _compared_with_first(rows: Sequence[Row], ranked_by: str) -> tuple[Row, ...]:
+    """Compares each ranked row with the first."""
+    first, *others = rows
+    compared = [first]
+    for row in others:
+        if ranked_by in row.cells:
+            try:
+                row = replace(row, comparison=compare_rows(row, first, ranked_by))
+            except UserError as error:
+                row = replace(row, not_compared=str(error))
+        compared.append(row)
+    indices = [index for index, row in enumerate(compared) if row.comparison is not None]
+    corrected = holm([row.comparison.p_value for row in compared if row.comparison is not None])
+    for index, p_value in zip(indices, corrected, strict=True):
+        compared[index] = replace(compared[index], p_holm=p_value)
+    return tuple(compared)
+
+
+def compare_rows(first: Row, second: Row, metric: str) -> Comparison:
+    """Compares two rows of a table in one score.
+
+    Raises:
+        UserError: If that cannot be done, with the reason.
+    """
+    for row in (first, second):
+        if not row.folders:
+            raise UserError("the run folders are not known")
+    role = STREAM_ROLES.get(metric, "edited")
+    return compare(first.folders, second.folders, names=(first.name, second.name), stream_role=role, metric=metric)
+
+
+def _columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
+    """The measured columns; scores share the direction of the main score, of costs only time has one."""
+    protocol = results[0].protocol
+    decimals = 2 if protocol.main_score == "perplexity" else 3
+    measured = [name for name in _OPTIONAL_SCORES if any(_figure(result, name) is not None for result in results)]
+    failed = Column(name="n_failed", header="failed", decimals=1, higher_is_better=None)
+    return (
+        *(
+            Column(name=name, header=name, decimals=decimals, higher_is_better=protocol.higher_is_better)
+            for name in (*_SCORES, *measured)
+        ),
+        Column(name="n_edits", header="#E", decimals=1, higher_is_better=None),
+        *([failed] if any(_figure(result, "n_failed") for result in results) else []),
+        Column(name="n_keys", header="keys", decimals=1, higher_is_better=None),
+        Column(name="seconds_per_edit", header="s/edit", decimals=3, higher_is_better=False),
+    )
+
+
+def _build_row(
+    results: Sequence[RunResult],
+    columns: Sequence[Column],
+    settings: str,
+    folder_of: Mapping[tuple[Any, ...], Path],
+) -> Row:
+    results = sorted(results, key=lambda result: result.seed)
+    first = results[0]
+    folders = [folder_of.get((_configuration(result), result.seed)) for result in results]
+    cells = {}
+    for column in columns:
+        figures = [figure for result in results if (figure := _figure(result, column.name)) is not None]
+        if figures:
+            deviation = stdev(figures) if len(figures) > 1 else None
+            cells[column.name] = Cell(mean=fmean(figures), std=deviation, n=len(figures))
+    return Row(
+        model=first.model.name,
+        editor=first.editor.name,
+        settings=settings,
+        tuning_budget=first.protocol.tuning_budget,
+        seeds=tuple(result.seed for result in results),
+        cells=cells,
+        is_floor=all(_left_alone(result) for result in results),
+        folders=tuple(folder for folder in folders if folder is not None),
+        results=tuple(results),
+    )
+
+
+def _figure(result: RunResult, name: str) -> float | None:
+    value = result.cost.seconds_per_edit_p50 if name == "seconds_per_edit" else result.metrics.get(name)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _left_alone(result: RunResult) -> bool:
+    moved = [
+        result.metrics.get(name) != value
+        for name, value in result.before.items()
+        if name in (*_SCORES, *_OPTIONAL_SCORES) and value is not None and math.isfinite(value)
+    ]
+    return result.cost.extra_parameters == 0 and bool(moved) and not any(moved)
+
+
+def _differing_settings(result: RunResult, groups: Sequence[Sequence[RunResult]]) -> str:
+    """The settings in which a run differs from others of the same editor on the same model."""
+    others = [
+        _settings(group[0])
+        for group in groups
+        if (group[0].model.name, group[0].editor.name) == (result.model.name, result.editor.name)
+    ]
+    own = _settings(result)
+    names = dict.fromkeys(name for settings in others for name in settings)
+    differing = [
+        name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
+    ]
+    # The budget has a column of its own: it is part of the name only where nothing else tells two rows apart.
+    told = [name for name in differing if name != "tuning_budget"]
+    if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in told) for s in others) == 1:
+        differing = told
+    return ", ".join(f"{name}={_setting_text(own, name)}" for name in differing)
+
+
+def _setting_text(settings: Mapping[str, Any], name: str) -> str:
+    if name not in settings:
+        return MISSING
+    value = settings[name]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def cell_text(row: Row, column: Column) -> str:
+    """Returns a row's figure as people read it: mean ± deviation, the number of runs where not all have it."""
+    cell = row.cells.get(column.name)
+    if cell is None:
+        return MISSING
+    text = _number(cell.mean, column)
+    if cell.std is not None:
+        text += f" ± {_number(cell.std, column)}"
+    if cell.n != len(row.seeds):
+        text += f" (n={cell.n})"
+    return text
+
+
+def marked_text(table: Table, row: Row, column: Column) -> str:
+    """Returns a cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
+    text = cell_text(row, column)
+    return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
+
+
+def _number(value: float, column: Column) -> str:
+    text = f"{value:.{column.decimals}f}"
+    return text.removesuffix(".0") if column.decimals == 1 else text
+
+
+def _caption(table: Table) -> str:
+    direction = "higher" if table.protocol.higher_is_better else "lower"
+    models = ", ".join(table.models)
+    return visible(
+        f"{table.stream} · {models} · {table.protocol.main_score}, {direction} is better · ranked by {table.ranked_by}"
+    )
+
+
+def _n_names(table: Table) -> int:
+    """How many columns name the row: the model has one where there are several."""
+    return 2 if len(table.models) > 1 else 1
+
+
+def _headers(table: Table) -> list[str]:
+    names = ["Model", "Editor"][-_n_names(table) :]
+    return [*names, *(column.header for column in table.columns), "tuning", "runs"]
+
+
+def table_notes(table: Table) -> list[str]:
+    """Returns what the marks of a table mean, why rows were not compared, what failed and who is missing."""
+    notes = []
+    if any(row.mark == TIED for row in table.rows):
+        notes.append(
+            f"{TIED} {table.ranked_by} not significantly off the first row's (paired bootstrap over requests, "
+            f"p ≥ {SIGNIFICANCE_LEVEL} after Holm's correction for the table's rows)"
+        )
+    reasons = dict.fromkeys(row.not_compared for row in table.rows if row.not_compared is not None)
+    notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
+    failed = [f"{row.name} {row.n_failed} of {row.n_edits}" for row in table.rows if row.n_failed]
+    if failed:
+        notes.append(
+            f"failed: edits that were taken back, and count in #E, ES and ERR all the same: {', '.join(failed)}"
+        )
+    if table.missing:
+        notes.append(f"{MISSING} no run here: {', '.join(table.missing)}")
+    return [visible(note) for note in notes]
+
+
+def _body(table: Table) -> list[Line]:
+    """The rows as texts, each with whether it is marked."""
+    best = {column.name: table.best(column) for column in table.columns}
+    lines: list[Line] = []
+    for index, row in enumerate(table.rows):
+        names = [row.model, row.name][-_n_names(table) :]
+        budget = MISSING if row.tuning_budget is None else visible(row.tuning_budget)
+        lines.append(
+            [
+                *((visible(name), False) for name in names),
+                *((marked_text(table, row, column), index in best[column.name]) for column in table.columns),
+                (budget, False),
+                (str(len(row.seeds)), False),
+            ]
+        )
+    return lines
+
+
+def _render_rich(leaderboard: Leaderboard) -> RenderableType:
+    return Group(*(_Fitted(table) for table in leaderboard.tables))
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A table in one grid where the console is wide enough, else in one of scores and one of costs."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        n_names = _n_names(self.table)
+        n_columns = len(_headers(self.table))
+        n_scores = sum(column.name in (*_SCORES, *_OPTIONAL_SCORES) for column in self.table.columns)
+        names, scores, costs = range(n_names), range(n_names, n_names + n_scores), range(n_names + n_scores, n_columns)
+        whole = _grid(self.table, [*names, *scores, *costs], deviation=" ±")
+        unbounded = options.update(max_width=_UNBOUNDED_WIDTH)
+        if Measurement.get(console, unbounded, whole).maximum <= options.max_width:
+            yield whole
+        else:
+            yield _grid(self.table, [*names, *scores], deviation="\n±")
+            yield _grid(self.table, [*names, *costs], deviation="\n±")
+        if notes := table_notes(self.table):
+            yield Text("\n".join([*notes, ""]))
+
+
+_UNBOUNDED_WIDTH = 10_000
+
+
+def _grid(table: Table, chosen: Sequence[int], *, deviation: str) -> RichTable:
+    headers, n_names = _headers(table), _n_names(table)
+    grid = RichTable(
+        title=Text(_caption(table)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for index in chosen:
+        # Only names give way; a figure is never cut.
+        is_name = index < n_names
+        grid.add_column(
+            Text(headers[index]), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
+        )
+    for line in _body(table):
+        cells = []
+        for index in chosen:
+            text, is_best = line[index]
+            shown = text if index < n_names else text.replace(" ± ", deviation)
+            cells.append(Text(shown, style="bold" if is_best else ""))
+        grid.add_row(*cells)
+    return grid
+
+
+def _render_markdown(leaderboard: Leaderboard) -> str:
+    blocks = []
+    for table in leaderboard.tables:
+        shown = markdown_table(_headers(table), _body(table), n_names=_n_names(table))
+        notes = "".join(f"\n{markdown_text(note)}\n" for note in table_notes(table))
+        blocks.append(f"{markdown_text(_caption(table))}\n\n{shown}{notes}")
+    return "\n".join(blocks)
+
+
+def _render_latex(leaderboard: Leaderboard) -> str:
+    """One table in the layout of table 1 of Hartvigsen et al. 2023: a row a method, a group of columns a stream."""
+    tables = leaderboard.tables
+    several_models = any(len(table.models) > 1 for table in tables)
+    methods = list(dict.fromkeys(_method(row, several_models) for table in tables for row in table.rows))
+    groups = [_paper_columns(table) for table in tables]
+    titles, rules, start = [], [], 2
+    for table, columns in zip(tables, groups, strict=True):
+        titles.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(_group_title(table))}}}")
+        rules.append(rf"\cmidrule(lr){{{start}-{start + len(columns) - 1}}}")
+        start += len(columns)
+    headers = ["Method", *(_PAPER_HEADERS.get(c.name, c.header) for columns in groups for c in columns)]
+    lines = [
+        "% \\usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{l{'r' * (start - 2)}}}",
+        r"\toprule",
+        " & " + " & ".join(titles) + r" \\",
+        " ".join(rules),
+        latex_cells([(header, False) for header in headers]),
+        r"\midrule",
+    ]
+    cells_of = [_paper_cells(table, columns, several_models) for table, columns in zip(tables, groups, strict=True)]
+    for method in methods:
+        cells = [
+            cell
+            for of_method, columns in zip(cells_of, groups, strict=True)
+            for cell in of_method.get(method, [(MISSING, False)] * len(columns))
+        ]
+        lines.append(latex_cells([(visible(method), False), *cells]))
+    notes = [note for table in tables for note in _paper_notes(table, several_models)]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{latex_text(' '.join(dict.fromkeys(notes)))}}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_PAPER_HEADERS = {"Avg": "Avg."}
+
+
+def _method(row: Row, several_models: bool) -> str:
+    return f"{row.model} {row.name}" if several_models else row.name
+
+
+def _group_title(table: Table) -> str:
+    direction = "↑" if table.protocol.higher_is_better else "↓"
+    return visible(f"{table.stream} ({', '.join(table.models)}; {table.protocol.main_score} {direction})")
+
+
+def _paper_columns(table: Table) -> list[Column]:
+    """TRR, ERR, their mean (for perplexity ARR in its place) and the number of edits."""
+    third = "Avg" if table.ranked_by == "Avg" else "ARR"
+    return [column for column in table.columns if column.name in ("TRR", "ERR", third, "n_edits")]
+
+
+def _paper_cells(table: Table, columns: Sequence[Column], several_models: bool) -> dict[str, Line]:
+    best = {column.name: table.best(column) for column in columns}
+    return {
+        _method(row, several_models): [
+            (marked_text(table, row, column), index in best[column.name]) for column in columns
+        ]
+        for index, row in enumerate(table.rows)
+    }
+
+
+def _paper_notes(table: Table, several_models: bool) -> list[str]:
+    seeds: dict[int, list[str]] = {}
+    budgets: dict[str, list[str]] = {}
+    for row in table.rows:
+        method = _method(row, several_models)
+        seeds.setdefault(len(row.seeds), []).append(method)
+        budgets.setdefault(MISSING if row.tuning_budget is None else row.tuning_budget, []).append(method)
+    return [
+        visible(f"{text}.")
+        for text in (
+            "Mean ± standard deviation over seeds, bold the best of a column",
+            f"{table.stream}: n = {_shared_by(seeds)}; tuning {_shared_by(budgets)}",
+            *table_notes(replace(table, missing=())),
+        )
+    ]
+
+
+def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
+    """`3`, or `3 (grace, ft), 1 (none)` where rows differ."""
+    if len(groups) == 1:
+        return str(next(iter(groups)))
+    return ", ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
+
+
+def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
+    """A flat record a row, the same fields in each."""
+    columns = dict.fromkeys(column.name for table in leaderboard.tables for column in table.columns)
+    # Some tables have columns of their own; scores stay together, before the costs.
+    ordered = [name for name in (*_SCORES, *_OPTIONAL_SCORES) if name in columns]
+    ordered += [name for name in columns if name not in ordered]
+    records = []
+    for table in leaderboard.tables:
+        for rank, row in enumerate((*table.rows, *(_missing_row(table, editor) for editor in table.missing)), start=1):
+            record: dict[str, Any] = {
+                "stream": table.stream,
+                "task": table.task,
+                "main_score": table.protocol.main_score,
+                "higher_is_better": table.protocol.higher_is_better,
+                "ranked_by": table.ranked_by,
+                "rank": rank if row.seeds else None,
+                "model": row.model,
+                "editor": row.editor,
+                "settings": row.settings,
+                "tuning_budget": row.tuning_budget,
+                "seeds": list(row.seeds),
+                "n_runs": len(row.seeds),
+            }
+            for name in ordered:
+                cell = row.cells.get(name)
+                record[f"{name}_mean"] = cell.mean if cell else None
+                record[f"{name}_std"] = cell.std if cell else None
+                record[f"{name}_n"] = cell.n if cell else 0
+            for name in _COMPARED:
+                record[f"vs_first_{name}"] = getattr(row.comparison, name, None)
+            record["vs_first_p_holm"] = row.p_holm
+            record["vs_first_not_compared"] = row.not_compared
+            records.append(record)
+    return records
+
+
+_COMPARED = ("difference", "low", "high", "p_value", "n_items", "n_seeds", "n_unpaired", "n_nan")
+
+
+def _missing_row(table: Table, editor: str) -> Row:
+    """A record's row for an editor without a run in the table."""
+    model = table.models[0] if len(table.models) == 1 else MISSING
+    return Row(
+        model=model, editor=editor, settings="", tuning_budget=None, seeds=(), cells={}, is_floor=False, results=()
+    )
+
+
+def _render_csv(leaderboard: Leaderboard) -> str:
+    records = _records(leaderboard)
+    return csv_text([{**record, "seeds": " ".join(str(seed) for seed in record["seeds"])} for record in records])
+
+
+def _render_json(leaderboard: Leaderboard) -> str:
+    return json.dumps(_records(leaderboard), indent=2) + "\n"

@@ -1,0 +1,121 @@
+"""What may have come from a stranger: settings that hold values only, and folders that hold their own files only."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grace_bench.common.files import readable
+from grace_bench.errors import UserError, reason_of
+
+_DEEPEST = 100
+
+
+def refuse_references(path: Path) -> None:
+    """Makes sure that a YAML file holds plain values: nothing in it is looked up, copied or built when it is read.
+
+    OmegaConf fills in `${...}`, which reaches environment variables; aliases make a short file grow without bound.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: If there is an alias or a `${...}` in it, or it is nested too deeply, naming the line.
+        OSError: If it cannot be read.
+        UnicodeDecodeError: If it is not UTF-8.
+        yaml.YAMLError: If it is not YAML.
+    """
+    depth = 0
+    for event in yaml.parse(readable(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        wrong = None
+        if isinstance(event, yaml.AliasEvent):
+            wrong = f"'*{event.anchor}' repeats another part"
+        elif isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            wrong = f"'{event.value}' asks for a value from elsewhere"
+        elif depth > _DEEPEST:
+            wrong = f"is nested more than {_DEEPEST} deep"
+        if wrong is not None:
+            place = path if event.start_mark is None else f"{path}:{event.start_mark.line + 1}"
+            raise UserError(f"{place}: {wrong}; settings of a file are values and nothing else")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Makes sure that what is read and written in a run folder lies in it.
+
+    A link that was sent along would have a resumed run write, or a report show, a file that lies elsewhere; a pipe
+    would keep either waiting for ever. Settings of W&B, which it takes from the working folder, name the server that is
+    sent the key. What it keeps in folders of `wandb/` is its own: nothing here reads it.
+
+    Args:
+        folder: The run folder, which may itself be a link; it need not exist.
+
+    Raises:
+        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would take
+            settings from it.
+    """
+    settings = folder / "wandb" / "settings"
+    if settings.exists():
+        raise UserError(f"{settings}: would tell W&B where to send your key; no run leaves such a file: remove it")
+    home = folder.resolve()
+    for where, folders, files in os.walk(folder):
+        for path in (Path(where, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                try:
+                    target = path.resolve()
+                except RuntimeError as error:
+                    raise UserError(f"{path}: is a link that leads to itself") from error
+                if not target.is_relative_to(home):
+                    raise UserError(f"{path}: is a link that leads out of the run folder; put what it points to there")
+            elif not stat.S_ISDIR(mode := path.lstat().st_mode) and not stat.S_ISREG(mode):
+                raise UserError(f"{path}: is neither a file nor a folder")
+        if Path(where) == folder / "wandb":
+            folders.clear()
+
+
+def check_model_folder(path: str) -> None:
+    """Makes sure that loading a model folder reads this folder and runs no code that it asks for.
+
+    A pipe in it would keep a reader waiting for ever. transformers loads another model where an adapter is found, and
+    downloads and runs what `attn_implementation` and its like name on the hub; `trust_remote_code=False` covers
+    neither.
+
+    Args:
+        path: The folder; a hub id is passed over.
+
+    Raises:
+        UserError: If the folder asks for either, or its index of weights for files that lie elsewhere.
+    """
+    folder = Path(path)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        try:
+            readable(file)
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from error
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"model={path}: holds an adapter (adapter_config.json): merge it into its model and save that")
+    for file in folder.glob("*.index.json"):
+        places = _json(file).get("weight_map")
+        for place in places.values() if isinstance(places, dict) else ():
+            if Path(str(place)).name != place:
+                raise UserError(f"{file}: names weights outside of its folder ({place})")
+    if (folder / "config.json").is_file():
+        _refuse_kernels(folder / "config.json", _json(folder / "config.json"))
+
+
+def _refuse_kernels(file: Path, value: Any) -> None:
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        if "_implementation" in str(key) and "/" in json.dumps(inner):
+            raise UserError(f"{file}: field '{key}': asks for code from the hub ({json.dumps(inner)})")
+        _refuse_kernels(file, inner)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(readable(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,89 @@
+"""What editors compute once and use again: trained editor networks, key statistics; named by what they were made from.
+
+An artifact is a safetensors file `<editor>/<key>.safetensors`, where the key is the SHA-256 of everything that decides
+its content. Those that ship with the package are found first, then those in the cache folder: `GRACE_BENCH_CACHE`, or
+`grace-bench` under `XDG_CACHE_HOME` (`~/.cache`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grace_bench.data.requests import EditRequest
+
+
+def content_key(**content: Any) -> str:
+    """Returns the SHA-256 of JSON values by name.
+
+    >>> content_key(a=1, b=[2]) == content_key(b=[2], a=1)
+    True
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def requests_key(requests: Iterable[EditRequest]) -> str:
+    """Returns the SHA-256 of requests in their order."""
+    return content_key(requests=[request.model_dump(mode="json") for request in requests])
+
+
+def shipped_folder() -> Path:
+    """Returns the package's own artifacts."""
+    return Path(str(files("grace_bench.editors"))) / "artifacts"
+
+
+def cache_folder() -> Path:
+    """Returns where artifacts that are made here are kept."""
+    own = os.environ.get("GRACE_BENCH_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grace-bench"
+
+
+def load_artifact(editor: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Returns the tensors, on the CPU, and the notes of an artifact; None if there is none or its file is not whole.
+
+    Args:
+        editor: The registered name of the editor it belongs to.
+        key: Its content key.
+    """
+    for folder in (shipped_folder(), cache_folder()):
+        path = folder / editor / f"{key}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                # A handle on tensors, which itself is no mapping.
+                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except (OSError, SafetensorError):
+            # Half a file is as good as none: it is made again.
+            continue
+    return None
+
+
+def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Keeps an artifact in the cache folder, whole or not at all.
+
+    Args:
+        editor: The registered name of the editor it belongs to.
+        key: Its content key.
+        tensors: What to keep.
+        notes: What a person wants to know of it, such as settings and figures.
+    """
+    path = cache_folder() / editor / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(notes))
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def drop_artifact(editor: str, key: str) -> None:
+    """Removes an artifact from the cache folder, if it is there."""
+    (cache_folder() / editor / f"{key}.safetensors").unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""Edit streams as Avalanche benchmarks."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream
+
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import EditRequest, EditStream, StreamData, StreamMetadata
+from grace_bench.errors import UserError
+
+
+class EditExperience(CLExperience):
+    """One request, as an Avalanche experience.
+
+    In train mode an editor may read `prompt` and `target`, and `subject` if it declares that it needs one. Everything
+    else raises Avalanche's `MaskedAttributeError`.
+
+    Args:
+        request: The request.
+    """
+
+    def __init__(self, request: EditRequest) -> None:
+        super().__init__(current_experience=0, origin_stream=None)
+        self.prompt = request.prompt
+        self.target = request.target
+        self.subject = request.subject
+        self.request = request
+        self._as_attributes("prompt", "target", use_in_train=True, use_in_eval=True)
+        self._as_attributes("subject", "request")
+
+    def for_editor(self, *, needs_subject: bool) -> "EditExperience":
+        """Returns the experience in train mode, its subject readable only if the editor needs one."""
+        experience = EditExperience(self.request)
+        experience._current_experience = self._current_experience
+        experience._origin_stream = self._origin_stream
+        if needs_subject:
+            experience.__dict__["subject"].use_in_train = True
+        trained: EditExperience = experience.train()
+        return trained
+
+
+class EvalExperience(CLExperience):
+    """All requests of an evaluation stream, as one Avalanche experience.
+
+    Args:
+        requests: The requests to score.
+    """
+
+    def __init__(self, requests: Sequence[EditRequest]) -> None:
+        super().__init__(current_experience=0, origin_stream=None)
+        self.requests = tuple(requests)
+
+
+def eval_stream(name: str, requests: Sequence[EditRequest]) -> CLStream:
+    """Returns an evaluation stream: one `EvalExperience` with all requests."""
+    return EagerCLStream(name, [EvalExperience(requests)])
+
+
+class EditBenchmark(CLScenario):
+    """Named streams of edit requests, ready for a run.
+
+    Streams are `edits` (one `EditExperience` a request) and, each one `EvalExperience`, `upstream`, `holdout`,
+    `validation`, `train`, `accurate`, `locality` and `portability` where the data has them.
+
+    Args:
+        name: The stream's registered name.
+        data: The requests by role, `edits` in the order of the run.
+        task: The name of the task the stream fixes.
+        metadata: Source, revision and licence.
+        fingerprint: SHA-256 of the requests.
+        max_new_tokens: The longest free answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        data: StreamData,
+        task: str,
+        metadata: StreamMetadata,
+        fingerprint: str,
+        max_new_tokens: int,
+    ) -> None:
+        self.name = name
+        self.data = data
+        self.task = task
+        self.metadata = metadata
+        self.fingerprint = fingerprint
+        self.max_new_tokens = max_new_tokens
+        edits = EagerCLStream("edits", [EditExperience(request) for request in data.edits], benchmark=self)
+        super().__init__([edits, *(eval_stream(role, requests) for role, requests in self._eval_roles())])
+
+    @classmethod
+    def from_stream(cls, stream: EditStream, *, seed: int, split: str = "edits") -> "EditBenchmark":
+        """Loads a stream and shuffles its edits once by seed.
+
+        Args:
+            stream: The stream.
+            seed: Orders the edits; never changes what is in which split.
+            split: `edits`, or `validation` for tuning: its requests are edited and their rephrases are the holdout.
+
+        Raises:
+            UserError: If the stream cannot be read or has no such split.
+        """
+        data = stream.load()
+        fingerprint = fingerprint_requests(data)
+        if split == "validation":
+            if not data.validation:
+                raise UserError(f"stream '{stream.registered_name}' has no validation split")
+            edits, holdout = data.validation, tuple(rephrased(data.validation))
+        elif split == "edits":
+            edits, holdout = data.edits, data.holdout
+        else:
+            raise UserError(f"split={split!r} is not known (there are: edits, validation)")
+        ordered = list(edits)
+        random.Random(seed).shuffle(ordered)
+        return cls(
+            name=stream.registered_name,
+            data=replace(data, edits=tuple(ordered), holdout=holdout),
+            task=stream.task,
+            metadata=stream.metadata,
+            fingerprint=fingerprint,
+            max_new_tokens=stream.max_new_tokens,
+        )
+
+    def with_data(self, **roles: Any) -> "EditBenchmark":
+        """Returns the benchmark with the requests of some roles replaced."""
+        return EditBenchmark(
+            name=self.name,
+            data=replace(self.data, **roles),
+            task=self.task,
+            metadata=self.metadata,
+            fingerprint=self.fingerprint,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":
+        """Returns the benchmark with the unedited model's answers as the targets of upstream requests that want them.
+
+        Those are the requests with `metadata["target_from_model"]`.
+
+        Args:
+            answer: Returns the unedited model's answers to prompts.
+        """
+        upstream = fill_targets(self.data.upstream, answer)
+        return self if upstream == self.data.upstream else self.with_data(upstream=upstream)
+
+    def _eval_roles(self) -> Iterable[tuple[str, Sequence[EditRequest]]]:
+        roles = ("upstream", "holdout", "validation", "train", "accurate")
+        yield from ((role, getattr(self.data, role)) for role in roles if getattr(self.data, role))
+        for kind in ("locality", "portability"):
+            if requests := probe_requests(self.data.edits, kind):
+                yield kind, requests
+
+
+def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[EditRequest, ...]:
+    """Returns the `locality` or `portability` probes of requests as requests of their own.
+
+    `metadata["edit"]` names the request a probe belongs to; a probe without a target stands for the unedited model's
+    answer and says so in `metadata["target_from_model"]`.
+    """
+    return tuple(
+        EditRequest(
+            id=f"{request.id}/{kind}-{i}",
+            prompt=probe.prompt,
+            target="" if probe.target is None else probe.target,
+            metadata={**probe.metadata, "edit": request.id, "target_from_model": probe.target is None},
+        )
+        for request in requests
+        for i, probe in enumerate(getattr(request, kind))
+    )
+
+
+def fill_targets(
+    requests: Sequence[EditRequest], answer: Callable[[Sequence[str]], Sequence[str | int]]
+) -> tuple[EditRequest, ...]:
+    """Returns requests with the model's answer as the target of each that has `metadata["target_from_model"]`."""
+    prompts = list(dict.fromkeys(r.prompt for r in requests if r.metadata.get("target_from_model")))
+    known = dict(zip(prompts, answer(prompts), strict=True)) if prompts else {}
+    return tuple(
+        request.model_copy(update={"target": known[request.prompt]})
+        if request.metadata.get("target_from_model")
+        else request
+        for request in requests
+    )
+
+
+def fingerprint_requests(data: StreamData) -> str:
+    """Returns the SHA-256 of a stream's requests in all roles; equal content, equal fingerprint."""
+    digest = hashlib.sha256()
+    for role in ("edits", "upstream", "holdout", "validation", "train", "accurate"):
+        for request in getattr(data, role):
+            line = json.dumps([role, request.model_dump(mode="json")], sort_keys=True, ensure_ascii=False)
+            digest.update(line.encode())
+    return digest.hexdigest()

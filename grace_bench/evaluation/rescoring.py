@@ -1,0 +1,240 @@
+"""Scoring again only what may have changed."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grace_bench.data.requests import EditRequest
+from grace_bench.models.editable import LayerCall
+from grace_bench.models.tasks.base import ItemScore, contrast_of
+from grace_bench.run.checkpoint import restored
+
+if TYPE_CHECKING:
+    from grace_bench.editing.strategy import EditorStrategy
+
+
+# Which entry answers, and how far it is, is asked anew whenever a score is taken up.
+_FIELDS = tuple(
+    field.name for field in fields(ItemScore) if field.name not in {"query", "entry", "distance", "contested"}
+)
+
+
+@dataclass
+class _Known:
+    """A request's query, which version of which entry answered it last, and the scores that are kept by version.
+
+    Beside them the batch that it was first scored in, by digests in their order.
+    """
+
+    query: Tensor
+    version: Hashable
+    items: dict[Hashable, ItemScore]
+    batch: tuple[str, ...]
+
+
+class Scorer:
+    """Scores requests with the model as edited so far, asking it again only where its answer may have changed.
+
+    What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
+    editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
+    the last time, so is the answer.
+
+    What an evaluation scores again is scored in the batch that it was first scored in, if half of that batch is to be
+    scored again and all of it is asked for: the engine has kept what comes before the edited layer. The rest goes into
+    new batches. So the bits of a score depend on what was asked for and when, never on what is kept. Answers that are
+    generated do not start at the layer; their batches are always new.
+
+    Args:
+        strategy: The editor.
+    """
+
+    def __init__(self, strategy: "EditorStrategy") -> None:
+        self._strategy = strategy
+        self._known: dict[str, _Known] = {}
+        self._names: dict[Hashable, str] = {}
+        self._keeps_versions = False
+        self._with_earlier: list[_Known] = []
+        self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
+        """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
+        self._reuses_batches = False
+        self.n_scored = 0
+        """How many scores the model was asked for, kept ones aside."""
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """One evaluation of every stream: what it asks again and again is computed from where it can change."""
+        model = self._strategy.model
+        self._reuses_batches = self.is_incremental and not model.task.generates
+        try:
+            with nullcontext() if self.is_incremental else model.engine.remembering():
+                yield
+        finally:
+            self._reuses_batches = False
+
+    @contextmanager
+    def keeping_versions(self) -> Iterator[None]:
+        """Keeps inside the context also the scores that an entry's earlier versions gave, and afterwards the newest."""
+        self._keeps_versions = True
+        try:
+            yield
+        finally:
+            self._keeps_versions = False
+            for known in self._with_earlier:
+                known.items = {known.version: known.items[known.version]}
+            self._with_earlier = []
+
+    def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Returns the scores of requests, in their order."""
+        model = self._strategy.model
+        if not self.is_incremental:
+            self.n_scored += len(requests)
+            return model.task.score(model, requests)
+        keys = [self._key(request) for request in requests]
+        known = self._look_up(keys)
+        asked = dict(zip(keys, requests, strict=True))
+        stale = [key for key in asked if key not in known]
+        if stale:
+            known |= self._score_anew(stale, asked)
+        return [known[key] for key in keys]
+
+    def knows(self, request: EditRequest) -> bool:
+        """Whether a request was scored before, so that its query is known."""
+        return self._key(request) in self._known
+
+    def waits_for_values(self, request: EditRequest) -> bool:
+        """Whether a known request is answered by a value that is not trained yet."""
+        known = self._known[self._key(request)]
+        answered = self._strategy.answered_by(known.query[None])
+        return answered is not None and any(answered.pending)
+
+    def forget(self) -> None:
+        """Forgets every score, so that the model is asked again."""
+        self._known.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scores that are kept, so that whoever goes on asks the model again for the same ones."""
+        known = self._known.values()
+        items = [one.items[one.version] for one in known]
+        numbers = {key: number for number, key in enumerate(self._known)}
+        batches = {batch: number for number, batch in enumerate(dict.fromkeys(one.batch for one in known))}
+        return {
+            "requests": [*self._known],
+            # By column: a checkpoint of thousands of them is made often.
+            "items": {name: [getattr(item, name) for item in items] for name in _FIELDS},
+            "versions": [one.version for one in known],
+            "batches": [[numbers[key] for key in batch] for batch in batches],
+            "batch": [batches[one.batch] for one in known],
+            "queries": torch.stack([one.query for one in known]) if known else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, which may have been JSON in between."""
+        queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
+        columns = [state["items"][name] for name in _FIELDS]
+        keys = state["requests"]
+        batches = [tuple(keys[number] for number in batch) for batch in state["batches"]]
+        self._known = {}
+        rows = zip(keys, state["versions"], state["batch"], queries, *columns, strict=True)
+        for key, version, batch, query, *values in rows:
+            item = restored(ItemScore, dict(zip(_FIELDS, values, strict=True)))
+            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch])
+
+    def _key(self, request: EditRequest) -> str:
+        """The digest of all of a request that its score depends on: texts are long, and in every checkpoint."""
+        parts = request.prompt, request.target, request.answers, contrast_of(request)
+        if parts not in self._names:
+            self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        return self._names[parts]
+
+    def _look_up(self, keys: Sequence[str]) -> dict[str, ItemScore]:
+        """The scores that still hold, with what is known of the codebook now."""
+        kept = [key for key in dict.fromkeys(keys) if key in self._known]
+        if not kept:
+            return {}
+        answered = self._strategy.answered_by(torch.stack([self._known[key].query for key in kept]))
+        if answered is None:
+            return {}
+        found = {}
+        for key, version, note in zip(kept, answered.versions, answered.notes(), strict=True):
+            known = self._known[key]
+            if version in known.items:
+                known.version, item = version, known.items[version]
+                if any(getattr(item, name) != value for name, value in note.items()):
+                    item = known.items[version] = replace(item, **note)
+                found[key] = item
+        return found
+
+    @torch.no_grad()
+    def _score_anew(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
+        again = [*self._again(stale, asked)] if self._reuses_batches else []
+        held = {key for batch in again for key in batch}
+        first: list[tuple[str, ...]] = []
+        rest: list[tuple[str, ...]] = []
+        for batch in self._together([key for key in stale if key not in held], asked):
+            (rest if all(key in self._known for key in batch) else first).append(batch)
+        self.n_scored += len(stale)
+        items: dict[str, ItemScore] = {}
+        model = self._strategy.model
+        handle = model.intercept(_note_query, first=True)
+        try:
+            with model.engine.remembering(drops_unused=False) if self._reuses_batches else nullcontext():
+                for batch in (*again, *first):
+                    items |= self._score_batch(batch, asked)
+            for batch in rest:
+                items |= self._score_batch(batch, asked)
+        finally:
+            handle.remove()
+        scored = {key: items[key] for key in stale}
+        kept = {key: item for key, item in scored.items() if item.query is not None}
+        if kept:
+            batches = {key: batch for batch in first for key in batch}
+            queries = [item.query for item in kept.values() if item.query is not None]
+            answered = self._strategy.answered_by(torch.stack(queries))
+            if answered is not None:
+                for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
+                    before = self._known.get(key)
+                    earlier = before.items if self._keeps_versions and before else {}
+                    batch = before.batch if before else batches[key]
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch)
+                    if earlier:
+                        self._with_earlier.append(known)
+        return scored
+
+    def _score_batch(self, batch: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterable[tuple[str, ItemScore]]:
+        model = self._strategy.model
+        return zip(batch, model.task.score_batch(model, [asked[key] for key in batch]), strict=True)
+
+    def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
+        """First batches that are scored again as they were."""
+        n_stale = Counter(self._known[key].batch for key in stale if key in self._known)
+        for batch, n in n_stale.items():
+            # They are of a run with other limits where they hold too much for those of this one.
+            if (
+                2 * n >= len(batch)
+                and all(key in asked for key in batch)
+                and [*self._together(batch, asked)] == [batch]
+            ):
+                yield batch
+
+    def _together(self, keys: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
+        model = self._strategy.model
+        for chunk in model.task.together(model, [asked[key] for key in keys]):
+            yield tuple(keys[i] for i in chunk)
+
+
+def _hashable(value: Any) -> Hashable:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    return tuple(_hashable(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _note_query(call: LayerCall) -> Tensor:
+    if call.state.step == 0:
+        call.state.activation = call.query.detach()
+    return call.output

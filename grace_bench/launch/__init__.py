@@ -1,0 +1,1 @@
+"""From a command line to runs: configuration, sweeps, tuning, plans and checks."""

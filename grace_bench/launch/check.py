@@ -1,0 +1,456 @@
+"""`grace-bench check`: whether finished runs still are what their results say (docs/reliability.md)."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grace_bench.analysis.leaderboard import RESULT_FILE, find_result_files
+from grace_bench.common.files import hash_file
+from grace_bench.common.terminal import table_console
+from grace_bench.common.text import visible
+from grace_bench.data.benchmark import EditBenchmark
+from grace_bench.data.requests import EditStream
+from grace_bench.errors import UserError, reason_of
+from grace_bench.evaluation.metric import StreamScore
+from grace_bench.launch.config import hash_config, make_stream, plain_config, read_config, register_configs
+from grace_bench.models.editable import EditableModel, pick_device, pick_threads
+from grace_bench.models.tasks.base import get_task
+from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results.schema import (
+    RUN_FILES,
+    EditRecord,
+    Evaluation,
+    RunResult,
+    digest_of,
+    read_edits,
+    read_evaluations,
+    read_predictions,
+    read_result,
+)
+from grace_bench.run.environment import describe_environment
+from grace_bench.run.run_benchmark import fitted
+
+Verdict = Literal["same", "differs", "not checked", "note"]
+
+_STYLES: dict[Verdict, str] = {"same": "green", "differs": "bold red", "not checked": "yellow", "note": "dim"}
+_SHOWN_DIGITS = 12
+# A mean of recorded numbers depends on the order in which they are added, and on nothing else.
+_ROUNDING = 1e-12
+_OF_THE_SCHEDULE = ("max_edits", "eval_every", "max_upstream", "split", "tuning_budget")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing of a run.
+
+    Attributes:
+        what: What was looked at.
+        verdict: `same` as recorded, `differs`, `not checked` where what it takes is not there, or `note` for what may
+            differ.
+        told: What was recorded and what is there now, or why it was not checked.
+    """
+
+    what: str
+    verdict: Verdict
+    told: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether what was recorded is still so, or need not be."""
+        return self.verdict in ("same", "note")
+
+
+def check_runs(paths: Sequence[Path]) -> int:
+    """Checks finished runs and prints what was found, a line a thing.
+
+    Args:
+        paths: Run folders, or folders that hold some.
+
+    Returns:
+        0 if everything that is recorded was checked and holds, else 1.
+
+    Raises:
+        UserError: If a path holds no finished run; the others are checked all the same.
+    """
+    register_configs(())
+    console, checker, holds = table_console(), Checker(), True
+    failures: list[UserError] = []
+    for path in paths:
+        try:
+            files = find_result_files([path])
+        except UserError as error:
+            failures.append(error)
+            continue
+        for file in files:
+            findings = checker.check(file.parent)
+            _print(console, file.parent, findings)
+            holds = holds and all(finding.holds for finding in findings)
+    if failures:
+        others = f" (and {len(failures) - 1} more of the paths)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{others}")
+    return 0 if holds else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What the files of a run hold; None for one that cannot be read."""
+
+    config: DictConfig | None = None
+    edits: list[EditRecord] | None = None
+    evaluations: list[Evaluation] | None = None
+    predictions: list[dict[str, Any]] | None = None
+
+
+class Checker:
+    """Checks run folders and leaves them as they are; what one run loaded is kept for a next one of the same kind."""
+
+    def __init__(self) -> None:
+        self._stream: tuple[Any, EditBenchmark] | None = None
+        self._model: tuple[Any, EditableModel] | None = None
+
+    def check(self, folder: Path) -> list[Finding]:
+        """Returns what there is to say of a finished run, in the order in which it is printed.
+
+        Args:
+            folder: The run folder.
+        """
+        try:
+            result = read_result(folder / RESULT_FILE)
+        except UserError as error:
+            return [Finding(what=RESULT_FILE, verdict="differs", told=_reason(error, folder / RESULT_FILE))]
+        findings = [_sealed(result, folder)]
+        contents = _Contents(**dict(_read_files(result, folder, findings)))
+        model = None
+        if contents.config is not None:
+            findings += _configuration(result, contents.config)
+            model = self._load_again(result, folder, contents, findings)
+        else:
+            why = "without a configuration nobody knows what to load"
+            findings += [Finding(what=what, verdict="not checked", told=why) for what in ("stream", "model", "editor")]
+        if contents.edits is not None:
+            findings += _candidates(result, contents.edits)
+        if contents.evaluations is not None:
+            findings += _evaluations(result, contents.evaluations)
+            if contents.edits is not None:
+                findings.append(_edit_success(contents.edits, contents.evaluations))
+            if contents.predictions is not None:
+                findings += _predictions(result, contents.evaluations, contents.predictions)
+        return [*findings, *_environment(result, contents.config, model)]
+
+    def _load_again(
+        self, result: RunResult, folder: Path, contents: _Contents, findings: list[Finding]
+    ) -> EditableModel | None:
+        """Compares the stream, the model and the saved editor, and returns the model."""
+        config = contents.config
+        assert config is not None
+        try:
+            stream = make_stream(config)
+        except Exception as error:  # What made the run may no longer be installed, or take other options.
+            findings += [
+                Finding(what=what, verdict="not checked", told=_in_words(error))
+                for what in ("stream", "model", "editor")
+            ]
+            return None
+        benchmark: EditBenchmark | None = None
+        try:
+            benchmark = self._benchmark(stream, config)
+        except Exception as error:  # Reading data fails in as many ways as there are libraries under it.
+            findings.append(Finding(what="stream", verdict="not checked", told=_in_words(error)))
+        else:
+            findings.append(_compared("stream", result.stream.fingerprint, benchmark.fingerprint))
+        try:
+            model = self._editable(stream, config)
+            if benchmark is not None:
+                # A model that lacks some labels may have been spared them.
+                benchmark = fitted(benchmark, stream, model, seed=config.seed, split=config.split)
+        except Exception as error:  # So does loading weights.
+            findings += [
+                *_order(contents, benchmark),
+                *(Finding(what=what, verdict="not checked", told=_in_words(error)) for what in ("model", "editor")),
+            ]
+            return None
+        findings += _order(contents, benchmark)
+        findings.append(_compared("model", result.model.fingerprint, model.fingerprint))
+        findings.append(_model_config(result, model))
+        findings.append(_compared("layer", result.model.layer, model.layer_name))
+        findings.append(_saved_editor(result, folder, model))
+        return model
+
+    def _benchmark(self, stream: EditStream, config: DictConfig) -> EditBenchmark:
+        key = (OmegaConf.to_yaml(config.stream), config.seed, config.split)
+        if self._stream is None or self._stream[0] != key:
+            self._stream = (key, EditBenchmark.from_stream(stream, seed=config.seed, split=config.split))
+        return self._stream[1]
+
+    def _editable(self, stream: EditStream, config: DictConfig) -> EditableModel:
+        name = str(config.model or stream.default_model)
+        options = {option: config.get(option) for option in ("layer", "dtype", "device_map")}
+        key = (stream.task, name, json.dumps(options))
+        if self._model is None or self._model[0] != key:
+            # Not two at once.
+            self._model = None
+            # The hash is the same everywhere, and the device of the run may not be here.
+            device = "cpu" if options["device_map"] is None else "auto"
+            loaded = EditableModel.from_pretrained(name, task=get_task(stream.task), device=device, **options)
+            self._model = (key, loaded)
+        return self._model[1]
+
+
+def _order(contents: _Contents, benchmark: EditBenchmark | None) -> Iterator[Finding]:
+    if contents.edits is not None and benchmark is not None:
+        given = [request.id for request in benchmark.data.edits[: len(contents.edits)]]
+        yield _compared("order of the candidates", [record.id for record in contents.edits], given)
+
+
+def _sealed(result: RunResult, folder: Path) -> Finding:
+    if result.digest is None:
+        return Finding(what=RESULT_FILE, verdict="note", told="no digest was recorded")
+    record = json.loads((folder / RESULT_FILE).read_bytes())
+    return _compared(RESULT_FILE, result.digest, digest_of(record))
+
+
+def _read_files(result: RunResult, folder: Path, findings: list[Finding]) -> Iterator[tuple[str, Any]]:
+    """Compares the run's files with their hashes, and gives what those hold that are of one."""
+    readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "config.yaml": ("config", read_config),
+        "edits.jsonl": ("edits", lambda path: [*read_edits(path).values()]),
+        "metrics.jsonl": ("evaluations", read_evaluations),
+        "predictions.parquet": (
+            "predictions",
+            lambda path: read_predictions(path, columns=["n_edits", "stream", "score"]),
+        ),
+    }
+    for name in RUN_FILES:
+        path, recorded = folder / name, result.files.get(name)
+        if not path.is_file():
+            # A run that was started from Python has no configuration.
+            is_missing = recorded is not None or name != "config.yaml"
+            findings.append(Finding(what=name, verdict="differs" if is_missing else "note", told="is not there"))
+            continue
+        try:
+            if name in readers:
+                field, read = readers[name]
+                yield field, read(path)
+        except UserError as error:
+            findings.append(Finding(what=name, verdict="differs", told=_reason(error, path)))
+            continue
+        if recorded is None:
+            findings.append(Finding(what=name, verdict="note", told="no hash was recorded"))
+        else:
+            findings.append(_compared(name, recorded, hash_file(path)))
+
+
+def _configuration(result: RunResult, config: DictConfig) -> Iterator[Finding]:
+    # Results that do not carry the hash have its first digits in their id.
+    digits = re.search(r"(?:^|/)([0-9a-f]{8})-s\d+$", result.run_id)
+    recorded = result.configuration or (digits[1] if digits else None)
+    if recorded is None:
+        yield Finding(what="configuration", verdict="note", told="no hash was recorded")
+    else:
+        yield _compared("configuration", recorded, hash_config(plain_config(config))[: len(recorded)])
+    protocol = result.protocol.model_dump()
+    told = {
+        "seed": result.seed,
+        **{name: protocol[name] for name in _OF_THE_SCHEDULE},
+        **{f"protocol.{name}": protocol[name] for name in ("query", "prefix_length")},
+    }
+    yield _compared("settings", told, {name: OmegaConf.select(config, name) for name in told})
+
+
+def _model_config(result: RunResult, model: EditableModel) -> Finding:
+    what = "model's configuration and tokenizer"
+    if result.model.config_fingerprint is None:
+        return Finding(what=what, verdict="note", told="no hash was recorded")
+    return _compared(what, result.model.config_fingerprint, model.config_fingerprint)
+
+
+def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Finding:
+    """Whether the finished editor opens on the model, with the settings of the result."""
+    name = result.editor.name
+    try:
+        with EDITORS.get(name).from_pretrained(folder / "editor", model=model) as editor:
+            settings = json.loads(json.dumps({"name": name, **editor.settings()}, default=str))
+    except UserError as error:
+        return Finding(what="editor", verdict="differs", told=_reason(error, folder / "editor"))
+    recorded = json.loads(result.editor.model_dump_json())
+    # An editor may have learnt more settings since.
+    return _compared("editor", recorded, {option: settings.get(option) for option in recorded})
+
+
+def _candidates(result: RunResult, edits: Sequence[EditRecord]) -> Iterator[Finding]:
+    edited = [record for record in edits if record.edited]
+    clock = [*accumulate(record.edited for record in edits)]
+    yield _compared("index of each candidate", [record.index for record in edits], [*range(len(edits))])
+    yield _compared("clock of each candidate", [record.n_edits for record in edits], clock)
+    counted = {
+        "n_candidates": len(edits),
+        "n_edits": len(edited),
+        "n_failed": sum(record.failed is not None for record in edited),
+    }
+    yield _compared("counts", {name: result.metrics.get(name) for name in counted}, counted)
+    seconds = [record.seconds for record in edited]
+    p50, p95 = np.quantile(seconds, [0.5, 0.95]).tolist() if seconds else (None, None)
+    times = {"edit_seconds": sum(seconds), "seconds_per_edit_p50": p50, "seconds_per_edit_p95": p95}
+    yield _compared("seconds of the edits", {name: getattr(result.cost, name) for name in times}, times)
+
+
+def _evaluations(result: RunResult, evaluations: Sequence[Evaluation]) -> Iterator[Finding]:
+    n_edits, every = int(result.metrics.get("n_edits") or 0), result.protocol.eval_every
+    clocks = sorted({*range(0, n_edits + 1, every), n_edits})
+    yield _compared("evaluations", [evaluation.n_edits for evaluation in evaluations], clocks)
+    own = {name for name, entry in METRICS.entries().items() if entry.origin == "grace_bench"}
+    for what, recorded, of in (
+        ("before", result.before, evaluations[:1]),
+        ("metrics", result.metrics, evaluations[-1:]),
+    ):
+        line = dict(of[0].metrics) if of else {}
+        # What is absent from the one is null in the other; a metric from elsewhere may count on after the last line.
+        names = [name for name in dict.fromkeys([*recorded, *line]) if name.partition("/")[0] in own]
+        yield _compared(what, {name: recorded.get(name) for name in names}, {name: line.get(name) for name in names})
+
+
+def _edit_success(edits: Sequence[EditRecord], evaluations: Sequence[Evaluation]) -> Finding:
+    scores = [(record.n_edits, record.score_after) for record in edits if record.edited]
+    now = {}
+    for evaluation in evaluations:
+        known = [score for n, score in scores if n <= evaluation.n_edits and score is not None]
+        now[evaluation.n_edits] = fmean(known) if known else None
+    return _compared("ES, from edits.jsonl", _over_time("ES", evaluations), now)
+
+
+def _predictions(
+    result: RunResult, evaluations: Sequence[Evaluation], rows: Iterable[Mapping[str, Any]]
+) -> Iterator[Finding]:
+    scores: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    sizes: Counter[tuple[int, str]] = Counter()
+    for row in rows:
+        where = (row["n_edits"], row["stream"])
+        sizes[where] += 1
+        if row["score"] is not None and not math.isnan(row["score"]):
+            scores[where].append(row["score"])
+    clocks = [evaluation.n_edits for evaluation in evaluations]
+    yield _compared("evaluations of predictions.parquet", clocks, sorted({n for n, _ in sizes}))
+    entries = METRICS.entries()
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics if name in entries):
+        cls = METRICS.get(name)
+        if issubclass(cls, StreamScore):
+            now = {n: fmean(scores[n, cls.stream]) if scores[n, cls.stream] else None for n in clocks}
+            yield _compared(f"{name}, from predictions.parquet", _over_time(name, evaluations), now)
+    averages = {n: value for n, value in _over_time("Avg", evaluations).items() if value is not None}
+    parts = [_over_time(name, evaluations) for name in ("TRR", "ERR")]
+    known = {n: [value for part in parts if (value := part[n]) is not None] for n in averages}
+    now = {n: fmean(pair) if len(pair) == len(parts) else None for n, pair in known.items()}
+    yield _compared("Avg, from TRR and ERR", averages, now)
+    n_kept = sizes[clocks[-1], "edited"] if clocks else 0
+    n_edits, n_superseded = (int(result.metrics.get(name) or 0) for name in ("n_edits", "n_superseded"))
+    yield _compared("edited requests that ERR is taken over", n_edits - n_superseded, n_kept)
+
+
+def _over_time(name: str, evaluations: Sequence[Evaluation]) -> dict[int, float | None]:
+    """A metric at every evaluation, by the number of edits."""
+    return {evaluation.n_edits: evaluation.metrics.get(name) for evaluation in evaluations}
+
+
+def _environment(result: RunResult, config: DictConfig | None, model: EditableModel | None) -> Iterator[Finding]:
+    device, threads = pick_device("auto"), torch.get_num_threads()
+    # What the run asked for may not be here.
+    with suppress(UserError):
+        device = pick_device("auto" if config is None else config.get("device", "auto"))
+    with suppress(UserError):
+        threads = threads if config is None or model is None else pick_threads(model, config.get("threads", "auto"))
+    now = describe_environment(device, threads=threads, classes=_parts(result))
+    recorded = result.environment
+    changed = {name: value for name, value in now.items() if name in recorded and recorded[name] != value}
+    if not changed:
+        yield Finding(what="environment", verdict="note", told="as when it ran")
+    for name, value in changed.items():
+        yield Finding(what=name, verdict="note", told=f"{_shown(recorded[name])} → {_shown(value)}")
+    for name, value in recorded.get("before_resuming", {}).items():
+        yield Finding(what=name, verdict="note", told=f"{_shown(value)} before the run was resumed")
+
+
+def _parts(result: RunResult) -> Iterator[type]:
+    """The classes of a run's parts, as far as they are still registered."""
+    wanted = (
+        (EDITORS, result.editor.name),
+        (STREAMS, result.stream.name),
+        *((METRICS, name) for name in METRICS.entries()),
+    )
+    for registry, name in wanted:
+        with suppress(UserError):
+            yield registry.get(name)
+
+
+def _compared(what: str, recorded: Any, now: Any) -> Finding:
+    """Says whether what was recorded is so now; of lists and mappings, the first place where it is not."""
+    if _equal(recorded, now):
+        return Finding(what=what, verdict="same", told=_shown(recorded) if isinstance(recorded, str) else "")
+    where = ""
+    if isinstance(recorded, list) and isinstance(now, list):
+        if len(recorded) != len(now):
+            recorded, now = f"{len(recorded)} of them", f"{len(now)}"
+        else:
+            recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
+    if isinstance(recorded, Mapping) and isinstance(now, Mapping):
+        names = [name for name in dict.fromkeys([*recorded, *now]) if not _equal(recorded.get(name), now.get(name))]
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        where = f"{names[0]}{others}: "
+        recorded, now = recorded.get(names[0]), now.get(names[0])
+    return Finding(what=what, verdict="differs", told=f"{where}{_shown(recorded)} → {_shown(now)}")
+
+
+def _equal(recorded: Any, now: Any) -> bool:
+    if isinstance(recorded, Mapping) and isinstance(now, Mapping):
+        return recorded.keys() == now.keys() and all(_equal(value, now[name]) for name, value in recorded.items())
+    # A score that is not a number is recorded as null.
+    recorded, now = (None if isinstance(x, float) and not math.isfinite(x) else x for x in (recorded, now))
+    if isinstance(recorded, float) and isinstance(now, int | float):
+        return math.isclose(recorded, now, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    return bool(recorded == now)
+
+
+def _shown(value: Any) -> str:
+    """A value in a few characters; of a hash the first digits."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}", value):
+        return value[:_SHOWN_DIGITS]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(part)}" for name, part in value.items()) or "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _reason(error: UserError, path: Path) -> str:
+    """What is wrong with a file, without its name."""
+    return str(error).removeprefix(str(path)).lstrip(": ")
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"{type(cause).__name__}: {reason_of(cause)}"
+
+
+def _print(console: Console, folder: Path, findings: Sequence[Finding]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        table.add_row(Text(finding.verdict, style=_STYLES[finding.verdict]), finding.what, Text(visible(finding.told)))
+    counts = Counter(finding.verdict for finding in findings)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in _STYLES if counts[verdict] and verdict != "note")
+    console.print(Text(visible(str(folder)), style="bold"), soft_wrap=True)
+    console.print(table)
+    console.print(f"{told}\n", highlight=False)

@@ -1,0 +1,58 @@
+"""Settings in files of the user's own: in a folder, `STREAM/EDITOR.yaml` for each pair, as `sweep=tune` writes them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.config_store import ConfigStore
+
+from grace_bench.common.untrusted import refuse_references
+from grace_bench.errors import UserError
+
+_GROUP = "own"
+_SETTINGS = ("editor", "layer", "model", "tuning_budget")
+
+
+def take_presets(overrides: Sequence[str]) -> list[str]:
+    """Puts the presets of `tuned=FOLDER` where Hydra finds them, and returns the overrides with `tuned=none` for it.
+
+    A run whose stream and editor have no file there keeps the defaults of both.
+
+    Raises:
+        UserError: If the folder holds no preset, or one cannot be read.
+    """
+    store = ConfigStore.instance()
+    # An earlier command's, in the same process.
+    store.repo.pop(_GROUP, None)
+    taken = []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name != "tuned" or not _is_path(value):
+            taken.append(override)
+            continue
+        files = sorted(Path(value).glob("*/*.yaml"))
+        if not files:
+            raise UserError(f"{override}: is no folder with a preset STREAM/EDITOR.yaml in it")
+        for path in files:
+            node = _read(path)
+            store.store(group=_GROUP, name=f"{path.parent.name}_{path.stem}", node=node, package="_global_")
+        taken.append("tuned=none")
+    return taken
+
+
+def _is_path(value: str) -> bool:
+    return "/" in value or value.endswith((".yaml", ".yml")) or Path(value).is_dir()
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        refuse_references(path)
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
+        raise UserError(f"{path}: should be settings, as option: value")
+    for key in node:
+        if key not in _SETTINGS:
+            raise UserError(f"{path}: has '{key}', which no preset has (there are: {', '.join(_SETTINGS)})")
+    return node

@@ -1,0 +1,183 @@
+"""`sweep=tune`: an editor's hyperparameters, chosen on a stream's validation requests and never on its edits."""
+
+import math
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
+from rich.table import Table
+
+from grace_bench.common.files import set_aside, write_atomically
+from grace_bench.common.terminal import table_console
+from grace_bench.common.text import visible
+from grace_bench.errors import UserError
+from grace_bench.launch.config import registered_name
+from grace_bench.launch.jobs import given_options
+from grace_bench.launch.sweep import SweepRun, preset_parts
+from grace_bench.results.schema import RunResult, read_result
+
+PRESETS = Path("presets")
+"""Where chosen settings are written, for `tuned=presets`."""
+
+_SHOWN = ("TRR", "ERR", "ES", "Holdout", "ARR", "n_edits", "n_keys")
+_DEFAULTS = {"stream": "atlas-qa", "editor": "grace"}
+
+
+def search_space(stream: str, editor: str) -> dict[str, list[Any]]:
+    """Returns the values that are tried of every option, the preferred first.
+
+    Args:
+        stream: The stream, which says what layers are tried unless it has a list for the editor alone.
+        editor: The editor, which says the rest.
+    """
+    folder = Path(str(files("grace_bench.launch.conf"))) / "search"
+    layers = f"{stream}_{editor}" if (folder / f"{stream}_{editor}.yaml").is_file() else stream
+    space: dict[str, list[Any]] = {}
+    for path in (folder / f"{layers}.yaml", folder / f"{editor}.yaml"):
+        if path.is_file():
+            space.update(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    return space
+
+
+def searches(overrides: Sequence[str]) -> list[list[str]]:
+    """Returns the multiruns of a tuning, one a stream and editor; values on the command line stand for the space's.
+
+    Raises:
+        UserError: If they touch the stream's edits, an editor has no search space, or budgets differ.
+    """
+    given = given_options(overrides)
+    if given.get("split", "validation") != "validation":
+        raise UserError(f"split={given['split']}: tuning edits validation requests only")
+    (base,) = preset_parts("tune", overrides)
+    parts, budgets = [], {}
+    for stream in given.get("stream", _DEFAULTS["stream"]).split(","):
+        for editor in given.get("editor", _DEFAULTS["editor"]).split(","):
+            space = {name: values for name, values in search_space(stream, editor).items() if name not in given}
+            chosen = [name for name in given if _is_searched(name, given[name])]
+            if not chosen and not any(name.startswith("editor.") for name in space):
+                raise UserError(f"editor {editor!r} has no search space: name values, as editor.NAME=VALUE,VALUE")
+            own = [f"stream={stream}", f"editor={editor}", *(f"{name}={_values(space[name])}" for name in space)]
+            parts.append([*own, *(item for item in base if not item.startswith(("stream=", "editor=")))])
+            budgets[stream, editor] = math.prod(len(values) for values in space.values())
+    for stream, editor in budgets:
+        other = next((e for s, e in budgets if s == stream and budgets[s, e] != budgets[stream, editor]), None)
+        if other is not None:
+            raise UserError(
+                f"tuning gives every editor the same budget, but {editor} has {budgets[stream, editor]} settings on "
+                f"{stream} and {other} {budgets[stream, other]}: tune one at a time, or name values"
+            )
+    return parts
+
+
+def conclude(runs: Sequence[SweepRun], *, say: Callable[[str], None]) -> None:
+    """Prints the trials of a tuning and writes the best setting of each stream and editor as a preset."""
+    pairs: dict[tuple[str, str], list[SweepRun]] = defaultdict(list)
+    for sweep_run in runs:
+        pairs[registered_name(sweep_run.config.stream), registered_name(sweep_run.config.editor)].append(sweep_run)
+    for (stream, editor), trials in pairs.items():
+        _choose(stream, editor, trials, say)
+
+
+def quality(result: RunResult) -> float:
+    """Returns what is maximised: Avg, or for perplexity minus the mean logarithm of ERR, ARR and TRR."""
+    metrics = result.metrics
+    average = metrics.get("Avg")
+    if average is None:
+        values = [metrics.get(name) or math.inf for name in ("ERR", "ARR", "TRR")]
+        average = -sum(map(math.log, values)) / len(values)
+    return -math.inf if math.isnan(average) else float(average)
+
+
+def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[[str], None]) -> None:
+    given = dict.fromkeys(item.partition("=")[0] for run in trials for item in run.overrides)
+    names = [name for name in given if name == "layer" or name.startswith("editor.")]
+    results: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
+    configs: dict[tuple[str, ...], DictConfig] = {}
+    for run in trials:
+        setting = tuple(_shown(run, name) for name in names)
+        configs.setdefault(setting, run.config)
+        if run.outcome is not None and run.outcome.state != "failed" and run.folder is not None:
+            results[setting].append(read_result(run.folder / "result.json"))
+    n_seeds = len({run.config.seed for run in trials})
+    scores = {
+        setting: fmean(map(quality, results[setting])) if len(results[setting]) == n_seeds else -math.inf
+        for setting in configs
+    }
+    best = max(scores, key=scores.__getitem__)
+    _print(stream, editor, names, scores, results, best)
+    if scores[best] == -math.inf:
+        say(f"{editor} on {stream}: no trial has a score, nothing is chosen")
+        return
+    most = max(trial.metrics.get("n_edits") or 0 for found in results.values() for trial in found)
+    max_edits = configs[best].max_edits
+    budget = f"{len(trials)} runs of {'' if most == max_edits else 'at most '}{max_edits} validation edits"
+    chosen = " ".join(f"{name}={value}" for name, value in zip(names, best, strict=True))
+    say(f"{editor} on {stream}: best of {budget}: {chosen}")
+    preset = _preset(configs[best], names, budget)
+    say(f"written: {_write(PRESETS / stream / f'{editor}.yaml', preset)} (taken with tuned={PRESETS})")
+
+
+def _print(
+    stream: str,
+    editor: str,
+    names: Sequence[str],
+    scores: Mapping[tuple[str, ...], float],
+    results: Mapping[tuple[str, ...], Sequence[RunResult]],
+    best: tuple[str, ...],
+) -> None:
+    table = Table(title=f"{editor} on {stream}, validation", title_justify="left", title_style="bold", box=None)
+    for column in ("", "score", *(name.removeprefix("editor.") for name in names), *_SHOWN):
+        table.add_column(column, overflow="fold")
+    for setting, score in scores.items():
+        figures = []
+        for name in _SHOWN:
+            values = [value for result in results[setting] if (value := result.metrics.get(name)) is not None]
+            figures.append(f"{fmean(values):.4g}" if values else "–")
+        shown = [escape(visible(text)) for text in setting]
+        table.add_row("*" if setting == best else "", f"{score:.4f}", *shown, *figures)
+    table_console().print(table)
+
+
+def _preset(config: DictConfig, names: Sequence[str], budget: str) -> str:
+    chosen: dict[str, Any] = {"tuning_budget": budget}
+    # A layer is a layer of this model.
+    if config.model is not None:
+        chosen["model"] = config.model
+    node = OmegaConf.create(chosen)
+    for name in names:
+        OmegaConf.update(node, name, OmegaConf.select(config, name))
+    command = " ".join(shlex.join(["grace-bench", *sys.argv[1:]]).split())
+    text = yaml.safe_dump(OmegaConf.to_container(node), sort_keys=False, allow_unicode=True)
+    return f"# Chosen on the validation split: {command}\n{text}"
+
+
+def _write(path: Path, text: str) -> Path:
+    """Writes a preset; another one of that name is set aside."""
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            set_aside(path)
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    return path
+
+
+def _is_searched(name: str, value: str) -> bool:
+    return name.startswith("editor.") and "," in value
+
+
+def _values(values: Sequence[Any]) -> str:
+    return ",".join(f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value) for value in values)
+
+
+def _shown(run: SweepRun, name: str) -> str:
+    value = OmegaConf.select(run.config, name)
+    return _values([OmegaConf.to_container(value)]) if OmegaConf.is_list(value) else str(value)

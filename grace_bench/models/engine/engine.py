@@ -1,0 +1,381 @@
+"""Engines: how a model's passes are computed. An engine never changes an answer, only what it costs.
+
+`exact` computes what can still change: passes that repeat start at the edited layer (`replay`), and their ends are
+pruned to what is scored (`pruning`). `plain` computes every pass whole, as the official code does: the baseline.
+"""
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+
+from grace_bench.models.encoding import EncodedBatch
+from grace_bench.common.options import check_choice
+from grace_bench.models.engine.pruning import Tail, cache_argument, tail_of
+from grace_bench.models.engine.replay import CannotReplayError, Recording, Replay, Run, is_training, patched, run_to_layer
+
+if TYPE_CHECKING:
+    from grace_bench.models.editable import EditableModel
+
+EngineName = Literal["exact", "plain"]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A batch that is run many times, while only what the edited layer gives changes.
+
+    Attributes:
+        batch: The batch with the labels that the logits are aligned with, which may be fewer than it was given.
+        run: Returns those logits.
+    """
+
+    batch: EncodedBatch
+    run: Run
+
+    def __call__(self) -> Tensor:
+        """Returns the logits."""
+        return self.run()
+
+
+class Engine(ABC):
+    """How the passes of one model are computed.
+
+    Args:
+        model: The model.
+    """
+
+    name: EngineName
+    batches_edits: bool
+    """Whether edits that do not depend on each other may be trained together."""
+    rescores: bool
+    """Whether only what may have changed is scored again."""
+
+    def __init__(self, model: "EditableModel") -> None:
+        self.model = model
+        self.notes: list[str] = []
+        """What the engine had to compute in full after all, and why."""
+
+    @abstractmethod
+    def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
+        """Returns logits that cover every labelled position, and the batch with the labels they are aligned with."""
+
+    @abstractmethod
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
+        """Makes ready to run a batch many times; before `first_changed` the layer gives its own output each time."""
+
+    @abstractmethod
+    def reach_layer(self, batch: EncodedBatch) -> None:
+        """Runs a batch at least until the edited layer and the hooks on it were called."""
+
+    @contextmanager
+    def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:
+        """What `labelled` computes inside may be kept for the next time.
+
+        Args:
+            drops_unused: Whether what this time did not use is dropped.
+        """
+        yield
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for the next time, in bytes."""
+        return 0
+
+    @property
+    def most_kept_bytes(self) -> int:
+        """The most that may be kept, in bytes."""
+        return 0
+
+    def forget(self) -> None:  # noqa: B027 - an engine that keeps nothing has nothing to forget
+        """Drops what is kept for the next time."""
+
+    def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - nor need it know what changes
+        """Declares which modules' weights edits may change from now on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was decided so far about how passes are computed, as JSON values."""
+        return {"notes": list(self.notes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state from `state_dict`, so that nothing is decided anew from other batches."""
+        self.notes = list(state["notes"])
+
+
+class PlainEngine(Engine):
+    """Every pass is computed whole and anew."""
+
+    name = "plain"
+    batches_edits = False
+    rescores = False
+
+    def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
+        return self.model.logits(batch), batch
+
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
+        return Repeated(batch, partial(self.model.logits, batch))
+
+    def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
+        self.model.logits(batch)
+
+
+class ExactEngine(Engine):
+    """Passes start at the edited layer where what comes before it is known, and end where nothing more is scored.
+
+    Args:
+        model: The model.
+        memory: Bytes that kept recordings may take; None for a quarter of the memory that is free at first use.
+    """
+
+    name = "exact"
+    batches_edits = True
+    rescores = True
+
+    def __init__(self, model: "EditableModel", *, memory: int | None = None) -> None:
+        super().__init__(model)
+        self._memory = memory
+        self._changing: tuple[nn.Module, ...] = ()
+        self._replay = Replay(model.module, model.layer)
+        self._recent: tuple[EncodedBatch, Recording] | None = None
+        self._kept: dict[bytes, Recording] = {}
+        self._narrows = False
+        self._used: set[bytes] | None = None
+        self._prunes: dict[str, bool] = {}
+
+    def forget(self) -> None:  # noqa: D102
+        self._recent, self._kept = None, {}
+
+    def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: D102
+        if tuple(modules) != self._changing:
+            self._changing = tuple(modules)
+            self._replay = Replay(self.model.module, self.model.layer, self._changing)
+            self.forget()
+
+    def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
+        tail = self._tail(batch)
+        run = self._pruned(batch, tail)
+        if self._used is None:
+            return run(), tail.batch
+        return self._from_kept(batch, run)(), tail.batch
+
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
+        tail = self._tail(batch, first_changed)
+        given = batch.since(tail.start) if tail.start else batch
+        return Repeated(tail.batch, self._replayed(given, self._pruned(batch, tail), kind=_kind(batch, tail.start)))
+
+    def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
+        run: Run = partial(self.model.logits, batch)
+        if self._replay.knows(_kind(batch)):
+            run = self._replayed(batch, run, kind=_kind(batch))
+        run_to_layer(self.model.layer, run)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {**super().state_dict(), "prunes": dict(self._prunes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self._prunes = dict(state["prunes"])
+
+    @contextmanager
+    def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:  # noqa: D102
+        self._used, self._narrows = set(), False
+        try:
+            yield
+        finally:
+            if drops_unused:
+                self._kept = {key: recording for key, recording in self._kept.items() if key in self._used}
+            self._used = None
+
+    @property
+    def kept_bytes(self) -> int:  # noqa: D102
+        return sum(kept.n_bytes for kept in self._kept.values())
+
+    @property
+    def most_kept_bytes(self) -> int:  # noqa: D102
+        if self._memory is None:
+            on_gpu = self.model.layer_device.type == "cuda"
+            self._memory = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // 4
+        return self._memory
+
+    def _pruned(self, batch: EncodedBatch, tail: Tail) -> Run:
+        """A function that runs a batch for its tail."""
+        past = self._keys_and_values(batch.until(tail.start)) if tail.start else None
+        given = batch.since(tail.start) if tail.start else batch
+
+        def run() -> Tensor:
+            arguments = dict(tail.arguments)
+            if past is not None:
+                # Each pass adds its own to the cache it is given, in a tensor of its own.
+                own = copy(past)
+                own.layers = [copy(layer) for layer in past.layers]
+                arguments |= self._with_cache(own)
+            with patched(tail.forwards):
+                return self.model.logits(given, **arguments)
+
+        return run
+
+    @torch.no_grad()
+    def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        with self.model.bypassing():
+            # Of the logits the last is the least that a model may be asked for.
+            self.model.logits(batch, logits_to_keep=1, **self._with_cache(cache))
+        return cache
+
+    def _with_cache(self, cache: DynamicCache) -> dict[str, Any]:
+        return {str(cache_argument(self.model.module)): cache}
+
+    def _play(self, replay: Replay, run: Run, recording: Recording, kind: str) -> Tensor:
+        if replay is not self._replay:
+            # What edits rewrite has been declared since, and may have been recorded.
+            return run()
+        try:
+            return replay.play(run, recording, kind)
+        except CannotReplayError as reason:
+            self._note_whole(reason)
+            return run()
+
+    def _replayed(self, batch: EncodedBatch, run: Run, *, kind: str) -> Run:
+        """A function that gives what `run` gives, from the layer on."""
+        try:
+            if self._recent is None or self._recent[0] is not batch or not self._replay.holds(self._recent[1], kind):
+                self._recent = None
+                self._recent = (batch, self._replay.record(run, kind))
+        except CannotReplayError as reason:
+            self._note_whole(reason)
+            return run
+        return partial(self._play, self._replay, run, self._recent[1], kind)
+
+    def _from_kept(self, batch: EncodedBatch, run: Run) -> Run:
+        """The same, from a recording that is kept for the next time as long as there is memory."""
+        assert self._used is not None
+        kind, key = _kind(batch), _digest(batch)
+        recording = self._kept.get(key)
+        if recording is None or not self._replay.holds(recording, kind):
+            try:
+                recording = self._replay.record(run, kind)
+            except CannotReplayError as reason:
+                self._note_whole(reason)
+                return run
+            self._kept.pop(key, None)
+            self._keep(key, recording)
+        self._used.add(key)
+        return partial(self._play, self._replay, run, recording, kind)
+
+    def _keep(self, key: bytes, recording: Recording) -> None:
+        """Keeps a recording if there is memory for it, narrowed like all others if that makes room."""
+        if not self._narrows and self.kept_bytes + recording.n_bytes > self.most_kept_bytes:
+            self._narrows = True
+            self._kept = {name: kept.narrowed() for name, kept in self._kept.items()}
+        if self._narrows:
+            recording = recording.narrowed()
+        if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
+            self._kept[key] = recording
+
+    def _tail(self, batch: EncodedBatch, first_changed: int = 0) -> Tail:
+        tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)
+        if tail.is_whole:
+            return tail
+        if is_training(self.model.module):
+            self._note("passes are computed to their end: the model is in training mode")
+            return Tail(batch)
+        kind = _kind(batch, tail.start)
+        if kind not in self._prunes:
+            agrees = self._agrees(batch, tail)
+            if agrees is None:
+                return Tail(batch)
+            self._prunes[kind] = agrees
+            if not agrees:
+                what = "behind cached keys and values" if tail.start else "pruned to what is scored"
+                self._note(f"passes are computed whole: {what} they would differ")
+        if self._prunes[kind]:
+            return tail
+        return self._tail(batch) if tail.start else Tail(batch)
+
+    @torch.no_grad()
+    def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool | None:
+        """Whether a pruned pass gives the layer what the whole one gives it, and the answer but for rounding.
+
+        None if the answer is no number, which shows neither.
+        """
+        entered, whole = self._observed(batch, Tail(batch))
+        if bool(whole.isnan().any()):
+            return None
+        try:
+            entered_pruned, pruned = self._observed(batch, tail)
+        except Exception:
+            # A block of another make than its name says may fail in any way.
+            return False
+        if "logits_to_keep" in tail.arguments:
+            whole = whole[:, tail.start + tail.arguments["logits_to_keep"]]
+        if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
+            return False
+        # Half the digits: a wrong pruning differs by far more, and bfloat16 has few to compare.
+        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
+        # Fewer positions in a product may round differently from the first layer on.
+        enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
+        return enters_alike and bool((whole - pruned).abs().max() <= rounding)
+
+    def _observed(self, batch: EncodedBatch, tail: Tail) -> tuple[list[Tensor], Tensor]:
+        """What enters the layer in a pass, and the logits."""
+        entered: list[Tensor] = []
+
+        def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
+            entered.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+
+        run = self._pruned(batch, tail)
+        handle = self.model.layer.register_forward_pre_hook(observe, with_kwargs=True)
+        try:
+            return entered, run()
+        finally:
+            handle.remove()
+
+    def _note_whole(self, reason: CannotReplayError) -> None:
+        self._note(f"passes are computed from their start: {reason}")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(f"{self.model.name}: {text}", RuntimeWarning, stacklevel=2)
+
+
+def make_engine(name: EngineName, model: "EditableModel", *, memory_mb: int | None = None) -> Engine:
+    """Returns an engine by name.
+
+    Args:
+        name: `exact` or `plain`.
+        model: The model it runs.
+        memory_mb: For `exact`, what recordings kept between evaluations may take; None for a quarter of what is free.
+
+    Raises:
+        UserError: If there is no such engine.
+    """
+    check_choice("engine", name, get_args(EngineName))
+    return (
+        PlainEngine(model)
+        if name == "plain"
+        else ExactEngine(model, memory=None if memory_mb is None else memory_mb * 2**20)
+    )
+
+
+def _kind(batch: EncodedBatch, start: int = 0) -> str:
+    return ",".join([*sorted(batch.inputs), *(["past"] if start else [])])
+
+
+def _digest(batch: EncodedBatch) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(batch.inputs):
+        tensor = batch.inputs[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data if tensor.dim() else b"")
+    return digest.digest()

@@ -1,0 +1,313 @@
+"""Pruned tails: of a model's last part, only what reaches the logits that are wanted.
+
+A causal model's head is asked for the labelled positions alone (transformers' `logits_to_keep`). In the last block a
+position only matters to others by its key and value, so all else is computed for the wanted positions alone. How a
+block is put together differs by family: each has one function here. What comes before the first position that changes
+enters a causal model by its keys and values alone. None of this is trusted: the engine compares a pruned pass with the
+whole model's before it relies on it.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from grace_bench.models.encoding import IGNORED, EncodedBatch
+
+BlockPruner = Callable[..., Tensor]
+
+CACHES = ("cache", "past_key_values")
+"""What models call their keys and values, since transformers 5.24 and before."""
+
+_FAMILIES: dict[str, BlockPruner] = {}
+_TALL = 8
+"""From so many times as many tokens as dimensions on a head is run in parts."""
+_PART = 512
+"""Weights of a part, in rows: they then lie in the processor's cache."""
+_FEW = 64
+"""So many rows are multiplied as columns at most."""
+_COLUMNS = 16
+"""Columns are filled up to a multiple of so many: MKL takes longer for numbers between."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How a batch is run for its labelled positions alone.
+
+    Attributes:
+        batch: The batch, its labels those of the positions that are scored.
+        arguments: What the forward pass is called with beside the inputs.
+        forwards: What runs in place of modules' own forward passes (see `replay.patched`).
+        start: The first position that is run; those before it are read from a cache of keys and values.
+    """
+
+    batch: EncodedBatch
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    forwards: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
+    start: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return not (self.arguments or self.forwards)
+
+
+def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_changed: int = 0) -> Tail:
+    """Returns how to run a batch for its labelled positions; the whole of it where nothing can be left out.
+
+    Args:
+        module: The whole model.
+        layer: The edited layer, whose block stays whole.
+        batch: Inputs, with labels or without.
+        first_changed: The first position at which the layer may give something else from one pass to the next.
+    """
+    block = _last_block(module)
+    if block is not None and any(part is layer for part in block.modules()):
+        block = None
+    takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
+    if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
+        columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
+        continues = cache_argument(module) is not None and "decoder_input_ids" not in batch.inputs
+        start = first_changed if continues and len(columns) and first_changed <= columns[0] else 0
+        if start:
+            forwards = _products(module) | _head(module, layer)
+            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, forwards, start)
+        if len(columns) in {0, batch.labels.shape[1]}:
+            return Tail(batch)
+        forwards = _head(module, layer) | ({} if block is None else {block: partial(_pruned, columns)})
+        return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
+    if not takes_columns and block is not None and getattr(module, "num_labels", None) and batch.n_positions > 1:
+        # A classifier of this family reads its first position.
+        return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
+    return Tail(batch)
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """Returns what a model's forward pass calls its keys and values, None without."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in CACHES if name in names), None)
+
+
+def _last_block(module: nn.Module) -> nn.Module | None:
+    blocks = [part for part in module.modules() if type(part).__name__ in _FAMILIES]
+    return blocks[-1] if blocks else None
+
+
+def _products(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """How each product with weights is run where rows are few, in float32 and on the CPU."""
+    parts = (part for part in module.modules() if type(part) in (nn.Linear, Conv1D))
+    return {part: _of_few_rows for part in parts if _is_float32_on_cpu(part)}
+
+
+def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """How the head is run, where its weights are tall, in float32 and on the CPU."""
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+    if type(head) is not nn.Linear or head is layer or head.bias is not None:
+        return {}
+    is_tall = head.out_features > _TALL * head.in_features
+    return {head: _in_parts} if is_tall and _is_float32_on_cpu(head) else {}
+
+
+def _is_float32_on_cpu(part: nn.Module) -> bool:
+    """Whether a part's weights are float32 in main memory."""
+    weight = part.weight
+    return isinstance(weight, Tensor) and weight.is_cpu and weight.dtype is torch.float32
+
+
+def _in_parts(head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """The head's output, some hundred tokens at a time.
+
+    Its weights are most of what a step reads, and MKL takes up to twice as long for many rows times all of them.
+    """
+    if _are_few(hidden):
+        return _of_few_rows(head, forward, hidden)
+    return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
+
+
+def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """A product with weights, as weights times columns where the rows are few."""
+    # What another patch does with the part, a replay say, it goes on doing.
+    is_patched = getattr(forward, "__func__", None) is not type(part).forward
+    if is_patched or not _are_few(hidden) or part.weight.requires_grad:
+        return forward(hidden)
+    weight = part.weight.T if isinstance(part, Conv1D) else part.weight
+    product = _WeightsTimesColumns.apply(hidden.flatten(0, -2), weight).view(*hidden.shape[:-1], -1)
+    return product if part.bias is None else product + part.bias
+
+
+def _are_few(hidden: Tensor) -> bool:
+    return 1 < hidden.shape[:-1].numel() <= _FEW
+
+
+class _WeightsTimesColumns(torch.autograd.Function):
+    """(R, D) rows times the transpose of (N, D) weights, as weights times columns.
+
+    MKL takes up to twice as long for few rows times weights as for the reverse, and less again where the weights are a
+    batch of parts that each lie in a processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        columns = _columns(rows)
+        n_whole = len(weight) // _PART * _PART
+        product = rows.new_empty(len(weight), columns.shape[1])
+        if n_whole:
+            parts = weight[:n_whole].unflatten(0, (-1, _PART))
+            torch.bmm(parts, columns.expand(len(parts), -1, -1), out=product[:n_whole].view(len(parts), _PART, -1))
+        torch.mm(weight[n_whole:], columns, out=product[n_whole:])
+        return product.T[: len(rows)].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (weight.T @ _columns(gradient)).T[: len(gradient)].contiguous(), None
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """(D, R) rows as columns, filled up with zeros."""
+    return functional.pad(rows, (0, 0, 0, -len(rows) % _COLUMNS)).T.contiguous()
+
+
+def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The block's output at some columns, zero elsewhere."""
+    rows = _FAMILIES[type(block).__name__](block, hidden, columns, *args, **kwargs)
+    return torch.zeros_like(hidden).index_copy(1, columns, rows)
+
+
+def _family(*names: str) -> Callable[[BlockPruner], BlockPruner]:
+    """Registers what computes a block of these classes at some columns only."""
+
+    def register(function: BlockPruner) -> BlockPruner:
+        _FAMILIES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@_family("BertLayer", "RobertaLayer")
+def _bert(
+    block: Any, hidden: Tensor, columns: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    attention, rows = block.attention.self, hidden[:, columns]
+    size = attention.attention_head_size
+    query = _heads(attention.query(rows), size)
+    mask = None if attention_mask is None else _rows_of(attention_mask, columns)
+    if _is_bare(attention.key) and _is_bare(attention.value):
+        context = _attended_by_few(query, hidden, attention.key, attention.value, mask)
+    else:
+        key, value = (_heads(project(hidden), size) for project in (attention.key, attention.value))
+        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    attended = block.attention.output(_joined(context), rows)
+    return block.output(block.intermediate(attended), attended)
+
+
+@_family("GPT2Block")
+def _gpt2(
+    block: Any, hidden: Tensor, columns: Tensor, _: Any, attention_mask: Tensor | None = None, *__: Any, **___: Any
+) -> Tensor:
+    attention, rows = block.attn, hidden[:, columns]
+    query, key, value = attention.c_attn(block.ln_1(hidden)).split(attention.split_size, dim=2)
+    context = functional.scaled_dot_product_attention(
+        _heads(query[:, columns], attention.head_dim),
+        _heads(key, attention.head_dim),
+        _heads(value, attention.head_dim),
+        attn_mask=_causal_rows(attention_mask, columns, hidden),
+        scale=attention.scaling,
+    )
+    rows = attention.c_proj(_joined(context)) + rows
+    return rows + block.mlp(block.ln_2(rows))
+
+
+@_family("LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer")
+def _llama(
+    block: Any,
+    hidden: Tensor,
+    columns: Tensor,
+    *_: Any,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor],
+    **__: Any,
+) -> Tensor:
+    attention, rows = block.self_attn, hidden[:, columns]
+    normed, (cos, sin) = block.input_layernorm(hidden), position_embeddings
+    query = _heads(attention.q_proj(normed[:, columns]), attention.head_dim)
+    key, value = (_heads(project(normed), attention.head_dim) for project in (attention.k_proj, attention.v_proj))
+    context = functional.scaled_dot_product_attention(
+        _rotated(query, cos[:, columns], sin[:, columns]),
+        _rotated(key, cos, sin).repeat_interleave(attention.num_key_value_groups, dim=1),
+        value.repeat_interleave(attention.num_key_value_groups, dim=1),
+        attn_mask=_causal_rows(attention_mask, columns, hidden),
+        scale=attention.scaling,
+    )
+    rows = rows + attention.o_proj(_joined(context))
+    return rows + block.mlp(block.post_attention_layernorm(rows))
+
+
+def _attended_by_few(query: Tensor, hidden: Tensor, key: nn.Linear, value: nn.Linear, mask: Tensor | None) -> Tensor:
+    """Attention of R rows to T positions without the positions' keys and values, which for few rows cost the most.
+
+    q.(W h + b) is (W'q).h but for q.b, which is the same for every position and so drops out of the softmax; and since
+    its weights sum to 1, a sum over W h + b is W times the sum over h, and b.
+
+    Args:
+        query: (B, H, R, size).
+        hidden: (B, T, D).
+        key: Makes keys, (H * size, D).
+        value: Makes values, likewise.
+        mask: (B, 1, R or 1, T), or None.
+
+    Returns:
+        (B, H, R, size).
+    """
+    n, heads, rows, size = query.shape
+    asked = query @ key.weight.view(heads, size, -1)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, heads, 1)
+    # All heads ask the same positions, and so are rows of one.
+    summed = functional.scaled_dot_product_attention(
+        asked.reshape(n, 1, heads * rows, -1), hidden[:, None], hidden[:, None], attn_mask=mask, scale=size**-0.5
+    ).view(n, heads, rows, -1)
+    bias = 0 if value.bias is None else value.bias.view(heads, 1, size)
+    return summed @ value.weight.view(heads, size, -1).transpose(1, 2) + bias
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module is its weights and nothing else."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    """(B, T, H * size) to (B, H, T, size)."""
+    return states.view(*states.shape[:2], -1, size).transpose(1, 2)
+
+
+def _joined(context: Tensor) -> Tensor:
+    """(B, H, T, size) to (B, T, H * size)."""
+    return context.transpose(1, 2).flatten(2)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (B, H, T, size) states (Su et al. 2021)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def _rows_of(mask: Tensor, columns: Tensor) -> Tensor:
+    return mask[:, :, columns] if mask.shape[2] > 1 else mask
+
+
+def _causal_rows(mask: Tensor | None, columns: Tensor, hidden: Tensor) -> Tensor:
+    """What the wanted positions may attend to; a causal model is given no mask where nothing is padded."""
+    if mask is not None:
+        return _rows_of(mask, columns)
+    return columns[:, None] >= torch.arange(hidden.shape[1], device=hidden.device)

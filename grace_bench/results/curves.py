@@ -1,0 +1,237 @@
+"""What became of edits as others followed: curves over seeds, when forgetting begins, by age and edit by edit."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from grace_bench.results.schema import Evaluation, read_edits, read_predictions
+
+FORGETTING_THRESHOLD = 0.05
+"""What must be lost to count as forgotten is more than this: points of accuracy or F1, a share of perplexity."""
+
+Series = Sequence[tuple[int, float]]
+"""One run's metric over time: edits made, and the figure then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Runs of one editor at one place of an axis.
+
+    Attributes:
+        x: Where on the axis.
+        mean, low, high: Mean, least and greatest of the runs' figures.
+        n: How many runs these are.
+    """
+
+    x: float
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, x: float, figures: Sequence[float]) -> "Point":
+        """Summarises the figures of one or more runs."""
+        return cls(x=x, mean=fmean(figures), low=min(figures), high=max(figures), n=len(figures))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptEdit:
+    """What became of one edit by the end of its run.
+
+    Attributes:
+        id: The request's id.
+        n_edits: Edits made by then, this one included.
+        age: Edits made since.
+        prompt, target: The input and the wanted answer, where they were recorded.
+        before_text, after_text, end_text: The answer before the edit, right after it, and at the end.
+        score_after, score_end: The main score right after the edit and at the end.
+    """
+
+    id: str
+    n_edits: int
+    age: int
+    prompt: str | None
+    target: str | None
+    before_text: str
+    after_text: str | None
+    end_text: str | None
+    score_after: float | None
+    score_end: float
+
+
+def decline(reference: float, figure: float, *, higher_is_better: bool) -> float:
+    """Returns how much worse a figure is than a reference; negative if it is better.
+
+    The difference for scores between 0 and 1; for perplexities, which have no upper end, the relative growth.
+
+    >>> decline(0.75, 0.5, higher_is_better=True)
+    0.25
+    >>> decline(10.0, 15.0, higher_is_better=False)
+    0.5
+    """
+    return reference - figure if higher_is_better else figure / reference - 1.0
+
+
+def _is_forgotten(reference: float, figure: float, higher_is_better: bool) -> bool:
+    # A fall by exactly the threshold is none, whatever binary fractions make of it.
+    return decline(reference, figure, higher_is_better=higher_is_better) > FORGETTING_THRESHOLD + 1e-9
+
+
+def series_of(evaluations: Sequence[Evaluation], metric: str) -> Series:
+    """Returns the finite figures of a metric, in order of edits."""
+    found = {line.n_edits: line.metrics.get(metric) for line in evaluations}
+    return [(n, value) for n, value in sorted(found.items()) if value is not None and math.isfinite(value)]
+
+
+def mean_curve(runs: Sequence[Series]) -> list[Point]:
+    """Averages the curves of runs that differ in the seed.
+
+    Runs are averaged at the numbers of edits at which all of them were evaluated, so that no point is a mean of other
+    seeds than its neighbour. Runs may end after different numbers of edits: the last point is the mean of their last
+    evaluations, at the mean of their ends, as in the leaderboard.
+
+    Args:
+        runs: A series for each run; empty ones are left out.
+    """
+    curves = [dict(series) for series in runs if series]
+    if not curves:
+        return []
+    ends = [max(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    points = [Point.of(n, [curve[n] for curve in curves]) for n in shared]
+    if len(set(ends)) > 1:
+        points.append(Point.of(fmean(ends), [curve[end] for curve, end in zip(curves, ends, strict=True)]))
+    return points
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """Returns at most `most` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def upstream_forgotten_after(evaluations: Sequence[Evaluation], *, higher_is_better: bool) -> int | None:
+    """Returns the edits made at the first evaluation whose TRR is worse than before the first edit, by the threshold.
+
+    Returns:
+        None if no evaluation's is.
+    """
+    series = series_of(evaluations, "TRR")
+    return next((n for n, figure in series if _is_forgotten(series[0][1], figure, higher_is_better)), None)
+
+
+def edits_forgotten_after(evaluations: Sequence[Evaluation], *, higher_is_better: bool) -> int | None:
+    """Returns the edits made at the first evaluation whose ERR is worse than its ES, by the threshold.
+
+    ES is the mean score of the same edits, each right after it was made (superseded ones aside, which ERR leaves out):
+    what ERR lacks of it was learned and lost. A fall of ERR alone may be edits that never worked.
+
+    Returns:
+        None if no evaluation's is.
+    """
+    learned = dict(series_of(evaluations, "ES"))
+    return next(
+        (
+            n
+            for n, figure in series_of(evaluations, "ERR")
+            if n in learned and _is_forgotten(learned[n], figure, higher_is_better)
+        ),
+        None,
+    )
+
+
+def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
+    """Reads what became of a run's edits, in their order; superseded ones, which nobody wants kept, are left out.
+
+    Args:
+        folder: The run folder.
+        n_edits: The edits that the run made.
+
+    Raises:
+        UserError: If `edits.jsonl` or `predictions.parquet` is missing or broken.
+    """
+    records = read_edits(folder / "edits.jsonl")
+    at_end = read_predictions(
+        folder / "predictions.parquet",
+        columns=["request_id", "score", "text"],
+        filters=[("stream", "=", "edited"), ("n_edits", "=", n_edits)],
+    )
+    edits = []
+    for row in at_end:
+        record = records.get(row["request_id"])
+        if record is None or not record.edited or row["score"] is None:
+            continue
+        edits.append(
+            KeptEdit(
+                id=record.id,
+                n_edits=record.n_edits,
+                age=n_edits - record.n_edits,
+                prompt=record.prompt,
+                target=record.target,
+                before_text=record.before_text,
+                after_text=record.after_text,
+                end_text=row["text"],
+                score_after=record.score_after,
+                score_end=row["score"],
+            )
+        )
+    return sorted(edits, key=lambda edit: edit.n_edits)
+
+
+def worst_forgotten(edits: Sequence[KeptEdit], *, higher_is_better: bool) -> list[KeptEdit]:
+    """Returns the edits that are answered worse at the end than right after them, by more than the threshold.
+
+    The greatest loss comes first; of equal losses, the one that took the fewest edits to come about.
+    """
+
+    def forgotten(edit: KeptEdit) -> bool:
+        return edit.score_after is not None and _is_forgotten(edit.score_after, edit.score_end, higher_is_better)
+
+    def rank(edit: KeptEdit) -> tuple[float, int]:
+        assert edit.score_after is not None
+        return -decline(edit.score_after, edit.score_end, higher_is_better=higher_is_better), edit.age
+
+    return sorted(filter(forgotten, edits), key=rank)
+
+
+def age_width(max_age: int, *, most: int = 10) -> int:
+    """Returns the least of 1, 2, 5, 10, 20, 50, … that divides the ages from 0 to `max_age` into at most `most` bins.
+
+    >>> [age_width(n) for n in (0, 9, 10, 49, 99, 100, 999)]
+    [1, 1, 2, 5, 10, 20, 100]
+    """
+    scale = 1
+    while True:
+        for width in (scale, 2 * scale, 5 * scale):
+            if max_age // width < most:
+                return width
+        scale *= 10
+
+
+def score_by_age(runs: Sequence[Sequence[KeptEdit]], *, width: int) -> Mapping[int, tuple[Point, int]]:
+    """Averages the scores at the end by the age of the edit.
+
+    Args:
+        runs: What became of each run's edits.
+        width: How many ages share a bin.
+
+    Returns:
+        By bin, whose ages begin at its number times `width`: the runs' means at the middle of the bin, and how many
+        edits these are.
+    """
+    by_bin: dict[int, dict[int, list[float]]] = {}
+    for run, edits in enumerate(runs):
+        for edit in edits:
+            if math.isfinite(edit.score_end):
+                by_bin.setdefault(edit.age // width, {}).setdefault(run, []).append(edit.score_end)
+    return {
+        number: (
+            Point.of(number * width + (width - 1) / 2, [fmean(scores) for scores in scores_of.values()]),
+            sum(len(scores) for scores in scores_of.values()),
+        )
+        for number, scores_of in sorted(by_bin.items())
+    }

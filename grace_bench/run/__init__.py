@@ -1,0 +1,1 @@
+"""One run: opening it, the loop, checkpoints and loggers."""

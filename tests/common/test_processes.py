@@ -1,0 +1,39 @@
+"""Work side by side: in order, in processes of its own, and given up as a whole."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from grace_bench.common.processes import n_cores, side_by_side
+from grace_bench.errors import UserError
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    assert side_by_side(abs, [-3, 2, -1], jobs=2) == [3, 2, 1]
+
+
+def test_work_is_done_in_other_processes() -> None:
+    (text,) = side_by_side(os.path.realpath, ["/proc/self"], jobs=1)
+    assert Path(text).name != str(os.getpid())
+
+
+def test_a_mistake_is_raised_as_it_is_and_what_is_under_way_is_given_up() -> None:
+    started = time.monotonic()
+    with pytest.raises(TypeError):
+        side_by_side(time.sleep, ["long", 300], jobs=2)  # type: ignore[list-item]
+    assert time.monotonic() - started < 120
+
+
+def test_a_message_for_the_user_survives_the_way_between_processes() -> None:
+    from functools import partial
+
+    from grace_bench.common.options import check_whole
+
+    with pytest.raises(UserError, match=r"seed=-1 should be a whole number, at least 0"):
+        side_by_side(partial(check_whole, "seed", least=0), [-1], jobs=1)
+
+
+def test_there_is_a_core_to_use() -> None:
+    assert 1 <= n_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,230 @@
+"""Models whose weights lie on several devices: inputs, edits and fingerprints go where the weights are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from grace_bench.errors import UserError
+from grace_bench.launch.jobs import compose
+from grace_bench.models.editable import EditableModel
+from grace_bench.registry import EDITORS
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.data.requests import EditRequest
+
+pytest.importorskip("accelerate")
+
+MakeModel = Callable[..., EditableModel]
+MakeRequests = Callable[[str], list[EditRequest]]
+
+LAYERS = {"gpt2": "transformer.h.0.mlp.c_fc", "llama": "model.layers.1.mlp.down_proj"}
+PARTS = {
+    "gpt2": ["transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.h.1", "transformer.ln_f", "lm_head"],
+    "llama": [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.layers.2",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ],
+}
+# The output layer of GPT-2 shares the embedding's weight.
+OFFLOADED = {
+    "the edited block": {"gpt2": ["transformer.h.0"], "llama": ["model.layers.1"]},
+    "another block": {"gpt2": ["transformer.h.1"], "llama": ["model.layers.0"]},
+    "the embedding": {"gpt2": ["transformer.wte", "lm_head"], "llama": ["model.embed_tokens"]},
+}
+PROMPTS = ["what is the capital of Kazakhstan", "the river in Italy is", "what is the currency of Peru"]
+
+each_family = pytest.mark.parametrize("family", list(LAYERS))
+each_place = pytest.mark.parametrize("place", list(OFFLOADED))
+
+
+@pytest.fixture
+def folder(make_model: MakeModel, word_tokenizer: Any, tmp_path: Path) -> Callable[[str], Path]:
+    """A checkpoint of a tiny random model of a few blocks."""
+
+    def save(family: str) -> Path:
+        path = tmp_path / family
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if family == "gpt2":
+                module: Any = make_model("completion").module
+            else:
+                module = LlamaForCausalLM(
+                    LlamaConfig(
+                        hidden_size=64,
+                        intermediate_size=96,
+                        num_hidden_layers=3,
+                        num_attention_heads=2,
+                        vocab_size=len(word_tokenizer),
+                        max_position_embeddings=48,
+                        initializer_range=0.3,
+                    )
+                )
+        module.save_pretrained(path)
+        word_tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
+def load(path: Path, family: str) -> EditableModel:
+    return EditableModel.from_pretrained(path, layer=LAYERS[family], task="completion", device="cpu")
+
+
+def spread(family: str, place: str) -> dict[str, str]:
+    """A device map with some parts on the disk."""
+    return {part: "disk" if part in OFFLOADED[place][family] else "cpu" for part in PARTS[family]}
+
+
+def offload(path: Path, family: str, place: str) -> EditableModel:
+    model = EditableModel.from_pretrained(
+        path, layer=LAYERS[family], task="completion", device_map=spread(family, place)
+    )
+    assert any(weight.is_meta for weight in model.module.parameters()), "nothing was offloaded"
+    return model
+
+
+def make(name: str, model: EditableModel) -> EditorStrategy:
+    options: dict[str, Any] = {"eps_init": 0.5} if name == "grace" else {}
+    editor: EditorStrategy = EDITORS.get(name)(model=model, n_iter=20, **options)
+    return editor
+
+
+@each_place
+@each_family
+@pytest.mark.parametrize(
+    "name", ["grace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("defer", "memory")), "lora"]
+)
+def test_an_offloaded_model_is_edited_and_answers_as_the_plain_one(
+    name: str, family: str, place: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(family)
+    answers, logits = [], []
+    for model in (load(path, family), offload(path, family, place)):
+        model.task.max_new_tokens = 4
+        batch = model.encode_batch(PROMPTS, ["Astana", "Tiber", "Sol"])
+        with torch.no_grad():
+            before = model.logits(batch)
+        with make(name, model) as editor:
+            outcome = editor.edit_text(PROMPTS[0], "Astana")
+            assert outcome.loss is not None
+            assert outcome.loss_first is not None
+            assert outcome.loss < outcome.loss_first
+            with torch.no_grad():
+                logits += [before, model.logits(batch)]
+            answers.append(model.answer(PROMPTS))
+            with editor.suspended(), torch.no_grad():
+                assert torch.equal(model.logits(batch), before)
+    assert answers[0] == answers[1]
+    assert torch.allclose(logits[0], logits[2], atol=1e-5)
+    assert torch.allclose(logits[1], logits[3], atol=1e-4)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-2), "the edit changes something"
+
+
+@each_place
+@each_family
+def test_a_fingerprint_is_that_of_the_weights_wherever_they_lie(
+    family: str, place: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(family)
+    plain, offloaded = load(path, family), offload(path, family, place)
+    assert offloaded.fingerprint == plain.fingerprint
+    assert any(weight.is_meta for weight in offloaded.module.parameters()), "reading them leaves them where they were"
+
+
+@each_family
+def test_an_editor_saved_on_a_plain_model_is_loaded_on_an_offloaded_one(
+    family: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = folder(family)
+    plain, offloaded = load(path, family), offload(path, family, "the edited block")
+    with make("grace", plain) as editor:
+        editor.edit_text(PROMPTS[0], "Astana")
+        editor.save_pretrained(tmp_path / "saved")
+        expected = plain.answer(PROMPTS)
+    with EDITORS.get("grace").from_pretrained(tmp_path / "saved", model=offloaded):
+        assert offloaded.answer(PROMPTS) == expected
+
+
+@each_family
+def test_inputs_and_editors_go_to_the_device_of_what_is_offloaded(family: str, folder: Callable[[str], Path]) -> None:
+    path = folder(family)
+    for place in OFFLOADED:
+        model = offload(path, family, place)
+        assert (model.device.type, model.layer_device.type) == ("cpu", "cpu")
+        assert (model.dtype, model.layer_dtype) == (torch.float32, torch.float32)
+
+
+@each_family
+@pytest.mark.parametrize("name", ["ft", "ft_ewc", "ft_retrain", "mend", "rome"])
+def test_an_editor_that_rewrites_an_offloaded_layer_says_that_it_cannot(
+    name: str, family: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(family)
+    with pytest.raises(UserError, match="offloaded") as caught:
+        EDITORS.get(name)(model=offload(path, family, "the edited block"))
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    assert LAYERS[family] in text
+    assert name in text
+
+
+@each_family
+@pytest.mark.parametrize("place", ["another block", "the embedding"])
+def test_weights_are_rewritten_where_only_other_layers_are_offloaded(
+    family: str, place: str, folder: Callable[[str], Path]
+) -> None:
+    path = folder(family)
+    answers = []
+    for model in (load(path, family), offload(path, family, place)):
+        with EDITORS.get("ft")(model=model, n_iter=20) as editor:
+            editor.edit_text(PROMPTS[0], "Astana")
+            answers.append(model.answer(PROMPTS))
+    assert answers[0] == answers[1]
+
+
+def test_a_map_that_transformers_makes_is_taken_by_name(folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    model = EditableModel.from_pretrained(path, layer=LAYERS["llama"], task="completion", device_map="auto")
+    assert model.answer(PROMPTS) == load(path, "llama").answer(PROMPTS)
+
+
+def test_a_model_spread_by_the_user_is_edited_as_it_is(
+    folder: Callable[[str], Path], word_tokenizer: Any, tmp_path: Path
+) -> None:
+    path = folder("llama")
+    module = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        device_map=spread("llama", "the edited block"),
+        offload_folder=str(tmp_path / "offload"),
+    )
+    model = EditableModel(module, layer=LAYERS["llama"], task="completion", tokenizer=word_tokenizer)
+    with make("grace", model) as editor:
+        outcome = editor.edit_text(PROMPTS[0], "Astana")
+        assert (outcome.op, outcome.n_keys) == ("add", 1)
+        assert model.task.score(model, [EditRequest(id="1", prompt=PROMPTS[0], target="Astana")])[0].entry == 0
+
+
+def test_a_device_and_a_device_map_exclude_each_other(folder: Callable[[str], Path]) -> None:
+    path = folder("llama")
+    with pytest.raises(UserError, match=r"device=cpu .*device_map=auto") as caught:
+        EditableModel.from_pretrained(path, layer=LAYERS["llama"], task="completion", device="cpu", device_map="auto")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_that_is_no_transformers_model_takes_no_device_map() -> None:
+    with pytest.raises(UserError, match="device_map"):
+        EditableModel.from_pretrained("toy", task="classification", device_map="auto")
+
+
+def test_the_run_has_options_for_large_models() -> None:
+    config = compose(["stream=toy", "device_map=auto", "batch_tokens=512"])
+    assert (config.device_map, config.batch_tokens) == ("auto", 512)
