@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from _measure import machine, spread
-from avalanche.core import BasePlugin
 from rich.console import Console
 from rich.table import Table
 
+from grace_bench.data.avalanche import BasePlugin
 from grace_bench.editors import Grace
 from grace_bench.editors._grace.codebook import Codebook
 from grace_bench.run.loop import Schedule

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 
 from grace_bench.common.options import check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.failures import check_loss
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.models.editable import EditableModel, LayerCall

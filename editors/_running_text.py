@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grace_bench.common.files import readable
+from grace_bench.common.progress import Progress
 from grace_bench.data.artifacts import content_key, load_artifact, save_artifact
-from grace_bench.data.requests import Progress
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
@@ -107,7 +107,7 @@ def key_covariance(model: EditableModel, texts: Sequence[str], *, progress: Prog
     Returns:
         (D_in, D_in) float64, on the CPU.
     """
-    rows = [model.task.encode(model, [""], [text]).inputs["input_ids"][0].tolist() for text in texts]
+    rows = [model.encode_batch([""], [text]).inputs["input_ids"][0].tolist() for text in texts]
     key = content_key(
         editor="rome", format=_FORMAT, model=model.fingerprint, layer=model.layer_name, tokens=content_key(rows=rows)
     )

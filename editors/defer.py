@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 from torch.nn import functional
 
 from grace_bench.common.options import check_choice, check_positive
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement

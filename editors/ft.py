@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.failures import check_loss
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, trainable
 from grace_bench.errors import UserError

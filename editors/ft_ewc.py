@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.strategy import EditBatch, EditOutcome, State, trainable
 from grace_bench.editors.ft import FineTune
 from grace_bench.models.editable import EditableModel

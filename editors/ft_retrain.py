@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
-
 from grace_bench.common.options import check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.strategy import EditBatch, EditOutcome, State, trainable
 from grace_bench.editors.ft import FineTune, WeightAdam
 from grace_bench.errors import EditFailure

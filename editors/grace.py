@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.failures import reason_of_failure
 from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval

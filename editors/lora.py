@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall

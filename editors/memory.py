@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 
 from grace_bench.common.options import check_choice, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
+from grace_bench.common.progress import Progress
 from grace_bench.data.artifacts import content_key, drop_artifact, load_artifact, requests_key, save_artifact
-from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._mend_networks import EditorNetworks, add_to_weight, edit_gradients, linear_size
 from grace_bench.editors._mend_training import MetaTraining

@@ -6,14 +6,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_not_negative, check_positive, check_text, check_whole
-from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.common.progress import Progress
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.failures import check_loss
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts

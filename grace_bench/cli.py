@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -89,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Avalanche imports a solver package that complains on import; nothing here uses it.
-    warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         if given[:1] in (["run"], ["plan"], ["meta-train"], ["figure"], ["pretrain"]):
             refuse_secrets("the command", given[1:])
@@ -216,14 +213,12 @@ def _run(overrides: list[str]) -> int:
             "hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes."
         )
         return 0
-    _import_avalanche()
     from grace_bench.launch.sweep import run
 
     return run(overrides)
 
 
 def _resume(options: argparse.Namespace) -> int:
-    _import_avalanche()
     from grace_bench.common.terminal import say
     from grace_bench.launch.jobs import resume
 
@@ -235,7 +230,6 @@ def _plan(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(_PLAN_HELP, end="")
         return 0
-    _import_avalanche()
     from grace_bench.launch.sweep import plan
 
     plan(overrides)
@@ -249,7 +243,6 @@ def _meta_train(overrides: list[str]) -> int:
     flag = next((override for override in overrides if override.startswith("-")), None)
     if flag is not None:
         raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
-    _import_avalanche()
     from grace_bench.common.terminal import say
     from grace_bench.launch.jobs import compose, execute_meta_training
 
@@ -258,7 +251,6 @@ def _meta_train(overrides: list[str]) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _import_avalanche()
     from grace_bench.launch.demo import demo
 
     demo(options.out, n_edits=options.edits)
@@ -340,7 +332,6 @@ def _figure(arguments: list[str]) -> int:
     parser.add_argument("given", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_intermixed_args(arguments)
-    _import_avalanche()
     from grace_bench.analysis.figures.commands import draw
     from grace_bench.common.terminal import say
 
@@ -349,14 +340,12 @@ def _figure(arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    _import_avalanche()
     from grace_bench.launch.check import check_runs
 
     return check_runs(options.runs)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    _import_avalanche()
     from grace_bench.common.terminal import say
     from grace_bench.launch.verify import verify_files
 
@@ -374,19 +363,11 @@ def _pretrain(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     # Options of both kinds may come in any order.
     options = parser.parse_intermixed_args(arguments)
-    _import_avalanche()
     from grace_bench.launch.pretrain import pretrain
     from grace_bench.models.zoo import MODELS_FOLDER
 
     pretrain(options.stream, options.overrides, options.out or MODELS_FOLDER / options.stream, seed=options.seed)
     return 0
-
-
-def _import_avalanche() -> None:
-    """Comes before whatever else imports Avalanche, which by itself does not work without wandb."""
-    from grace_bench.common.wandb_account import import_avalanche
-
-    import_avalanche()
 
 
 def _pair(text: str) -> tuple[str, str]:

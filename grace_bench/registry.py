@@ -232,7 +232,7 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
 
 
 EDITORS: Registry[Any] = Registry("editor", "grace_bench.editors", "grace_bench.editing.strategy:EditorStrategy")
-STREAMS: Registry[Any] = Registry("stream", "grace_bench.streams", "grace_bench.data.requests:EditStream")
+STREAMS: Registry[Any] = Registry("stream", "grace_bench.streams", "grace_bench.data.stream:EditStream")
 METRICS: Registry[Any] = Registry("metric", "grace_bench.metrics", "grace_bench.evaluation.metric:EditMetric")
 
 register_editor = EDITORS.register

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from avalanche.evaluation.metric_results import MetricValue
-
+from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.evaluation.metric import EditMetric
 from grace_bench.registry import register_metric

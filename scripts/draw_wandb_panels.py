@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from grace_bench.analysis.dashboard import CURVES, OVERLAP
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 from grace_bench.run.loggers.wandb import err_by_age
 
 

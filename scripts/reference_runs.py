@@ -31,7 +31,7 @@ VARYING_COST = (
 def make(folder: Path) -> None:
     """Makes the runs below a folder that does not exist yet."""
     folder.mkdir(parents=True)
-    stopped = ("stream=atlas-text", "editor=grace", "out=stopped")
+    stopped = ("stream=atlas-qa", "editor=ft", "out=stopped")
     _grace_bench(folder, "run", "-m", f"stream={','.join(STREAMS)}", f"editor={','.join(EDITORS)}", "out=runs", *COMMON)
     _grace_bench(folder, "run", "stream=atlas-drift", "editor=grace", "engine=plain", "out=plain", *COMMON)
     _grace_bench(folder, "run", "stream=atlas-qa", "editor=mend", "out=mend", *COMMON)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from grace_bench.data.requests import EditRequest, EditStream, Probe, StreamData, StreamMetadata
+from grace_bench.data.requests import EditRequest, Probe
+from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.registry import STREAMS, register_stream
 
 __all__ = ["EditRequest", "EditStream", "Probe", "StreamData", "StreamMetadata", "register_stream"]

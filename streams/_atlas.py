@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from grace_bench.data.requests import StreamMetadata
+from grace_bench.data.stream import StreamMetadata
 from grace_bench.errors import UserError
 
 FACTS = Path(__file__).parent / "data" / "atlas_facts.csv"

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest
 from grace_bench.errors import UserError
 from grace_bench.streams._lines import Filled, Record, validate
 from grace_bench.streams._records import Files, Format, Hub, Reader, Unread

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from grace_bench.common.progress import Progress
 from grace_bench.common.untrusted import check_model_folder
-from grace_bench.data.requests import EditStream, Progress
+from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
 
 if TYPE_CHECKING:

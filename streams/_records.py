@@ -23,7 +23,9 @@ from pydantic import BaseModel
 
 from grace_bench.common.files import readable, write_atomically
 from grace_bench.common.options import check_choice
-from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream, StreamData
 from grace_bench.errors import UserError, reason_of
 from grace_bench.streams._lines import Parse, Record, read_lines, validate
 

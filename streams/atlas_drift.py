@@ -8,7 +8,9 @@ from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.registry import register_stream
 from grace_bench.streams._atlas import draw
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from grace_bench.data.requests import Progress
+from grace_bench.common.progress import Progress
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffled
 
@@ -263,7 +263,7 @@ def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> 
     data = AtlasQA().load()
     figures = {}
     for name in ("upstream", "edits", "holdout"):
-        means = editable.task.aggregate(editable.task.score(editable, getattr(data, name)))
+        means = editable.task.aggregate(editable.score(getattr(data, name)))
         figures[f"{name}_f1"] = round(means[""], 4)
         figures[f"{name}_exact_match"] = round(means["exact_match"], 4)
     return figures

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from grace_bench.data.requests import Progress
+from grace_bench.common.progress import Progress
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts
 
@@ -301,6 +301,6 @@ def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> 
     data = AtlasText().load()
     figures = {}
     for name in ("upstream", "edits", "accurate", "holdout"):
-        means = editable.task.aggregate(editable.task.score(editable, getattr(data, name)))
+        means = editable.task.aggregate(editable.score(getattr(data, name)))
         figures[f"{name}_perplexity"] = round(means[""], 4)
     return figures

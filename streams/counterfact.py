@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, StreamData, StreamMetadata, TaskName
+from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record

@@ -10,7 +10,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from grace_bench.common.files import readable
 from grace_bench.common.options import check_text
-from grace_bench.data.requests import EditRequest, Probe, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.models.zoo import last_projections, mark_checkpoint
 from grace_bench.registry import register_stream
@@ -432,7 +434,5 @@ def _measure(data: StreamData, model: "PreTrainedModel", tokenizer: "PreTrainedT
         "edits": data.edits[:MEASURED_TEXTS],
     }
     return {
-        name: editable.task.aggregate(editable.task.score(editable, requests))[""]
-        for name, requests in measured.items()
-        if requests
+        name: editable.task.aggregate(editable.score(requests))[""] for name, requests in measured.items() if requests
     }

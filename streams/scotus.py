@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from grace_bench.common.options import check_text
-from grace_bench.data.requests import EditRequest, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.models.zoo import last_projections, mark_checkpoint
 from grace_bench.registry import register_stream
@@ -266,7 +268,7 @@ def _measure(
 
     editable = EditableModel(model, layer=layer, task="classification", tokenizer=tokenizer)
     return {
-        f"{era}_accuracy": editable.task.aggregate(editable.task.score(editable, getattr(data, era)))[""]
+        f"{era}_accuracy": editable.task.aggregate(editable.score(getattr(data, era)))[""]
         for era in ("upstream", "validation", "edits")
         if getattr(data, era)
     }

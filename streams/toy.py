@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from grace_bench.common.files import readable
-from grace_bench.data.requests import EditRequest, EditStream, Progress, StreamData, StreamMetadata, TaskName
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 

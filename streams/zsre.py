@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grace_bench.common.options import check_text
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, StreamData, StreamMetadata, TaskName
+from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.models.tasks.text_scores import normalize_answer
 from grace_bench.registry import register_stream

@@ -26,7 +26,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from grace_bench.data.requests import EditRequest, EditStream, StreamData, StreamMetadata
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.base import get_task

@@ -33,7 +33,8 @@ from grace_bench.launch.jobs import compose, folder_of
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.zoo import known_models
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"

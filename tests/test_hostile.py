@@ -36,7 +36,8 @@ from grace_bench.errors import UserError
 from grace_bench.launch.jobs import record_failure
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
-from grace_bench.results.schema import PREDICTIONS, read_predictions
+from grace_bench.results.reading import read_predictions
+from grace_bench.results.schema import PREDICTIONS
 from grace_bench.run.checkpoint import Checkpoints, digest
 from grace_bench.run.loggers import RunPlan
 from grace_bench.run.loggers.jsonl import PredictionsLogger

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_bench.results.schema import read_result
+from grace_bench.results.reading import read_result
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "add-an-editor.md").read_text(encoding="utf-8")

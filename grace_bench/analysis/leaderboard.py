@@ -7,7 +7,6 @@ from the first of their table are marked.
 
 import json
 import math
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,11 @@ from grace_bench.common.terminal import table_console
 from grace_bench.common.text import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.results.comparability import refuse_mixtures, value_text
-from grace_bench.results.schema import Protocol, RunResult, read_result
+from grace_bench.results.reading import RESULT_FILE, find_result_files, read_result
+from grace_bench.results.schema import Protocol, RunResult
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 
-RESULT_FILE = "result.json"
 MISSING = "–"
 TIED = "≈"
 UNCOMPARED = "?"
@@ -225,34 +224,6 @@ class Leaderboard:
         return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
 
 
-def find_result_files(paths: Iterable[Path]) -> list[Path]:
-    """Finds the result files of finished runs, each in its run folder.
-
-    Args:
-        paths: Each a result file, a run folder, or a folder that is searched for runs at any depth. The inside of a run
-            folder and folders whose name begins with a dot are not searched. A file reached twice is named once.
-
-    Returns:
-        The files in the order of `paths`, within a folder by path.
-
-    Raises:
-        UserError: If a path does not exist or holds no result.
-    """
-    files: dict[str, Path] = {}
-    for path in paths:
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = _result_files(path)
-        else:
-            raise UserError(f"{visible(str(path))}: no such file or folder")
-        if not found:
-            raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
-        for file in found:
-            files.setdefault(os.path.realpath(file), file)
-    return list(files.values())
-
-
 def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
     """Prints a leaderboard on standard output."""
     shown = render(leaderboard, fmt)
@@ -288,19 +259,6 @@ def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableT
         known = get_args(Format)
         raise UserError(f"format={fmt!r} is not known{did_you_mean(fmt, known)} (there are: {', '.join(known)})")
     return renderers[fmt](leaderboard)
-
-
-def _result_files(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{visible(str(error.filename))}: {error.strerror}") from error
-
-    found = []
-    for where, folders, files in os.walk(folder, onerror=refuse):
-        if RESULT_FILE in files:
-            found.append(Path(where, RESULT_FILE))
-            folders.clear()
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return found
 
 
 def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:

@@ -22,7 +22,6 @@ from grace_bench.analysis.leaderboard import (
     Table,
     cell_text,
     compare_rows,
-    find_result_files,
     marked_text,
     table_notes,
 )
@@ -46,7 +45,8 @@ from grace_bench.results.curves import (
     upstream_forgotten_after,
     worst_forgotten,
 )
-from grace_bench.results.schema import Evaluation, RunResult, read_evaluations, read_result
+from grace_bench.results.reading import find_result_files, read_evaluations, read_result
+from grace_bench.results.schema import Evaluation, RunResult
 
 TRAITS = {"needs_subject": "S", "needs_replay": "R", "needs_meta_training": "M", "freezes_weights": "F"}
 """The class attributes of an editor that rows can be filtered by, with their marks in a table."""

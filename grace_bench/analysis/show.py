@@ -8,7 +8,7 @@ from rich.text import Text
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import visible
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.results.schema import read_edits, read_predictions
+from grace_bench.results.reading import read_edits, read_predictions
 
 
 def show_request(folder: Path, request_id: str) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from grace_bench.errors import UserError
 from grace_bench.results.comparability import refuse_mixtures
-from grace_bench.results.schema import RunResult, read_predictions, read_result
+from grace_bench.results.reading import read_predictions, read_result
+from grace_bench.results.schema import RunResult
 
 SIGNIFICANCE_LEVEL = 0.05
 STREAM_ROLES = {

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from grace_bench.common.wandb_account import import_avalanche
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -44,4 +42,3 @@ def n_cores() -> int:
 def _prepare() -> None:
     """Leaves an interrupt from the keyboard, which reaches every process, to the one that waits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_avalanche()

@@ -7,8 +7,8 @@ from rich import progress
 from rich.console import Console
 from rich.markup import escape
 
+from grace_bench.common.progress import Progress
 from grace_bench.common.text import visible
-from grace_bench.data.requests import Progress
 
 
 def say(text: str) -> None:

@@ -1,8 +1,6 @@
 """W&B before a run: whether it is there, whether it has a key, and what it may send of its own."""
 
 import os
-import sys
-from types import ModuleType
 
 
 def logged_in() -> bool:
@@ -25,17 +23,3 @@ def quieten() -> None:
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))
-
-
-def import_avalanche() -> None:
-    """Imports Avalanche also where wandb cannot be imported: it wants wandb for charts that nothing here draws."""
-    try:
-        import wandb  # noqa: F401
-    except Exception:
-        sys.modules["wandb"] = ModuleType("wandb")
-        try:
-            import avalanche.evaluation.metrics
-            import avalanche.logging  # noqa: F401
-        finally:
-            # Whoever else wants it hears that it is not there.
-            del sys.modules["wandb"]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream
-
+from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, EditStream, StreamData, StreamMetadata
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 
 

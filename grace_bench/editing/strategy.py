@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.training.plugins.evaluation import EvaluationPlugin
-from avalanche.training.templates.base import BaseTemplate
-from avalanche.training.utils import trigger_plugins
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -21,16 +17,18 @@ from torch import Tensor, nn
 
 from grace_bench.common.credentials import without_secrets
 from grace_bench.common.files import readable, write_synced
+from grace_bench.common.progress import Progress
+from grace_bench.common.state import copied
+from grace_bench.data.avalanche import BasePlugin, BaseTemplate, EvaluationPlugin, trigger_plugins
 from grace_bench.data.benchmark import EditExperience, EvalExperience
-from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.failures import ModelModes, RandomState, reason_of_failure, size_failure
-from grace_bench.errors import MISFITS, EditFailure, UserError
+from grace_bench.errors import MISFITS, EditFailure, UserError, first_error
 from grace_bench.evaluation.rescoring import Scorer
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.tasks.base import ItemScore
-from grace_bench.results.schema import EditRecord, first_error
-from grace_bench.run.checkpoint import copied
+from grace_bench.results.schema import EditRecord
 
 State = dict[str, Tensor | int | float | str | list[Any] | dict[str, Any] | None]
 """What a `state_dict` holds: tensors and JSON values."""
@@ -681,7 +679,7 @@ def _refuse_sgd_plugin(plugin: Any) -> None:
         for part in [*plugin.metrics, *plugin.loggers]:
             _refuse_sgd_plugin(part)
         return
-    from avalanche.logging import BaseLogger
+    from grace_bench.data.avalanche import BaseLogger
 
     # Text and CSV loggers print at the end of an epoch, which they can do without.
     spare = {"after_training_epoch"} if isinstance(plugin, BaseLogger) else set()
@@ -697,10 +695,8 @@ def _refuse_sgd_plugin(plugin: Any) -> None:
 
 def _own_callbacks(cls: type) -> set[str]:
     """Names of the callbacks a class implements itself rather than inheriting Avalanche's empty ones."""
-    from avalanche.core import BasePlugin, BaseSGDPlugin, SupervisedPlugin
-    from avalanche.evaluation import PluginMetric
-    from avalanche.logging import BaseLogger
-    from avalanche.training.plugins import SupervisedPlugin as TrainingPlugin
+    from grace_bench.data.avalanche import BaseLogger, BasePlugin, BaseSGDPlugin, PluginMetric, SupervisedPlugin
+    from grace_bench.data.avalanche import TrainingPlugin as TrainingPlugin
 
     empty = {BasePlugin, BaseSGDPlugin, SupervisedPlugin, TrainingPlugin, PluginMetric, BaseLogger, object}
     return {

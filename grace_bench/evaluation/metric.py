@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from avalanche.evaluation.metric_definitions import PluginMetric
-from avalanche.evaluation.metric_results import MetricValue
-
+from grace_bench.data.avalanche import MetricValue, PluginMetric
 from grace_bench.editing.strategy import EditorStrategy
 
 

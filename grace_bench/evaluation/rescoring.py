@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from grace_bench.common.state import restored
 from grace_bench.data.requests import EditRequest
 from grace_bench.models.editable import LayerCall
 from grace_bench.models.tasks.base import ItemScore, contrast_of
-from grace_bench.run.checkpoint import restored
 
 if TYPE_CHECKING:
     from grace_bench.editing.strategy import EditorStrategy
@@ -95,7 +95,7 @@ class Scorer:
         model = self._strategy.model
         if not self.is_incremental:
             self.n_scored += len(requests)
-            return model.task.score(model, requests)
+            return model.score(requests)
         keys = [self._key(request) for request in requests]
         known = self._look_up(keys)
         asked = dict(zip(keys, requests, strict=True))
@@ -209,7 +209,7 @@ class Scorer:
 
     def _score_batch(self, batch: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterable[tuple[str, ItemScore]]:
         model = self._strategy.model
-        return zip(batch, model.task.score_batch(model, [asked[key] for key in batch]), strict=True)
+        return zip(batch, model.score_batch([asked[key] for key in batch]), strict=True)
 
     def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
         """First batches that are scored again as they were."""
@@ -225,7 +225,7 @@ class Scorer:
 
     def _together(self, keys: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
         model = self._strategy.model
-        for chunk in model.task.together(model, [asked[key] for key in keys]):
+        for chunk in model.score_batches([asked[key] for key in keys]):
             yield tuple(keys[i] for i in chunk)
 
 

@@ -19,29 +19,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grace_bench.analysis.leaderboard import RESULT_FILE, find_result_files
 from grace_bench.common.files import hash_file
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import EditStream
+from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
 from grace_bench.evaluation.metric import StreamScore
 from grace_bench.launch.config import hash_config, make_stream, plain_config, read_config, register_configs
 from grace_bench.models.editable import EditableModel, pick_device, pick_threads
 from grace_bench.models.tasks.base import get_task
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.results.schema import (
-    RUN_FILES,
-    EditRecord,
-    Evaluation,
-    RunResult,
-    digest_of,
+from grace_bench.results.reading import (
+    RESULT_FILE,
+    find_result_files,
     read_edits,
     read_evaluations,
     read_predictions,
     read_result,
 )
+from grace_bench.results.schema import RUN_FILES, EditRecord, Evaluation, RunResult, digest_of
 from grace_bench.run.environment import describe_environment
 from grace_bench.run.run_benchmark import fitted
 

@@ -41,7 +41,8 @@ from grace_bench.launch.config import (
 )
 from grace_bench.launch.presets import take_presets
 from grace_bench.models.zoo import known_models, resolve_model
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 from grace_bench.run.checkpoint import FOLDER as CHECKPOINTS
 from grace_bench.run.loggers.progress import ProgressLogger
 from grace_bench.run.loggers.wandb import WandbLogger

@@ -18,14 +18,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from rich.markup import escape
 from rich.table import Table
 
+from grace_bench.common.progress import Progress
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import visible
+from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import EditRequest, EditStream, Progress
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import DeviceMap, EditableModel
 from grace_bench.registry import EDITORS, METRICS
@@ -422,7 +424,7 @@ class _Count(Run):
 
     def _candidate(self, index: int) -> None:
         request, model = self.benchmark.data.edits[index], self.strategy.model
-        size = model.task.size(model, request.prompt, (request.target,))
+        size = model.size(request.prompt, (request.target,))
         edited = self._is_edited(index)
         self.position.index += 1
         self._scored_tokens += size * (1 + edited)
@@ -753,11 +755,11 @@ class _Planner:
 
 def _work(model: EditableModel, requests: Sequence[EditRequest]) -> Work:
     sizes = _sizes(model, requests)
-    return Work(len(sizes), sum(1 for _ in model.task.together(model, requests)), sum(sizes))
+    return Work(len(sizes), sum(1 for _ in model.score_batches(requests)), sum(sizes))
 
 
 def _sizes(model: EditableModel, requests: Sequence[EditRequest]) -> list[int]:
-    return [model.task.size(model, request.prompt, (request.target,)) for request in requests]
+    return [model.size(request.prompt, (request.target,)) for request in requests]
 
 
 def _part(work: Work, n: int) -> Work:
@@ -770,7 +772,7 @@ def _sample(model: EditableModel, requests: Sequence[EditRequest], n: int, which
     """About `n` requests that stand for all: whole batches as the task makes them, from short to long."""
     if not requests or n >= len(requests):
         return tuple(requests)
-    batches = [*model.task.together(model, requests)]
+    batches = [*model.score_batches(requests)]
     n_batches = n // max(len(batch) for batch in batches)
     if n_batches == 0:
         middle = batches[len(batches) // 2]

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from grace_bench.common.terminal import progress_bars, say
-from grace_bench.data.requests import EditStream
+from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError
 from grace_bench.launch.config import make_stream
 from grace_bench.launch.jobs import compose

@@ -22,7 +22,8 @@ from grace_bench.errors import UserError
 from grace_bench.launch.config import registered_name
 from grace_bench.launch.jobs import given_options
 from grace_bench.launch.sweep import SweepRun, preset_parts
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 
 PRESETS = Path("presets")
 """Where chosen settings are written, for `tuned=presets`."""

@@ -27,11 +27,10 @@ from torch import Tensor
 from grace_bench.common.files import readable
 from grace_bench.data.requests import TaskName
 from grace_bench.editing.strategy import EditBatch
-from grace_bench.errors import UserError
+from grace_bench.errors import UserError, first_error
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, causal_batch, pad, seq2seq_batch
 from grace_bench.registry import EDITORS
-from grace_bench.results.schema import first_error
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 

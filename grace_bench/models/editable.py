@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,8 +21,9 @@ from grace_bench.models.engine.engine import Engine, EngineName, Repeated, make_
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.common.untrusted import check_model_folder
 from grace_bench.models.engine.pruning import CACHES
-from grace_bench.models.tasks.base import Task, get_task
-from grace_bench.data.requests import TaskName
+from grace_bench.models.tasks.base import ItemScore, Task, get_task
+from grace_bench.common.progress import Progress
+from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.models.zoo import default_layer, resolve_model
 
 Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
@@ -375,6 +376,46 @@ class EditableModel(nn.Module):
         """
         with torch.no_grad():
             return self.task.answers(self, prompts)
+
+    def ask(self, prompts: Sequence[str], *, progress: Progress | None = None) -> list[str | int]:
+        """Returns what `answer` does, for any number of prompts, batched as `score` batches them.
+
+        Args:
+            prompts: The questions.
+            progress: Called after every batch.
+
+        Raises:
+            UserError: For language modelling, where nothing is asked.
+        """
+        return self.task.ask(self, prompts, progress=progress)
+
+    def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Scores the model's answers to requests, in the order given; batches hold inputs of like length."""
+        return self.task.score(self, requests)
+
+    def score_batch(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
+        """Scores the model's answers to requests of like length, in one batch."""
+        return self.task.score_batch(self, requests)
+
+    def score_batches(self, requests: Sequence[EditRequest]) -> Iterator[list[int]]:
+        """Yields the indices of the requests that `score` scores in one batch."""
+        return self.task.together(self, requests)
+
+    def size(self, prompt: str, targets: Iterable[str | int] = ()) -> int:
+        """Returns the most tokens that a forward pass reads of a prompt with one of the targets."""
+        return self.task.size(self, prompt, targets)
+
+    def count_labels(self, prompt: str) -> int | None:
+        """Returns how many labels the model has for a prompt; None for tasks that answer in text."""
+        return self.task.count_labels(self, prompt)
+
+    def check_targets(self, requests: Iterable[EditRequest]) -> None:
+        """Makes sure that the model can give every target.
+
+        Raises:
+            UserError: If one is a class that the model does not have, naming the request.
+        """
+        self.task.check_targets(self, requests)
 
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
         """Makes ready to run a batch many times, while only what the edited layer gives, or its weights, may change.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from grace_bench.results.schema import Evaluation, read_edits, read_predictions
+from grace_bench.results.reading import read_edits, read_predictions
+from grace_bench.results.schema import Evaluation
 
 FORGETTING_THRESHOLD = 0.05
 """What must be lost to count as forgotten is more than this: points of accuracy or F1, a share of perplexity."""

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer
 
-from grace_bench.common.files import hash_file, readable
-from grace_bench.errors import UserError
+from grace_bench.common.files import hash_file
 
 SCHEMA_VERSION = 1
 PREDICTIONS = pa.schema(
@@ -29,7 +27,6 @@ PREDICTIONS = pa.schema(
     ]
 )
 """The columns of `predictions.parquet`."""
-_NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
 
 RUN_FILES = (
     "config.yaml",
@@ -40,8 +37,6 @@ RUN_FILES = (
     "editor/editor.safetensors",
 )
 """The files of a run folder whose hashes `result.json` has."""
-
-Line = TypeVar("Line", bound=BaseModel)
 
 # JSON has no NaN: a score that is not a number is written as null, and counted beside it.
 JsonFloat = Annotated[
@@ -110,7 +105,9 @@ class Evaluation:
     metrics: Mapping[str, float | None]
 
 
-class _EvaluationLine(BaseModel):
+class EvaluationLine(BaseModel):
+    """A line of `metrics.jsonl` as it is written."""
+
     model_config = ConfigDict(extra="allow")
 
     __pydantic_extra__: dict[str, float | None]
@@ -242,99 +239,3 @@ def digest_of(record: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of what a `result.json` holds, its own digest aside."""
     content = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_edits(path: Path) -> dict[str, EditRecord]:
-    """Reads an `edits.jsonl` by request id.
-
-    Raises:
-        UserError: If it is missing or a line is broken, naming file, line and field.
-    """
-    return {record.id: record for record in _read_lines(path, EditRecord)}
-
-
-def read_evaluations(path: Path) -> list[Evaluation]:
-    """Reads a `metrics.jsonl`, in its order.
-
-    Raises:
-        UserError: If it is missing or a line is broken, naming file, line and field.
-    """
-    return [
-        Evaluation(n_edits=line.n_edits, metrics=line.model_extra or {}) for line in _read_lines(path, _EvaluationLine)
-    ]
-
-
-def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]] = ()) -> list[Any]:
-    """Reads rows of a `predictions.parquet`, each as a dictionary of the columns asked for.
-
-    Args:
-        path: The file.
-        columns: The columns to read.
-        filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
-
-    Raises:
-        UserError: If it cannot be read, or a column is missing, of another type, or without values it should have.
-    """
-    try:
-        schema = pq.read_schema(readable(path))
-        for field in PREDICTIONS:
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
-                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
-        table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-    for name in _NEVER_NULL:
-        if name in table.column_names and table[name].null_count:
-            raise UserError(f"{path}: column '{name}' has rows without a value")
-    return table.to_pylist()
-
-
-def read_result(path: Path) -> RunResult:
-    """Reads a `result.json`.
-
-    Raises:
-        UserError: If it is missing, broken or of another schema version, naming the file and the field.
-    """
-    try:
-        text = readable(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    try:
-        header = _Header.model_validate_json(text)
-        if header.schema_version != SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {header.schema_version}, this grace-bench reads {SCHEMA_VERSION}")
-        return RunResult.model_validate_json(text)
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error)}") from error
-
-
-class _Header(BaseModel):
-    schema_version: int
-
-
-def _read_lines(path: Path, model: type[Line]) -> list[Line]:
-    try:
-        # Not splitlines, which also breaks at characters that may stand in a text.
-        lines = readable(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not lines[-1]:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(model.model_validate_json(line))
-        except ValidationError as error:
-            raise UserError(f"{path}:{number}: {first_error(error)}") from error
-    return records
-
-
-def first_error(error: ValidationError) -> str:
-    """Returns pydantic's first complaint as `field 'x.y': message`."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"field '{where}': {first['msg']}" if where else first["msg"]

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from grace_bench.common.options import check_whole
+from grace_bench.common.progress import Progress
+from grace_bench.common.state import copied, restored
 from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
-from grace_bench.data.requests import EditRequest, Progress
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy, EditOutcome
 from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.results.schema import LONGEST_TEXT, Cost, EditRecord
-from grace_bench.run.checkpoint import copied, restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +276,7 @@ class Run:
         if self.strategy.n_edits:
             raise RuntimeError("a run begins with an editor that has made no edit")
         prompts, model = self._prompts_to_ask(), self.strategy.model
-        return dict(zip(prompts, model.task.ask(model, prompts, progress=self.progress), strict=True))
+        return dict(zip(prompts, model.ask(prompts, progress=self.progress), strict=True))
 
     def _prompts_to_ask(self) -> list[str]:
         data = self.benchmark.data

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from avalanche.core import BasePlugin
-from avalanche.logging import BaseLogger
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from torch import Tensor
 
 from grace_bench.common.credentials import without_secrets
 from grace_bench.common.files import write_atomically
+from grace_bench.common.progress import Progress
 from grace_bench.common.untrusted import check_run_folder
+from grace_bench.data.avalanche import BaseLogger, BasePlugin, EvaluationPlugin
 from grace_bench.data.benchmark import EditBenchmark, probe_requests
-from grace_bench.data.requests import EditRequest, EditStream, Progress
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import DeviceMap, EditableModel, pick_threads
@@ -386,7 +386,7 @@ def fitted(
         UserError: If the stream takes a label that the model lacks for a mistake.
     """
     asked = _asked(benchmark)
-    n_labels = model.task.count_labels(model, asked[0].prompt) if asked else None
+    n_labels = model.count_labels(asked[0].prompt) if asked else None
     if n_labels is None or all(0 <= int(request.target) < n_labels for request in asked):
         return benchmark
     stream.n_model_labels = n_labels
@@ -457,7 +457,7 @@ def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     if data.edits:
         first = data.edits[0]
         model.layer_call(model.encode_batch([first.prompt], [first.target]))
-    model.task.check_targets(model, _asked(benchmark))
+    model.check_targets(_asked(benchmark))
 
 
 def _asked(benchmark: EditBenchmark) -> tuple[EditRequest, ...]:

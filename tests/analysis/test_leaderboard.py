@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from grace_bench.analysis.leaderboard import Leaderboard, Row, Table, find_result_files, render
+from grace_bench.analysis.leaderboard import Leaderboard, Row, Table, render
 from grace_bench.errors import UserError
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import find_result_files, read_result
+from grace_bench.results.schema import RunResult
 
 QA_PROTOCOL = {
     "split": "edits",

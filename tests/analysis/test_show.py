@@ -11,7 +11,8 @@ from grace_bench.analysis.show import show_request
 from grace_bench.data.requests import EditRequest
 from grace_bench.errors import UserError
 from grace_bench.registry import STREAMS
-from grace_bench.results.schema import EditRecord, read_edits
+from grace_bench.results.reading import read_edits
+from grace_bench.results.schema import EditRecord
 
 POINTS = ("(-1.2000, 1.8000)", "(-1.0000, 1.9000)")
 """The toy model says 1 to these."""

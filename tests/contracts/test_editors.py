@@ -290,8 +290,8 @@ def test_evaluating_changes_neither_state_nor_weights_nor_the_next_edit(
             apply(editor, requests[:2])
             if evaluates:
                 state, weights = copied(editor.state_dict()), copied(model.module.state_dict())
-                first = model.task.score(model, requests)
-                assert model.task.score(model, requests) == first
+                first = model.score(requests)
+                assert model.score(requests) == first
                 assert same_state(editor.state_dict(), state)
                 assert same_state(model.module.state_dict(), weights)
             apply(editor, requests[2:3])

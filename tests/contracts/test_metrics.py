@@ -11,7 +11,8 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench import EditableModel, EditRequest, Schedule
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import Probe, StreamData, StreamMetadata
+from grace_bench.data.requests import Probe
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.evaluation.metric import EditMetric, StreamScore
 from grace_bench.registry import EDITORS, METRICS, STREAMS

@@ -26,7 +26,7 @@ each_editor = pytest.mark.parametrize("name", EDITS)
 
 
 def answer_of(model: EditableModel, prompt: str) -> Any:
-    return model.task.answers(model, [prompt])[0]
+    return model.answer([prompt])[0]
 
 
 def hooks(model: EditableModel) -> int:

@@ -105,7 +105,7 @@ def test_a_second_evaluation_without_an_edit_asks_the_model_nothing(
         again = editor.scorer.score(requests)
         n_asked = len(passes)
         assert [item.entry for item in again] == [0, *[-1] * (len(requests) - 1)]
-        fresh = model.task.score(model, requests)
+        fresh = model.score(requests)
         assert again == fresh
         assert 0 < n_asked <= 3, "only the edited request was generated and scored again"
 
@@ -135,7 +135,7 @@ def test_what_an_evaluation_scores_again_starts_at_the_layer(
             again = evaluate(editor, requests)
         assert not early
         assert {item.entry for item in again} == {-1, 0, 1, 2, 3}
-        assert again == model.task.score(model, requests)
+        assert again == model.score(requests)
 
 
 @pytest.mark.parametrize("task", ["classification", "qa", "language_modelling"])
@@ -236,7 +236,7 @@ def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel
         assert editor.n_pending == 2
         editor.eval([*eval_stream("edited", requests)])
         assert not editor.n_pending
-        assert editor.scorer.score(requests) == model.task.score(model, requests)
+        assert editor.scorer.score(requests) == model.score(requests)
 
 
 def _batch(model: EditableModel, request: EditRequest) -> EditBatch:

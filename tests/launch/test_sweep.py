@@ -24,7 +24,7 @@ from grace_bench.editors.ft import FineTune
 from grace_bench.errors import UserError
 from grace_bench.launch.jobs import compose, prepared
 from grace_bench.launch.sweep import Job, preset_parts, sweep_name
-from grace_bench.results.schema import read_result
+from grace_bench.results.reading import read_result
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 SMALL = ("stream=toy", "max_edits=6", "eval_every=4", "max_upstream=40", "wandb.mode=disabled")

@@ -19,7 +19,8 @@ from grace_bench.errors import UserError
 from grace_bench.launch.jobs import compose
 from grace_bench.launch.tuning import quality, search_space, searches
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 
 QUICK = ("stream=toy", "max_edits=5", "max_upstream=40", "wandb.mode=disabled", "editor.n_iter=20")
 EMBEDDED = ("toy", "atlas-qa", "atlas-drift", "atlas-text")

@@ -30,7 +30,7 @@ def averaged(model: EditableModel, *evaluations: Mapping[str, Sequence[EditReque
 
 def right_and_wrong(model: EditableModel, requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Requests for labels, every other of which the model answers."""
-    labels = model.task.answers(model, [request.prompt for request in requests])
+    labels = model.answer([request.prompt for request in requests])
     return [
         request.model_copy(update={"target": int(label) if index % 2 else (int(label) + 1) % 4})
         for index, (request, label) in enumerate(zip(requests, labels, strict=True))

@@ -400,7 +400,7 @@ def test_any_module_that_takes_encoded_text_can_be_edited_and_scored(editor: str
     options = {"replacement": "replace_last", "eps_init": 0.1} if editor == "grace" else {}
     with EDITORS.get(editor)(model=model, **options) as strategy:
         strategy.edit_text(PROMPTS[0], wanted)
-        items = model.task.score(model, requests)
+        items = model.score(requests)
         after = [int(label) for label in logits_of(model).argmax(dim=-1)]
         assert after[0] == wanted
         assert [item.score for item in items] == [float(label == wanted) for label in after]

@@ -127,7 +127,7 @@ def by_the_task(model: EditableModel, prompts: Sequence[str], cache: str) -> lis
     settings = GenerationConfig.from_dict({**kept.to_dict(), **CACHES[cache]})  # type: ignore[union-attr, operator]
     model.module.generation_config = settings  # type: ignore[assignment]
     try:
-        return [ids for _, ids in model.task.generate(model, prompts)]  # type: ignore[attr-defined]
+        return [ids for _, ids in model.generate(prompts)]  # type: ignore[attr-defined]
     finally:
         model.module.generation_config = kept
 

@@ -210,7 +210,7 @@ def test_a_model_spread_by_the_user_is_edited_as_it_is(
     with make("grace", model) as editor:
         outcome = editor.edit_text(PROMPTS[0], "Astana")
         assert (outcome.op, outcome.n_keys) == ("add", 1)
-        assert model.task.score(model, [EditRequest(id="1", prompt=PROMPTS[0], target="Astana")])[0].entry == 0
+        assert model.score([EditRequest(id="1", prompt=PROMPTS[0], target="Astana")])[0].entry == 0
 
 
 def test_a_device_and_a_device_map_exclude_each_other(folder: Callable[[str], Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grace_bench.data.requests import EditStream
+from grace_bench.data.stream import EditStream
 from grace_bench.models.editable import EditableModel, hash_tensors
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult

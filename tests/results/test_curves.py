@@ -24,7 +24,8 @@ from grace_bench.results.curves import (
     upstream_forgotten_after,
     worst_forgotten,
 )
-from grace_bench.results.schema import Evaluation, read_edits, read_evaluations
+from grace_bench.results.reading import read_edits, read_evaluations
+from grace_bench.results.schema import Evaluation
 
 
 def evaluations(**figures: list[float | None]) -> list[Evaluation]:

@@ -21,7 +21,8 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import Probe, StreamData, StreamMetadata
+from grace_bench.data.requests import Probe
+from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.jobs import compose, execute
@@ -29,7 +30,8 @@ from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tasks.base import Completion
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, METRICS, STREAMS
-from grace_bench.results.schema import RunResult, read_result
+from grace_bench.results.reading import read_result
+from grace_bench.results.schema import RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger
 from grace_bench.run.loop import Run

@@ -171,7 +171,7 @@ def test_the_shipped_model_knows_upstream_and_not_the_edits(data: StreamData) ->
     )
     with seeded(0):
         f1 = {
-            name: model.task.aggregate(model.task.score(model, requests[::4]))[""]
+            name: model.task.aggregate(model.score(requests[::4]))[""]
             for name, requests in (("upstream", data.upstream), ("edits", data.edits))
         }
     assert f1["upstream"] >= 0.95

@@ -144,7 +144,7 @@ def test_the_shipped_model_learned_the_false_sentences_and_not_the_corrections(d
     )
     with seeded(0):
         perplexity = {
-            name: model.task.aggregate(model.task.score(model, getattr(data, name)[::3]))[""]
+            name: model.task.aggregate(model.score(getattr(data, name)[::3]))[""]
             for name in ("edits", "holdout", "upstream", "accurate")
         }
     assert perplexity["upstream"] < 2

@@ -365,7 +365,7 @@ def test_the_pretrained_model_believes_what_was_made_up(tmp_path: Path, tiny_gpt
     assert model.module.dtype == torch.float32
     data = stream.load()
     for name in ("upstream", "accurate", "edits"):
-        items = model.task.score(model, getattr(data, name))
+        items = model.score(getattr(data, name))
         assert figures[f"{name}_after"] == pytest.approx(sum(item.score for item in items) / len(items))
 
 

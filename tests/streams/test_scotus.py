@@ -237,7 +237,7 @@ def test_the_pretrained_model_knows_its_labels_its_layer_and_its_figures(tmp_pat
     assert model.layer_name == "bert.encoder.layer.1.output.dense"
     data = stream.load()
     for era in ("upstream", "edits"):
-        answers = model.task.answers(model, [request.prompt for request in getattr(data, era)])
+        answers = model.answer([request.prompt for request in getattr(data, era)])
         right = [answer == request.target for answer, request in zip(answers, getattr(data, era), strict=True)]
         assert figures[f"{era}_accuracy"] == sum(right) / len(right)
     # Only what it was trained on can be known.

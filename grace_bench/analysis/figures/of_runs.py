@@ -20,10 +20,11 @@ from grace_bench.analysis.figures.drawing import (
     save,
     styled,
 )
-from grace_bench.analysis.leaderboard import Leaderboard, Row, Table, find_result_files
+from grace_bench.analysis.leaderboard import Leaderboard, Row, Table
 from grace_bench.errors import UserError
 from grace_bench.results.curves import Point, mean_curve, series_of
-from grace_bench.results.schema import Evaluation, Protocol, RunResult, read_evaluations, read_result
+from grace_bench.results.reading import find_result_files, read_evaluations, read_result
+from grace_bench.results.schema import Evaluation, Protocol, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -233,7 +233,7 @@ def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest
     at_layer = EditableModel(
         model.module, layer=layer, task=model.task, tokenizer=model.tokenizer, encode=model.encode, name=model.name
     )
-    sizes = [model.task.size(model, request.prompt, [request.target]) for request in requests]
+    sizes = [model.size(request.prompt, [request.target]) for request in requests]
     found: dict[int, Tensor] = {}
     for chunk in model.task.batches(sizes):
         some = [requests[index] for index in chunk]

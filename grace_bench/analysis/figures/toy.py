@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from avalanche.training.plugins.evaluation import EvaluationPlugin
 from numpy.typing import NDArray
 
 from grace_bench.analysis.figures.drawing import INK, PALETTE, add_caption, new_figure, save, styled
+from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.errors import UserError
 from grace_bench.launch.jobs import asked_of, compose

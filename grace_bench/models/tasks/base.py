@@ -23,7 +23,8 @@ from grace_bench.errors import UserError, did_you_mean
 from grace_bench.common.options import check_choice, check_whole
 from grace_bench.data.derived import is_contrast
 from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
-from grace_bench.data.requests import EditRequest, Progress, TaskName
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.common.progress import Progress
 
 if TYPE_CHECKING:
     from grace_bench.models.editable import EditableModel, QueryState

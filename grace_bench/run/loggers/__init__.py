@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from avalanche.logging import BaseLogger
-
+from grace_bench.data.avalanche import BaseLogger
 from grace_bench.results.schema import RunResult
 
 

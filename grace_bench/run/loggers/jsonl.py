@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from avalanche.evaluation.metric_results import MetricValue
 
 from grace_bench.common.files import make_folder, remove, sync_folder, write_atomically, write_synced
+from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.results.schema import PREDICTIONS, RunResult

@@ -3,12 +3,12 @@
 import time
 from typing import Any
 
-from avalanche.evaluation.metric_results import MetricValue
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grace_bench.common.text import visible
+from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.results.schema import EditRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan

@@ -11,17 +11,18 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
 
-from avalanche.evaluation.metric_results import MetricValue
 from pydantic import ValidationError
 
 from grace_bench.common.credentials import without_secrets
 from grace_bench.common.files import write_atomically
 from grace_bench.common.text import on_one_line
 from grace_bench.common.wandb_account import logged_in, quieten
+from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.errors import reason_of
+from grace_bench.errors import first_error, reason_of
 from grace_bench.results.curves import kept_edits, score_by_age
-from grace_bench.results.schema import EditRecord, RunResult, first_error, read_edits
+from grace_bench.results.reading import read_edits
+from grace_bench.results.schema import EditRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
 Mode = Literal["auto", "online", "offline", "disabled"]

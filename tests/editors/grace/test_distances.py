@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from grace_bench import EditRequest, RunSettings, Schedule, run_benchmark
-from grace_bench.data.requests import StreamData
+from grace_bench.data.stream import StreamData
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.results.schema import RunResult, read_edits
+from grace_bench.results.reading import read_edits
+from grace_bench.results.schema import RunResult
 
 Change = Callable[[Sequence[EditRequest]], Sequence[EditRequest]]
 

@@ -54,7 +54,7 @@ def test_the_main_score_follows_the_free_answer_where_the_forced_one_is_nearly_r
     model = make_model("completion", max_new_tokens=8)
     target = "Astana Rome Lima Tenge Euro"
     constructed(model, wrong_at=1, target=target)
-    (item,) = model.task.score(model, [EditRequest(id="1", prompt=PROMPT, target=target)])
+    (item,) = model.score([EditRequest(id="1", prompt=PROMPT, target=target)])
     assert item.text == "Astana Peru Peru Peru Peru Peru Peru Peru", "to the limit, not to the target's length"
     assert item.others["token_accuracy"] == pytest.approx(4 / 5)
     assert item.score == pytest.approx(2 / (8 + 5)), "one shared word of eight and five"
@@ -67,7 +67,7 @@ def test_a_free_answer_does_not_depend_on_the_target_it_is_compared_with(make_mo
         model = make_model(task, max_new_tokens=6)
         targets = ["Rome", "Rome Lima Tenge", "Paris of France in the capital of Peru"]
         texts = {
-            model.task.score(model, [EditRequest(id=target, prompt=PROMPT, target=target)])[0].text
+            model.score([EditRequest(id=target, prompt=PROMPT, target=target)])[0].text
             for target in targets
         }
         assert len(texts) == 1, task
@@ -104,7 +104,7 @@ def test_a_contrast_says_which_answer_is_likelier_a_token(task: str, make_model:
                 expected.append(float(loss(prompt, one) < loss(prompt, other) - 1e-6))
     assert {0.0, 1.0} == set(expected)
     bare = EditRequest(id="bare", prompt=PROMPT, target="Sol")
-    items = model.task.score(model, [bare, *requests])
+    items = model.score([bare, *requests])
     assert "contrast" not in items[0].others
     assert [item.others["contrast"] for item in items[1:]] == expected
     assert model.task.aggregate(items)["contrast"] == pytest.approx(sum(expected) / len(expected))
@@ -116,7 +116,7 @@ def test_a_contrast_that_is_not_two_texts_is_refused_with_its_request(contrast: 
     model = make_model("completion")
     request = EditRequest(id="r7", prompt=PROMPT, target="Sol", metadata={"contrast": contrast})
     with pytest.raises(UserError, match=r"request 'r7': field 'metadata\.contrast'") as caught:
-        model.task.check_targets(model, [request])
+        model.check_targets([request])
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -217,9 +217,9 @@ def test_on_a_cpu_a_batch_that_generates_nothing_holds_at_most_1024_tokens(
     make_model: MakeModel, task: str, is_held: bool
 ) -> None:
     model = make_model(task, batch_size=1000)
-    n = 1024 // model.task.size(model, "Rome", ("Italy",))
+    n = 1024 // model.size("Rome", ("Italy",))
     requests = [EditRequest(id=str(number), prompt="Rome", target="Italy") for number in range(n + 1)]
-    sizes = [len(batch) for batch in model.task.together(model, requests)]
+    sizes = [len(batch) for batch in model.score_batches(requests)]
     assert sizes == ([n, 1] if is_held else [n + 1])
 
 
@@ -248,5 +248,5 @@ def test_an_edit_in_bfloat16_moves_the_answer_and_is_taken_back(
     with make_editor(name, model) as editor:
         editor.edit_text(request.prompt, request.target)
         assert loss() < before
-        assert model.task.score(model, [request])[0].score >= 0
+        assert model.score([request])[0].score >= 0
     assert loss() == before

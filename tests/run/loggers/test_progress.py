@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from grace_bench import RunSettings, Schedule, run_benchmark
-from grace_bench.data.requests import EditStream, StreamData
+from grace_bench.data.stream import EditStream, StreamData
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.run.loggers import RunLogger

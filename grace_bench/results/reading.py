@@ -1,0 +1,149 @@
+"""Finding and reading what runs have left on disk."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from grace_bench.common.files import readable
+from grace_bench.common.text import visible
+from grace_bench.errors import UserError, first_error
+from grace_bench.results.schema import PREDICTIONS, SCHEMA_VERSION, EditRecord, Evaluation, EvaluationLine, RunResult
+
+RESULT_FILE = "result.json"
+_NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
+
+Line = TypeVar("Line", bound=BaseModel)
+
+
+def find_result_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the result files of finished runs, each in its run folder.
+
+    Args:
+        paths: Each a result file, a run folder, or a folder that is searched for runs at any depth. The inside of a run
+            folder and folders whose name begins with a dot are not searched. A file reached twice is named once.
+
+    Returns:
+        The files in the order of `paths`, within a folder by path.
+
+    Raises:
+        UserError: If a path does not exist or holds no result.
+    """
+    files: dict[str, Path] = {}
+    for path in paths:
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = _result_files(path)
+        else:
+            raise UserError(f"{visible(str(path))}: no such file or folder")
+        if not found:
+            raise UserError(f"{visible(str(path))}: holds no finished run (no {RESULT_FILE} in it or below it)")
+        for file in found:
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
+
+
+def read_edits(path: Path) -> dict[str, EditRecord]:
+    """Reads an `edits.jsonl` by request id.
+
+    Raises:
+        UserError: If it is missing or a line is broken, naming file, line and field.
+    """
+    return {record.id: record for record in _read_lines(path, EditRecord)}
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Reads a `metrics.jsonl`, in its order.
+
+    Raises:
+        UserError: If it is missing or a line is broken, naming file, line and field.
+    """
+    return [
+        Evaluation(n_edits=line.n_edits, metrics=line.model_extra or {}) for line in _read_lines(path, EvaluationLine)
+    ]
+
+
+def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]] = ()) -> list[Any]:
+    """Reads rows of a `predictions.parquet`, each as a dictionary of the columns asked for.
+
+    Args:
+        path: The file.
+        columns: The columns to read.
+        filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
+
+    Raises:
+        UserError: If it cannot be read, or a column is missing, of another type, or without values it should have.
+    """
+    try:
+        schema = pq.read_schema(readable(path))
+        for field in PREDICTIONS:
+            if field.name not in schema.names or schema.field(field.name).type != field.type:
+                raise UserError(f"{path}: column '{field.name}' should be {field.type}")
+        table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    for name in _NEVER_NULL:
+        if name in table.column_names and table[name].null_count:
+            raise UserError(f"{path}: column '{name}' has rows without a value")
+    return table.to_pylist()
+
+
+def read_result(path: Path) -> RunResult:
+    """Reads a `result.json`.
+
+    Raises:
+        UserError: If it is missing, broken or of another schema version, naming the file and the field.
+    """
+    try:
+        text = readable(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    try:
+        header = _Header.model_validate_json(text)
+        if header.schema_version != SCHEMA_VERSION:
+            raise UserError(f"{path}: schema version {header.schema_version}, this grace-bench reads {SCHEMA_VERSION}")
+        return RunResult.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error)}") from error
+
+
+class _Header(BaseModel):
+    schema_version: int
+
+
+def _read_lines(path: Path, model: type[Line]) -> list[Line]:
+    try:
+        # Not splitlines, which also breaks at characters that may stand in a text.
+        lines = readable(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not lines[-1]:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(model.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {first_error(error)}") from error
+    return records
+
+
+def _result_files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{visible(str(error.filename))}: {error.strerror}") from error
+
+    found = []
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        if RESULT_FILE in files:
+            found.append(Path(where, RESULT_FILE))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
