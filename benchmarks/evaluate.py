@@ -32,15 +32,16 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditBatch, EditorStrategy
 from grace_bench.editors import Grace
 from grace_bench.editors.ft import FineTune
+from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
 
 CASES = ("anew", "full", "one edit", "a tenth")
 
 
-def score(editor: EditorStrategy, requests: Sequence[EditRequest]) -> list[ItemScore]:
+def score(rescorer: Rescorer, requests: Sequence[EditRequest]) -> list[ItemScore]:
     """Scores the inputs as one evaluation of a run does."""
-    with editor.scorer.evaluation(), torch.no_grad():
-        return editor.scorer.score(requests)
+    with rescorer.evaluation(), torch.no_grad():
+        return rescorer.score(requests)
 
 
 def edit(editor: EditorStrategy, requests: Sequence[EditRequest]) -> None:
@@ -74,6 +75,7 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
     )
     grace, tuned = Grace(model=frozen, n_iter=1, eps_init=1e-3), FineTune(model=rewritten)
     plain_grace, plain_tuned = Grace(model=plain, n_iter=1, eps_init=1e-3), FineTune(model=plain_rewritten)
+    rescorers = {editor: Rescorer(editor) for editor in (grace, tuned, plain_grace, plain_tuned)}
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *CASES)}
     scores: dict[str, list[ItemScore]] = {}
 
@@ -85,19 +87,20 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
 
     def one_round(requests: Sequence[EditRequest]) -> None:
         grace.rollback()
+        rescorers[grace].forget()
         frozen.engine.forget()
-        timed("plain", lambda: score(plain_grace, requests))
-        timed("anew", lambda: score(grace, requests))
+        timed("plain", lambda: score(rescorers[plain_grace], requests))
+        timed("anew", lambda: score(rescorers[grace], requests))
         edit(grace, requests[:1])
-        timed("one edit", lambda: score(grace, requests))
+        timed("one edit", lambda: score(rescorers[grace], requests))
         edit(grace, requests[1::10])
-        timed("a tenth", lambda: score(grace, requests))
+        timed("a tenth", lambda: score(rescorers[grace], requests))
         change_weights(tuned)
-        timed("full", lambda: score(tuned, requests))
+        timed("full", lambda: score(rescorers[tuned], requests))
 
     one_round(size.requests(8, seed=1))
     requests = size.requests(n)
-    score(tuned, requests)
+    score(rescorers[tuned], requests)
     for values in seconds.values():
         values.clear()
     for _ in range(repeats):
@@ -106,9 +109,10 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
         change_weights(plain_tuned)
     differences = {"anew": apart(scores["anew"], scores["plain"])}
     plain_grace.load_state_dict(grace.state_dict())
+    rescorers[plain_grace].forget()
     compared = [number for number in range(len(requests)) if number % 10 in (1, 2)]
     for case, editor in (("full", plain_tuned), ("a tenth", plain_grace)):
-        expected = score(editor, [requests[number] for number in compared])
+        expected = score(rescorers[editor], [requests[number] for number in compared])
         differences[case] = apart([scores[case][number] for number in compared], expected)
     return {"seconds": seconds, "apart": differences, "notes": [*frozen.engine.notes, *rewritten.engine.notes]}
 

@@ -24,7 +24,6 @@ from grace_bench.data.benchmark import EditExperience, EvalExperience
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.failures import ModelModes, RandomState, reason_of_failure, size_failure
 from grace_bench.errors import MISFITS, EditFailure, UserError, first_error
-from grace_bench.evaluation.rescoring import Scorer
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.tasks.base import ItemScore
@@ -186,7 +185,8 @@ class EditorStrategy(BaseTemplate, ABC):
         """The request of that candidate, with all its fields."""
         self.outcome = EditOutcome()
         """What the last edit did."""
-        self.scorer = Scorer(self)
+        self.score_requests: Callable[[Sequence[EditRequest]], list[ItemScore]] = model.score
+        """Scores the requests of an evaluation experience; a run replaces it by one that scores only what changed."""
         self._interceptors: list[Any] = []
         self._is_suspended = False
         self._undo_waiting: Callable[[], None] | None = None
@@ -349,7 +349,6 @@ class EditorStrategy(BaseTemplate, ABC):
     def rollback(self) -> None:
         """Undoes every edit: the model answers as it did before the first one, bit for bit."""
         self.restore_weights()
-        self.scorer.forget()
         self.n_edits = 0
 
     def detach(self) -> None:
@@ -393,7 +392,6 @@ class EditorStrategy(BaseTemplate, ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`."""
         self.n_edits = int(state["n_edits"])
-        self.scorer.forget()
         self._load_weights({name: state[f"weights.{name}"] for name in self._weights()})
 
     def answering_state(self) -> State:
@@ -640,7 +638,7 @@ class EditorStrategy(BaseTemplate, ABC):
         experience = cast(EvalExperience, self.experience)
         # A loop of Avalanche's own evaluates without asking first whether edits wait.
         self._finish_all()
-        self.scores = self.scorer.score(experience.requests)
+        self.scores = self.score_requests(experience.requests)
 
     def _eval_cleanup(self) -> None:
         super()._eval_cleanup()

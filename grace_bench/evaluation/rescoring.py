@@ -6,24 +6,34 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grace_bench.common.state import restored
 from grace_bench.data.requests import EditRequest
-from grace_bench.models.editable import LayerCall
+from grace_bench.editing.strategy import Answered
+from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.tasks.base import ItemScore, contrast_of
-
-if TYPE_CHECKING:
-    from grace_bench.editing.strategy import EditorStrategy
-
 
 # Which entry answers, and how far it is, is asked anew whenever a score is taken up.
 _FIELDS = tuple(
     field.name for field in fields(ItemScore) if field.name not in {"query", "entry", "distance", "contested"}
 )
+
+
+class EditedModel(Protocol):
+    """An editor with its model, as far as rescoring uses it; `EditorStrategy` says what each does."""
+
+    model: EditableModel
+
+    @property
+    def tells_what_changed(self) -> bool:
+        """Whether `answered_by` says what answers a query."""
+
+    def answered_by(self, queries: Tensor) -> Answered | None:
+        """Says what answers (B, D_in) queries."""
 
 
 @dataclass
@@ -39,11 +49,11 @@ class _Known:
     batch: tuple[str, ...]
 
 
-class Scorer:
+class Rescorer:
     """Scores requests with the model as edited so far, asking it again only where its answer may have changed.
 
     What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
-    editor says which entry answers it now (`EditorStrategy.answered_by`). Where that entry, and its value, are those of
+    editor says which entry answers it now (`answered_by`). Where that entry, and its value, are those of
     the last time, so is the answer.
 
     What an evaluation scores again is scored in the batch that it was first scored in, if half of that batch is to be
@@ -52,16 +62,16 @@ class Scorer:
     generated do not start at the layer; their batches are always new.
 
     Args:
-        strategy: The editor.
+        editor: The editor and its model.
     """
 
-    def __init__(self, strategy: "EditorStrategy") -> None:
-        self._strategy = strategy
+    def __init__(self, editor: EditedModel) -> None:
+        self._editor = editor
         self._known: dict[str, _Known] = {}
         self._names: dict[Hashable, str] = {}
         self._keeps_versions = False
         self._with_earlier: list[_Known] = []
-        self.is_incremental = strategy.model.engine.rescores and strategy.tells_what_changed
+        self.is_incremental = editor.model.engine.rescores and editor.tells_what_changed
         """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
         self._reuses_batches = False
         self.n_scored = 0
@@ -70,7 +80,7 @@ class Scorer:
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """One evaluation of every stream: what it asks again and again is computed from where it can change."""
-        model = self._strategy.model
+        model = self._editor.model
         self._reuses_batches = self.is_incremental and not model.task.generates
         try:
             with nullcontext() if self.is_incremental else model.engine.remembering():
@@ -92,7 +102,7 @@ class Scorer:
 
     def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Returns the scores of requests, in their order."""
-        model = self._strategy.model
+        model = self._editor.model
         if not self.is_incremental:
             self.n_scored += len(requests)
             return model.score(requests)
@@ -111,7 +121,7 @@ class Scorer:
     def waits_for_values(self, request: EditRequest) -> bool:
         """Whether a known request is answered by a value that is not trained yet."""
         known = self._known[self._key(request)]
-        answered = self._strategy.answered_by(known.query[None])
+        answered = self._editor.answered_by(known.query[None])
         return answered is not None and any(answered.pending)
 
     def forget(self) -> None:
@@ -136,7 +146,7 @@ class Scorer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`, which may have been JSON in between."""
-        queries = () if state["queries"] is None else state["queries"].to(self._strategy.model.layer_device)
+        queries = () if state["queries"] is None else state["queries"].to(self._editor.model.layer_device)
         columns = [state["items"][name] for name in _FIELDS]
         keys = state["requests"]
         batches = [tuple(keys[number] for number in batch) for batch in state["batches"]]
@@ -158,7 +168,7 @@ class Scorer:
         kept = [key for key in dict.fromkeys(keys) if key in self._known]
         if not kept:
             return {}
-        answered = self._strategy.answered_by(torch.stack([self._known[key].query for key in kept]))
+        answered = self._editor.answered_by(torch.stack([self._known[key].query for key in kept]))
         if answered is None:
             return {}
         found = {}
@@ -181,7 +191,7 @@ class Scorer:
             (rest if all(key in self._known for key in batch) else first).append(batch)
         self.n_scored += len(stale)
         items: dict[str, ItemScore] = {}
-        model = self._strategy.model
+        model = self._editor.model
         handle = model.intercept(_note_query, first=True)
         try:
             with model.engine.remembering(drops_unused=False) if self._reuses_batches else nullcontext():
@@ -196,7 +206,7 @@ class Scorer:
         if kept:
             batches = {key: batch for batch in first for key in batch}
             queries = [item.query for item in kept.values() if item.query is not None]
-            answered = self._strategy.answered_by(torch.stack(queries))
+            answered = self._editor.answered_by(torch.stack(queries))
             if answered is not None:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
                     before = self._known.get(key)
@@ -208,7 +218,7 @@ class Scorer:
         return scored
 
     def _score_batch(self, batch: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterable[tuple[str, ItemScore]]:
-        model = self._strategy.model
+        model = self._editor.model
         return zip(batch, model.score_batch([asked[key] for key in batch]), strict=True)
 
     def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
@@ -224,7 +234,7 @@ class Scorer:
                 yield batch
 
     def _together(self, keys: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
-        model = self._strategy.model
+        model = self._editor.model
         for chunk in model.score_batches([asked[key] for key in keys]):
             yield tuple(keys[i] for i in chunk)
 

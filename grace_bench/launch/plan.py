@@ -302,13 +302,13 @@ class _Trial(Run):
             return
         self.settle()
         self._evaluate_timed()
-        if not self.strategy.n_edits or self.strategy.scorer.is_incremental:
+        if not self.strategy.n_edits or self.rescorer.is_incremental:
             # The second time shows what is kept.
             self.position.last_evaluation = None
             self._evaluate_timed()
 
     def _evaluate_timed(self) -> None:
-        scorer, inner = self.strategy.scorer, self.position.eval_seconds
+        scorer, inner = self.rescorer, self.position.eval_seconds
         n_scored, started = scorer.n_scored, time.perf_counter()
         super().evaluate()
         self.timed.append(
@@ -382,7 +382,7 @@ class _Count(Run):
         """Walks through the schedule."""
         self.run()
         n_edits, n_candidates = self.strategy.n_edits, self.position.index
-        incremental = self.strategy.scorer.is_incremental
+        incremental = self.rescorer.is_incremental
         scored = n_candidates + n_edits
         return Counts(
             asked=self._n_asked,
@@ -398,7 +398,7 @@ class _Count(Run):
         streams = {stream.name: stream[0].requests for stream in self._eval_streams(self._due_now())}
         fresh = known = Work()
         for name, requests in streams.items():
-            if self.strategy.scorer.is_incremental:
+            if self.rescorer.is_incremental:
                 seen = self._scored.setdefault(name, set())
                 new = [request for request in requests if request.id not in seen and name != "edited"]
                 seen.update(request.id for request in requests)
@@ -549,6 +549,10 @@ class _Planner:
             n_edits = larger
             self._try(n_scored, n_edits)
 
+    @property
+    def _is_incremental(self) -> bool:
+        return self.trials[-1].rescorer.is_incremental
+
     def _seconds_an_edit(self) -> float:
         last = self._edited
         return (last.edit_seconds + last.candidate_seconds) / max(1, last.n_edits)
@@ -612,7 +616,7 @@ class _Planner:
 
     def _phases(self, counts: Counts) -> list[Phase]:
         last = self._edited
-        incremental = self.strategy.scorer.is_incremental
+        incremental = self._is_incremental
         first, *later = counts.evaluations
         cold = self._cold()
         if incremental:
@@ -710,7 +714,7 @@ class _Planner:
         sampled = max(trial.timed[0].work.requests for trial in self.trials)
         growth = float(_ROW_BYTES * most)
         growth += 4 * max(0, strategy.max_extra_parameters(counts.edits) - strategy.max_extra_parameters(last.n_edits))
-        if strategy.scorer.is_incremental:
+        if self._is_incremental:
             growth += _SCORE_BYTES * (most + counts.candidates)
         if sampled:
             kept = strategy.model.engine.kept_bytes

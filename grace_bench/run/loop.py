@@ -21,6 +21,7 @@ from grace_bench.data.benchmark import EditBenchmark, eval_stream, fill_targets,
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy, EditOutcome
 from grace_bench.errors import EditFailure, RunFailure
+from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.results.schema import LONGEST_TEXT, Cost, EditRecord
 
@@ -128,6 +129,8 @@ class Run:
         progress: Progress | None = None,
     ) -> None:
         self.strategy = strategy
+        self.rescorer = Rescorer(strategy)
+        strategy.score_requests = self.rescorer.score
         self.schedule = schedule
         self.strict = strict
         self.stopped: str | None = None
@@ -220,7 +223,7 @@ class Run:
             "position": copied(vars(self.position)),
             "pending": [_pending_state(pending) for pending in self._pending if isinstance(pending, Pending)],
             "due": [[place, vars(one)] for place, one in enumerate(self._pending) if isinstance(one, Due)],
-            "scores": self.strategy.scorer.state_dict(),
+            "scores": self.rescorer.state_dict(),
             "engine": self.strategy.model.engine.state_dict(),
             "before": dict(self.before),
             "unedited": None if self._unedited is None else dict(self._unedited),
@@ -239,7 +242,7 @@ class Run:
         self._pending = [self._pending_of(pending) for pending in state["pending"]]
         for place, due in state["due"]:
             self._pending.insert(place, restored(Due, due))
-        self.strategy.scorer.load_state_dict(state["scores"])
+        self.rescorer.load_state_dict(state["scores"])
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["unedited"] is not None:
@@ -330,12 +333,12 @@ class Run:
 
     def _depends_on_pending(self, request: EditRequest) -> bool:
         """Whether a candidate can be scored only when the edits before it are finished."""
-        scorer = self.strategy.scorer
+        scorer = self.rescorer
         return scorer.is_incremental and (not scorer.knows(request) or scorer.waits_for_values(request))
 
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
         """Scores a candidate as edited so far, and with it those that come next, which edits before seldom reach."""
-        scorer, together = self.strategy.scorer, [request]
+        scorer, together = self.rescorer, [request]
         if scorer.is_incremental and not scorer.knows(request):
             together = [*self.benchmark.data.edits[index : index + self._n_ahead()]]
         with self._scoring():
@@ -355,7 +358,7 @@ class Run:
         waiting, self._pending = self._pending, []
         edits = [one for one in waiting if isinstance(one, Pending) and one.outcome is not None]
         due = [one for one in waiting if isinstance(one, Due)]
-        with self.strategy.scorer.keeping_versions():
+        with self.rescorer.keeping_versions():
             after = self._score_after(edits, due)
             for one in waiting:
                 with self._as_of(one.n_edits):
@@ -372,7 +375,7 @@ class Run:
 
     def _score_after(self, edits: Sequence[Pending], due: Sequence[Due]) -> dict[int, ItemScore]:
         """Scores requests as of their edits, by index, and with them what evaluations that are due will ask for."""
-        scorer, requests = self.strategy.scorer, [pending.request for pending in edits]
+        scorer, requests = self.rescorer, [pending.request for pending in edits]
         together = [*requests]
         if len(due) > 1:
             # All of it as it is now, when few answers are others than when they were due.
@@ -404,7 +407,7 @@ class Run:
     def _carry_out(self, due: Due) -> None:
         """Scores every evaluation stream."""
         started = time.perf_counter()
-        with self.strategy.scorer.evaluation():
+        with self.rescorer.evaluation():
             self.strategy.eval([experience for stream in self._eval_streams(due) for experience in stream])
         self.position.eval_seconds += time.perf_counter() - started
         self.position.last_evaluation = due.n_edits

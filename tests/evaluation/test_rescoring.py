@@ -16,6 +16,7 @@ from grace_bench.data.benchmark import EditExperience, eval_stream
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditBatch
 from grace_bench.editors.grace import Grace
+from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.engine.engine import EngineName, ExactEngine
 from grace_bench.models.tasks.base import ItemScore
@@ -95,14 +96,15 @@ def test_a_second_evaluation_without_an_edit_asks_the_model_nothing(
     passes: list[int] = []
     model.module.get_encoder().register_forward_hook(lambda *_: passes.append(1))  # type: ignore[operator]
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        first = editor.scorer.score(requests)
+        rescorer = Rescorer(editor)
+        first = rescorer.score(requests)
         assert passes
         passes.clear()
-        assert editor.scorer.score(requests) == first
+        assert rescorer.score(requests) == first
         assert not passes
         editor.edit_text(requests[0].prompt, requests[0].target)
         passes.clear()
-        again = editor.scorer.score(requests)
+        again = rescorer.score(requests)
         n_asked = len(passes)
         assert [item.entry for item in again] == [0, *[-1] * (len(requests) - 1)]
         fresh = model.score(requests)
@@ -116,9 +118,9 @@ BEFORE_THE_LAYER = {
 }
 
 
-def evaluate(editor: Grace, requests: Sequence[EditRequest]) -> list[ItemScore]:
-    with editor.scorer.evaluation():
-        return editor.scorer.score(requests)
+def evaluate(rescorer: Rescorer, requests: Sequence[EditRequest]) -> list[ItemScore]:
+    with rescorer.evaluation():
+        return rescorer.score(requests)
 
 
 @pytest.mark.parametrize("task", BEFORE_THE_LAYER)
@@ -127,12 +129,13 @@ def test_what_an_evaluation_scores_again_starts_at_the_layer(
 ) -> None:
     model, requests = make_model(task), make_requests(task)
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        evaluate(editor, requests)
+        rescorer = Rescorer(editor)
+        evaluate(rescorer, requests)
         for request in requests[:4]:
             editor.edit(_batch(model, request))
         editor.flush()
         with calls_of(model, BEFORE_THE_LAYER[task]) as early:
-            again = evaluate(editor, requests)
+            again = evaluate(rescorer, requests)
         assert not early
         assert {item.entry for item in again} == {-1, 0, 1, 2, 3}
         assert again == model.score(requests)
@@ -161,17 +164,18 @@ def test_scores_depend_neither_on_memory_nor_on_an_interruption(
 
         model.task.score_batch = note  # type: ignore[method-assign]
         with Grace(model=model, n_iter=5, lr=0.3, eps_init=0.3) as editor:
+            rescorer = Rescorer(editor)
             for edited, asked in steps:
                 for number in edited:
                     editor.edit(_batch(model, requests[number]))
                 editor.flush()
                 chosen = [requests[number] for number in asked]
-                told.append(evaluate(editor, chosen) if len(chosen) > 1 else editor.scorer.score(chosen))
+                told.append(evaluate(rescorer, chosen) if len(chosen) > 1 else rescorer.score(chosen))
                 told.append([*batches])
                 if is_interrupted:
-                    state = editor.scorer.state_dict()
+                    state = rescorer.state_dict()
                     queries = state.pop("queries")
-                    editor.scorer.load_state_dict({**json.loads(json.dumps(state)), "queries": queries})
+                    rescorer.load_state_dict({**json.loads(json.dumps(state)), "queries": queries})
                     model.engine.forget()
             return told, model.engine.kept_bytes
 
@@ -197,12 +201,13 @@ def test_few_of_a_batch_are_scored_again_without_the_rest_of_it(
         return call.output
 
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        evaluate(editor, requests)
+        rescorer = Rescorer(editor)
+        evaluate(rescorer, requests)
         for _ in range(2):
             for request in requests[:n_edited]:
                 editor.edit_text(request.prompt, request.target)
             handle, n_rows = model.intercept(count), 0
-            again = evaluate(editor, requests)
+            again = evaluate(rescorer, requests)
             handle.remove()
             assert n_rows == n_asked
             assert [item.entry for item in again] == [*range(n_edited), *[-1] * (len(requests) - n_edited)]
@@ -219,24 +224,26 @@ def test_a_batch_of_the_last_time_that_holds_too_much_for_now_is_made_anew(
         return call.output
 
     with Grace(model=model, n_iter=5, eps_init=1e-3) as editor:
-        evaluate(editor, requests)
+        rescorer = Rescorer(editor)
+        evaluate(rescorer, requests)
         for request in requests:
             editor.edit_text(request.prompt, request.target)
         model.task.batch_size = 2
         model.intercept(note)
-        evaluate(editor, requests)
+        evaluate(rescorer, requests)
     assert sizes == [2, 2, 2]
 
 
 def test_avalanche_evaluates_edits_that_waited_as_finished(make_model: MakeModel, make_requests: MakeRequests) -> None:
     model, requests = make_model("qa"), make_requests("qa")[:2]
     with Grace(model=model, n_iter=60, lr=0.3, eps_init=1e-3) as editor:
+        rescorer = Rescorer(editor)
         for request in requests:
             editor.train(EditExperience(request), eval_streams=[])
         assert editor.n_pending == 2
         editor.eval([*eval_stream("edited", requests)])
         assert not editor.n_pending
-        assert editor.scorer.score(requests) == model.score(requests)
+        assert rescorer.score(requests) == model.score(requests)
 
 
 def _batch(model: EditableModel, request: EditRequest) -> EditBatch:
