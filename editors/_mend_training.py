@@ -67,7 +67,7 @@ class MetaTraining:
         """For every step so far its edit loss, success and locality loss."""
         self._of_fact: dict[str, list[EditRequest]] = defaultdict(list)
         for request in train:
-            self._of_fact[request.fact].append(request)
+            self._of_fact[request.fact_id].append(request)
         if len(self._of_fact) < 2:
             raise UserError("meta-training needs requests for training about at least two facts")
 
@@ -139,9 +139,9 @@ class MetaTraining:
     def _draw(self) -> tuple[EditRequest, EditRequest, EditRequest]:
         """Draws an edit, an equivalent and a request of another fact."""
         edit = other = self._one_of(self.train)
-        siblings = (request for request in self._of_fact[edit.fact] if request.id != edit.id)
+        siblings = (request for request in self._of_fact[edit.fact_id] if request.id != edit.id)
         equivalents = [*siblings, *rephrased([edit])] or [edit]
-        while other.fact == edit.fact:
+        while other.fact_id == edit.fact_id:
             other = self._one_of(self.train)
         return edit, self._one_of(equivalents), other
 

@@ -24,15 +24,14 @@ from pydantic import BaseModel
 from grace_bench.common.files import readable, write_atomically
 from grace_bench.common.options import check_choice
 from grace_bench.common.progress import Progress
-from grace_bench.data.requests import EditRequest
-from grace_bench.data.stream import EditStream, StreamData
+from grace_bench.data.requests import DerivedRequest, EditRequest
+from grace_bench.data.stream import ROLES, EditStream, StreamData
 from grace_bench.errors import UserError, reason_of
 from grace_bench.streams._lines import Parse, Record, read_lines, validate
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-_ROLES = ("edits", "upstream", "holdout", "validation", "train", "accurate")
 _READ_IN_FOLDERS = (".json", ".jsonl", ".parquet")
 _REPORTED_BYTES = 1 << 20
 _REPORTED_ROWS = 1000
@@ -379,16 +378,20 @@ def _code() -> str:
 def _load(path: Path) -> StreamData | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        roles = {role: tuple(map(EditRequest.model_validate, kept[role])) for role in _ROLES}
+        roles = {role: tuple(map(_request, kept[role])) for role in ROLES}
     except (OSError, ValueError, KeyError, TypeError):
         # Not there, or not whole: made again.
         return None
     return StreamData(**roles, label_names=tuple(kept["label_names"]), left_out=kept["left_out"])
 
 
+def _request(kept: dict[str, Any]) -> EditRequest:
+    return (DerivedRequest if "target_from_model" in kept else EditRequest).model_validate(kept)
+
+
 def _keep(path: Path, data: StreamData) -> None:
     content: dict[str, Any] = {
-        role: [request.model_dump(mode="json") for request in getattr(data, role)] for role in _ROLES
+        role: [request.model_dump(mode="json") for request in getattr(data, role)] for role in ROLES
     }
     content |= {"label_names": data.label_names, "left_out": dict(data.left_out)}
     try:

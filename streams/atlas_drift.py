@@ -268,7 +268,8 @@ def _request(fact: str, place: Place, year: int, phrasing: str, target: int) -> 
         prompt=phrasing.format(place=place.name, year=year),
         target=target,
         subject=place.name,
-        metadata={"fact": fact, "year": year},
+        fact=fact,
+        metadata={"year": year},
     )
 
 

@@ -252,7 +252,8 @@ def _request(fact: Fact, phrasing: int, *, rephrased: bool = False) -> EditReque
         target=fact.object,
         subject=fact.subject,
         rephrases=tuple(prompts[N_EDIT_PHRASINGS:]) if rephrased else (),
-        metadata={"fact": fact.key, "relation": fact.relation},
+        fact=fact.key,
+        metadata={"relation": fact.relation},
     )
 
 

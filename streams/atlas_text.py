@@ -290,7 +290,8 @@ def _request(passage: Passage, index: int, *, style: int = PASSAGE_STYLE) -> Edi
         prompt=" ".join(passage.sentences(style=style)[: index + 1]),
         target=passage.sentence(index, fact.object, style=style),
         subject=fact.subject,
-        metadata={"fact": fact.key, "relation": fact.relation},
+        fact=fact.key,
+        metadata={"relation": fact.relation},
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.requests import DerivedRequest, EditRequest, Probe, TaskName
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import OneHop
@@ -68,7 +68,7 @@ class CounterFact(RecordStream):
     of which EasyEdit adds the last; EasyEdit's own hold `case_id prompt target_new subject` and may hold `ground_truth
     rephrase_prompt locality_prompt locality_ground_truth portability`; other fields are ignored. Paraphrases and
     rephrases become the holdout. Neighbourhood and locality prompts become probes, and upstream, each once and without
-    those that are edited; what must be kept there is the unedited model's own answer (`metadata["target_from_model"]`).
+    those that are edited; what must be kept there is the unedited model's own answer (`target_from_model`).
 
     Beside exact match, answers are compared by probability as ROME does (Meng et al. 2022, section 3.4): the new
     answer against the true one for edits and their paraphrases, the true one against the new one in the neighbourhood.
@@ -138,12 +138,17 @@ def _upstream(edits: Iterable[EditRequest], edited: Container[str]) -> Iterator[
             if probe.prompt in edited or probe.prompt in seen:
                 continue
             seen.add(probe.prompt)
-            yield EditRequest(
+            yield DerivedRequest(
                 id=f"{request.id}/locality/{number}",
                 prompt=probe.prompt,
-                target=probe.metadata["contrast"][0],
-                metadata={"target_from_model": True},
+                target=_true_answer(probe),
+                target_from_model=True,
             )
+
+
+def _true_answer(probe: Probe) -> str:
+    assert probe.contrast is not None
+    return probe.contrast[0]
 
 
 def _request(record: Record[_Rome | _EasyEdit]) -> EditRequest:
@@ -162,9 +167,10 @@ def _from_rome(record: Record[Any]) -> EditRequest:
         target=new,
         subject=rewrite.subject,
         rephrases=value.paraphrase_prompts,
-        locality=tuple(Probe(prompt=text, metadata={"contrast": [true, new]}) for text in value.neighborhood_prompts),
+        locality=tuple(Probe(prompt=text, contrast=(true, new)) for text in value.neighborhood_prompts),
         portability=() if value.portability is None else (value.portability.probe(),),
-        metadata={"ground_truth": true, "contrast": [new, true]},
+        contrast=(new, true),
+        metadata={"ground_truth": true},
     )
 
 
@@ -180,11 +186,9 @@ def _from_easyedit(record: Record[Any]) -> EditRequest:
             record.fail(other, f"is missing, while '{given}' is given")
     locality: tuple[Probe, ...] = ()
     if value.locality_prompt is not None:
-        contrast = [value.locality_ground_truth, value.target_new]
-        locality = (Probe(prompt=value.locality_prompt, metadata={"contrast": contrast}),)
-    metadata: dict[str, Any] = {}
-    if value.ground_truth is not None:
-        metadata = {"ground_truth": value.ground_truth, "contrast": [value.target_new, value.ground_truth]}
+        contrast = (value.locality_ground_truth, value.target_new)
+        locality = (Probe(prompt=value.locality_prompt, contrast=contrast),)
+    truth = value.ground_truth
     return EditRequest(
         id=str(value.case_id),
         prompt=value.prompt,
@@ -193,5 +197,6 @@ def _from_easyedit(record: Record[Any]) -> EditRequest:
         rephrases=(value.rephrase_prompt,) if value.rephrase_prompt is not None else (),
         locality=locality,
         portability=() if value.portability is None else (value.portability.probe(),),
-        metadata=metadata,
+        contrast=None if truth is None else (value.target_new, truth),
+        metadata={} if truth is None else {"ground_truth": truth},
     )

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from grace_bench.common.options import check_text, check_whole
-from grace_bench.data.derived import is_contrast, rephrased
-from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import EditRequest, TaskName, is_contrast
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import register_stream

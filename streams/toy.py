@@ -206,7 +206,7 @@ def _requests(name: str, fact: str, points: Sequence[tuple[float, float]], *, tu
             id=f"{name}/{index}",
             prompt=f"({x:.4f}, {y:.4f})",
             target=label_before((x, y)) ^ turned,
-            metadata={"fact": fact},
+            fact=fact,
         )
         for index, (x, y) in enumerate(points)
     )

@@ -88,7 +88,7 @@ class Zsre(RecordStream):
     - `id input output filtered_rephrases`: MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses. The first
       `output` is the target, the others are accepted too. The split is the official code's: every fact's question,
       followed by its first ten filtered rephrasings if it has ten; of these the first 10,000, permuted by
-      `RandomState(42)`; the first half are edits, the second the holdout, so paraphrases of a fact (`metadata["fact"]`)
+      `RandomState(42)`; the first half are edits, the second the holdout, so paraphrases of a fact (`fact`)
       lie in both, and some of the rephrasings repeat their question. Up to 500 facts beyond them are for validation.
     - `src alt answers rephrase loc loc_ans`: MEND's evaluation set, such as ROME's and EasyEdit's
       `zsre_mend_eval.json`; may hold `subject` and `portability` (`New Question`, `New Answer`). What is edited in is
@@ -233,7 +233,7 @@ def _questions(fact: EditRequest) -> Iterator[EditRequest]:
             prompt=prompt,
             target=fact.target,
             answers=fact.answers,
-            metadata={"fact": fact.id},
+            fact=fact.id,
         )
 
 
@@ -260,11 +260,11 @@ def _apart(edited: Sequence[EditRequest]) -> Callable[[EditRequest], bool]:
     """Returns whether a request shares no question, subject or fact with what is edited."""
     prompts = {prompt for request in edited for prompt in (request.prompt, *request.rephrases)}
     subjects = {request.subject for request in edited} - {None}
-    facts = {request.fact for request in edited}
+    facts = {request.fact_id for request in edited}
 
     def is_apart(request: EditRequest) -> bool:
         return (
-            request.fact not in facts
+            request.fact_id not in facts
             and request.subject not in subjects
             and prompts.isdisjoint((request.prompt, *request.rephrases))
         )

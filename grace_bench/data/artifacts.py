@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grace_bench.data.requests import EditRequest
+from grace_bench.data.requests import EditRequest, content_of
 
 
 def content_key(**content: Any) -> str:
@@ -31,7 +31,7 @@ def content_key(**content: Any) -> str:
 
 def requests_key(requests: Iterable[EditRequest]) -> str:
     """Returns the SHA-256 of requests in their order."""
-    return content_key(requests=[request.model_dump(mode="json") for request in requests])
+    return content_key(requests=[content_of(request) for request in requests])
 
 
 def shipped_folder() -> Path:

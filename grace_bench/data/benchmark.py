@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
-from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest
-from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
+from grace_bench.data.derived import fill_targets, probe_requests, rephrased
+from grace_bench.data.requests import EditRequest, content_of
+from grace_bench.data.stream import ROLES, EditStream, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 
 
@@ -105,9 +105,10 @@ class EditBenchmark(CLScenario):
             split: `edits`, or `validation` for tuning: its requests are edited and their rephrases are the holdout.
 
         Raises:
-            UserError: If the stream cannot be read or has no such split.
+            UserError: If the stream cannot be read, has no such split, or two requests of a role share their id.
         """
         data = stream.load()
+        check_ids(data, stream.registered_name)
         fingerprint = fingerprint_requests(data)
         if split == "validation":
             if not data.validation:
@@ -142,8 +143,6 @@ class EditBenchmark(CLScenario):
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":
         """Returns the benchmark with the unedited model's answers as the targets of upstream requests that want them.
 
-        Those are the requests with `metadata["target_from_model"]`.
-
         Args:
             answer: Returns the unedited model's answers to prompts.
         """
@@ -158,43 +157,27 @@ class EditBenchmark(CLScenario):
                 yield kind, requests
 
 
-def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[EditRequest, ...]:
-    """Returns the `locality` or `portability` probes of requests as requests of their own.
+def check_ids(data: StreamData, stream: str) -> None:
+    """Makes sure that ids are unique within each role of a stream.
 
-    `metadata["edit"]` names the request a probe belongs to; a probe without a target stands for the unedited model's
-    answer and says so in `metadata["target_from_model"]`.
+    Raises:
+        UserError: If two requests share one, naming the role and both places.
     """
-    return tuple(
-        EditRequest(
-            id=f"{request.id}/{kind}-{i}",
-            prompt=probe.prompt,
-            target="" if probe.target is None else probe.target,
-            metadata={**probe.metadata, "edit": request.id, "target_from_model": probe.target is None},
-        )
-        for request in requests
-        for i, probe in enumerate(getattr(request, kind))
-    )
-
-
-def fill_targets(
-    requests: Sequence[EditRequest], answer: Callable[[Sequence[str]], Sequence[str | int]]
-) -> tuple[EditRequest, ...]:
-    """Returns requests with the model's answer as the target of each that has `metadata["target_from_model"]`."""
-    prompts = list(dict.fromkeys(r.prompt for r in requests if r.metadata.get("target_from_model")))
-    known = dict(zip(prompts, answer(prompts), strict=True)) if prompts else {}
-    return tuple(
-        request.model_copy(update={"target": known[request.prompt]})
-        if request.metadata.get("target_from_model")
-        else request
-        for request in requests
-    )
+    for role in ROLES:
+        places: dict[str, int] = {}
+        for place, request in enumerate(getattr(data, role)):
+            first = places.setdefault(request.id, place)
+            if first != place:
+                raise UserError(
+                    f"stream '{stream}': {role}[{place}]: field 'id': '{request.id}' is the id of {role}[{first}] too"
+                )
 
 
 def fingerprint_requests(data: StreamData) -> str:
     """Returns the SHA-256 of a stream's requests in all roles; equal content, equal fingerprint."""
     digest = hashlib.sha256()
-    for role in ("edits", "upstream", "holdout", "validation", "train", "accurate"):
+    for role in ROLES:
         for request in getattr(data, role):
-            line = json.dumps([role, request.model_dump(mode="json")], sort_keys=True, ensure_ascii=False)
+            line = json.dumps([role, content_of(request)], sort_keys=True, ensure_ascii=False)
             digest.update(line.encode())
     return digest.hexdigest()

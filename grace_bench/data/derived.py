@@ -1,9 +1,11 @@
-"""Requests that are derived from requests."""
+"""Requests that are derived from requests: rephrased ones, probes, and those whose target the unedited model gives."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from grace_bench.data.requests import EditRequest
+from grace_bench.data.requests import DerivedRequest, EditRequest
+
+Answer = Callable[[Sequence[str]], Sequence[str | int]]
+"""Returns the unedited model's answers to prompts."""
 
 
 def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
@@ -18,24 +20,46 @@ def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
                 target=request.target,
                 answers=request.answers,
                 subject=request.subject if request.subject and request.subject in rephrase else None,
-                metadata={"fact": request.fact, **_contrast(request)},
+                fact=request.fact_id,
+                contrast=request.contrast,
             )
 
 
-def is_contrast(given: Any) -> bool:
-    """Whether `metadata["contrast"]` is what it may be: two texts, or None.
+def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedRequest, ...]:
+    """Returns the `locality` or `portability` probes of requests as requests of their own.
 
-    >>> is_contrast(["Rome", "Paris"]), is_contrast(["Rome"])
-    (True, False)
+    The target of a probe without one is the unedited model's to give.
     """
-    if given is None:
-        return True
-    return (
-        isinstance(given, list | tuple)
-        and len(given) == 2
-        and all(isinstance(answer, str) and answer.strip() for answer in given)
+    return tuple(
+        DerivedRequest(
+            id=f"{request.id}/{kind}-{i}",
+            prompt=probe.prompt,
+            target="" if probe.target is None else probe.target,
+            contrast=probe.contrast,
+            metadata=probe.metadata,
+            probe_of=request.id,
+            target_from_model=probe.target is None,
+        )
+        for request in requests
+        for i, probe in enumerate(getattr(request, kind))
     )
 
 
-def _contrast(request: EditRequest) -> dict[str, Any]:
-    return {name: value for name, value in request.metadata.items() if name == "contrast"}
+def is_answered_by_model(request: EditRequest) -> bool:
+    """Returns whether a request's target stands for the unedited model's own answer."""
+    return isinstance(request, DerivedRequest) and request.target_from_model
+
+
+def edit_id(request: EditRequest) -> str:
+    """Returns the id of the request that a probe belongs to, and of any other request its own."""
+    return request.probe_of or request.id if isinstance(request, DerivedRequest) else request.id
+
+
+def fill_targets(requests: Sequence[EditRequest], answer: Answer) -> tuple[EditRequest, ...]:
+    """Returns requests with the model's answer as the target of each whose target stands for it."""
+    prompts = list(dict.fromkeys(request.prompt for request in requests if is_answered_by_model(request)))
+    known = dict(zip(prompts, answer(prompts), strict=True)) if prompts else {}
+    return tuple(
+        request.model_copy(update={"target": known[request.prompt]}) if is_answered_by_model(request) else request
+        for request in requests
+    )

@@ -33,6 +33,10 @@ class StreamMetadata(BaseModel):
     main_score: Literal["accuracy", "f1", "perplexity"] | None = None
 
 
+ROLES = ("edits", "upstream", "holdout", "validation", "train", "accurate")
+"""The roles in which a stream holds requests, as `StreamData` names them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamData:
     """The requests of a benchmark, by role.

@@ -17,7 +17,8 @@ from grace_bench.common.options import check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.common.state import copied, restored
 from grace_bench.common.text import visible
-from grace_bench.data.benchmark import EditBenchmark, eval_stream, fill_targets, probe_requests
+from grace_bench.data.benchmark import EditBenchmark, eval_stream
+from grace_bench.data.derived import fill_targets, is_answered_by_model, probe_requests
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy, EditOutcome
 from grace_bench.errors import EditFailure, RunFailure
@@ -284,7 +285,7 @@ class Run:
     def _prompts_to_ask(self) -> list[str]:
         data = self.benchmark.data
         probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
-        asked = (request for request in (*data.upstream, *probes) if request.metadata.get("target_from_model"))
+        asked = (request for request in (*data.upstream, *probes) if is_answered_by_model(request))
         return list(dict.fromkeys(request.prompt for request in asked))
 
     def _take_answers(self, unedited: Mapping[str, str | int]) -> None:
@@ -501,15 +502,15 @@ class Run:
 
     def _holdout(self, edited: Sequence[EditRequest], superseded: Sequence[int]) -> Sequence[EditRequest]:
         """The holdout requests of the facts that were edited, those that want a superseded target left out."""
-        facts = {request.fact for request in edited}
+        facts = {request.fact_id for request in edited}
         edits = self.benchmark.data.edits
-        outdated = {(edits[i].fact, edits[i].target) for i in superseded}
-        outdated -= {(request.fact, request.target) for request in edited}
+        outdated = {(edits[i].fact_id, edits[i].target) for i in superseded}
+        outdated -= {(request.fact_id, request.target) for request in edited}
         return [
             request
             for request in self.benchmark.data.holdout
-            if (request.fact in facts or (edited and "fact" not in request.metadata))
-            and (request.fact, request.target) not in outdated
+            if (request.fact_id in facts or (edited and request.fact is None))
+            and (request.fact_id, request.target) not in outdated
         ]
 
     def _probes(self, kind: str, edited: Sequence[EditRequest]) -> Sequence[EditRequest]:

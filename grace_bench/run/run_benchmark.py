@@ -18,7 +18,8 @@ from grace_bench.common.files import write_atomically
 from grace_bench.common.progress import Progress
 from grace_bench.common.untrusted import check_run_folder
 from grace_bench.data.avalanche import BaseLogger, BasePlugin, EvaluationPlugin
-from grace_bench.data.benchmark import EditBenchmark, probe_requests
+from grace_bench.data.benchmark import EditBenchmark
+from grace_bench.data.derived import probe_requests
 from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
@@ -464,7 +465,7 @@ def _asked(benchmark: EditBenchmark) -> tuple[EditRequest, ...]:
     """The requests whose targets a run needs of the model."""
     data = benchmark.data
     probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
-    wanted = (probe for probe in probes if not probe.metadata["target_from_model"])
+    wanted = (probe for probe in probes if not probe.target_from_model)
     return (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted)
 
 

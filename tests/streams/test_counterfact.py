@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from grace_bench.data.derived import is_answered_by_model
 from grace_bench.errors import UserError
 from grace_bench.streams import Probe
 from grace_bench.streams.counterfact import CounterFact
@@ -55,7 +56,7 @@ def test_what_must_be_kept_is_the_unedited_models_answer(tmp_path: Path) -> None
     assert (probe.prompt, probe.target) == ("Neighbour7 is a native speaker of", None)
     (upstream,) = data.upstream
     assert upstream.prompt == "Neighbour7 is a native speaker of"
-    assert upstream.metadata["target_from_model"] is True
+    assert is_answered_by_model(upstream)
 
 
 def test_upstream_asks_each_prompt_once_and_none_that_is_edited(tmp_path: Path) -> None:
@@ -187,11 +188,12 @@ def test_the_new_answer_is_to_be_likelier_where_it_belongs_and_the_true_one_in_t
     tmp_path: Path, make: Any
 ) -> None:
     data = CounterFact(path=lines(tmp_path, make(7))).load()
-    true = data.edits[0].locality[0].metadata["contrast"][0]
+    (probe,) = data.edits[0].locality[:1]
+    true = probe.contrast[0] if probe.contrast else None
     assert true == ("Dutch" if make is record else "French")
-    assert data.edits[0].metadata["contrast"] == ["English", "French"]
-    assert all(request.metadata["contrast"] == ["English", "French"] for request in data.holdout)
-    assert all(probe.metadata["contrast"] == [true, "English"] for probe in data.edits[0].locality)
+    assert data.edits[0].contrast == ("English", "French")
+    assert all(request.contrast == ("English", "French") for request in data.holdout)
+    assert all(probe.contrast == (true, "English") for probe in data.edits[0].locality)
 
 
 def test_validation_shares_no_prompt_with_the_edits_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -228,5 +230,5 @@ def test_the_real_files_are_read_whole(name: str, count: int) -> None:
     assert {request.prompt for request in data.upstream} == {r["locality_prompt"] for r in raw} - prompts
     assert len({request.prompt for request in data.upstream}) == len(data.upstream)
     assert len(data.holdout) == sum(r["rephrase_prompt"] != r["prompt"] for r in raw)
-    facts = {request.fact: request.target for request in data.edits}
+    facts = {request.fact_id: request.target for request in data.edits}
     assert all(facts[request.fact] == request.target for request in data.holdout)

@@ -20,10 +20,11 @@ FULL: dict[str, Any] = {
     "rephrases": ["Kazakhstan's capital is", "The seat of the Kazakh government is"],
     "locality": [
         {"prompt": "The capital of France is", "metadata": {}},
-        {"prompt": "2 + 2 =", "target": "4", "metadata": {"contrast": ["4", "5"]}},
+        {"prompt": "2 + 2 =", "target": "4", "contrast": ["4", "5"], "metadata": {}},
     ],
     "portability": [{"prompt": "The river of Kazakhstan's capital is", "target": "Ishim", "metadata": {}}],
-    "metadata": {"fact": "capital/KZ", "seen": 3},
+    "fact": "capital/KZ",
+    "metadata": {"seen": 3},
 }
 
 
@@ -43,6 +44,13 @@ def test_every_field_of_a_request_is_read(tmp_path: Path) -> None:
     (request,) = Jsonl(path=write(tmp_path / "r.jsonl", FULL)).load().edits
     assert json.loads(request.model_dump_json(exclude_none=True)) == FULL
     assert request.locality[0] == Probe(prompt="The capital of France is", target=None)
+
+
+def test_a_fact_and_a_contrast_may_stand_in_metadata(tmp_path: Path) -> None:
+    older = {**FULL, "metadata": {"fact": "capital/KZ", "contrast": ["a", "b"]}}
+    del older["fact"]
+    (request,) = Jsonl(path=write(tmp_path / "r.jsonl", older)).load().edits
+    assert (request.fact, request.contrast) == ("capital/KZ", ("a", "b"))
 
 
 def test_requests_keep_the_order_of_the_file_and_three_fields_suffice(tmp_path: Path) -> None:

@@ -370,7 +370,7 @@ def _questions(requests: Sequence[EditRequest], n_edits: int, *, shares_answers:
         _numbered(values)
         for values in (
             [request.prompt.strip() for request in requests],
-            [request.fact for request in requests],
+            [request.fact_id for request in requests],
             [str(request.target).strip().casefold() for request in requests],
         )
     )

@@ -21,7 +21,6 @@ from grace_bench.models import encoding
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, least
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.common.options import check_choice, check_whole
-from grace_bench.data.derived import is_contrast
 from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.common.progress import Progress
@@ -381,11 +380,6 @@ class _Generating(Task):
         room = least(self._count(model, prompt) + self.max_new_tokens, model.max_length) or 1
         return max(super().size(model, prompt, targets), room)
 
-    def check_targets(self, model: "EditableModel", requests: Iterable[EditRequest]) -> None:
-        """Makes sure that what is to be contrasted are two texts."""
-        for request in requests:
-            contrast_of(request)
-
     def _accepted(self, model: "EditableModel", request: EditRequest) -> list[str]:
         """The accepted answers, cut where what the model is taught is cut."""
         accepted = [str(request.target), *request.answers]
@@ -595,15 +589,8 @@ def get_task(name: str, **settings: Any) -> Task:
 
 
 def contrast_of(request: EditRequest) -> tuple[str, ...]:
-    """Returns the two answers of `metadata["contrast"]`, of which the first should be the likelier; () without any.
-
-    Raises:
-        UserError: If it is something else, naming the request.
-    """
-    given = request.metadata.get("contrast")
-    if not is_contrast(given):
-        raise UserError(f"request '{request.id}': field 'metadata.contrast': should be a list of two texts")
-    return tuple(given or ())
+    """Returns the two answers that a request compares, of which the first should be the likelier; () without any."""
+    return request.contrast or ()
 
 
 def _noted(state: "QueryState", n_rows: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from grace_bench.common.files import make_folder, remove, sync_folder, write_atomically, write_synced
 from grace_bench.data.avalanche import MetricValue
+from grace_bench.data.derived import edit_id
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.results.schema import PREDICTIONS, RunResult
@@ -127,7 +128,7 @@ class PredictionsLogger(RunLogger):
         """Takes in the items of one stream."""
         stream = strategy.experience.origin_stream.name
         for request, item in zip(strategy.experience.requests, strategy.scores, strict=True):
-            edit = str(request.metadata.get("edit", request.id))
+            edit = edit_id(request)
             self._newest.append(
                 {
                     "n_edits": strategy.n_edits,
