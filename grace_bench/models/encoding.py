@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grace_bench.errors import UserError
+
 IGNORED = -100
+CACHES = ("cache", "past_key_values")
+"""The names of the keys and values among a model's arguments, since transformers 5.24 and before."""
 PaddingSide = Literal["left", "right"]
 
 
@@ -328,6 +332,23 @@ def subject_position(tokenizer: Any, prompt: str, subject: str) -> int:
 def count_tokens(tokenizer: Any, text: str) -> int:
     """Returns how many tokens a text has, special ones included."""
     return len(tokenizer(text)["input_ids"])
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Makes sure that an argument is a sequence of texts.
+
+    Args:
+        name: The argument's name.
+        texts: Its value.
+
+    Raises:
+        UserError: If it is a single text, which would be read letter by letter, or holds something else than texts.
+    """
+    if isinstance(texts, str):
+        raise UserError(f"{name} should be a list of texts, not a single text: write [{texts[:40]!r}]")
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UserError(f"{name} should be a list of texts, but holds a {type(wrong).__name__}")
 
 
 def least(*limits: int | None) -> int | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from grace_bench.models.encoding import EncodedBatch
 from grace_bench.common.options import check_choice
+from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.engine.pruning import Tail, cache_argument, tail_of
-from grace_bench.models.engine.replay import CannotReplayError, Recording, Replay, Run, is_training, patched, run_to_layer
-
-if TYPE_CHECKING:
-    from grace_bench.models.editable import EditableModel
+from grace_bench.models.engine.replay import (
+    CannotReplayError,
+    Recording,
+    Replay,
+    Run,
+    is_training,
+    patched,
+    run_to_layer,
+)
+from grace_bench.models.network import Network
 
 EngineName = Literal["exact", "plain"]
 
@@ -61,7 +67,7 @@ class Engine(ABC):
     rescores: bool
     """Whether only what may have changed is scored again."""
 
-    def __init__(self, model: "EditableModel") -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
         self.notes: list[str] = []
         """What the engine had to compute in full after all, and why."""
@@ -141,7 +147,7 @@ class ExactEngine(Engine):
     batches_edits = True
     rescores = True
 
-    def __init__(self, model: "EditableModel", *, memory: int | None = None) -> None:
+    def __init__(self, model: Network, *, memory: int | None = None) -> None:
         super().__init__(model)
         self._memory = memory
         self._changing: tuple[nn.Module, ...] = ()
@@ -349,7 +355,7 @@ class ExactEngine(Engine):
             warnings.warn(f"{self.model.name}: {text}", RuntimeWarning, stacklevel=2)
 
 
-def make_engine(name: EngineName, model: "EditableModel", *, memory_mb: int | None = None) -> Engine:
+def make_engine(name: EngineName, model: Network, *, memory_mb: int | None = None) -> Engine:
     """Returns an engine by name.
 
     Args:

@@ -20,12 +20,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.models.encoding import IGNORED, EncodedBatch
+from grace_bench.models.encoding import CACHES, IGNORED, EncodedBatch
 
 BlockPruner = Callable[..., Tensor]
-
-CACHES = ("cache", "past_key_values")
-"""What models call their keys and values, since transformers 5.24 and before."""
 
 _FAMILIES: dict[str, BlockPruner] = {}
 _TALL = 8
