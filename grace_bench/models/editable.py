@@ -159,14 +159,17 @@ class EditableModel(Network):
 
     def score(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Scores the model's answers to requests, in the order given; batches hold inputs of similar length."""
+        _check_requests(requests)
         return self.task.score(self, requests)
 
     def score_batch(self, requests: Sequence[EditRequest]) -> list[ItemScore]:
         """Scores the model's answers to requests of similar length, in one batch."""
+        _check_requests(requests)
         return self.task.score_batch(self, requests) if requests else []
 
     def score_batches(self, requests: Sequence[EditRequest]) -> Iterator[list[int]]:
         """Yields the indices of the requests that `score` puts into one batch."""
+        _check_requests(requests)
         return self.task.together(self, requests)
 
     def size(self, prompt: str, targets: Iterable[str | int] = ()) -> int:
@@ -272,3 +275,8 @@ class EditableModel(Network):
     def config_fingerprint(self) -> str:
         """SHA-256 of the configuration and the tokenizer, which also decide the answers."""
         return hash_configuration(self.config, self.tokenizer)
+
+
+def _check_requests(requests: Sequence[EditRequest]) -> None:
+    if not isinstance(requests, Sequence) or not all(isinstance(request, EditRequest) for request in requests):
+        raise UserError("requests should be a list of EditRequest")

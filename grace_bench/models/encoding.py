@@ -18,6 +18,8 @@ IGNORED = -100
 CACHES = ("cache", "past_key_values")
 """The names of the keys and values among a model's arguments, since transformers 5.24 and before."""
 PaddingSide = Literal["left", "right"]
+_SHOWN = 40
+"""The most characters of a text in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,13 +344,14 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
         texts: Its value.
 
     Raises:
-        UserError: If it is a single text, which would be read letter by letter, or holds something else than texts.
+        UserError: If it is a single text, which would be read letter by letter, or holds anything but texts.
     """
     if isinstance(texts, str):
-        raise UserError(f"{name} should be a list of texts, not a single text: write [{texts[:40]!r}]")
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise UserError(f"{name} should be a list of texts, but holds a {type(wrong).__name__}")
+        shown = texts if len(texts) <= _SHOWN else f"{texts[:_SHOWN]}…"
+        raise UserError(f"{name} should be a list of texts, not a single text: write [{shown!r}]")
+    kinds = (type(text).__name__ for text in texts if not isinstance(text, str))
+    if kind := next(kinds, None):
+        raise UserError(f"{name} should be a list of texts, but holds a value of type {kind}")
 
 
 def least(*limits: int | None) -> int | None:

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.common.files import hash_file, readable
+from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.registry import STREAMS
 
 MODELS_FOLDER = Path("models")

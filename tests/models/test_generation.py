@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from grace_bench.models.encoding import EncodedBatch
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.models.encoding import EncodedBatch
 
 MakeModel = Callable[..., EditableModel]
 MakeEditor = Callable[..., EditorStrategy]

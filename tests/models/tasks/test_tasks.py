@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grace_bench.models.encoding import IGNORED
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
-from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.data.requests import EditRequest
+from grace_bench.models.encoding import IGNORED
 
 MakeModel = Callable[..., EditableModel]
 
