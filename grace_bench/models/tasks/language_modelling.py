@@ -48,6 +48,7 @@ class LanguageModelling(Task):
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
         logits, batch = model.labelled_logits(self.encode(model, prompts, targets))
+        assert batch.labels is not None
         counts = (batch.labels != IGNORED).sum(dim=1)
         totals = token_losses(logits, batch).double().sum(dim=1)
         notes = notes_of(model.last_state, len(requests))
