@@ -20,7 +20,7 @@ from transformers import (
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.engine.engine import EngineName
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.tasks.lookup import get_task
 
 ANSWER_TOKENS = 8
 """The longest free answer; with random weights nearly every answer is that long."""

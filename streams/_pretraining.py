@@ -58,7 +58,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
     import torch
     import transformers
 
-    from grace_bench.models.editable import pick_device
+    from grace_bench.models.loading import pick_device
 
     check_model_folder(base)
     try:

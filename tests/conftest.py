@@ -30,7 +30,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
 from grace_bench.run.loop import Schedule

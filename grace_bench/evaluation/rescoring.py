@@ -15,7 +15,7 @@ from grace_bench.common.state import restored
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import Answered
 from grace_bench.models.editable import EditableModel, LayerCall
-from grace_bench.models.tasks.base import ItemScore, contrast_of
+from grace_bench.models.tasks.base import ItemScore
 
 # Which entry answers, and how far it is, is asked anew whenever a score is taken up.
 _FIELDS = tuple(
@@ -158,7 +158,7 @@ class Rescorer:
 
     def _key(self, request: EditRequest) -> str:
         """The digest of all of a request that its score depends on: texts are long, and in every checkpoint."""
-        parts = request.prompt, request.target, request.answers, contrast_of(request)
+        parts = request.prompt, request.target, request.answers, request.contrast or ()
         if parts not in self._names:
             self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self._names[parts]

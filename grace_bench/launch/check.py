@@ -27,8 +27,9 @@ from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
 from grace_bench.evaluation.metric import StreamScore
 from grace_bench.launch.config import hash_config, make_stream, plain_config, read_config, register_configs
-from grace_bench.models.editable import EditableModel, pick_device, pick_threads
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.loading import pick_device, pick_threads
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.reading import (
     RESULT_FILE,

@@ -12,19 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from grace_bench.errors import UserError
+
 IGNORED = -100
+CACHES = ("cache", "past_key_values")
+"""The names of the keys and values among a model's arguments, since transformers 5.24 and before."""
 PaddingSide = Literal["left", "right"]
+_SHOWN = 40
+"""The most characters of a text in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedBatch:
-    """A batch of B inputs as the model takes them.
+    """A batch of B inputs of the model.
 
     Attributes:
         inputs: Keyword arguments of the model's forward pass.
-        query: (B,) long. Where each row is queried, as a position in the edited layer's sequence.
+        query: (B,) long, each row's query position in the edited layer's sequence.
         labels: (B,) class ids, or (B, T) token ids aligned with the logits; `IGNORED` positions carry no loss.
-        target_ids: What each row should answer, without padding; what "the same label" means to an editor.
+        target_ids: The wanted answer of each row, without padding; editors compare labels by it.
         content: (B, T) bool, the labelled positions that are text rather than the end token; None without labels.
     """
 
@@ -53,7 +59,7 @@ class EncodedBatch:
         )
 
     def columns(self, columns: Tensor) -> "EncodedBatch":
-        """Returns the batch with its labels restricted to some (K,) columns; the inputs stay whole."""
+        """Returns the batch with its labels restricted to (K,) columns; the inputs are not cut."""
         assert self.labels is not None
         content = None if self.content is None else self.content[:, columns]
         return replace(self, labels=self.labels[:, columns], content=content)
@@ -64,15 +70,15 @@ class EncodedBatch:
         return replace(self, inputs=inputs, query=self.query.clamp(max=position - 1), labels=None, content=None)
 
     def since(self, position: int) -> "EncodedBatch":
-        """Returns a decoder's inputs from a position on, as they follow a cache of the rest; labels stay whole."""
-        # The mask goes on covering what is cached.
+        """Returns a decoder's inputs from a position on, to follow a cache of the rest; the labels are not cut."""
+        # The mask also covers the cached positions.
         inputs = {
             name: tensor if name == "attention_mask" else tensor[:, position:] for name, tensor in self.inputs.items()
         }
         return replace(self, inputs=inputs, query=self.query - position)
 
     def row(self, index: int) -> "EncodedBatch":
-        """Returns the batch of the one row `index`, padding kept."""
+        """Returns row `index` as a batch, with its padding."""
         window = slice(index, index + 1)
         return replace(
             self,
@@ -88,7 +94,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: PaddingSide) -> tuple[T
     """Pads token rows to one length.
 
     Returns:
-        The (B, T) ids and the (B, T) mask, 1 at the tokens that were given.
+        The (B, T) ids and the (B, T) mask, 1 at real tokens.
 
     >>> pad([[5, 6], [7]], 0, "left")[0].tolist()
     [[5, 6], [0, 7]]
@@ -104,9 +110,9 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: PaddingSide) -> tuple[T
 
 
 def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
-    """Puts right-padded batches together, padded to the longest.
+    """Concatenates right-padded batches, padded to the longest.
 
-    Padding holds token 0, which no mask lets through.
+    Padding is token 0, which every mask hides.
     """
     if len(batches) == 1:
         return batches[0]
@@ -167,10 +173,10 @@ def encode_seq2seq(
     decoder_start: int,
     query_in_decoder: bool = False,
 ) -> EncodedBatch:
-    """Encodes questions, and answers ended by the end token, for an encoder-decoder model.
+    """Encodes questions, and answers followed by the end token, for an encoder-decoder model.
 
-    The query is the last real encoder token, or the decoder's start token if the edited layer is in the decoder: it has
-    read the whole question by cross-attention and comes before every answer token.
+    The query is the last real encoder token. If the edited layer is in the decoder, it is the decoder's start token,
+    which has read the whole question by cross-attention and comes before every answer token.
     """
     rows = [_closed_ids(tokenizer, prompt, max_length) for prompt in prompts]
     ids, mask = pad(rows, _pad_id(tokenizer), side)
@@ -223,20 +229,20 @@ def encode_causal(
 ) -> EncodedBatch:
     """Encodes prompts, and targets after them, for a causal language model.
 
-    A prompt and its target are joined by one space (none after a line break) and tokenised together where the prompt's
-    tokens stay what they are; the space always belongs to the target, as byte-pair tokenizers want it.
+    A prompt and its target are joined by one space (none after a line break). They are tokenised together if that does
+    not change the prompt's tokens. The space always belongs to the target, as byte-pair tokenizers expect.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         prompts: B texts. An empty one makes its target running text.
         targets: B texts that follow them, or None.
-        side: Where padding goes; left for generation.
-        max_length: Longest sequence in tokens; cut at the prompt's start, of which one token stays, then at the
-            target's end; for running text at its end.
-        max_prompt_length: Longest prompt in tokens, with a target or without, so that both query one position.
-        max_target_length: Longest target in tokens, its end token counted; of running text, the longest text.
-        end_token: Whether the target is followed by the end token.
-        prefix_length: For running text, how many tokens are read as its prompt; they are not scored. None scores
+        side: The padding side; left for generation.
+        max_length: Longest sequence in tokens. Longer ones are cut at the prompt's start, down to one token, then at
+            the target's end; running text is cut at its end.
+        max_prompt_length: Longest prompt in tokens, with and without a target, so that both query the same position.
+        max_target_length: Longest target in tokens, end token included; for running text, the longest text.
+        end_token: Whether the end token follows the target.
+        prefix_length: For running text, the number of tokens that are read as its prompt and not scored. None scores
             everything after the first token and queries the last token, as the official GRACE code does.
 
     Returns:
@@ -261,7 +267,7 @@ def encode_causal(
             continue
         prompt_ids, target_ids = split_causal(tokenizer, prompt, targets[i])
         prompt_ids = _trim_left(prompt_ids, max_prompt_length)
-        # Where prompts have a longest length, answering cuts them to it too, and a target may not take more.
+        # Answering cuts prompts to max_prompt_length too, so a target may not shorten them further.
         kept = len(prompt_ids) if max_prompt_length is not None else 1
         room = None if max_length is None else max_length - kept
         end = tokenizer.eos_token_id if end_token else None
@@ -316,7 +322,7 @@ def causal_batch(
 def subject_position(tokenizer: Any, prompt: str, subject: str) -> int:
     """Returns the position of the subject's last token in the tokens of an unpadded causal prompt.
 
-    Where the subject occurs several times, the last occurrence counts.
+    If the subject occurs several times, the last occurrence counts.
 
     Raises:
         ValueError: If it does not occur in the prompt.
@@ -330,8 +336,30 @@ def count_tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text)["input_ids"])
 
 
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Makes sure that an argument is a sequence of texts.
+
+    Args:
+        name: The argument's name.
+        texts: Its value.
+
+    Raises:
+        UserError: If it is a single text, which would be read letter by letter, or holds anything but texts.
+    """
+    if isinstance(texts, str):
+        shown = texts if len(texts) <= _SHOWN else f"{texts[:_SHOWN]}…"
+        raise UserError(f"{name} should be a list of texts, not a single text: write [{shown!r}]")
+    kinds = (type(text).__name__ for text in texts if not isinstance(text, str))
+    if kind := next(kinds, None):
+        raise UserError(f"{name} should be a list of texts, but holds a value of type {kind}")
+
+
 def least(*limits: int | None) -> int | None:
-    """Returns the smallest of the limits that are there, None if there are none."""
+    """Returns the smallest limit that is not None; None if there is none.
+
+    >>> least(None, 5, 3)
+    3
+    """
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -345,13 +373,13 @@ def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], l
     joint = _open_ids(tokenizer, stem + text)
     if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
         return prompt_ids, joint[len(prompt_ids) :]
-    # The tokenizer merged across the seam; generation starts from the prompt alone, so its own tokens are kept.
+    # The tokenizer merged across the seam. Generation starts from the prompt alone, so the prompt's tokens stay.
     return prompt_ids, _continuing_ids(tokenizer, text)
 
 
 def _continuing_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that goes on from something else."""
-    # Some tokenizers put a space before whatever a text begins with; a line break in front keeps it off this one.
+    """Token ids of a text that continues another."""
+    # Some tokenizers put a space before the start of a text; a preceding line break prevents that.
     before = _open_ids(tokenizer, "\n")
     joint = _open_ids(tokenizer, f"\n{text}")
     if joint[: len(before)] == before:
@@ -360,7 +388,7 @@ def _continuing_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that will be continued, so without the end token some tokenizers add."""
+    """Token ids of a text that will be continued: without the end token that some tokenizers add."""
     ids = list(tokenizer(text)["input_ids"])
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -368,7 +396,7 @@ def _open_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _closed_ids(tokenizer: Any, text: str, max_length: int | None) -> list[int]:
-    """Token ids of a whole input, with every special token the tokenizer adds."""
+    """Token ids of a complete input, with all special tokens."""
     limits = {} if max_length is None else {"truncation": True, "max_length": max_length}
     return list(tokenizer(text, **limits)["input_ids"]) or [_begin_id(tokenizer)]
 

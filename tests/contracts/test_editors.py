@@ -18,7 +18,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
 
 MakeModel = Callable[..., EditableModel]

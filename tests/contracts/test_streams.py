@@ -12,7 +12,7 @@ from grace_bench.data.benchmark import EditBenchmark, fingerprint_requests
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.errors import UserError
-from grace_bench.models.tasks.base import get_task
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.zoo import known_models
 from grace_bench.registry import STREAMS
 

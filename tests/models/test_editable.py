@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.errors import UserError
-from grace_bench.models.editable import EditableModel, LayerCall, hash_tensors, pick_device, pick_threads
-from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.errors import UserError
+from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.fingerprint import hash_tensors
+from grace_bench.models.loading import pick_device, pick_threads
+from grace_bench.registry import EDITORS, STREAMS
 
 MakeModel = Callable[..., EditableModel]
 MakeEditor = Callable[..., EditorStrategy]

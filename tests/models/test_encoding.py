@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from grace_bench import EditableModel
+from grace_bench.data.requests import TaskName
 from grace_bench.models.encoding import (
     IGNORED,
     EncodedBatch,
@@ -30,7 +31,6 @@ from grace_bench.models.encoding import (
     split_causal,
     subject_position,
 )
-from grace_bench.data.requests import TaskName
 
 # Long words first: the merges that build a word come before those of its parts.
 WORDS = ("Kazakhstan", "capital", "France", "Astana", "Paris", "the", "of", "is", "Q:", "A:")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from grace_bench.models.encoding import EncodedBatch
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.models.encoding import EncodedBatch
 
 MakeModel = Callable[..., EditableModel]
 MakeEditor = Callable[..., EditorStrategy]
@@ -121,15 +121,32 @@ def one_by_one(model: EditableModel, prompt: str) -> list[int]:
     return tokens
 
 
+def answers_in(output: Tensor, model: EditableModel, n_given: int) -> list[list[int]]:
+    """Generated tokens without those of a prompt of `n_given`, up to the end token."""
+    end = model.tokenizer.eos_token_id
+    rows = output[:, 1 if model.task.name == "qa" else n_given :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
 def by_the_task(model: EditableModel, prompts: Sequence[str], cache: str) -> list[list[int]]:
     """Tokens that the harness generates."""
     kept = model.module.generation_config
     settings = GenerationConfig.from_dict({**kept.to_dict(), **CACHES[cache]})  # type: ignore[union-attr, operator]
+    generate: Any = model.module.generate
+    outputs: list[Tensor] = []
+
+    def watched(**given: Any) -> Tensor:
+        outputs.append(generate(**given))
+        return outputs[-1]
+
     model.module.generation_config = settings  # type: ignore[assignment]
+    model.module.generate = watched  # type: ignore[assignment]
     try:
-        return [ids for _, ids in model.generate(prompts)]  # type: ignore[attr-defined]
+        model.answer(prompts)
     finally:
-        model.module.generation_config = kept
+        model.module.generation_config, model.module.generate = kept, generate
+    side = "right" if model.task.name == "qa" else "left"
+    return answers_in(outputs[0], model, model.encode_batch(prompts, side=side).inputs["input_ids"].shape[1])
 
 
 def by_the_user(model: EditableModel, prompts: Sequence[str], cache: str) -> list[list[int]]:
@@ -141,8 +158,7 @@ def by_the_user(model: EditableModel, prompts: Sequence[str], cache: str) -> lis
     output = model.module.generate(  # type: ignore[operator]
         **given, max_new_tokens=N_NEW, eos_token_id=end, pad_token_id=0, **CACHES[cache]
     )
-    rows = output[:, 1 if model.task.name == "qa" else given["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+    return answers_in(output, model, given["input_ids"].shape[1])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from grace_bench.data.stream import EditStream
-from grace_bench.models.editable import EditableModel, hash_tensors
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.fingerprint import hash_tensors
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
 from grace_bench.run.loop import Schedule

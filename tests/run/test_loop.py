@@ -27,7 +27,7 @@ from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.jobs import compose, execute
 from grace_bench.models.engine.engine import EngineName
-from grace_bench.models.tasks.base import Completion
+from grace_bench.models.tasks.generation import Completion
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.reading import read_result

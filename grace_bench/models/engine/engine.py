@@ -1,7 +1,7 @@
-"""Engines: how a model's passes are computed. An engine never changes an answer, only what it costs.
+"""Engines: how a model's passes are computed. An engine never changes an answer, only its cost.
 
-`exact` computes what can still change: passes that repeat start at the edited layer (`replay`), and their ends are
-pruned to what is scored (`pruning`). `plain` computes every pass whole, as the official code does: the baseline.
+`exact` computes only what can change: repeated passes start at the edited layer (`replay`), and their ends are pruned
+to the scored positions (`pruning`). `plain` computes every pass in full, as the official code does: the baseline.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -20,24 +20,30 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from grace_bench.models.encoding import EncodedBatch
 from grace_bench.common.options import check_choice
+from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.engine.pruning import Tail, cache_argument, tail_of
-from grace_bench.models.engine.replay import CannotReplayError, Recording, Replay, Run, is_training, patched, run_to_layer
-
-if TYPE_CHECKING:
-    from grace_bench.models.editable import EditableModel
+from grace_bench.models.engine.replay import (
+    CannotReplayError,
+    Recording,
+    Replay,
+    Run,
+    is_training,
+    patched,
+    run_to_layer,
+)
+from grace_bench.models.network import Network
 
 EngineName = Literal["exact", "plain"]
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A batch that is run many times, while only what the edited layer gives changes.
+    """A batch that is run many times, while only the output of the edited layer changes.
 
     Attributes:
-        batch: The batch with the labels that the logits are aligned with, which may be fewer than it was given.
-        run: Returns those logits.
+        batch: The batch with the labels that the logits are aligned with, maybe a part of the given ones.
+        run: Returns the logits.
     """
 
     batch: EncodedBatch
@@ -49,7 +55,7 @@ class Repeated:
 
 
 class Engine(ABC):
-    """How the passes of one model are computed.
+    """Computes the passes of one model.
 
     Args:
         model: The model.
@@ -57,14 +63,14 @@ class Engine(ABC):
 
     name: EngineName
     batches_edits: bool
-    """Whether edits that do not depend on each other may be trained together."""
+    """Whether independent edits may be trained together."""
     rescores: bool
-    """Whether only what may have changed is scored again."""
+    """Whether an evaluation scores again only answers that may have changed."""
 
-    def __init__(self, model: "EditableModel") -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model
         self.notes: list[str] = []
-        """What the engine had to compute in full after all, and why."""
+        """Passes that had to be computed in full, and why."""
 
     @abstractmethod
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
@@ -72,48 +78,48 @@ class Engine(ABC):
 
     @abstractmethod
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
-        """Makes ready to run a batch many times; before `first_changed` the layer gives its own output each time."""
+        """Prepares many runs of a batch, in which the layer's output before `first_changed` stays its own."""
 
     @abstractmethod
     def reach_layer(self, batch: EncodedBatch) -> None:
-        """Runs a batch at least until the edited layer and the hooks on it were called."""
+        """Runs a batch at least until the edited layer and its hooks have been called."""
 
     @contextmanager
     def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:
-        """What `labelled` computes inside may be kept for the next time.
+        """Lets `labelled` cache recordings inside the context and reuse those of earlier contexts.
 
         Args:
-            drops_unused: Whether what this time did not use is dropped.
+            drops_unused: Whether to drop recordings that this context did not use.
         """
         yield
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept for the next time, in bytes."""
+        """Size of the cached recordings, in bytes."""
         return 0
 
     @property
     def most_kept_bytes(self) -> int:
-        """The most that may be kept, in bytes."""
+        """The most memory that cached recordings may take, in bytes."""
         return 0
 
-    def forget(self) -> None:  # noqa: B027 - an engine that keeps nothing has nothing to forget
-        """Drops what is kept for the next time."""
+    def forget(self) -> None:  # noqa: B027 - an engine without a cache has nothing to forget
+        """Drops all cached recordings."""
 
     def rewrites(self, modules: Sequence[nn.Module]) -> None:  # noqa: B027 - nor need it know what changes
-        """Declares which modules' weights edits may change from now on."""
+        """Declares the modules whose weights edits may change from now on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was decided so far about how passes are computed, as JSON values."""
+        """Returns the decisions made so far about how passes are computed, as JSON values."""
         return {"notes": list(self.notes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state from `state_dict`, so that nothing is decided anew from other batches."""
+        """Restores a state from `state_dict`, so that no decision is made again on other batches."""
         self.notes = list(state["notes"])
 
 
 class PlainEngine(Engine):
-    """Every pass is computed whole and anew."""
+    """Computes every pass in full."""
 
     name = "plain"
     batches_edits = False
@@ -130,18 +136,18 @@ class PlainEngine(Engine):
 
 
 class ExactEngine(Engine):
-    """Passes start at the edited layer where what comes before it is known, and end where nothing more is scored.
+    """Starts passes at the edited layer if everything before it is recorded, and ends them at the scored positions.
 
     Args:
         model: The model.
-        memory: Bytes that kept recordings may take; None for a quarter of the memory that is free at first use.
+        memory: The most bytes for cached recordings; None for a quarter of the memory that is free at first use.
     """
 
     name = "exact"
     batches_edits = True
     rescores = True
 
-    def __init__(self, model: "EditableModel", *, memory: int | None = None) -> None:
+    def __init__(self, model: Network, *, memory: int | None = None) -> None:
         super().__init__(model)
         self._memory = memory
         self._changing: tuple[nn.Module, ...] = ()
@@ -208,14 +214,14 @@ class ExactEngine(Engine):
         return self._memory
 
     def _pruned(self, batch: EncodedBatch, tail: Tail) -> Run:
-        """A function that runs a batch for its tail."""
+        """A function that runs a batch, pruned to its tail."""
         past = self._keys_and_values(batch.until(tail.start)) if tail.start else None
         given = batch.since(tail.start) if tail.start else batch
 
         def run() -> Tensor:
             arguments = dict(tail.arguments)
             if past is not None:
-                # Each pass adds its own to the cache it is given, in a tensor of its own.
+                # A pass appends its keys and values to its cache, in new tensors; a shallow copy protects `past`.
                 own = copy(past)
                 own.layers = [copy(layer) for layer in past.layers]
                 arguments |= self._with_cache(own)
@@ -228,7 +234,7 @@ class ExactEngine(Engine):
     def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         with self.model.bypassing():
-            # Of the logits the last is the least that a model may be asked for.
+            # One position is the least that a model can be asked for.
             self.model.logits(batch, logits_to_keep=1, **self._with_cache(cache))
         return cache
 
@@ -237,7 +243,7 @@ class ExactEngine(Engine):
 
     def _play(self, replay: Replay, run: Run, recording: Recording, kind: str) -> Tensor:
         if replay is not self._replay:
-            # What edits rewrite has been declared since, and may have been recorded.
+            # Modules that edits rewrite have been declared since, and may be part of the recording.
             return run()
         try:
             return replay.play(run, recording, kind)
@@ -246,7 +252,7 @@ class ExactEngine(Engine):
             return run()
 
     def _replayed(self, batch: EncodedBatch, run: Run, *, kind: str) -> Run:
-        """A function that gives what `run` gives, from the layer on."""
+        """A function that returns the same as `run`, computed from the layer on."""
         try:
             if self._recent is None or self._recent[0] is not batch or not self._replay.holds(self._recent[1], kind):
                 self._recent = None
@@ -257,7 +263,7 @@ class ExactEngine(Engine):
         return partial(self._play, self._replay, run, self._recent[1], kind)
 
     def _from_kept(self, batch: EncodedBatch, run: Run) -> Run:
-        """The same, from a recording that is kept for the next time as long as there is memory."""
+        """The same, from a recording that is cached while there is memory."""
         assert self._used is not None
         kind, key = _kind(batch), _digest(batch)
         recording = self._kept.get(key)
@@ -273,7 +279,7 @@ class ExactEngine(Engine):
         return partial(self._play, self._replay, run, recording, kind)
 
     def _keep(self, key: bytes, recording: Recording) -> None:
-        """Keeps a recording if there is memory for it, narrowed like all others if that makes room."""
+        """Caches a recording if there is memory for it, narrowing all recordings if necessary."""
         if not self._narrows and self.kept_bytes + recording.n_bytes > self.most_kept_bytes:
             self._narrows = True
             self._kept = {name: kept.narrowed() for name, kept in self._kept.items()}
@@ -304,9 +310,9 @@ class ExactEngine(Engine):
 
     @torch.no_grad()
     def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool | None:
-        """Whether a pruned pass gives the layer what the whole one gives it, and the answer but for rounding.
+        """Whether a pruned pass equals the full one: exactly at the layer's input, up to rounding in the logits.
 
-        None if the answer is no number, which shows neither.
+        None if the logits contain NaN, so that the batch cannot show it.
         """
         entered, whole = self._observed(batch, Tail(batch))
         if bool(whole.isnan().any()):
@@ -314,20 +320,20 @@ class ExactEngine(Engine):
         try:
             entered_pruned, pruned = self._observed(batch, tail)
         except Exception:
-            # A block of another make than its name says may fail in any way.
+            # A custom block with the name of a known one may fail in any way.
             return False
         if "logits_to_keep" in tail.arguments:
             whole = whole[:, tail.start + tail.arguments["logits_to_keep"]]
         if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
             return False
-        # Half the digits: a wrong pruning differs by far more, and bfloat16 has few to compare.
+        # Half of the digits: a wrong pruning differs by far more, and bfloat16 has few digits to compare.
         rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
-        # Fewer positions in a product may round differently from the first layer on.
+        # Behind a cache, products have fewer rows and may round differently from the first layer on.
         enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
         return enters_alike and bool((whole - pruned).abs().max() <= rounding)
 
     def _observed(self, batch: EncodedBatch, tail: Tail) -> tuple[list[Tensor], Tensor]:
-        """What enters the layer in a pass, and the logits."""
+        """The layer's input tensors in a pass, and the logits."""
         entered: list[Tensor] = []
 
         def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -349,13 +355,13 @@ class ExactEngine(Engine):
             warnings.warn(f"{self.model.name}: {text}", RuntimeWarning, stacklevel=2)
 
 
-def make_engine(name: EngineName, model: "EditableModel", *, memory_mb: int | None = None) -> Engine:
+def make_engine(name: EngineName, model: Network, *, memory_mb: int | None = None) -> Engine:
     """Returns an engine by name.
 
     Args:
         name: `exact` or `plain`.
-        model: The model it runs.
-        memory_mb: For `exact`, what recordings kept between evaluations may take; None for a quarter of what is free.
+        model: The model.
+        memory_mb: For `exact`, the most MiB for recordings between evaluations; None for a quarter of the free memory.
 
     Raises:
         UserError: If there is no such engine.

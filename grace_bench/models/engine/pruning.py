@@ -1,10 +1,9 @@
-"""Pruned tails: of a model's last part, only what reaches the logits that are wanted.
+"""Pruned tails: computes of a model's last part only what reaches the wanted logits.
 
-A causal model's head is asked for the labelled positions alone (transformers' `logits_to_keep`). In the last block a
-position only matters to others by its key and value, so all else is computed for the wanted positions alone. How a
-block is put together differs by family: each has one function here. What comes before the first position that changes
-enters a causal model by its keys and values alone. None of this is trusted: the engine compares a pruned pass with the
-whole model's before it relies on it.
+A causal model's head runs for the labelled positions only (transformers' `logits_to_keep`). In the last block, a
+position affects others only through its key and value, so everything else is computed for the wanted positions only;
+this takes one function for each family of models. Positions before the first one that changes affect a causal model
+only through their keys and values. The engine compares a pruned pass with a full one before it relies on any of this.
 """
 
 import inspect
@@ -20,33 +19,30 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.models.encoding import IGNORED, EncodedBatch
+from grace_bench.models.encoding import CACHES, IGNORED, EncodedBatch
 
 BlockPruner = Callable[..., Tensor]
 
-CACHES = ("cache", "past_key_values")
-"""What models call their keys and values, since transformers 5.24 and before."""
-
 _FAMILIES: dict[str, BlockPruner] = {}
 _TALL = 8
-"""From so many times as many tokens as dimensions on a head is run in parts."""
+"""A head with more than this many tokens per dimension is run in parts."""
 _PART = 512
-"""Weights of a part, in rows: they then lie in the processor's cache."""
+"""Rows of weights in one part, which then fits into the processor's cache."""
 _FEW = 64
-"""So many rows are multiplied as columns at most."""
+"""The most rows that are multiplied as columns."""
 _COLUMNS = 16
-"""Columns are filled up to a multiple of so many: MKL takes longer for numbers between."""
+"""Columns are padded to a multiple of this: MKL takes longer for numbers between."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """How a batch is run for its labelled positions alone.
+    """How to run a batch for its labelled positions only.
 
     Attributes:
-        batch: The batch, its labels those of the positions that are scored.
-        arguments: What the forward pass is called with beside the inputs.
-        forwards: What runs in place of modules' own forward passes (see `replay.patched`).
-        start: The first position that is run; those before it are read from a cache of keys and values.
+        batch: The batch, with the labels of the scored positions.
+        arguments: Further arguments of the forward pass, beside the inputs.
+        forwards: Replacements of modules' own forward passes (see `replay.patched`).
+        start: The first position that is run; earlier ones are read from a cache of keys and values.
     """
 
     batch: EncodedBatch
@@ -56,18 +52,18 @@ class Tail:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether the batch is run in full."""
         return not (self.arguments or self.forwards)
 
 
 def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_changed: int = 0) -> Tail:
-    """Returns how to run a batch for its labelled positions; the whole of it where nothing can be left out.
+    """Returns how to run a batch for its labelled positions; in full if nothing can be pruned.
 
     Args:
         module: The whole model.
-        layer: The edited layer, whose block stays whole.
+        layer: The edited layer, whose block is not pruned.
         batch: Inputs, with labels or without.
-        first_changed: The first position at which the layer may give something else from one pass to the next.
+        first_changed: The first position at which the layer's output may change between passes.
     """
     block = _last_block(module)
     if block is not None and any(part is layer for part in block.modules()):
@@ -91,7 +87,7 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """Returns what a model's forward pass calls its keys and values, None without."""
+    """Returns the name of the keys and values among the arguments of a model's forward pass; None if it takes none."""
     names = inspect.signature(module.forward).parameters
     return next((name for name in CACHES if name in names), None)
 
@@ -102,13 +98,13 @@ def _last_block(module: nn.Module) -> nn.Module | None:
 
 
 def _products(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """How each product with weights is run where rows are few, in float32 and on the CPU."""
+    """A replacement for each product with weights, faster for few rows in float32 on the CPU."""
     parts = (part for part in module.modules() if type(part) in (nn.Linear, Conv1D))
     return {part: _of_few_rows for part in parts if _is_float32_on_cpu(part)}
 
 
 def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """How the head is run, where its weights are tall, in float32 and on the CPU."""
+    """A replacement for the head, faster if its weights are tall, in float32 and on the CPU."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
     if type(head) is not nn.Linear or head is layer or head.bias is not None:
         return {}
@@ -123,9 +119,10 @@ def _is_float32_on_cpu(part: nn.Module) -> bool:
 
 
 def _in_parts(head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
-    """The head's output, some hundred tokens at a time.
+    """The head's output, a few hundred tokens of the vocabulary at a time.
 
-    Its weights are most of what a step reads, and MKL takes up to twice as long for many rows times all of them.
+    Most of the memory that a step reads is the head's weights, and MKL takes up to twice as long for their product with
+    many rows at once.
     """
     if _are_few(hidden):
         return _of_few_rows(head, forward, hidden)
@@ -133,8 +130,8 @@ def _in_parts(head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> T
 
 
 def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
-    """A product with weights, as weights times columns where the rows are few."""
-    # What another patch does with the part, a replay say, it goes on doing.
+    """A product with weights; for few rows, as weights times columns."""
+    # Another patch of the part, such as a replay's, stays in effect.
     is_patched = getattr(forward, "__func__", None) is not type(part).forward
     if is_patched or not _are_few(hidden) or part.weight.requires_grad:
         return forward(hidden)
@@ -150,8 +147,8 @@ def _are_few(hidden: Tensor) -> bool:
 class _WeightsTimesColumns(torch.autograd.Function):
     """(R, D) rows times the transpose of (N, D) weights, as weights times columns.
 
-    MKL takes up to twice as long for few rows times weights as for the reverse, and less again where the weights are a
-    batch of parts that each lie in a processor's cache.
+    MKL takes up to twice as long for few rows times weights as for the reverse, and less still if the weights are a
+    batch of parts that each fit into a processor's cache.
     """
 
     @staticmethod
@@ -174,7 +171,7 @@ class _WeightsTimesColumns(torch.autograd.Function):
 
 
 def _columns(rows: Tensor) -> Tensor:
-    """(D, R) rows as columns, filled up with zeros."""
+    """(D, R) rows as columns, padded with zeros."""
     return functional.pad(rows, (0, 0, 0, -len(rows) % _COLUMNS)).T.contiguous()
 
 
@@ -185,7 +182,7 @@ def _pruned(columns: Tensor, block: nn.Module, _: Callable[..., Any], hidden: Te
 
 
 def _family(*names: str) -> Callable[[BlockPruner], BlockPruner]:
-    """Registers what computes a block of these classes at some columns only."""
+    """Registers a function that computes blocks of these classes at some columns only."""
 
     def register(function: BlockPruner) -> BlockPruner:
         _FAMILIES.update(dict.fromkeys(names, function))
@@ -254,16 +251,16 @@ def _llama(
 
 
 def _attended_by_few(query: Tensor, hidden: Tensor, key: nn.Linear, value: nn.Linear, mask: Tensor | None) -> Tensor:
-    """Attention of R rows to T positions without the positions' keys and values, which for few rows cost the most.
+    """Attention of R rows to T positions without the keys and values, which cost the most if the rows are few.
 
-    q.(W h + b) is (W'q).h but for q.b, which is the same for every position and so drops out of the softmax; and since
-    its weights sum to 1, a sum over W h + b is W times the sum over h, and b.
+    q.(W h + b) = (W'q).h + q.b, where q.b is the same for every position and so drops out of the softmax. Attention
+    weights sum to 1, so the weighted sum over W h + b is W times the weighted sum over h, plus b.
 
     Args:
         query: (B, H, R, size).
         hidden: (B, T, D).
-        key: Makes keys, (H * size, D).
-        value: Makes values, likewise.
+        key: The projection to keys, (H * size, D).
+        value: The projection to values, (H * size, D).
         mask: (B, 1, R or 1, T), or None.
 
     Returns:
@@ -273,7 +270,7 @@ def _attended_by_few(query: Tensor, hidden: Tensor, key: nn.Linear, value: nn.Li
     asked = query @ key.weight.view(heads, size, -1)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, heads, 1)
-    # All heads ask the same positions, and so are rows of one.
+    # All heads attend to the same positions, so they are rows of one head.
     summed = functional.scaled_dot_product_attention(
         asked.reshape(n, 1, heads * rows, -1), hidden[:, None], hidden[:, None], attn_mask=mask, scale=size**-0.5
     ).view(n, heads, rows, -1)
@@ -282,7 +279,7 @@ def _attended_by_few(query: Tensor, hidden: Tensor, key: nn.Linear, value: nn.Li
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether a module is its weights and nothing else."""
+    """Whether a module is a plain linear layer without hooks."""
     return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -307,7 +304,7 @@ def _rows_of(mask: Tensor, columns: Tensor) -> Tensor:
 
 
 def _causal_rows(mask: Tensor | None, columns: Tensor, hidden: Tensor) -> Tensor:
-    """What the wanted positions may attend to; a causal model is given no mask where nothing is padded."""
+    """The mask of the wanted positions; a causal model gets no mask if nothing is padded."""
     if mask is not None:
         return _rows_of(mask, columns)
     return columns[:, None] >= torch.arange(hidden.shape[1], device=hidden.device)

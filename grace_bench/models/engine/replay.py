@@ -1,9 +1,9 @@
-"""Replay: a model run from its edited layer on, over what came before it as recorded once.
+"""Replay: runs a model from its edited layer on, over a recording of everything before it.
 
-What runs before the edited layer never changes. One traced pass finds the modules that finish before the layer starts
-while their parent is still running; their outputs, and the code of the parents between them, decide all that follows.
-So a recording holds those outputs, and in a replay the modules hand them out while the framework's own code runs. No
-code knows an architecture, and a replay gives the bits that the whole model gives.
+Modules before the edited layer always give the same output. One traced pass finds the modules that finish before the
+layer starts while their parent is still running: their outputs, with the parents' code between them, decide everything
+that follows. A recording holds these outputs; in a replay the modules return them, while the parents' own code runs. No
+code here knows an architecture, and a replay gives the same bits as the full model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 Run = Callable[[], Tensor]
 Forward = Callable[..., Any]
 
-# Reading these needs no values, which a placeholder can do without.
+# Attributes that can be read of a placeholder, which has no values.
 _METADATA = {
     Tensor.size,
     Tensor.dim,
@@ -30,23 +30,23 @@ _METADATA = {
 
 _CALLS_DIFFER = "the model does not call the same modules each time"
 _FEW_WEIGHTS = 1 / 8
-"""What a narrow recording leaves to be computed again has at most this share of the weights before the layer."""
+"""The modules that a narrow recording computes again have at most this share of the weights before the layer."""
 
 
 class CannotReplayError(Exception):
-    """The model breaks what replaying relies on; the message says how."""
+    """The model violates an assumption of replaying; the message says which."""
 
 
 class _UndecidedError(CannotReplayError):
-    """This batch cannot show whether the model may be replayed; another one may."""
+    """This batch cannot show whether the model can be replayed; another one may."""
 
 
 class _LayerReachedError(Exception):
-    """The layer was reached, and what comes after it is not wanted."""
+    """Ends a pass at the layer, when the rest is not wanted."""
 
 
 class _Dropped(Tensor):
-    """In place of a tensor that nothing read when the model was traced; has its shape but no values."""
+    """Placeholder for a tensor that nothing read when the model was traced; has its shape but no values."""
 
     @classmethod
     def like(cls, leaf: Tensor) -> "_Dropped":
@@ -63,7 +63,7 @@ class _Dropped(Tensor):
 
 @dataclass(frozen=True)
 class _Output:
-    """What a module gave: the leaves of its return value, and how they are put together."""
+    """A module's return value: its leaves, and the structure that they belong to."""
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
@@ -77,20 +77,20 @@ class _Output:
         return tree_unflatten(list(self.leaves), self.spec)
 
     def pruned(self, kept: Sequence[bool]) -> "_Output":
-        """Leaves without values in place of those that nothing reads."""
+        """The output with placeholders for the leaves that are not kept."""
         pairs = zip(self.leaves, kept, strict=True)
         return _Output(tuple(leaf if keep else _Dropped.like(leaf) for leaf, keep in pairs), self.spec)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What the modules before the edited layer gave for one batch.
+    """The outputs of the modules before the edited layer for one batch.
 
     Attributes:
-        outputs: One a call, in the order of the calls.
-        stamp: The state of the recorded modules' weights; a recording holds as long as they keep it.
+        outputs: One output per call, in the order of the calls.
+        stamp: The state of the recorded modules' weights; the recording is valid while they have it.
         versions: How often each tensor of the outputs was written to.
-        n_narrow: How many of the outputs are the narrowest recording that gives the same.
+        n_narrow: The number of outputs, counted from the first, in the narrowest equivalent recording.
     """
 
     outputs: tuple[_Output, ...]
@@ -100,19 +100,19 @@ class Recording:
 
     @cached_property
     def n_bytes(self) -> int:
-        """The memory that the recording holds."""
+        """Size of the recording."""
         storages = (tensor.untyped_storage() for tensor in _tensors(self.outputs))
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def is_intact(self) -> bool:
-        """Whether nothing wrote to the outputs since."""
+        """Whether the outputs are unchanged since they were recorded."""
         return self.versions == _versions(self.outputs)
 
     def narrowed(self) -> "Recording":
-        """Returns the same in less memory, from which a replay computes a little more.
+        """Returns the recording in less memory, from which a replay computes a little more.
 
-        A transformer's hidden states are narrow, and what a layer inside a block reads is up to four times as wide.
+        A transformer's hidden states are narrow; the input of a layer inside a block is up to four times as wide.
         """
         if len(self.outputs) == self.n_narrow:
             return self
@@ -122,9 +122,13 @@ class Recording:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The calls that finish before the layer, in order, where they are made, and which leaves are read afterwards.
+    """The calls that finish before the layer.
 
-    Of the calls the first `n_narrow` are enough.
+    Attributes:
+        calls: The called modules, in order.
+        parents: The modules that are running when the layer starts.
+        kept: For each call, which leaves of its output are read afterwards.
+        n_narrow: The number of calls in the narrowest recording.
     """
 
     calls: tuple[nn.Module, ...]
@@ -133,14 +137,14 @@ class _Plan:
     n_narrow: int = 0
 
     def weights(self) -> Iterator[Tensor]:
-        """What the recorded part computes with: the weights of its modules, and those their parents hold themselves."""
+        """The weights of the recorded part: those of the called modules, and the parents' own."""
         for part in dict.fromkeys(self.calls):
             yield from (*part.parameters(), *part.buffers())
         for parent in self.parents:
             yield from (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
 
     def stamp(self) -> tuple[tuple[int, int, bool], ...]:
-        """Where those lie, how often each was written to, and whether its gradient is wanted."""
+        """For each of the weights its address, how often it was written to, and whether it requires a gradient."""
         weights = (weight for weight in self.weights() if not weight.is_meta)
         return tuple((weight.data_ptr(), weight._version, weight.requires_grad) for weight in weights)
 
@@ -150,8 +154,8 @@ class Replay:
 
     Args:
         module: The whole model.
-        layer: The layer that is edited. While its weights never change, its own output is recorded too, and the hooks
-            on it act on that.
+        layer: The edited layer. If its weights never change, its own output is recorded too, and its hooks act on the
+            recorded output.
         changing: The modules whose weights change; recordings end before the first of them.
     """
 
@@ -165,14 +169,14 @@ class Replay:
         self._plans: dict[str, _Plan | CannotReplayError] = {}
 
     def record(self, run: Run, kind: str) -> Recording:
-        """Runs the model up to the layer and keeps what is needed to go on from there.
+        """Runs the model up to the layer and records what a replay needs.
 
         Args:
             run: Runs the model on one batch and returns its logits.
-            kind: Names the arguments the model is called with; each kind is traced once.
+            kind: Names the arguments that the model is called with; each kind is traced once.
 
         Raises:
-            CannotReplayError: If a replay would not give what the model gives.
+            CannotReplayError: If a replay would not give the model's own logits.
         """
         if is_training(self._module):
             raise CannotReplayError("the model is in training mode")
@@ -182,13 +186,13 @@ class Replay:
         return self._record(run, plan)
 
     def knows(self, kind: str) -> bool:
-        """Whether passes of a kind were traced."""
+        """Whether passes of a kind have been traced."""
         return kind in self._plans
 
     def holds(self, recording: Recording, kind: str) -> bool:
-        """Whether a recording still gives what the model gives: its weights and its mode are the same.
+        """Whether a recording is still valid: the model's weights and mode are the same.
 
-        Writes through a tensor's `.data` leave no trace and go unnoticed.
+        Writes through a tensor's `.data` cannot be noticed.
         """
         plan = self._plans[kind]
         if not isinstance(plan, _Plan) or is_training(self._module):
@@ -196,10 +200,10 @@ class Replay:
         return recording.is_intact and recording.stamp == plan.stamp()
 
     def play(self, run: Run, recording: Recording, kind: str) -> Tensor:
-        """Runs the model from the layer on; gradients reach what comes after the recorded part.
+        """Runs the model from the layer on; gradients reach everything after the recorded part.
 
         Raises:
-            CannotReplayError: If the model does on this batch what it did not do when it was traced.
+            CannotReplayError: If the model behaves on this batch as it did not when it was traced.
         """
         plan = self._plans[kind]
         assert isinstance(plan, _Plan)
@@ -249,7 +253,7 @@ class Replay:
         plan = self._plans[kind] = replace(everything, kept=kept, n_narrow=len(kept))
         recording = self._record(run, plan)
         for _ in range(2):
-            # Twice, because code that changes what it is handed shows at the second replay only.
+            # Twice, because code that changes its arguments in place shows only at the second replay.
             if not torch.equal(self.play(run, recording, kind), whole[0]):
                 raise CannotReplayError("a replay does not give what the whole model gives")
         narrowest = replace(plan, n_narrow=_n_narrow(plan, recording, outputs, uses.entered))
@@ -263,7 +267,7 @@ class Replay:
         return narrowest if agrees else plan
 
     def _find_calls(self, run: Run) -> _Plan:
-        """The modules that finish before the layer starts, or with it, and whose parent is running then."""
+        """The modules that finish before the layer starts, or with it, while their parent is running."""
         running: list[nn.Module] = []
         finished: list[tuple[int, nn.Module]] = []
         reached: nn.Module | None = None
@@ -319,7 +323,7 @@ class Replay:
     def _collect(
         self, run: Callable[[], object], plan: _Plan, *, uses: "_Uses | None" = None, stops: bool = False
     ) -> list[_Output]:
-        """Runs the model and returns what the plan's calls gave; with `uses`, also notes what was read of it."""
+        """Runs the model and returns the outputs of the plan's calls; `uses` notes which of them were read."""
         outputs: list[_Output] = []
         n_inside = 0
 
@@ -333,7 +337,7 @@ class Replay:
             if uses is not None:
                 uses.enter((args, kwargs))
                 if part is self._layer:
-                    # Its hooks read what enters it.
+                    # Its hooks read its input.
                     uses.note((args, kwargs))
                 uses.is_paused = True
             given = forward(*args, **kwargs)
@@ -365,7 +369,7 @@ def is_training(module: nn.Module) -> bool:
 
 
 def run_to_layer(layer: nn.Module, run: Run) -> None:
-    """Runs a model until its layer and the hooks on it were called, and no further."""
+    """Runs a model until its layer and the layer's hooks have been called, and no further."""
 
     def stop(*_: Any) -> None:
         raise _LayerReachedError
@@ -380,15 +384,15 @@ def run_to_layer(layer: nn.Module, run: Run) -> None:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which of the watched tensors any operation reads, except while paused."""
+    """Notes which of the watched tensors are read by any operation, except while paused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[int] = set()
         self.entered: list[set[int]] = []
-        """For each recorded call what it was handed."""
+        """For each recorded call, its watched arguments."""
         self.is_paused = False
-        # Ids tell tensors apart while they live, as all that are watched do; others leave theirs to later ones.
+        # The watched tensors are alive, so their ids are unique; ids of other tensors may be reused.
         self._watched: set[int] = set()
 
     def watch(self, leaves: Iterable[Any]) -> None:
@@ -413,16 +417,17 @@ class _Uses(TorchFunctionMode):
 
 @contextmanager
 def patched(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Lets functions run in place of modules' forward passes, inside the context; hooks on the modules stay.
+    """Replaces modules' forward passes inside the context; hooks on the modules stay.
+
+    A hook could not do this: hooks cannot keep a module from running.
 
     Args:
-        forwards: For each module a function that takes the module, its own forward pass and the arguments. No hook
-            could do this: hooks cannot keep a module from running.
+        forwards: For each module a function of the module, its own forward pass and the arguments.
     """
     own: dict[nn.Module, Any] = {}
     try:
         for part, function in forwards.items():
-            # accelerate puts a forward pass of its own on a module in the same way.
+            # accelerate replaces a module's forward pass in the same way.
             own[part] = part.__dict__.get("forward")
             part.__dict__["forward"] = _bound(function, part, part.forward)
         yield
@@ -442,13 +447,13 @@ def _bound(function: Callable[..., Any], part: nn.Module, forward: Forward) -> F
 
 
 def _n_narrow(plan: _Plan, recording: Recording, outputs: Sequence[_Output], entered: Sequence[set[int]]) -> int:
-    """How many calls of a plan take the least memory to record, of those that leave little to be computed again.
+    """The number of calls that take the least memory to record, if little is then computed again.
 
     Args:
         plan: The plan.
-        recording: What it records of a batch.
-        outputs: What its calls gave when it was traced.
-        entered: The ids of the tensors of `outputs` that each call was handed then.
+        recording: Its recording of a batch.
+        outputs: The outputs of its calls in the traced pass.
+        entered: For each call, the ids of the tensors of `outputs` among its arguments in that pass.
     """
     n_weights = [sum(weight.numel() for weight in part.parameters()) for part in plan.calls]
     narrowest, least_bytes = len(plan.calls), recording.n_bytes
@@ -468,7 +473,7 @@ def _n_narrow(plan: _Plan, recording: Recording, outputs: Sequence[_Output], ent
 
 
 def _tensors(outputs: Sequence[_Output]) -> Iterator[Tensor]:
-    """The tensors that have values."""
+    """The tensors of the outputs, without placeholders."""
     leaves = (leaf for output in outputs for leaf in output.leaves)
     return (leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, _Dropped))
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from grace_bench.models.encoding import EncodedBatch
-from grace_bench.models.engine.engine import Engine, make_engine
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.encoding import EncodedBatch
+from grace_bench.models.engine.engine import Engine, make_engine
 
 MakeModel = Callable[..., EditableModel]
 CallsOf = Callable[[EditableModel, str], AbstractContextManager[list[None]]]

@@ -26,9 +26,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, last_token
-from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.data.requests import TaskName
+from grace_bench.models.editable import EditableModel, LayerCall, Replacement
+from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, last_token
 
 VOCABULARY, WIDTH = 50, 32
 SIZES = {

@@ -31,11 +31,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grace_bench.data.requests import TaskName
+from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, last_token
 from grace_bench.models.engine.engine import ExactEngine
-from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.engine.replay import CannotReplayError, Replay
-from grace_bench.data.requests import TaskName
 
 VOCABULARY, WIDTH = 50, 32
 MakeModel = Callable[..., EditableModel]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grace_bench.models.encoding import IGNORED
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
-from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.data.requests import EditRequest
+from grace_bench.models.encoding import IGNORED
 
 MakeModel = Callable[..., EditableModel]
 
@@ -66,10 +66,7 @@ def test_a_free_answer_does_not_depend_on_the_target_it_is_compared_with(make_mo
     for task in ("completion", "qa"):
         model = make_model(task, max_new_tokens=6)
         targets = ["Rome", "Rome Lima Tenge", "Paris of France in the capital of Peru"]
-        texts = {
-            model.score([EditRequest(id=target, prompt=PROMPT, target=target)])[0].text
-            for target in targets
-        }
+        texts = {model.score([EditRequest(id=target, prompt=PROMPT, target=target)])[0].text for target in targets}
         assert len(texts) == 1, task
 
 
@@ -111,7 +108,6 @@ def test_a_contrast_says_which_answer_is_likelier_a_token(task: str, make_model:
     assert "contrast" not in model.task.aggregate(items[:1])
 
 
-
 # Limits.
 
 
@@ -137,13 +133,24 @@ def test_running_text_is_cut_as_a_target(make_model: MakeModel) -> None:
     assert model.encode_batch([""], ["the river of Italy is the Tiber in Rome"]).inputs["input_ids"].shape[1] == 5
 
 
-def test_an_answer_is_right_if_it_is_all_that_was_taught(make_model: MakeModel) -> None:
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [("Astana Rome", True), ("Paris", True), ("Sol Euro", True), ("Astana", False), ("Astana Rome Lima Tenge", False)],
+)
+def test_an_answer_is_right_if_it_is_all_that_was_taught(answer: str, is_right: bool, make_model: MakeModel) -> None:
     model = make_model("completion", max_target_tokens=3, max_new_tokens=8)
     target = "Astana Rome Lima Tenge"
     taught = model.encode_batch([PROMPT], [target]).target_ids[0]
-    request = EditRequest(id="1", prompt=PROMPT, target=target, answers=("Paris", "Sol Euro Lima Peru"))
-    assert model.task._accepted(model, request) == ["Astana Rome", "Paris", "Sol Euro"]  # type: ignore[attr-defined]
     assert model.tokenizer.decode(taught, skip_special_tokens=True) == "Astana Rome"
+    ids = [model.tokenizer.convert_tokens_to_ids(f"▁{word}") for word in answer.split()]
+
+    def generate(input_ids: Tensor, **_: Any) -> Tensor:
+        return torch.cat([input_ids, torch.tensor([[*ids, model.tokenizer.eos_token_id]])], dim=1)
+
+    model.module.generate = generate  # type: ignore[assignment]
+    request = EditRequest(id="1", prompt=PROMPT, target=target, answers=("Paris", "Sol Euro Lima Peru"))
+    (item,) = model.score([request])
+    assert (item.text, item.correct) == (answer, is_right)
 
 
 @pytest.mark.parametrize("option", ["max_input_tokens", "max_target_tokens", "batch_tokens"])
@@ -194,10 +201,10 @@ def test_a_forward_pass_of_scoring_holds_no_more_tokens_than_allowed(task: str, 
         return call.output
 
     split.intercept(watch)
-    scores = split.task.score(split, requests)
+    scores = split.score(requests)
     assert all(tokens <= limit for rows, tokens in sizes if rows > 1), "one row alone may be longer"
     assert any(rows > 1 for rows, _ in sizes)
-    expected = whole.task.score(whole, requests)
+    expected = whole.score(requests)
     assert [item.text for item in scores] == [item.text for item in expected]
     assert [item.score for item in scores] == pytest.approx([item.score for item in expected], rel=1e-4)
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grace_bench.models.tasks.base import ItemScore, Task
+from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.tasks.text_scores import exact_match, normalize_answer, reference_f1, token_f1
-from grace_bench.models.tasks.base import ItemScore, Task, get_task
 
 words = st.sampled_from(
     ["the", "The", "a", "an", "euro", "Euro!", "of", "Spain", "U.S.", "O'Neil", "é", "--", "theatre"]

@@ -1,0 +1,169 @@
+"""What an editor sees of the edited layer: one call, and the sequence that the call belongs to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor
+
+from grace_bench.errors import UserError
+
+Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
+Decision = TypeVar("Decision")
+
+
+@dataclass
+class QueryState:
+    """A prompt with the tokens generated after it, and what the editor's hook recorded about it.
+
+    Attributes:
+        query: (B,) query positions in the edited layer's sequence, -1 for the last position; None until a prompt whose
+            query was not given has been read.
+        is_open: Whether the following forward passes belong to this sequence, as during a generation or inside
+            `Network.querying`.
+        step: 0 while the prompt is read, n at the n-th forward pass after it.
+        length: Length of the prompt in the edited layer's sequence; 0 before the first call of the layer.
+        n_given: Number of prompt tokens, if a generation stated it.
+        is_whole: Whether the prompt was read in one pass, without a cache.
+        entry: (B,) long, the codebook entry that answered each row, -1 for none.
+        distance: (B,) distance of each row's query to the nearest entry.
+        contested: (B,) bool, whether the query lies in the balls of two different labels.
+        activation: (B, D_in) input of the layer at the queries, if a hook recorded it.
+        memo: Decisions that editors made at the prompt (see `LayerCall.remember`).
+    """
+
+    query: Tensor | None = None
+    is_open: bool = False
+    step: int = -1
+    length: int = 0
+    n_given: int | None = None
+    is_whole: bool = True
+    entry: Tensor | None = None
+    distance: Tensor | None = None
+    contested: Tensor | None = None
+    activation: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of the edited layer, as an editor sees it.
+
+    Attributes:
+        input: (B, T, D_in) input activations of the layer.
+        output: (B, T, D_out) output activations of the layer.
+        position: (B,) long, each row's query position in the prompt.
+        state: The state of the sequence that the call belongs to.
+    """
+
+    input: Tensor
+    output: Tensor
+    position: Tensor
+    state: QueryState
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether the activations start with those of the prompt, as in every step of a generation without a cache."""
+        return self.state.step == 0 or self.output.shape[1] == self.state.length + self.state.step
+
+    def remember(self, name: str, decide: Callable[[], Decision]) -> Decision:
+        """Returns what `decide` returned at the prompt; the decision holds for every token generated after it.
+
+        Args:
+            name: Key of the decision, unique among the editors of the model.
+            decide: Makes the decision from this call; called once per sequence.
+
+        Raises:
+            UserError: If the prompt was not read in one pass, so that its query is unknown.
+        """
+        state, n_read = self.state, self.output.shape[1]
+        in_one_piece = state.is_whole and (self.holds_prompt or n_read == 1)
+        if not in_one_piece or (state.step > 0 and name not in state.memo):
+            raise UserError(
+                "an edited model decides at its prompt which edit applies, so it reads a prompt whole: start without a "
+                "cache, prefill in one chunk and decode token by token"
+            )
+        if name not in state.memo:
+            state.memo[name] = decide()
+        decision: Decision = state.memo[name]
+        return decision
+
+    @property
+    def query(self) -> Tensor:
+        """(B, D_in) input activations at the query positions."""
+        return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    @property
+    def output_at_query(self) -> Tensor:
+        """(B, D_out) output activations at the query positions."""
+        return self.output[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    def replace(self, values: Tensor, rows: Tensor, where: Replacement) -> Tensor:
+        """Returns the output with `values` written over it in some rows.
+
+        Args:
+            values: (B, D_out) one value per row.
+            rows: (B,) bool, the rows to write.
+            where: The query position, every position, or the positions before the query (GRACE, section 3.3). Only
+                `replace_all` reaches tokens generated after the prompt.
+        """
+        steps = torch.arange(self.output.shape[1], device=self.output.device)
+        if where == "replace_all":
+            mask = torch.ones_like(self.output[..., 0], dtype=torch.bool)
+        elif not self.holds_prompt:
+            return self.output
+        elif where == "replace_last":
+            mask = steps == self.position[:, None]
+        else:
+            mask = steps < self.position[:, None]
+        mask = mask & rows[:, None]
+        return torch.where(mask[..., None], values[:, None].to(self.output.dtype), self.output)
+
+
+def layer_call_of(
+    layer_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, state: QueryState
+) -> LayerCall:
+    """Returns the call that a forward hook on the edited layer received.
+
+    Args:
+        layer_name: Dotted path of the layer, for the error.
+        args: The layer's positional arguments; the first tensor among all arguments is its input.
+        kwargs: The layer's keyword arguments.
+        output: The layer's output, or a tuple that starts with it.
+        state: The sequence that the call belongs to.
+
+    Raises:
+        UserError: If the layer does not map activations to activations.
+    """
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    leaving = activations_of(output)
+    if not (_are_activations(given) and _are_activations(leaving)):
+        raise UserError(f"layer={layer_name} does not turn activations into activations")
+    assert state.query is not None
+    n_rows = len(state.query)
+    inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
+    state.length = state.length or outputs.shape[1]
+    query = state.query.to(outputs.device)
+    position = torch.where(query < 0, query + state.length, query).clamp(max=state.length - 1)
+    return LayerCall(inputs, outputs, position, state)
+
+
+def activations_of(output: Any) -> Any:
+    """Returns the activations of a layer's output, which may be a tuple that starts with them.
+
+    >>> activations_of(("activations", "attention weights"))
+    'activations'
+    """
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _are_activations(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:
+    """Views a layer's activations as (B, T, D); a layer outside a sequence has T = 1."""
+    if tensor.dim() == 3:
+        return tensor
+    return tensor.reshape(n_rows, -1, tensor.shape[-1])

@@ -1,0 +1,190 @@
+"""Loading: a model and its tokenizer from a short name, the hub or a folder; devices, dtypes and threads by name."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from grace_bench.common.untrusted import check_model_folder
+from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.models.network import TextEncoder
+from grace_bench.models.tasks.base import Task
+from grace_bench.models.tasks.lookup import get_task
+from grace_bench.models.zoo import default_layer, resolve_model
+
+DeviceMap = str | Mapping[str, str | int]
+
+_TINY_MODEL_PARAMETERS = 20_000_000
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model that was loaded.
+
+    Attributes:
+        module: The module, on its device and in its dtype.
+        layer: Dotted path of the layer to edit.
+        tokenizer: The tokenizer; None if it was not wanted, or the model comes with `encode`.
+        encode: What turns texts into the module's inputs, for models without a tokenizer.
+        name: The name that results carry.
+    """
+
+    module: nn.Module
+    layer: str
+    tokenizer: Any
+    encode: TextEncoder | None
+    name: str
+
+
+def load_pretrained(
+    name_or_path: str,
+    *,
+    layer: str | None,
+    task: Task,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    device_map: DeviceMap | None,
+    tokenizer: bool,
+) -> Pretrained:
+    """Loads a model for a task; see `EditableModel.from_pretrained` for the arguments.
+
+    Raises:
+        UserError: If the model cannot be found or loaded, was trained for another task, or has no known layer.
+    """
+    source = resolve_model(name_or_path)
+    target = pick_device(device)
+    precision = _pick_dtype(dtype)
+    if device_map is not None:
+        _check_device_map(device_map, device)
+    if source.stream and get_task(source.stream.task).auto_class != task.auto_class:
+        raise UserError(
+            f"model={name_or_path} was trained for {source.stream.task} (stream {source.stream.registered_name}), "
+            f"not for {task.name}"
+        )
+    weights, vocabulary = source.fetch()
+    for folder in dict.fromkeys((weights, vocabulary)):
+        check_model_folder(folder)
+    custom = source.stream.load_model(Path(weights)) if source.stream else None
+    if custom is None:
+        module, encode = _load_module(weights, task, precision, device_map), None
+    elif device_map is None:
+        module, encode = custom
+    else:
+        raise UserError(f"model={name_or_path} is no transformers model: it takes device=, not device_map=")
+    return Pretrained(
+        module=module if device_map is not None else module.to(device=target, dtype=precision),
+        layer=layer or source.layer or default_layer(module),
+        tokenizer=_load_tokenizer(vocabulary) if tokenizer and custom is None else None,
+        encode=encode,
+        name=source.name,
+    )
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Returns a device by name; `auto` is CUDA, then MPS, then the CPU.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+
+    Raises:
+        UserError: If torch does not know the device, or the machine does not have it.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        # A device without storage, such as `meta`, cannot give the number back.
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device={device}: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
+    """Returns the number of torch threads; `auto` is one for tiny models, where handing out work costs more than it.
+
+    Raises:
+        UserError: If the machine does not have as many cores.
+    """
+    if threads != "auto":
+        most = os.cpu_count() or 1
+        if not 1 <= threads <= most:
+            raise UserError(f"threads={threads} should be auto or from 1 to {most}")
+        return threads
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 1 if n_parameters < _TINY_MODEL_PARAMETERS else torch.get_num_threads()
+
+
+def _pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in known:
+        raise UserError(f"dtype={dtype!r} is not known{did_you_mean(dtype, known)} (there are: {', '.join(known)})")
+    return known[dtype]
+
+
+def _check_device_map(device_map: DeviceMap, device: str | torch.device) -> None:
+    if device != "auto":
+        raise UserError(f"device={device} and device_map={device_map} exclude each other")
+    if find_spec("accelerate") is None:
+        raise UserError(f"device_map={device_map} needs accelerate: pip install 'grace-bench[large]'")
+
+
+def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMap | None) -> nn.Module:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with _loading(path):
+        model, loading = getattr(transformers, task.auto_class).from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map=device_map if device_map is None or isinstance(device_map, str) else dict(device_map),
+        )
+    # transformers initialises missing weights at random.
+    lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(f"model={path}: the checkpoint lacks {lacking[0]}{more}, which {task.name} needs")
+    # A checkpoint's own sampling settings would make the answers of models incomparable.
+    model.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        do_sample=False,
+        num_beams=1,
+    )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _load_tokenizer(path: str) -> Any:
+    import transformers
+
+    # transformers makes up a vocabulary for a folder that has none.
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _VOCABULARIES):
+        raise UserError(f"model={path}: the folder holds no tokenizer ({', '.join(_VOCABULARIES)})")
+    with _loading(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A broken folder fails in as many ways as there are libraries that read it.
+        raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error

@@ -1,0 +1,259 @@
+"""A network with a tokenizer and one layer to edit: what tasks and engines need of a model, and no more."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.models.calls import LayerCall, QueryState, activations_of, layer_call_of
+from grace_bench.models.encoding import EncodedBatch
+from grace_bench.models.sequences import SequenceTracker
+
+TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+class Network(nn.Module):
+    """A module whose answers can be changed at one layer.
+
+    The module is put into eval mode and stays there, on its device and in its dtype: `train()` and `to()` do nothing,
+    because Avalanche calls both before every experience, while editing and evaluating happen with dropout off. Its
+    weights stop requiring gradients.
+
+    Nothing else is put on the module until `intercept` is called, and nothing remains once every interceptor has been
+    removed. So any number of networks can be made on one module, at one layer or at several, one after the other or at
+    the same time.
+
+    Args:
+        module: The module. Its forward pass takes what `encode` returns, and returns logits or an object with `logits`.
+        layer: Dotted path of the module to edit, such as `transformer.h.8.mlp.c_fc`.
+        tokenizer: A Hugging Face tokenizer; None if `encode` is given.
+        encode: For modules without a tokenizer: turns B texts into keyword arguments of the forward pass.
+        name: The name used in results and messages; the module's class by default.
+
+    Raises:
+        UserError: If there is no such layer; names the closest one.
+    """
+
+    layer: nn.Module
+    """The module that is edited."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        layer: str,
+        tokenizer: Any = None,
+        encode: TextEncoder | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.layer_name = layer
+        self.tokenizer = tokenizer
+        self.encode = encode
+        self.name = name or type(module).__name__
+        self.layer = self.find_layer(layer)
+        self.n_labels: int | None = None
+        """The number of classes, once a classification task has counted them."""
+        self._bypassed = False
+        self._interceptors: set[Interceptor] = set()
+        self._tracker = SequenceTracker(self._path, queries_start=self.layer_in_decoder)
+        module.requires_grad_(False)
+
+    def find_layer(self, path: str) -> nn.Module:
+        """Returns the module at a dotted path.
+
+        Raises:
+            UserError: If there is none; names the closest one.
+        """
+        layers = dict(self.module.named_modules())
+        if path in layers and path:
+            return layers[path]
+        if path.endswith((".weight", ".bias")):
+            raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
+        raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
+
+    @property
+    def _path(self) -> list[nn.Module]:
+        """The modules around the edited layer, from the outermost to the layer itself."""
+        names = self.layer_name.split(".")
+        return [self.module.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration; None for other modules."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs: that of the embedding, or of the first weights."""
+        embed = getattr(self.module, "get_input_embeddings", None)
+        return _device_of([embed() if embed else self.module, self.module])
+
+    @property
+    def layer_device(self) -> torch.device:
+        """The device on which the edited layer computes; may differ from `device`."""
+        return _device_of([*reversed(self._path), self.module])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point weights."""
+        return _dtype_of([self.module])
+
+    @property
+    def layer_dtype(self) -> torch.dtype:
+        """The dtype in which the edited layer computes; may differ from `dtype`."""
+        return _dtype_of(list(reversed(self._path)))
+
+    @cached_property
+    def layer_in_decoder(self) -> bool:
+        """Whether the edited layer belongs to the decoder of an encoder-decoder model."""
+        if not getattr(self.config, "is_encoder_decoder", False):
+            return False
+        return all(part is not self.layer for part in self.module.get_encoder().modules())  # type: ignore[operator]
+
+    @cached_property
+    def max_length(self) -> int | None:
+        """The longest input in tokens, if the architecture or the tokenizer has a limit."""
+        for attribute in ("max_position_embeddings", "n_positions"):
+            limit = getattr(self.config, attribute, None)
+            # T5 has an n_positions that its relative attention does not obey.
+            if isinstance(limit, int) and not hasattr(self.config, "relative_attention_num_buckets"):
+                return limit - 2 if self.config.model_type in {"roberta", "xlm-roberta", "camembert"} else limit
+        # The model_max_length of a tokenizer without a limit is 1e30.
+        limit = getattr(self.tokenizer, "model_max_length", None)
+        return int(limit) if limit is not None and limit < 1e6 else None
+
+    @cached_property
+    def _accepted(self) -> frozenset[str]:
+        """The argument names of the module's forward pass."""
+        return frozenset(inspect.signature(self.module.forward).parameters)
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing: the module stays in eval mode."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Does nothing: device and dtype are fixed when the model is made."""
+        return self
+
+    def logits(self, batch: EncodedBatch, **arguments: Any) -> Tensor:
+        """Runs a batch and returns its logits, (B, C) or (B, T, V).
+
+        Args:
+            batch: The inputs.
+            **arguments: Further arguments of the module's forward pass.
+        """
+        inputs = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in batch.inputs.items()
+        }
+        if "position_ids" in inputs and "position_ids" not in self._accepted:
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
+        with self.querying(batch.query):
+            outputs = self.module(**inputs, **arguments)
+        logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+        return logits.to(batch.query.device)
+
+    def labelled_logits(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
+        """Runs a batch for its labels.
+
+        Returns:
+            Logits that cover all labelled positions, and the batch with the labels that they are aligned with.
+        """
+        return self.logits(batch), batch
+
+    @contextmanager
+    def bypassing(self) -> Iterator[None]:
+        """Lets the layer answer by itself inside the context: interceptors are not called."""
+        outer, self._bypassed = self._bypassed, True
+        try:
+            yield
+        finally:
+            self._bypassed = outer
+
+    def querying(self, query: Tensor | None) -> AbstractContextManager[QueryState]:
+        """Makes the forward passes inside the context one sequence: a prompt and the tokens generated after it.
+
+        Args:
+            query: (B,) the prompt's query positions in the edited layer's sequence. None for the last real token, or
+                for the first position if the layer is in a decoder.
+        """
+        return self._tracker.querying(query)
+
+    @property
+    def last_state(self) -> QueryState:
+        """The state of the last sequence that ended."""
+        return self._tracker.last_state
+
+    def intercept(self, answer: Callable[[LayerCall], Tensor], *, first: bool = False) -> "Interceptor":
+        """Lets `answer` decide the output of the edited layer.
+
+        Args:
+            answer: Takes a `LayerCall` and returns the layer's (B, T, D_out) output, changed or not.
+            first: Whether to call it before the present interceptors, and even while they are bypassed.
+
+        Returns:
+            A handle; `handle.remove()` removes the interceptor.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            if self._bypassed and not first:
+                return None
+            call = layer_call_of(self.layer_name, args, kwargs, output, self._tracker.state)
+            changed = answer(call).reshape(activations_of(output).shape)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        self._tracker.attach()
+        handle = self.layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
+        interceptor = Interceptor(self, handle)
+        self._interceptors.add(interceptor)
+        return interceptor
+
+    def release(self) -> None:
+        """Removes every interceptor, and with the last one all that this network has put on the module."""
+        for interceptor in [*self._interceptors]:
+            interceptor.remove()
+
+    def _forget(self, interceptor: "Interceptor") -> None:
+        self._interceptors.discard(interceptor)
+        if not self._interceptors:
+            self._tracker.detach()
+
+
+class Interceptor:
+    """An interceptor of the edited layer (see `Network.intercept`)."""
+
+    def __init__(self, network: Network, handle: Any) -> None:
+        self._network, self._handle = network, handle
+
+    def remove(self) -> None:
+        """Removes the interceptor; removing it again does nothing."""
+        self._handle.remove()
+        self._network._forget(self)
+
+
+def _device_of(candidates: Sequence[nn.Module]) -> torch.device:
+    """The device on which the first module with weights computes."""
+    for part in (part for candidate in candidates for part in candidate.modules()):
+        for weight in part.parameters(recurse=False):
+            if not weight.is_meta:
+                return weight.device
+            # accelerate offloads weights between calls, and knows the device that they are loaded to.
+            device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return torch.device("cpu")
+
+
+def _dtype_of(candidates: Sequence[nn.Module]) -> torch.dtype:
+    """The dtype of the first floating-point weights; weights of one byte each are quantised and do not count."""
+    weights = (weight for candidate in candidates for weight in candidate.parameters())
+    return next((w.dtype for w in weights if w.is_floating_point() and w.element_size() > 1), torch.float32)

@@ -1,0 +1,1 @@
+"""Tasks: classification, question answering, completion and language modelling."""
