@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from grace_bench.data.benchmark import EditExperience
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.base import get_task

@@ -21,7 +21,8 @@ from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_b
 from grace_bench.cli import main
 from grace_bench.data.benchmark import EditBenchmark, EditExperience, eval_stream
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.engine.engine import EngineName, make_engine
 from grace_bench.registry import EDITORS, STREAMS
