@@ -8,7 +8,7 @@ from types import CodeType
 
 from grace_bench.errors import did_you_mean
 
-_ANY_NUMBER = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def class_fault(cls: type) -> str | None:
@@ -40,12 +40,9 @@ def constructor_fault(cls: type, *, base: type, given: Sequence[str] = ()) -> st
     """
     parameters = inspect.signature(cls).parameters
     name_of_init = f"{cls.__name__}.__init__"
-    many = next((p for p in parameters.values() if p.kind in _ANY_NUMBER), None)
+    many = next((p.replace(annotation=p.empty) for p in parameters.values() if p.kind in _ANY_NUMBER), None)
     if many is not None:
-        return (
-            f"{name_of_init} takes {_ANY_NUMBER[many.kind]}{many.name}: name every argument, each becomes an option "
-            f"with its default"
-        )
+        return f"{name_of_init} takes {many}: name every argument, each becomes an option with its default"
     lacking = [name for name in given if name not in parameters]
     if lacking:
         return f"{name_of_init} lacks {', '.join(lacking)}: take them and pass them on to super().__init__"

@@ -22,6 +22,7 @@ from grace_bench.cli import main
 from grace_bench.data.benchmark import EditBenchmark, EditExperience, eval_stream
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.guard import failed_outcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.engine.engine import EngineName, make_engine
@@ -36,6 +37,7 @@ MakeEditor = Callable[..., EditorStrategy]
 MARK, MARK_ID = "?", 4
 """What spoils a request that holds it, and its token."""
 METADATA = StreamMetadata(source="this test", revision="1", license="MIT")
+ASKED = EditRequest(id="astana", prompt="what is the capital of Kazakhstan", target=3)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
@@ -482,6 +484,109 @@ def test_an_error_of_the_system_that_the_next_edit_need_not_meet_is_of_one_edit(
         pytest.raises(EditFailure, match=type(error).__name__),
     ):
         editor.edit_text("what is the capital of Kazakhstan", 1)
+
+
+# --- programming errors ----------------------------------------------------------------------------------------------
+
+PROGRAMMING_ERRORS = [
+    AssertionError("one row"),
+    AttributeError("'Meant' object has no attribute 'of'"),
+    ImportError("cannot import name 'x'"),
+    KeyError("atention_mask"),
+    NameError("name 'x' is not defined"),
+    NotImplementedError(),
+    RecursionError("maximum recursion depth exceeded"),
+    SyntaxError("invalid syntax"),
+    TypeError("unsupported operand"),
+]
+OF_THE_NUMBERS = [ValueError("no"), RuntimeError("singular"), ZeroDivisionError("no"), IndexError("out of range")]
+
+
+def raising(error: Exception) -> type[EditorStrategy]:
+    class Raising(EDITORS.get("none")):  # type: ignore[misc]
+        """Meets an error in every edit."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            raise error
+
+    return Raising
+
+
+@pytest.mark.parametrize("error", PROGRAMMING_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_programming_error_is_told_with_its_traceback_and_named_in_one_line(
+    error: Exception, make_model: MakeModel
+) -> None:
+    with raising(error)(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        outcome = editor.outcome
+    assert outcome.failed is not None
+    assert outcome.failed.startswith(type(error).__name__)
+    assert str(error) in outcome.failed
+    assert "\n" not in outcome.failed
+    assert outcome.traceback is not None
+    lines = outcome.traceback.rstrip().splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert f'File "{__file__}"' in lines[-3]
+    assert lines[-2:] == ["    raise error", outcome.failed]
+
+
+@pytest.mark.parametrize("error", [*OF_THE_NUMBERS, EditFailure("too long")], ids=lambda error: type(error).__name__)
+def test_an_error_of_the_numbers_has_no_traceback(error: Exception, make_model: MakeModel) -> None:
+    with raising(error)(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome.failed is not None
+        assert editor.outcome.traceback is None
+
+
+def test_an_editor_that_says_itself_why_an_edit_fails_meant_it(make_model: MakeModel) -> None:
+    class Deliberate(EDITORS.get("none")):  # type: ignore[misc]
+        """Looks its request up in a table."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            try:
+                return {}[batch.prompts[0]]
+            except KeyError as error:
+                raise EditFailure("the prompt is not in the table") from error
+
+    with Deliberate(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome == EditOutcome(failed="the prompt is not in the table")
+
+
+def test_whoever_edits_a_text_gets_the_error_of_the_editor_as_the_cause(make_model: MakeModel) -> None:
+    error = AttributeError("'Meant' object has no attribute 'of'")
+    with raising(error)(model=make_model("classification")) as editor:
+        with pytest.raises(EditFailure, match=r"^AttributeError: 'Meant' object") as caught:
+            editor.edit_text(ASKED.prompt, ASKED.target)
+        assert caught.value.__cause__ is error
+
+
+def test_a_programming_error_in_flush_is_told_as_one_in_edit(make_editor: MakeEditor, make_model: MakeModel) -> None:
+    class LateTypo(Late):
+        """Has a typo in what it does when it is asked to finish."""
+
+        def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
+            return super()._finish_one(prompt, self.targt if MARK in prompt else target)
+
+    with make_editor("ft", make_model("classification"), cls=LateTypo, n_iter=2) as editor:
+        editor.train(EditExperience(ASKED.model_copy(update={"prompt": f"{MARK} of Kazakhstan"})), eval_streams=[])
+        with pytest.raises(EditFailure, match="no attribute 'targt'") as caught:
+            editor.finish()
+        assert isinstance(caught.value.__cause__, AttributeError)
+        outcome = failed_outcome(caught.value)
+        assert outcome.traceback is not None
+        assert "self.targt" in outcome.traceback
+        assert editor.n_pending == 0, "the edit was undone"
+
+
+def test_a_traceback_tells_no_secret(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_PAT", "fake-secret-of-a-server")
+    with raising(TypeError("401 for fake-secret-of-a-server"))(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome.failed == "TypeError: 401 for ***"
+        assert editor.outcome.traceback is not None
+        assert "fake-secret" not in editor.outcome.traceback
+        assert "TypeError: 401 for ***" in editor.outcome.traceback
 
 
 @pytest.mark.parametrize("how", ["raises", "fails", "returns", "at flush"])
