@@ -1,4 +1,4 @@
-"""A saved editor: what comes back answers as before, and what is damaged is refused without a trace on the model."""
+"""A loaded editor answers as the saved one did; damaged files are refused and leave the model alone."""
 
 import json
 from collections.abc import Callable
@@ -47,9 +47,7 @@ def save_edit(make_model: MakeModel, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @each_editor
-def test_an_edit_in_text_is_answered_saved_loaded_and_taken_back(
-    name: str, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_an_edit_in_text_is_answered_saved_loaded_and_undone(name: str, make_model: MakeModel, tmp_path: Path) -> None:
     task, (prompt, target, other_prompt, other_target) = EDITS[name]
     model = make_model(task)
     before = answer_of(model, prompt)

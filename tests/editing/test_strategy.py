@@ -1,4 +1,4 @@
-"""What an author declares: a class with a fault is told so in one line, before an editor is made of it."""
+"""The class of an editor is checked before an editor is made, and a text edit before it reaches the editor."""
 
 from collections.abc import Callable
 from typing import Any
