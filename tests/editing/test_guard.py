@@ -538,7 +538,7 @@ def test_an_error_of_the_numbers_has_no_traceback(error: Exception, make_model: 
         assert editor.outcome.traceback is None
 
 
-def test_an_edit_failed_by_the_editor_itself_has_no_traceback_even_if_a_programming_error_led_to_it(
+def test_a_failure_that_the_editor_raises_itself_has_no_traceback_whatever_led_to_it(
     make_model: MakeModel,
 ) -> None:
     class Deliberate(EDITORS.get("none")):  # type: ignore[misc]
