@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch
+from grace_bench.editing.batch import EditBatch
 from grace_bench.editors import Grace
 from grace_bench.models.editable import EditableModel, Replacement
 from grace_bench.models.engine.engine import EngineName

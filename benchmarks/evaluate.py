@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch, EditorStrategy
+from grace_bench.editing.batch import EditBatch
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors import Grace
 from grace_bench.editors.ft import FineTune
 from grace_bench.evaluation.rescoring import Rescorer

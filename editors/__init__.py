@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from grace_bench.registry import EDITORS, register_editor
 
 if TYPE_CHECKING:
-    from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+    from grace_bench.editing.batch import EditBatch, EditOutcome
+    from grace_bench.editing.strategy import EditorStrategy
 
 __all__ = ["EditBatch", "EditOutcome", "EditorStrategy", "register_editor"]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.failures import check_loss
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.guard import check_loss
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import EditableModel, LayerCall
 
 

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.failures import check_loss
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, trainable
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.guard import check_loss
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.editing.weights import trainable
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.strategy import EditBatch, EditOutcome, State, trainable
+from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.weights import trainable
 from grace_bench.editors.ft import FineTune
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch

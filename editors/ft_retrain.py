@@ -7,7 +7,8 @@ from typing import Any
 
 from grace_bench.common.options import check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.strategy import EditBatch, EditOutcome, State, trainable
+from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.weights import trainable
 from grace_bench.editors.ft import FineTune, WeightAdam
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel

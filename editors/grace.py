@@ -11,8 +11,9 @@ from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.failures import reason_of_failure
-from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
+from grace_bench.editing.guard import reason_of_failure
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
 from grace_bench.editors._grace.history import History
 from grace_bench.editors._grace.values import Training, ValueTraining

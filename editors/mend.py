@@ -13,7 +13,8 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.artifacts import content_key, drop_artifact, load_artifact, requests_key, save_artifact
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._mend_networks import EditorNetworks, add_to_weight, edit_gradients, linear_size
 from grace_bench.editors._mend_training import MetaTraining
 from grace_bench.errors import EditFailure, UserError

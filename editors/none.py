@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.registry import register_editor
 
 

@@ -14,8 +14,9 @@ from grace_bench.common.options import check_not_negative, check_positive, check
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.failures import check_loss
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome, State
+from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.guard import check_loss
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel, LayerCall

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from grace_bench.analysis.report import TRAITS
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
 

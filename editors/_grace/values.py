@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_bench.editing.failures import loss_failure, size_failure
+from grace_bench.editing.guard import loss_failure, size_failure
 from grace_bench.editors._grace.codebook import Codebook
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.models.encoding import EncodedBatch

@@ -1,22 +1,22 @@
-"""The one file that imports Avalanche: what the harness uses of it is imported from here."""
+"""The only file that imports Avalanche; everything else imports Avalanche's names from here."""
 
 import sys
 import warnings
 from types import ModuleType
 
-# A solver package that Avalanche imports warns that it has no solver; nothing here needs one.
+# Avalanche imports a package that warns of a missing QP solver, which nothing here needs.
 warnings.filterwarnings("ignore", message="no QP solver found")
 
 try:
     import wandb  # noqa: F401
 except Exception:
-    # Avalanche imports wandb for charts that nothing here draws, so it must work without it.
+    # Avalanche imports wandb for charts that are not used here, so a missing or broken wandb must not stop it.
     sys.modules["wandb"] = ModuleType("wandb")
     try:
         import avalanche.evaluation.metrics
         import avalanche.logging  # noqa: F401
     finally:
-        # Whoever else imports wandb gets the real error.
+        # Later imports of wandb raise the real error.
         del sys.modules["wandb"]
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience, CLScenario, CLStream, EagerCLStream

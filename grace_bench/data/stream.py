@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from grace_bench.common.progress import Progress
+from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault, stored_attributes
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.errors import UserError
 
@@ -127,3 +128,20 @@ class EditStream(ABC):
             UserError: If the stream has no model of its own, or does not start from another.
         """
         raise UserError(f"stream '{self.registered_name}' has no model of its own to pretrain")
+
+    @classmethod
+    def check_class(cls) -> str | None:
+        """Returns in one line what keeps the class from being registered and what to do about it; None if nothing."""
+        fault = class_fault(cls) or constructor_fault(cls, base=EditStream)
+        if fault is not None:
+            return fault
+        if not isinstance(getattr(cls, "metadata", None), StreamMetadata):
+            return (
+                f"{cls.__name__} has no metadata: set "
+                f"`metadata = StreamMetadata(source=..., revision=..., license=...)`"
+            )
+        if hasattr(cls, "task"):
+            return choice_fault(f"task of {cls.__name__}", cls.task, get_args(TaskName))
+        if "task" not in stored_attributes(cls, base=EditStream):
+            return f"{cls.__name__} has no task: set `task` to one of {', '.join(get_args(TaskName))}"
+        return None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from grace_bench.common.signatures import class_fault, required_argument
 from grace_bench.data.avalanche import MetricValue, PluginMetric
 from grace_bench.editing.strategy import EditorStrategy
 
@@ -39,6 +40,17 @@ class EditMetric(PluginMetric[float]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state from `state_dict`."""
+
+    @classmethod
+    def check_class(cls) -> str | None:
+        """Returns in one line what keeps the class from being registered and what to do about it; None if nothing."""
+        required = required_argument(cls)
+        if required is not None:
+            return (
+                f"{cls.__name__}.__init__ requires {required!r}, and a run constructs metrics without arguments: give "
+                f"it a default"
+            )
+        return class_fault(cls)
 
 
 class StreamScore(EditMetric):

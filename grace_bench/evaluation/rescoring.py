@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grace_bench.common.state import restored
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import Answered
+from grace_bench.editing.batch import Answered
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.tasks.base import ItemScore
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grace_bench.common.files import readable
 from grace_bench.data.requests import TaskName
-from grace_bench.editing.strategy import EditBatch
+from grace_bench.editing.batch import EditBatch
 from grace_bench.errors import UserError, first_error
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, causal_batch, pad, seq2seq_batch

@@ -20,7 +20,9 @@ from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark, eval_stream
 from grace_bench.data.derived import fill_targets, is_answered_by_model, probe_requests
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditOutcome
+from grace_bench.editing.guard import failed_outcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
@@ -428,7 +430,7 @@ class Run:
                 self._alone_until = edits[-1].index
                 self._go_back(edits[0].index, n_edits=edits[0].n_edits - 1)
                 return
-            flushed = [EditOutcome(failed=str(failure))]
+            flushed = [failed_outcome(failure)]
         share = (time.perf_counter() - started) / len(edits)
         for pending in edits:
             pending.seconds += share

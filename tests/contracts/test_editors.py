@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from grace_bench.data.benchmark import EditExperience
-from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]
 MakeEditor = Callable[..., EditorStrategy]
 
-TASKS = ("classification", "qa", "completion", "language_modelling")
+TASKS = get_args(TaskName)
 # Running text and completion are one model with other labels, and completion and answers differ in the model alone: a
 # few editors show all, the others in `make test-slow`.
 SHOWN = {"language_modelling": {"grace", "rome"}, "completion": {"grace", "rome", "ft"}}
@@ -442,5 +442,12 @@ def test_a_task_taken_off_an_editors_list_is_refused_by_name(name: str, make_mod
         Narrow(model=make_model("completion"))
 
 
-def test_every_task_has_an_editor() -> None:
-    assert {param.values[1] for param in SUPPORTED} == {get_task(task).name for task in TASKS}
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_edited_with_and_without_changing_weights(task: str) -> None:
+    editors = [EDITORS.get(name) for name in EDITORS.entries() if name != "none"]
+    assert {cls.freezes_weights for cls in editors if task in cls.supported_tasks} == {True, False}
+
+
+@each_editor
+def test_the_class_of_an_editor_is_fit_to_be_registered(name: str) -> None:
+    assert EDITORS.get(name).check_class() is None

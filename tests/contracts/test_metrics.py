@@ -65,6 +65,11 @@ def toy_run(name: str) -> tuple[Run, EditMetric, Heard]:
 
 
 @each_metric
+def test_the_class_of_a_metric_is_fit_to_be_registered(name: str) -> None:
+    assert METRICS.get(name).check_class() is None
+
+
+@each_metric
 def test_a_metric_has_a_docstring_that_starts_with_its_name(name: str) -> None:
     cls = METRICS.get(name)
     assert issubclass(cls, EditMetric)

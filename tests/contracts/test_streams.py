@@ -10,7 +10,7 @@ import pytest
 
 from grace_bench.data.benchmark import EditBenchmark, fingerprint_requests
 from grace_bench.data.requests import EditRequest, TaskName
-from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
+from grace_bench.data.stream import EditStream, StreamData
 from grace_bench.errors import UserError
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.zoo import known_models
@@ -64,10 +64,14 @@ def test_a_stream_that_needs_an_option_or_the_hub_names_the_option_in_one_line(
 
 
 @pytest.mark.parametrize("name", list(STREAMS.entries()))
-def test_a_stream_says_where_it_comes_from(name: str) -> None:
-    metadata = STREAMS.get(name).metadata
-    assert isinstance(metadata, StreamMetadata)
-    assert all((metadata.source, metadata.revision, metadata.license))
+def test_the_class_of_a_stream_is_fit_to_be_registered(name: str) -> None:
+    assert STREAMS.get(name).check_class() is None
+
+
+@pytest.mark.parametrize("name", list(STREAMS.entries()))
+def test_a_stream_says_whom_to_cite_unless_its_data_are_the_users(name: str) -> None:
+    cls = STREAMS.get(name)
+    assert bool(cls.metadata.citation.strip()) == hasattr(cls, "task")
 
 
 @pytest.mark.parametrize("name", list(STREAMS.entries()))

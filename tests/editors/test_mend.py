@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grace_bench.data.artifacts import cache_folder
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch
+from grace_bench.editing.batch import EditBatch
 from grace_bench.editors._mend_networks import EditorNetworks, RankOnes, edit_gradients, updated
 from grace_bench.editors.mend import Mend
 from grace_bench.errors import EditFailure, UserError

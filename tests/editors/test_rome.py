@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch
+from grace_bench.editing.batch import EditBatch
 from grace_bench.editors.rome import Rome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel

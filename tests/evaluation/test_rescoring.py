@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grace_bench.data.benchmark import EditExperience, eval_stream
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.strategy import EditBatch
+from grace_bench.editing.batch import EditBatch
 from grace_bench.editors.grace import Grace
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.editable import EditableModel, LayerCall

@@ -32,7 +32,7 @@ def test_the_counts_are_those_of_the_run(planned: tuple[str, Forecast], tmp_path
         for evaluation in forecast.counts.evaluations
         for stream, n in evaluation.requests.items()
     }
-    assert [evaluation.n_edits for evaluation in forecast.counts.evaluations] == clocks
+    assert [evaluation.n_edits for evaluation in forecast.counts.evaluations] == clocks == [0, 5, 10, 12]
     assert forecast.counts.edits == result.metrics["n_edits"] == 12
     assert result.metrics["n_candidates"] == 12, "every candidate is an error, so that nothing is left to chance"
     assert requests == Counter((row["n_edits"], row["stream"]) for row in rows)

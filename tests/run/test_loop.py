@@ -23,7 +23,8 @@ from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_b
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.requests import Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.jobs import compose, execute
 from grace_bench.models.engine.engine import EngineName

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from grace_bench.editing.strategy import EditBatch, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editors.grace import Grace
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel, Replacement

@@ -1,4 +1,4 @@
-"""Avalanche used for real: its own loggers and plugins see a run, and what needs an SGD loop is refused by name."""
+"""Avalanche's own loggers and plugins work in a run; those that need an SGD loop are refused by name."""
 
 import io
 from collections import Counter

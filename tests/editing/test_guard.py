@@ -1,4 +1,4 @@
-"""An edit that goes wrong is recorded with its reason, and everything after it is as if it had never been asked for."""
+"""A failed edit is recorded with its reason, and everything after it is as if it had never been tried."""
 
 import contextlib
 import errno
@@ -21,7 +21,9 @@ from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_b
 from grace_bench.cli import main
 from grace_bench.data.benchmark import EditBenchmark, EditExperience, eval_stream
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
-from grace_bench.editing.strategy import EditBatch, EditorStrategy, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.guard import failed_outcome
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.engine.engine import EngineName, make_engine
 from grace_bench.registry import EDITORS, STREAMS
@@ -35,11 +37,12 @@ MakeEditor = Callable[..., EditorStrategy]
 MARK, MARK_ID = "?", 4
 """What spoils a request that holds it, and its token."""
 METADATA = StreamMetadata(source="this test", revision="1", license="MIT")
+ASKED = EditRequest(id="astana", prompt="what is the capital of Kazakhstan", target=3)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
 class Recorder(RunLogger):
-    """Keeps every candidate's record, times aside."""
+    """Collects every candidate's record, without times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ def with_one_more(requests: Sequence[EditRequest], place: int) -> tuple[list[Edi
 
 
 def same_state(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Whether two states are the same bits, the clock aside, which counts failed edits too."""
+    """Whether two states are the same bits but for `n_edits`, which counts failed edits too."""
     return ours.keys() == theirs.keys() and all(
         torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
         for name, value in ours.items()
@@ -189,7 +192,7 @@ def test_values_that_explode_leave_the_unedited_model(
             assert torch.equal(model.logits(batch), untouched)
 
 
-# --- values that wait ------------------------------------------------------------------------------------------------
+# --- pending values --------------------------------------------------------------------------------------------------
 
 
 class Counting(BasePlugin):  # type: ignore[type-arg]
@@ -241,7 +244,7 @@ GRACES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", list(GRACES.values()), ids=list(GRACES))
-def test_a_value_that_fails_among_others_is_taken_back_with_all_that_was_decided_after_it(
+def test_a_value_that_fails_among_others_is_undone_with_all_later_decisions(
     options: dict[str, Any],
 ) -> None:
     requests = points(64)
@@ -265,7 +268,7 @@ def test_a_value_that_fails_among_others_is_taken_back_with_all_that_was_decided
     assert [record for record in plain[0] if not record["failed"]] == without[0]
     assert sum(record["failed"] is not None for record in exact[0]) == len(spoiled)
     assert len({record["op"] for record in without[0]} - {None}) > 2
-    assert exact[3] > plain[3] == exact[2]["n_edits"], "edits that waited with a failed one are made again"
+    assert exact[3] > plain[3] == exact[2]["n_edits"], "edits pending with a failed one are made again"
     for name in ("keys", "values", "radii"):
         assert torch.equal(plain[1][name], without[1][name])
         assert torch.allclose(exact[1][name], without[1][name], atol=1e-3)
@@ -337,23 +340,23 @@ def test_a_run_that_is_killed_beside_a_failed_edit_and_resumed_leaves_the_same_f
 
 
 class Late(EDITORS.get("ft")):  # type: ignore[misc]
-    """Fine-tunes when it is asked to finish, and cannot do so with the mark."""
+    """Fine-tunes in `flush`, and cannot do so with the mark."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.waiting: list[tuple[str, str | int]] = []
+        self.pending: list[tuple[str, str | int]] = []
 
     @property
     def n_pending(self) -> int:
-        return len(self.waiting)
+        return len(self.pending)
 
     def edit(self, batch: EditBatch) -> EditOutcome:
-        self.waiting += zip(batch.prompts, batch.targets, strict=True)
+        self.pending += zip(batch.prompts, batch.targets, strict=True)
         return EditOutcome()
 
     def flush(self) -> list[EditOutcome]:
-        waiting, self.waiting = self.waiting, []
-        return [self._finish_one(prompt, target) for prompt, target in waiting]
+        pending, self.pending = self.pending, []
+        return [self._finish_one(prompt, target) for prompt, target in pending]
 
     def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
         encoded = self.model.encode_batch([prompt], [target])
@@ -363,11 +366,11 @@ class Late(EDITORS.get("ft")):  # type: ignore[misc]
         return outcome
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "waiting": [list(pair) for pair in self.waiting]}
+        return {**super().state_dict(), "pending": [list(pair) for pair in self.pending]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.waiting = [(prompt, target) for prompt, target in state["waiting"]]
+        self.pending = [(prompt, target) for prompt, target in state["pending"]]
 
 
 def test_an_editor_that_raises_when_it_finishes_several_edits_loses_the_one_that_it_raised_for(
@@ -400,7 +403,7 @@ class Training(EDITORS.get("ft")):  # type: ignore[misc]
 
 
 class TrainingLate(Late):
-    """Does so when it is asked to finish."""
+    """Does so in `flush`."""
 
     def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
         try:
@@ -446,7 +449,7 @@ def test_a_loss_that_is_no_number_fails_the_edit_of_an_editor_that_keeps_no_tens
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError(), UserError("no"), OSError(errno.ENOSPC, "no")], ids=repr
 )
-def test_what_no_single_edit_is_to_blame_for_ends_the_run_and_is_taken_back_too(
+def test_an_error_that_no_single_edit_is_to_blame_for_ends_the_run_and_undoes_the_edit(
     error: Exception, make_model: MakeModel, make_requests: MakeRequests, make_editor: MakeEditor
 ) -> None:
     class Breaking(EDITORS.get("ft")):  # type: ignore[misc]
@@ -483,8 +486,113 @@ def test_an_error_of_the_system_that_the_next_edit_need_not_meet_is_of_one_edit(
         editor.edit_text("what is the capital of Kazakhstan", 1)
 
 
+# --- programming errors ----------------------------------------------------------------------------------------------
+
+PROGRAMMING_ERRORS = [
+    AssertionError("one row"),
+    AttributeError("'Meant' object has no attribute 'of'"),
+    ImportError("cannot import name 'x'"),
+    KeyError("atention_mask"),
+    NameError("name 'x' is not defined"),
+    NotImplementedError(),
+    RecursionError("maximum recursion depth exceeded"),
+    SyntaxError("invalid syntax"),
+    TypeError("unsupported operand"),
+]
+OF_THE_NUMBERS = [ValueError("no"), RuntimeError("singular"), ZeroDivisionError("no"), IndexError("out of range")]
+
+
+def raising(error: Exception) -> type[EditorStrategy]:
+    class Raising(EDITORS.get("none")):  # type: ignore[misc]
+        """Meets an error in every edit."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            raise error
+
+    return Raising
+
+
+@pytest.mark.parametrize("error", PROGRAMMING_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_programming_error_is_named_in_one_line_and_has_its_traceback(
+    error: Exception, make_model: MakeModel
+) -> None:
+    with raising(error)(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        outcome = editor.outcome
+    assert outcome.failed is not None
+    assert outcome.failed.startswith(type(error).__name__)
+    assert str(error) in outcome.failed
+    assert "\n" not in outcome.failed
+    assert outcome.traceback is not None
+    lines = outcome.traceback.rstrip().splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert f'File "{__file__}"' in lines[-3]
+    assert lines[-2:] == ["    raise error", outcome.failed]
+
+
+@pytest.mark.parametrize("error", [*OF_THE_NUMBERS, EditFailure("too long")], ids=lambda error: type(error).__name__)
+def test_an_error_of_the_numbers_has_no_traceback(error: Exception, make_model: MakeModel) -> None:
+    with raising(error)(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome.failed is not None
+        assert editor.outcome.traceback is None
+
+
+def test_a_failure_that_the_editor_raises_itself_has_no_traceback_whatever_led_to_it(
+    make_model: MakeModel,
+) -> None:
+    class Deliberate(EDITORS.get("none")):  # type: ignore[misc]
+        """Looks its request up in a table."""
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            try:
+                return {}[batch.prompts[0]]
+            except KeyError as error:
+                raise EditFailure("the prompt is not in the table") from error
+
+    with Deliberate(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome == EditOutcome(failed="the prompt is not in the table")
+
+
+def test_the_error_of_an_editor_is_the_cause_of_the_failure_of_a_text_edit(make_model: MakeModel) -> None:
+    error = AttributeError("'Meant' object has no attribute 'of'")
+    with raising(error)(model=make_model("classification")) as editor:
+        with pytest.raises(EditFailure, match=r"^AttributeError: 'Meant' object") as caught:
+            editor.edit_text(ASKED.prompt, ASKED.target)
+        assert caught.value.__cause__ is error
+
+
+def test_a_programming_error_in_flush_has_its_traceback_too(make_editor: MakeEditor, make_model: MakeModel) -> None:
+    class LateTypo(Late):
+        """Has a typo in `flush`."""
+
+        def _finish_one(self, prompt: str, target: str | int) -> EditOutcome:
+            return super()._finish_one(prompt, self.targt if MARK in prompt else target)
+
+    with make_editor("ft", make_model("classification"), cls=LateTypo, n_iter=2) as editor:
+        editor.train(EditExperience(ASKED.model_copy(update={"prompt": f"{MARK} of Kazakhstan"})), eval_streams=[])
+        with pytest.raises(EditFailure, match="no attribute 'targt'") as caught:
+            editor.finish()
+        assert isinstance(caught.value.__cause__, AttributeError)
+        outcome = failed_outcome(caught.value)
+        assert outcome.traceback is not None
+        assert "self.targt" in outcome.traceback
+        assert editor.n_pending == 0, "the edit was undone"
+
+
+def test_a_traceback_shows_no_secret(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_PAT", "fake-secret-of-a-server")
+    with raising(TypeError("401 for fake-secret-of-a-server"))(model=make_model("classification")) as editor:
+        editor.train(EditExperience(ASKED), eval_streams=[])
+        assert editor.outcome.failed == "TypeError: 401 for ***"
+        assert editor.outcome.traceback is not None
+        assert "fake-secret" not in editor.outcome.traceback
+        assert "TypeError: 401 for ***" in editor.outcome.traceback
+
+
 @pytest.mark.parametrize("how", ["raises", "fails", "returns", "at flush"])
-def test_the_reason_of_a_failed_edit_tells_no_secret(
+def test_the_reason_of_a_failed_edit_shows_no_secret(
     how: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GITHUB_PAT", "fake-secret-of-a-server")
@@ -527,7 +635,7 @@ def test_a_learning_rate_out_of_all_bounds_is_recorded_on_every_edit(
     assert all(float(value.abs().max()) < 1e6 for value in state.values() if isinstance(value, Tensor) and len(value))
 
 
-def test_a_loop_without_a_run_is_told_of_a_value_that_failed() -> None:
+def test_a_loop_without_a_run_raises_the_failure_of_a_pending_value() -> None:
     requests = points(6)
     with toy_with(requests[1:2]) as model, EDITORS.get("grace")(model=model, replacement="replace_last") as editor:
         for request in requests[:4]:

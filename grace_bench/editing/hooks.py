@@ -1,0 +1,145 @@
+"""What an editor may implement beside its contract; every hook has a default."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from grace_bench.common.progress import Progress
+from grace_bench.common.state import copied
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.batch import Answered, EditOutcome, State
+from grace_bench.errors import UserError
+
+
+class OptionalHooks:
+    """The optional methods of an editor, with the behaviour of an editor that implements none of them."""
+
+    registered_name: ClassVar[str]
+    n_edits: int
+
+    @abstractmethod
+    def state_dict(self) -> State: ...  # noqa: D102
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...  # noqa: D102
+
+    # --- before the first edit
+
+    def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
+        """Computes what depends on the unedited model alone; a run calls it once, before its first edit.
+
+        Args:
+            train: The stream's training requests, none of which is edited or used for tuning.
+            progress: Called during a long preparation.
+
+        Raises:
+            UserError: If the editor must be meta-trained first, or lacks data.
+        """
+
+    @property
+    def needs_upstream(self) -> bool:
+        """Whether the editor, with its options, needs `calibrate` before its first edit."""
+        return False
+
+    def calibrate(self, queries: Tensor) -> None:
+        """Receives upstream activations; a run calls it once, before its first edit, if `needs_upstream`.
+
+        Args:
+            queries: (n, D_in) activations that enter the edited layer at the queries of upstream prompts
+                (`EditableModel.queries`). Editors see nothing else of upstream requests, and never their answers.
+
+        Raises:
+            UserError: If the editor needs none, has made edits already, or cannot work with them.
+        """
+        raise UserError(f"editor '{self.registered_name}' needs no upstream activations with its options")
+
+    def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
+        """Trains the editor itself on the stream's training requests, caches the result and loads it.
+
+        A cached result for the same content is reused; an interrupted training is resumed.
+
+        Returns:
+            Figures of the training, by name.
+
+        Raises:
+            UserError: If the editor needs no meta-training.
+        """
+        raise UserError(f"editor '{self.registered_name}' needs no meta-training")
+
+    def max_extra_parameters(self, n_edits: int) -> int:
+        """Returns an upper bound of `extra_parameters` after `n_edits` edits."""
+        return 0
+
+    # --- leaving edits pending, to finish them together
+
+    @property
+    def n_pending(self) -> int:
+        """How many edits are pending until `flush`."""
+        return 0
+
+    def flush(self) -> Sequence[EditOutcome]:
+        """Finishes pending edits.
+
+        Returns:
+            The outcomes of all edits since the last flush, in order; empty if `edit` leaves nothing pending. A failed
+            outcome is the last: its edit and the later ones have been undone, and the later ones are to be repeated.
+        """
+        return ()
+
+    @contextmanager
+    def as_of(self, n_edits: int) -> Iterator[None]:
+        """Lets the editor answer as after `n_edits` edits inside the context, with `self.n_edits` set to match.
+
+        An editor with pending edits may implement this for every number of edits since the first edit that the last
+        flush finished, until the next edit.
+        """
+        if n_edits != self.n_edits:
+            raise RuntimeError(f"editor '{self.registered_name}' answers as of {self.n_edits} edits, not {n_edits}")
+        yield
+
+    @property
+    def knows_past(self) -> bool:
+        """Whether the editor implements `as_of`."""
+        return type(self).as_of is not OptionalHooks.as_of
+
+    # --- undoing and evaluating faster
+
+    def changing_state(self) -> State:
+        """Returns the part of `state_dict` that edits may change: by default all of it.
+
+        After an edit its tensors must be finite and must not have exploded (`guard.size_failure`).
+        """
+        return self.state_dict()
+
+    def undo_point(self) -> Callable[[], None]:
+        """Returns a function that undoes, bit for bit, everything that edits change from now on.
+
+        The default copies `changing_state`. Override it where the state is large and an edit changes little of it.
+        """
+        before = copied(self.changing_state())
+
+        def undo() -> None:
+            changed = self.changing_state()
+            constant = {name: value for name, value in self.state_dict().items() if name not in changed}
+            self.load_state_dict({**constant, **before})
+
+        return undo
+
+    def answered_by(self, queries: Tensor) -> Answered | None:
+        """Returns what answers each query, so that only answers that may have changed are scored again.
+
+        Args:
+            queries: (B, D_in) activations that enter the edited layer at the queries.
+
+        Returns:
+            None if every edit may change every answer, as when weights are rewritten.
+        """
+        return None
+
+    @property
+    def tells_what_changed(self) -> bool:
+        """Whether the editor implements `answered_by`."""
+        return type(self).answered_by is not OptionalHooks.answered_by
