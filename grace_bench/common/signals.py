@@ -26,12 +26,12 @@ class Interruption:
     Python lets nobody handle signals, nothing changes.
 
     Attributes:
-        is_asked: Whether a signal came.
+        is_requested: Whether a signal came.
         can_wait: Whether the work at hand is finished first.
     """
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.is_requested = False
         self.can_wait = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -47,9 +47,9 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked or not self.can_wait:
+        if self.is_requested or not self.can_wait:
             raise KeyboardInterrupt
-        self.is_asked = True
+        self.is_requested = True
         # What the signal interrupted may have been printing, which cannot be begun again.
         with suppress(OSError):  # A terminal that is gone takes no text.
             os.write(2, _STOPPING)

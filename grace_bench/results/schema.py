@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,19 +94,40 @@ class EditRecord(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation: a line of `metrics.jsonl`.
+    """One evaluation as read from its line of `metrics.jsonl`.
 
     Attributes:
         n_edits: Edits made before it.
-        metrics: Figures by metric name; None for one that is not a number.
+        metrics: Values by metric name; None for a value that is not finite.
     """
 
     n_edits: int
     metrics: Mapping[str, float | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Everything that one evaluation measured; every file and view of a run is written from it.
+
+    Attributes:
+        n_edits: Edits made before it.
+        metrics: Every value that metrics emitted since the evaluation before, by metric name, in the order of their
+            emission; a metric that emitted several has the last one.
+        predictions: A row an item, with the columns of `PREDICTIONS`.
+    """
+
+    n_edits: int
+    metrics: Mapping[str, float]
+    predictions: Sequence[Mapping[str, Any]]
+
+    def line(self) -> str:
+        """Returns its line of `metrics.jsonl`, in which a value that is not finite is null, for want of one in JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        return json.dumps({"n_edits": self.n_edits, **finite}) + "\n"
+
+
 class EvaluationLine(BaseModel):
-    """A line of `metrics.jsonl` as it is written."""
+    """Validates a line of `metrics.jsonl`."""
 
     model_config = ConfigDict(extra="allow")
 
