@@ -368,7 +368,7 @@ def test_predictions_of_another_kind_are_refused_when_they_are_joined(sent: Path
         stream.write_table(table)
     for content in (buffer.getvalue().to_pybytes(), b"no stream at all"):
         file.path.write_bytes(content)
-        with pytest.raises(UserError, match="predictions.arrows: holds no predictions"):
+        with pytest.raises(UserError, match=r"predictions\.arrows: holds no predictions"):
             logger.finish(RunResult.model_construct())
     assert not (sent / "predictions.parquet").exists()
 

@@ -94,9 +94,9 @@ class ResumableRun:
         strategy = self._run.strategy
         with Interruption() as interruption:
             # A resumed run has a checkpoint already; a new run has nothing to save before its first.
-            interruption.can_wait = self._saved_at is not None
+            interruption.can_defer = self._saved_at is not None
             for _ in self._run.steps():
-                interruption.can_wait = True
+                interruption.can_defer = True
                 is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
                 if is_due or interruption.is_requested or self._run.stopped is not None:
                     self.save()

@@ -478,7 +478,7 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as interruption:
-            interruption.can_wait = True
+            interruption.can_defer = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert not interruption.is_requested
     finally:
