@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from grace_bench.common.credentials import refuse_secrets, without_secrets
-from grace_bench.common.output import LastingStream, close_output
+from grace_bench.common.output import BestEffortStream, close_output
 from grace_bench.common.text import on_one_line, visible
 from grace_bench.errors import RunFailure, UserError
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         sys.excepthook = _show_traceback
-        sys.stderr = LastingStream(sys.stderr)
+        sys.stderr = BestEffortStream(sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Loading reports and download bars would drown the one line that says what is wrong.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):

@@ -768,7 +768,7 @@ def _resealing(name: str, change: Callable[[bytes], bytes]) -> Damage:
         content = change((path / name).read_bytes())
         (path / name).write_bytes(content)
         manifest = _Manifest.model_validate_json((path / "manifest.json").read_bytes())
-        manifest.files[f"{path.name}/{name}"] = digest(content)
+        manifest.files[name] = digest(content)
         (path / "manifest.json").write_text(manifest.sealed().model_dump_json())
 
     return damage

@@ -918,7 +918,7 @@ def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinishe
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         waiting = running.stderr.readline()
-        assert waiting.startswith("grace-bench: stopping as soon as the edit or evaluation at hand is done"), waiting
+        assert waiting.startswith("grace-bench: stopping after the current edit or evaluation"), waiting
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
     finally:

@@ -37,7 +37,7 @@ from grace_bench.launch.jobs import record_failure
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
 from grace_bench.results.reading import read_predictions
-from grace_bench.results.schema import PREDICTIONS
+from grace_bench.results.schema import PREDICTIONS, RunResult
 from grace_bench.run.checkpoint import Checkpoints, digest
 from grace_bench.run.loggers import RunPlan
 from grace_bench.run.loggers.jsonl import PredictionsLogger
@@ -337,14 +337,18 @@ def test_a_pipe_in_a_run_folder_keeps_nobody_waiting(
     assert f"{name}: is neither a file nor a folder" in refused(*(word.replace("{run}", str(run)) for word in command))
 
 
-@pytest.mark.parametrize("elsewhere", ["../../treasure/file", "/{}/treasure/file", "000001/../../../treasure/file"])
-def test_a_checkpoint_names_files_of_its_own_only(elsewhere: str, sent: Path, treasure: Path) -> None:
+@pytest.mark.parametrize("kind", ["files", "run_files"])
+@pytest.mark.parametrize("elsewhere", ["../../treasure/file", "/{}/treasure/file", "checkpoint/../../treasure/file"])
+def test_a_checkpoint_names_files_of_its_own_and_of_its_run_only(
+    kind: str, elsewhere: str, sent: Path, treasure: Path
+) -> None:
     checkpoints = Checkpoints(sent, identity={})
     checkpoints.save({"n": 1}, n_edits=0)
     assert checkpoints.load().state == {"n": 1}
     manifest = sent / "checkpoint" / "000001" / "manifest.json"
     content = json.loads(manifest.read_bytes())
-    content["files"][elsewhere.format(sent.parent)] = digest(b"mine alone")
+    found = digest(b"mine alone")
+    content[kind][elsewhere.format(sent.parent)] = found if kind == "files" else {"size": 10, "sha256": found}
     del content["digest"]
     content["digest"] = digest(json.dumps(content, sort_keys=True).encode())
     manifest.write_text(json.dumps(content), encoding="utf-8")
@@ -353,10 +357,20 @@ def test_a_checkpoint_names_files_of_its_own_only(elsewhere: str, sent: Path, tr
     assert loaded.dropped == ["checkpoint 000001 (manifest.json is not whole)"]
 
 
-@pytest.mark.parametrize("name", ["predictions/../../../x.parquet", "/x.parquet", "predictions/x.parquet/../y.parquet"])
-def test_predictions_are_put_together_from_files_of_the_run_only(name: str, sent: Path) -> None:
-    with pytest.raises(UserError, match="no file of predictions"):
-        PredictionsLogger(sent).load_state_dict({"predictions/0.parquet": "", name: ""})
+def test_predictions_of_another_kind_are_refused_when_they_are_joined(sent: Path) -> None:
+    logger = PredictionsLogger(sent)
+    (file,) = logger.files
+    logger.start(RunPlan(run_id="r", folder=sent, config={}, stream="s", model="m", editor="e", n_candidates=1,
+                         max_edits=1, higher_is_better=True))  # fmt: skip
+    buffer = pa.BufferOutputStream()
+    table = pa.table({"score": ["none"]})
+    with pa.ipc.new_stream(buffer, table.schema) as stream:
+        stream.write_table(table)
+    for content in (buffer.getvalue().to_pybytes(), b"no stream at all"):
+        file.path.write_bytes(content)
+        with pytest.raises(UserError, match=r"predictions\.arrows: holds no predictions"):
+            logger.finish(RunResult.model_construct())
+    assert not (sent / "predictions.parquet").exists()
 
 
 def test_a_saved_editor_is_of_the_class_that_was_asked_for(finished: Path, tmp_path: Path) -> None:

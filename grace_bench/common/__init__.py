@@ -1,1 +1,1 @@
-"""What every room uses and no model is needed for: options, files, text, terminal, locks, signals."""
+"""Helpers that every room uses and that need no model: options, files, text, terminal, locks, signals."""

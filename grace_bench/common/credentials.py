@@ -1,7 +1,7 @@
-"""Secrets: what never reaches a configuration, a run folder, W&B or a log.
+"""Secrets are kept out of configurations, run folders, W&B and logs.
 
-A run records its command and its configuration, and both are meant to be shown to others. What looks like a secret is
-refused there, and taken out of what an error says.
+A run records its command and its configuration, and both are meant to be shared. What looks like a secret is refused
+there, and masked in error messages.
 """
 
 import os
@@ -21,30 +21,30 @@ _OPTION = re.compile(
     r"(?:api|access|private|secret)_?key))=(?!null$).+",
     re.IGNORECASE | re.DOTALL,
 )
-# Taken from the environment, as in `export KEY=$KEY`, it is not told.
+# A value taken from the environment, as in `export KEY=$KEY`, reveals nothing.
 _ASSIGNMENT = re.compile(
     r"\b[A-Z0-9_]*(?:TOKEN|API_?KEY|ACCESS_?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|_PAT|_PWD)[=:]\s*['\"]?[^\s'\"$]"
 )
 _URL_USER = re.compile(r"(?<=://)[^/\s@:'\"]*:[^/\s@'\"]+(?=@)")
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-# Anything shorter stands in many texts by chance.
+# Anything shorter occurs in ordinary text by chance.
 _SHORTEST = 8
 _HIDDEN = "***"
 
 
 def refuse_secrets(place: str, texts: Iterable[str]) -> None:
-    """Makes sure that texts which results will carry hold no secret.
+    """Checks that texts which end up in results hold no secret.
 
-    A secret is the value of an environment variable whose name ends in TOKEN, KEY, SECRET, PASSWORD and the like unless
-    it is a file or folder, a password in a URL, a token of the Hugging Face hub, and what an option or a variable of
-    such a name is set to.
+    These count as secrets: the value of an environment variable whose name ends in TOKEN, KEY, SECRET, PASSWORD or the
+    like, unless it is the path of a file or folder; a password in a URL; a Hugging Face token; and the value assigned
+    to an option or variable with such a name.
 
     Args:
         place: What the texts are, for the message.
         texts: Settings, as `option=value`.
 
     Raises:
-        UserError: If one does, naming the option or the variable and never the secret.
+        UserError: If a text holds one; the message names the option or the variable, never the secret.
     """
     for text in texts:
         option, _, value = text.partition("=")
@@ -61,7 +61,7 @@ def refuse_secrets(place: str, texts: Iterable[str]) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """Returns the text with values of secret environment variables, passwords in URLs and hub tokens as `***`.
+    """Returns the text with values of secret environment variables, passwords in URLs and hub tokens masked as `***`.
 
     >>> without_secrets("no route to http://me:pass@proxy:80")
     'no route to http://***@proxy:80'
@@ -72,14 +72,14 @@ def without_secrets(text: str) -> str:
 
 
 def _environment() -> Iterator[tuple[str, str]]:
-    """The variables of the environment that hold a secret, the longest first: one may be a part of another."""
+    """Yields the environment variables that hold a secret, the longest value first: it may contain another."""
     found = [item for item in os.environ.items() if _VARIABLE.fullmatch(item[0]) and len(item[1]) >= _SHORTEST]
     yield from sorted((item for item in found if not _is_path(item[1])), key=lambda item: -len(item[1]))
 
 
 def _is_path(value: str) -> bool:
-    """Whether a variable says where a secret lies, or which folder one stands in, rather than what it is."""
+    """Returns whether a variable holds the path of a secret, or of a folder, instead of the secret itself."""
     try:
         return Path(value).is_absolute() and Path(value).exists()
-    except (OSError, ValueError):  # No name for a file.
+    except (OSError, ValueError):  # Not a valid path.
         return False

@@ -1,4 +1,4 @@
-"""One process a run folder."""
+"""A lock that lets one process at a time work on a run folder."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from grace_bench.errors import UserError
 _LOCK = ".lock"
 _OWNER = ".owner.json"
 LOCK_FILES = (_OWNER, _LOCK)
-"""What a process at work on a run folder has there; one that was killed leaves them."""
+"""The files of the lock in a run folder; a killed process leaves them behind."""
 
 
 class FolderLock:
-    """Keeps other processes out of a run folder, as long as the context lasts or this process lives.
+    """Keeps other processes out of a run folder inside the context.
 
-    The operating system lets go of the lock with the process, however that ends, so none is ever left behind.
+    The operating system releases the lock when the process ends, however it ends, so no lock is ever stale.
 
     Args:
-        folder: The run folder, which is made if it is not there.
+        folder: The run folder; it is made if it is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class FolderLock:
         """Takes the lock.
 
         Raises:
-            UserError: If another process has it, naming that one.
+            UserError: If another process holds it; the message names the process.
             OSError: If the folder cannot be made or written to.
         """
         make_folder(self._folder)
@@ -54,15 +54,15 @@ class FolderLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # While the lock is held: a process that waits for it sees that the file it opened is gone.
+        # Before the release, so that a process waiting for the lock notices that its file was removed.
         for name in LOCK_FILES:
-            # Where nothing can be removed any more, what ended the run is what the user is to hear of.
+            # A folder that cannot be written to must not hide the error that ended the run.
             with suppress(OSError):
                 (self._folder / name).unlink(missing_ok=True)
         self._lock.release()
 
     def rename(self, target: Path) -> None:
-        """Gives the locked folder another name."""
+        """Renames the locked folder."""
         self._folder.rename(target)
         self._folder = target
 
@@ -72,5 +72,5 @@ def _described(owner: Path) -> str:
         process = json.loads(owner.read_bytes())
         return f"process {process['pid']} on {process['host']} (since {process['since']})"
     except (OSError, ValueError, KeyError, TypeError):
-        # It has the lock, and has not yet written who it is.
+        # The process has taken the lock and not written its name yet.
         return "another process"

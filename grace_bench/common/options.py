@@ -1,4 +1,4 @@
-"""Checks of options, each failing in one line that names the option and what it may be."""
+"""Checks of options; each fails with one line that names the option and the values it accepts."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from grace_bench.errors import UserError, did_you_mean
 
 _MOST = 2**63
-"""What no library takes a whole number to be."""
+"""Libraries overflow at this number."""
 
 
 def check_whole(option: str, value: Any, *, least: int) -> None:
@@ -29,7 +29,7 @@ def check_not_negative(option: str, value: Any) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    # Of a whole number that no float can hold, isfinite makes an error.
+    # isfinite raises for a whole number that no float can hold.
     return (type(value) is int and abs(value) < _MOST) or (type(value) is float and math.isfinite(value))
 
 

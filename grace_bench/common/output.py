@@ -1,4 +1,4 @@
-"""Standard streams whose readers go away while a run goes on."""
+"""Standard streams whose reader may disappear while a run continues."""
 
 import os
 import sys
@@ -6,26 +6,26 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 
-class LastingStream:
-    """A text stream that drops what cannot be written any more.
+class BestEffortStream:
+    """A text stream that drops what can no longer be written.
 
-    What a run tells on the way is a view of it: work of days does not end with the terminal that it was begun in.
+    Progress output is only a view of a run: days of work must not end with the terminal they were started in.
 
     Args:
-        stream: The stream; all but writing is its own.
+        stream: The stream; everything but writing is delegated to it.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes what can be written; returns the length of all of it."""
+        """Writes as much as possible; returns the length of the whole text."""
         with suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what can be."""
+        """Flushes as much as possible."""
         with suppress(OSError):
             self._stream.flush()
 
@@ -34,6 +34,6 @@ class LastingStream:
 
 
 def close_output() -> None:
-    """Lets the interpreter end quietly after the reader of standard output has gone; what is left of it is dropped."""
+    """Lets the interpreter exit quietly after the reader of standard output is gone; unwritten output is dropped."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

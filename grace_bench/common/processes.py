@@ -1,4 +1,4 @@
-"""Several runs side by side, each in a process of its own."""
+"""Several runs side by side, each in its own process."""
 
 import multiprocessing
 import os
@@ -12,15 +12,15 @@ R = TypeVar("R")
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T], *, jobs: int | None = None) -> list[R]:
-    """Returns what a function makes of every item, in their order.
+    """Applies a function to every item in parallel processes; returns the results in the order of the items.
 
     Args:
-        function: A function of a module, or a partial of one.
+        function: A module-level function, or a partial of one.
         items: Its arguments.
-        jobs: How many go on at once; None for the cores that this process may use.
+        jobs: How many processes run at once; None for one per usable core.
 
     Raises:
-        Exception: What the function raises first. Work in progress is then given up, as it is on an interrupt.
+        Exception: The first exception that the function raises. Unfinished work is then abandoned, as on an interrupt.
     """
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or n_cores(), mp_context=spawned, initializer=_prepare) as pool:
@@ -28,17 +28,17 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], *, jobs: int | 
         try:
             return [future.result() for future in futures]
         except BaseException:
-            # The pool would wait for what has begun.
+            # The pool would wait for items that have started.
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
 
 
 def n_cores() -> int:
-    """Returns how many cores this process may use; not every system tells of fewer than there are."""
+    """Returns how many cores this process may use, or how many there are on systems that cannot tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare() -> None:
-    """Leaves an interrupt from the keyboard, which reaches every process, to the one that waits."""
+    """Ignores an interrupt from the keyboard, which reaches every process; the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

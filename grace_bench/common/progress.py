@@ -1,6 +1,6 @@
-"""How a long step reports its progress."""
+"""The type of progress callbacks."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""`progress(what, done, total)`, called as a long step proceeds."""
+"""`progress(what, done, total)`, called repeatedly during a long step."""

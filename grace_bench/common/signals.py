@@ -1,4 +1,4 @@
-"""Ending a run on a signal where nothing of it is lost."""
+"""Stopping a run on a signal without losing its work."""
 
 import os
 import signal
@@ -10,29 +10,27 @@ from typing import Any, Self
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform != "win32":
-    # The terminal is gone.
+    # The terminal was closed.
     _SIGNALS.append(signal.SIGHUP)
 
 
-_STOPPING = b"grace-bench: stopping as soon as the edit or evaluation at hand is done; again stops at once\n"
+_STOPPING = b"grace-bench: stopping after the current edit or evaluation; a second signal stops at once\n"
 
 
 class Interruption:
-    """While the context lasts, the first signal that ends programs only asks for the end; the second ends them at once.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP requests a stop, and the second interrupts at once.
 
-    These are SIGINT, SIGTERM and SIGHUP, the last unless it is ignored, as under `nohup`.
-
-    Before the first checkpoint there is nothing to wait for, so the first signal does. Outside the main thread, where
-    Python lets nobody handle signals, nothing changes.
+    SIGHUP stays ignored where it was, as under `nohup`. Outside the main thread, where Python allows no signal
+    handlers, nothing changes.
 
     Attributes:
-        is_asked: Whether a signal came.
-        can_wait: Whether the work at hand is finished first.
+        is_requested: Whether a signal has arrived.
+        can_defer: Whether the first signal lets the current work finish; set it once there is work to save.
     """
 
     def __init__(self) -> None:
-        self.is_asked = False
-        self.can_wait = False
+        self.is_requested = False
+        self.can_defer = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -43,15 +41,15 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            # None is a handler that was not installed from Python, which cannot be put back.
+            # None stands for a handler that was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_asked or not self.can_wait:
+        if self.is_requested or not self.can_defer:
             raise KeyboardInterrupt
-        self.is_asked = True
-        # What the signal interrupted may have been printing, which cannot be begun again.
-        with suppress(OSError):  # A terminal that is gone takes no text.
+        self.is_requested = True
+        # The signal may have interrupted a print, which is not reentrant.
+        with suppress(OSError):  # The terminal may be closed.
             os.write(2, _STOPPING)
 
 

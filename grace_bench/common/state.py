@@ -1,4 +1,4 @@
-"""States as editors, metrics and checkpoints hand them on: tensors and JSON values, nested in dicts and lists."""
+"""States of editors, metrics and checkpoints: tensors and JSON values, nested in dicts and lists."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -14,7 +14,7 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 def copied(state: Any) -> Any:
-    """Returns a state whose tensors, dicts and lists are its own; over long lists five times as fast as `deepcopy`."""
+    """Returns a deep copy of a state; over long lists five times as fast as `copy.deepcopy`."""
     if hasattr(state, "clone"):
         return state.clone()
     if isinstance(state, Mapping):
@@ -25,10 +25,10 @@ def copied(state: Any) -> Any:
 
 
 def restored(cls: type[T], state: Mapping[str, Any]) -> T:
-    """Returns a dataclass made of its state, with the values that its fields may have.
+    """Returns a dataclass made from its state, with every field validated.
 
     Raises:
-        ValueError: If one is missing, or of another type.
+        ValueError: If a field is missing or has a value of another type.
     """
     try:
         made: T = _adapter(cast(Any, cls)).validate_python(state)

@@ -1,4 +1,4 @@
-"""Where tables are printed, and the bars of long steps."""
+"""Terminal output: lines, tables and progress bars."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from grace_bench.common.text import visible
 
 
 def say(text: str) -> None:
-    """Prints lines on standard output; what steers a terminal is shown, not obeyed."""
+    """Prints lines on standard output, with terminal control characters shown as escapes."""
     print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 @contextmanager
 def progress_bars(console: Console | None = None) -> Iterator[Progress]:
-    """Gives what long steps report to: bars, on standard error by default, while some step is under way."""
+    """Yields a progress callback that shows bars, on standard error by default, while a step is under way."""
     bars: dict[str, progress.TaskID] = {}
     display = progress.Progress(console=console or Console(stderr=True))
 
@@ -27,7 +27,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Progress]:
             bars[what] = display.add_task(escape(visible(what)), total=total)
             display.start()
         display.update(bars[what], completed=done, total=total)
-        # Other displays may follow.
+        # rich allows one live display at a time, and another may follow.
         if display.finished:
             display.stop()
 
@@ -39,13 +39,13 @@ def progress_bars(console: Console | None = None) -> Iterator[Progress]:
 
 
 def table_console() -> Console:
-    """Returns a console for tables on standard output, wide where no terminal limits it."""
+    """Returns a console for tables on standard output; without a terminal it is 160 columns wide."""
     console = _TableConsole()
-    # Nobody reads a pipe or a file at 80 columns.
+    # rich assumes 80 columns for a pipe or a file, which would cut tables.
     return console if console.is_terminal else _TableConsole(width=160)
 
 
 class _TableConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Leaves it to the command line, where a reader that has read enough is no failure."""
+        """Re-raises for the command line, which does not treat a closed pipe as a failure."""
         raise

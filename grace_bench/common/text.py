@@ -1,4 +1,4 @@
-"""Text in Markdown, LaTeX, CSV and the terminal: nothing that comes from a data set is obeyed."""
+"""Escaping of untrusted text for Markdown, LaTeX, CSV and the terminal."""
 
 import csv
 import io
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Line = Sequence[tuple[str, bool]]
-"""A line of a table: each cell's text, and whether it stands in bold."""
+"""A line of a table: each cell's text, and whether it is bold."""
 
 
 def visible(text: str) -> str:
-    r"""Returns the text with characters that steer a terminal or a line written as escapes.
+    r"""Returns the text with control, format and line-separator characters written as escapes.
 
     >>> visible("a\x1b[1m")
     'a\\x1b[1m'
@@ -23,7 +23,7 @@ def visible(text: str) -> str:
 
 
 def on_one_line(text: str) -> str:
-    r"""Returns the text on one line, with what steers a terminal written as escapes.
+    r"""Returns the text on one line, with control characters written as escapes.
 
     >>> on_one_line("a\nb\x1b[1m")
     'a b\\x1b[1m'
@@ -35,7 +35,7 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~#$"} | {"&": "&amp;", 
 
 
 def markdown_text(text: str) -> str:
-    r"""Returns the text as Markdown shows it letter by letter.
+    r"""Returns Markdown that renders as exactly this text.
 
     >>> markdown_text("a|b")
     'a\\|b'
@@ -44,7 +44,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_table(headers: Sequence[str], lines: Iterable[Line], *, n_names: int) -> str:
-    """Returns a Markdown table, the first `n_names` columns to the left and the others to the right."""
+    """Returns a Markdown table with the first `n_names` columns left-aligned and the others right-aligned."""
     rows = [
         [markdown_text(header) for header in headers],
         [":---" if index < n_names else "---:" for index in range(len(headers))],
@@ -78,7 +78,7 @@ _LATEX = str.maketrans(
 
 
 def latex_text(text: str) -> str:
-    r"""Returns the text as LaTeX sets it letter by letter.
+    r"""Returns LaTeX that typesets exactly this text.
 
     >>> latex_text("50 %")
     '50 \\%'
@@ -90,16 +90,16 @@ def latex_cells(line: Line) -> str:
     """Returns a line of a LaTeX table."""
     texts = [(latex_text(text), is_bold) for text, is_bold in line]
     if texts[0][0].startswith(("[", "*")):
-        # The command that ended the line before would take it for its argument.
+        # The \\ that ended the line before would take it for its argument.
         texts[0] = (f"{{}}{texts[0][0]}", texts[0][1])
     return " & ".join(rf"\textbf{{{text}}}" if is_bold else text for text, is_bold in texts) + r" \\"
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns records of the same fields as CSV with a header; what is None is an empty cell.
+    """Returns records with the same fields as CSV with a header; None becomes an empty cell.
 
-    A text that a spreadsheet would compute, because it begins with `=`, `+`, `-` or `@`, gets an apostrophe in front;
-    numbers stay as they are.
+    A text that begins with `=`, `+`, `-` or `@`, which a spreadsheet would take for a formula, gets an apostrophe in
+    front; numbers stay as they are.
     """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(records[0]), lineterminator="\n")
@@ -111,5 +111,5 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _csv_cell(text: str) -> str:
     shown = visible(text)
-    # In their wide forms, too, which some spreadsheets take for the same.
+    # Some spreadsheets treat the full-width forms alike.
     return f"'{shown}" if shown.lstrip().startswith(tuple("=+-@＝＋－＠")) else shown

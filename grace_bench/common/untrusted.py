@@ -1,4 +1,4 @@
-"""What may have come from a stranger: settings that hold values only, and folders that hold their own files only."""
+"""Checks of untrusted input: settings may hold plain values only, and folders their own files only."""
 
 import json
 import os
@@ -15,15 +15,15 @@ _DEEPEST = 100
 
 
 def refuse_references(path: Path) -> None:
-    """Makes sure that a YAML file holds plain values: nothing in it is looked up, copied or built when it is read.
+    """Checks that a YAML file holds plain values: no interpolation, no alias, no deep nesting.
 
-    OmegaConf fills in `${...}`, which reaches environment variables; aliases make a short file grow without bound.
+    OmegaConf resolves `${...}`, which reaches environment variables; aliases let a short file expand without bound.
 
     Args:
         path: The file.
 
     Raises:
-        UserError: If there is an alias or a `${...}` in it, or it is nested too deeply, naming the line.
+        UserError: If it holds an alias or a `${...}`, or is nested too deeply; the message names the line.
         OSError: If it cannot be read.
         UnicodeDecodeError: If it is not UTF-8.
         yaml.YAMLError: If it is not YAML.
@@ -44,17 +44,17 @@ def refuse_references(path: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Makes sure that what is read and written in a run folder lies in it.
+    """Checks that everything that is read from or written to a run folder lies inside it.
 
-    A link that was sent along would have a resumed run write, or a report show, a file that lies elsewhere; a pipe
-    would keep either waiting for ever. Settings of W&B, which it takes from the working folder, name the server that is
-    sent the key. What it keeps in folders of `wandb/` is its own: nothing here reads it.
+    Through a link, a resumed run would write, or a report would show, a file from elsewhere; a pipe would block either
+    for ever. W&B reads settings from the working folder, and these name the server that receives the user's key. The
+    folders inside `wandb/` are W&B's own and are never read here.
 
     Args:
-        folder: The run folder, which may itself be a link; it need not exist.
+        folder: The run folder, which may itself be a link and need not exist.
 
     Raises:
-        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would take
+        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would read
             settings from it.
     """
     settings = folder / "wandb" / "settings"
@@ -77,17 +77,17 @@ def check_run_folder(folder: Path) -> None:
 
 
 def check_model_folder(path: str) -> None:
-    """Makes sure that loading a model folder reads this folder and runs no code that it asks for.
+    """Checks that loading a model folder reads only this folder and runs no code from the hub.
 
-    A pipe in it would keep a reader waiting for ever. transformers loads another model where an adapter is found, and
-    downloads and runs what `attn_implementation` and its like name on the hub; `trust_remote_code=False` covers
+    A pipe in it would block a reader for ever. transformers loads another model where it finds an adapter, and
+    downloads and runs the kernels that `attn_implementation` and similar fields name; `trust_remote_code=False` covers
     neither.
 
     Args:
-        path: The folder; a hub id is passed over.
+        path: The folder; a hub id is not checked.
 
     Raises:
-        UserError: If the folder asks for either, or its index of weights for files that lie elsewhere.
+        UserError: If the folder asks for either, or its index of weights names files elsewhere.
     """
     folder = Path(path)
     for file in folder.iterdir() if folder.is_dir() else ():

@@ -1,13 +1,13 @@
-"""W&B before a run: whether it is there, whether it has a key, and what it may send of its own."""
+"""The state of W&B before a run: whether it is installed and logged in, and its own error reporting."""
 
 import os
 
 
 def logged_in() -> bool:
-    """Tells whether W&B has a key, asking nobody and sending nothing.
+    """Returns whether W&B has a key, without prompting and without network access.
 
     Raises:
-        Exception: Whatever W&B has against the key itself.
+        Exception: Whatever W&B raises for a malformed key.
     """
     import wandb
 
@@ -15,9 +15,9 @@ def logged_in() -> bool:
 
 
 def quieten() -> None:
-    """Keeps W&B from telling where it found a key, and from reporting on itself unless the environment asks for it.
+    """Silences W&B's own messages, and its error reports unless the environment enables them.
 
-    Its reports go to the same server, and hold up the end of the program if that one hangs.
+    The reports go to W&B's server too, and delay the end of the program if the server hangs.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb

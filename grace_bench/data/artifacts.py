@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grace_bench.common.files import atomic_path
 from grace_bench.data.requests import EditRequest, content_of
 
 
@@ -76,12 +77,8 @@ def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: M
         notes: What a person wants to know of it, such as settings and figures.
     """
     path = cache_folder() / editor / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(notes))
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with atomic_path(path, shared=True) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(notes))
 
 
 def drop_artifact(editor: str, key: str) -> None:

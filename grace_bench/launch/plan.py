@@ -736,7 +736,7 @@ class _Planner:
         evaluations = sum(len(trial.timed) for trial in self.trials)
         sizes = {name: (self.folder / name).stat().st_size for name in ("edits.jsonl", "metrics.jsonl")}
         # Put together when a run is finished.
-        predictions = sum(path.stat().st_size for path in self.folder.rglob("*.parquet"))
+        predictions = sum(path.stat().st_size for path in self.folder.rglob("predictions.*"))
         editor = sum(path.stat().st_size for path in (self.folder / "editor").iterdir())
         more = self.strategy.max_extra_parameters(counts.edits) - self.strategy.max_extra_parameters(last.n_edits)
         return (

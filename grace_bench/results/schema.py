@@ -1,9 +1,9 @@
-"""The validated records that a run leaves on disk."""
+"""The records of a run, from an edit to the result, as they are written to disk."""
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,9 +36,9 @@ RUN_FILES = (
     "editor/editor.json",
     "editor/editor.safetensors",
 )
-"""The files of a run folder whose hashes `result.json` has."""
+"""The files of a run folder whose hashes `result.json` records."""
 
-# JSON has no NaN: a score that is not a number is written as null, and counted beside it.
+# JSON has no NaN: a score that is not finite is written as null; metrics count such scores.
 JsonFloat = Annotated[
     float | None,
     PlainSerializer(lambda x: None if x is None or not math.isfinite(x) else x, when_used="json"),
@@ -46,7 +46,7 @@ JsonFloat = Annotated[
 
 
 LONGEST_TEXT = 500
-"""Characters of a prompt or a target that a record of an edit keeps: enough to know it by."""
+"""Characters of a prompt or a target after which an `EditRecord` cuts it."""
 
 
 class EditRecord(BaseModel):
@@ -55,18 +55,18 @@ class EditRecord(BaseModel):
     Attributes:
         index: Position in the run's order, from 0.
         id: The request's id.
-        was_error: Whether the model, as edited so far, got it wrong; None where every candidate is an error.
+        was_error: Whether the model, as edited so far, answered it wrongly; None where every candidate is an error.
         edited: Whether it was edited.
         n_edits: Edits made so far, this one included.
-        prompt, target: The input and the wanted answer, or its label's name, cut after `LONGEST_TEXT` characters; None
-            where they were not recorded.
+        prompt, target: The input and the target answer or label name, cut after `LONGEST_TEXT` characters; None in
+            runs made before they were recorded.
         before_text, after_text: The answer before and after the edit.
-        score_before, score_after: The main score before and after; after is None if it was not edited.
+        score_before, score_after: The main score before and after the edit; `score_after` is None if it was not edited.
         loss: Loss at the edit's last step.
         steps: Gradient steps taken.
-        seconds: Time the edit took, scoring excluded.
-        failed: Why the edit could not be made.
-        op, key, distance, n_keys: What the codebook did, for editors that have one.
+        seconds: Duration of the edit, without scoring.
+        failed: Why the edit failed; None if it succeeded.
+        op, key, distance, n_keys: The codebook's operation, for editors that have a codebook.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -94,19 +94,40 @@ class EditRecord(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation: a line of `metrics.jsonl`.
+    """One evaluation as read from its line of `metrics.jsonl`.
 
     Attributes:
         n_edits: Edits made before it.
-        metrics: Figures by metric name; None for one that is not a number.
+        metrics: Values by metric name; None for a value that is not finite.
     """
 
     n_edits: int
     metrics: Mapping[str, float | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """Everything that one evaluation measured; every file and view of a run is written from it.
+
+    Attributes:
+        n_edits: Edits made before it.
+        metrics: The values that metrics emitted since the previous evaluation, by name, in the order of emission;
+            the last value where a metric emitted several.
+        predictions: One row an item, with the columns of `PREDICTIONS`.
+    """
+
+    n_edits: int
+    metrics: Mapping[str, float]
+    predictions: Sequence[Mapping[str, Any]]
+
+    def line(self) -> str:
+        """Returns the line of `metrics.jsonl`; values that are not finite, which JSON does not know, are null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        return json.dumps({"n_edits": self.n_edits, **finite}) + "\n"
+
+
 class EvaluationLine(BaseModel):
-    """A line of `metrics.jsonl` as it is written."""
+    """Validates a line of `metrics.jsonl`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -115,7 +136,7 @@ class EvaluationLine(BaseModel):
 
 
 class StreamInfo(BaseModel):
-    """The stream of a run; `left_out` counts the records of its source that are in no role, by reason."""
+    """The stream of a run; `left_out` counts the records of its source that the stream does not use, by reason."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -134,8 +155,8 @@ class ModelInfo(BaseModel):
 
     Attributes:
         fingerprint: SHA-256 of its weights.
-        config_fingerprint: SHA-256 of its configuration and tokenizer; None where it was not recorded.
-        files: SHA-256 of the files in its folder; None for one of the hub, and where it was not recorded.
+        config_fingerprint: SHA-256 of its configuration and tokenizer; None in runs made before it was recorded.
+        files: SHA-256 of the files in its folder; None for a hub model, and in runs made before it was recorded.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -159,7 +180,7 @@ class EditorInfo(BaseModel):
 
 
 class Protocol(BaseModel):
-    """What was scored, when, how decoded and where queried. Results of two protocols are never ranked together."""
+    """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -183,10 +204,10 @@ class Cost(BaseModel):
     """What a run cost.
 
     Attributes:
-        seconds_per_edit_p50, seconds_per_edit_p95: Quantiles of the time an edit took.
-        edit_seconds, eval_seconds: Time in editing, and in scoring candidates and streams.
+        seconds_per_edit_p50, seconds_per_edit_p95: Quantiles of the duration of an edit.
+        edit_seconds, eval_seconds: Total time of editing, and of scoring candidates and streams.
         peak_rss_mb, peak_gpu_mb: Peak memory of the process, and of torch on the GPU.
-        extra_parameters: How many numbers the editor adds to the model.
+        extra_parameters: Parameters that the editor adds to the model.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -206,7 +227,7 @@ class RunResult(BaseModel):
     Attributes:
         configuration: SHA-256 of the resolved configuration (`config.hash_config`).
         files: SHA-256 of the other files of the run folder, by path in it.
-        digest: SHA-256 of everything else in the record (`digest_of`).
+        digest: SHA-256 of the rest of the record (`digest_of`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -229,13 +250,13 @@ class RunResult(BaseModel):
 
 
 def sealed(result: RunResult, folder: Path) -> RunResult:
-    """Returns the result with the hashes of the files in its folder, and its own."""
+    """Returns the result with the hashes of the files in its folder and its own digest."""
     files = {name: hash_file(folder / name) for name in RUN_FILES if (folder / name).is_file()}
     whole = result.model_copy(update={"files": files})
     return whole.model_copy(update={"digest": digest_of(json.loads(whole.model_dump_json()))})
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of what a `result.json` holds, its own digest aside."""
+    """Returns the SHA-256 of the content of a `result.json` without its digest."""
     content = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,9 @@
-"""Checkpoints: a run's whole state on disk, from which it goes on bit for bit.
+"""Checkpoints: the whole state of a run on disk, from which it resumes bit for bit.
 
 `checkpoint/` in a run folder holds the two newest, each a numbered folder of `state.json`, `tensors.safetensors` and
-`manifest.json`, which has the digests of the others. A checkpoint is written under another name, every file of it on
-disk before it is renamed: one that has its name was whole, and one that was damaged since does not match its manifest.
+`manifest.json`. A checkpoint is written under a hidden name and renamed once it is on disk, so a visible one was
+complete. The manifest has the digests of the other two files, which expose later damage, and the length and digest of
+each file that the run appends to. Their content is not copied, so it adds nothing to the size of a checkpoint.
 """
 
 import hashlib
@@ -19,21 +20,28 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from grace_bench.common.files import readable, sync_folder, write_synced
+from grace_bench.common.append_only import Prefix
+from grace_bench.common.files import atomic_path, readable
 from grace_bench.errors import UserError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"
-# A file in a folder beside the checkpoints, and no way out of there.
-_Place = Annotated[str, StringConstraints(pattern=r"^[0-9a-z_-]+/[0-9a-z_-]+\.[a-z]+$")]
+# Names without a way out of the folder they are in.
+_OwnFile = Annotated[str, StringConstraints(pattern=r"^[a-z]+\.[a-z]+$")]
+_RunFile = Annotated[str, StringConstraints(pattern=rf"^({FOLDER}/)?[a-z_]+\.[a-z]+$")]
 
 
 class _Manifest(BaseModel):
-    """What a checkpoint is of, and the SHA-256 of each of its files, by path from the folder of all checkpoints.
+    """What a checkpoint consists of.
 
-    Its own `digest` is that of everything else in it.
+    Attributes:
+        identity: Everything that decides what the run computes.
+        n_edits: Edits made so far.
+        files: The SHA-256 of the checkpoint's other files.
+        run_files: The prefixes of the files that the run appends to, by path in the run folder.
+        digest: The SHA-256 of all the above.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,7 +49,8 @@ class _Manifest(BaseModel):
     schema_version: int
     identity: dict[str, Any]
     n_edits: int
-    files: dict[_Place, str]
+    files: dict[_OwnFile, str]
+    run_files: dict[_RunFile, Prefix]
     digest: str = ""
 
     def sealed(self) -> "_Manifest":
@@ -55,7 +64,15 @@ class _Version(BaseModel):
 
 
 class _BrokenError(Exception):
-    """A checkpoint is not whole; the message says what is wrong with it."""
+    """A checkpoint cannot be used; the message says why."""
+
+
+class _RunFileError(_BrokenError):
+    """A checkpoint is intact, but a file of the run does not begin as the checkpoint recorded it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} was cut or changed")
+        self.name = name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +80,15 @@ class Loaded:
     """What was found on disk.
 
     Attributes:
-        state: The newest whole state; None if there is none.
-        n_edits: Its clock.
-        dropped: What was left aside because it is not whole, in words.
+        state: The state in the newest usable checkpoint; None if there is none.
+        n_edits: Edits made up to that checkpoint.
+        run_files: The prefixes that it recorded of the files that the run appends to.
+        dropped: In words, what was skipped because it cannot be used.
     """
 
     state: dict[str, Any] | None = None
     n_edits: int = 0
+    run_files: dict[str, Prefix] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
 
 
@@ -86,71 +105,74 @@ class Checkpoints:
         self._folder = folder / FOLDER
         # As it will be read again: tuples as lists, keys as text.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._broken: list[Path] = []
 
-    def save(self, state: Mapping[str, Any], *, n_edits: int, beside: Mapping[str, str] | None = None) -> None:
-        """Writes the run's state, whole or not at all, and drops the oldest checkpoint.
+    def save(self, state: Mapping[str, Any], *, n_edits: int, run_files: Mapping[str, Prefix] | None = None) -> None:
+        """Writes the run's state, completely or not at all, and removes the oldest checkpoint.
 
         Args:
             state: Tensors and JSON values, nested in dicts and lists.
-            n_edits: The clock.
-            beside: Files under `checkpoint/` that belong to the state and are on disk already, with their SHA-256.
+            n_edits: Edits made so far.
+            run_files: What the run has appended to files so far, by path in the run folder; it is on disk already.
 
         Raises:
-            OSError: If it cannot be written; those before stay as they are.
+            OSError: If it cannot be written; earlier checkpoints stay as they are.
         """
         numbers = self._numbers()
-        name = f"{max(numbers, default=0) + 1:06d}"
-        self._remove_partial()
         text, tensors = _without_tensors(state)
         files = {
             "state.json": text.encode(),
             "tensors.safetensors": safetensors.torch.save(tensors),
         }
-        digests = {**(beside or {}), **{f"{name}/{file}": digest(content) for file, content in files.items()}}
         manifest = _Manifest(
-            schema_version=SCHEMA_VERSION, identity=self._identity, n_edits=n_edits, files=digests
+            schema_version=SCHEMA_VERSION,
+            identity=self._identity,
+            n_edits=n_edits,
+            files={name: digest(content) for name, content in files.items()},
+            run_files=dict(run_files or {}),
         ).sealed()
         files["manifest.json"] = f"{manifest.model_dump_json(indent=2)}\n".encode()
-        partial = self._folder / f".{name}.partial"
-        try:
-            partial.mkdir(parents=True)
-            for file, content in files.items():
-                write_synced(partial / file, content)
-            sync_folder(partial)
-            partial.rename(self._folder / name)
-        except OSError:
-            # What is left of it would only take room that a full disk does not have.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync_folder(self._folder)
+        with atomic_path(self._path(max(numbers, default=0) + 1)) as partial:
+            partial.mkdir()
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
         for number in numbers[: 1 - _KEPT]:
             shutil.rmtree(self._path(number))
 
     def load(self) -> Loaded:
-        """Returns the newest whole checkpoint.
+        """Returns the newest usable checkpoint: intact, and with every file of the run beginning as it recorded.
 
         Raises:
-            UserError: If the newest is of another schema version, or of another run than this one.
+            UserError: If the newest is of another schema version or of another run, or if only files of the run that
+                were cut or changed keep every intact checkpoint from being used.
         """
         dropped = ["a checkpoint that was being written"] if any(self._folder.glob(".*.partial")) else []
+        damaged: str | None = None
+        self._broken = []
         for number in reversed(self._numbers()):
             path = self._path(number)
             try:
                 manifest = self._manifest(path)
-                return Loaded(state=self._state(path, manifest), n_edits=manifest.n_edits, dropped=dropped)
+                state = self._state(path, manifest)
+                self._check_run_files(manifest)
             except _BrokenError as reason:
+                if isinstance(reason, _RunFileError):
+                    damaged = reason.name
+                self._broken.append(path)
                 dropped.append(f"checkpoint {path.name} ({reason})")
+                continue
+            return Loaded(state=state, n_edits=manifest.n_edits, run_files=manifest.run_files, dropped=dropped)
+        if damaged is not None:
+            raise UserError(
+                f"{self._run / damaged}: was cut or changed since the run's checkpoints; put the file back as it was, "
+                f"or existing=rerun sets the run aside and starts anew"
+            )
         return Loaded(dropped=dropped)
 
     def drop_broken(self) -> None:
-        """Removes what `load` left aside, so that the newest whole checkpoint stays among those that are kept."""
-        self._remove_partial()
-        for number in reversed(self._numbers()):
-            try:
-                self._state(self._path(number), self._manifest(self._path(number)))
-                return
-            except _BrokenError:
-                shutil.rmtree(self._path(number))
+        """Removes what `load` skipped, so that it does not count among the checkpoints that are kept."""
+        for path in (*self._folder.glob(".*.partial"), *self._broken):
+            shutil.rmtree(path)
 
     def clear(self) -> None:
         """Removes every checkpoint."""
@@ -163,10 +185,6 @@ class Checkpoints:
         if not self._folder.is_dir():
             return []
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
-
-    def _remove_partial(self) -> None:
-        for path in self._folder.glob(".*.partial"):
-            shutil.rmtree(path)
 
     def _manifest(self, path: Path) -> _Manifest:
         text = _read(path / "manifest.json")
@@ -191,13 +209,13 @@ class Checkpoints:
             if wanted.get(name) == found.get(name):
                 continue
             if name == "model":
-                raise UserError(f"{self._run}: the model's weights are not those that the run began with")
+                raise UserError(f"{self._run}: the model's weights are not the ones that the run began with")
             if name == "model_config":
                 raise UserError(
-                    f"{self._run}: the model's configuration or tokenizer is not that which the run began with"
+                    f"{self._run}: the model's configuration or tokenizer is not the one that the run began with"
                 )
             if name == "stream":
-                raise UserError(f"{self._run}: the stream's requests are not those that the run began with")
+                raise UserError(f"{self._run}: the stream's requests are not the ones that the run began with")
             raise UserError(
                 f"{path}: checkpoint of another configuration: {name}={found.get(name)}, not {wanted.get(name)}"
             )
@@ -205,20 +223,25 @@ class Checkpoints:
     def _state(self, path: Path, manifest: _Manifest) -> dict[str, Any]:
         contents = {}
         for name, expected in manifest.files.items():
-            content = _read(self._folder / name)
+            content = _read(path / name)
             if digest(content) != expected:
-                raise _BrokenError(f"{Path(name).name} is not whole")
+                raise _BrokenError(f"{name} is not whole")
             contents[name] = content
         try:
-            tensors = safetensors.torch.load(contents[f"{path.name}/tensors.safetensors"])
-            text = contents[f"{path.name}/state.json"]
+            tensors = safetensors.torch.load(contents["tensors.safetensors"])
+            text = contents["state.json"]
             if rb"\ud" in text:
-                # Half a surrogate pair, which no other file takes.
+                # Half a surrogate pair cannot be encoded in any other file.
                 json.dumps(json.loads(text), ensure_ascii=False).encode()
             state: dict[str, Any] = _with_tensors(text, tensors)
         except (KeyError, RecursionError, TypeError, ValueError, SafetensorError) as error:
             raise _BrokenError("it lacks its state") from error
         return state
+
+    def _check_run_files(self, manifest: _Manifest) -> None:
+        for name, prefix in manifest.run_files.items():
+            if not prefix.begins(self._run / name):
+                raise _RunFileError(name)
 
 
 def digest(content: bytes) -> str:
@@ -234,13 +257,13 @@ def _read(path: Path) -> bytes:
 
 
 def _without_tensors(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """A state as JSON in which tensors stand by name, and the tensors."""
+    """Returns a state as JSON with names in the place of its tensors, and the tensors by these names."""
     tensors: dict[str, Tensor] = {}
 
     def name(value: Any) -> dict[str, str]:
         if not isinstance(value, Tensor):
             raise TypeError(f"a state holds tensors and JSON values, not {type(value).__name__}")
-        # A file takes no two names for one memory.
+        # safetensors does not store two names of the same memory.
         tensors[str(len(tensors))] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: str(len(tensors) - 1)}
 
@@ -249,14 +272,14 @@ def _without_tensors(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 def _with_tensors(text: bytes, tensors: Mapping[str, Tensor]) -> Any:
     def look_up(value: dict[str, Any]) -> Any:
-        # Bytes of a file lie where they lie; arithmetic is the same only from where torch puts tensors itself.
+        # Alignment decides the order of float operations: only memory that torch allocated gives the same bits.
         return tensors[value[_TENSOR]].clone() if value.keys() == {_TENSOR} else value
 
     return json.loads(text, object_hook=look_up)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted paths."""
+    """Returns a nested mapping flattened to dotted paths."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

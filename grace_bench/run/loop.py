@@ -27,6 +27,7 @@ from grace_bench.errors import EditFailure, RunFailure
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.results.schema import LONGEST_TEXT, Cost, EditRecord
+from grace_bench.run.recorder import EvaluationRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ class Run:
         self.strategy = strategy
         self.rescorer = Rescorer(strategy)
         strategy.score_requests = self.rescorer.score
+        self.recorder = EvaluationRecorder(strategy.evaluator)
         self.schedule = schedule
         self.strict = strict
         self.stopped: str | None = None
@@ -185,11 +187,12 @@ class Run:
             self.settle()
 
     def metrics(self) -> dict[str, float]:
-        """Returns the last value of every metric, and the counts of the run."""
-        evaluator = self.strategy.evaluator
-        values = {} if evaluator is None else {name: _number(v) for name, v in evaluator.get_last_metrics().items()}
+        """Returns the metrics of the newest evaluation, and the counts of the run."""
+        latest = self.recorder.latest
         return {
-            **values,
+            # Those of the unedited model come first, so that the order does not depend on where the run stopped.
+            **{name: latest[name] for name in self.before if name in latest},
+            **latest,
             "n_edits": self.strategy.n_edits,
             "n_candidates": self.position.index,
             "n_superseded": len(self.position.superseded),
@@ -234,7 +237,7 @@ class Run:
                 metric.registered_name: copied(metric.state_dict())
                 for metric in (evaluator.metrics if evaluator else [])
             },
-            "last_metrics": dict(evaluator.last_metric_results) if evaluator else {},
+            "recorder": self.recorder.state_dict(),
             "random": _random_state(),
         }
 
@@ -246,6 +249,7 @@ class Run:
         for place, due in state["due"]:
             self._pending.insert(place, restored(Due, due))
         self.rescorer.load_state_dict(state["scores"])
+        self.recorder.load_state_dict(state["recorder"])
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["unedited"] is not None:
@@ -253,7 +257,6 @@ class Run:
         if self.strategy.evaluator is not None:
             for metric in self.strategy.evaluator.metrics:
                 metric.load_state_dict(state["metrics"][metric.registered_name])
-            self.strategy.evaluator.last_metric_results = dict(state["last_metrics"])
         self._by_prompt.clear()
         for index in self.position.edited:
             self._by_prompt[self.benchmark.data.edits[index].prompt].append(index)
@@ -414,6 +417,7 @@ class Run:
             self.strategy.eval([experience for stream in self._eval_streams(due) for experience in stream])
         self.position.eval_seconds += time.perf_counter() - started
         self.position.last_evaluation = due.n_edits
+        self.recorder.complete(due.n_edits)
 
     def _flush(self) -> None:
         # Those that failed when they were made have left nothing to finish.
@@ -536,10 +540,6 @@ def _thinned(benchmark: EditBenchmark, most: int | None) -> EditBenchmark:
 
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, int) else float(value)
 
 
 def seed_everything(seed: int) -> None:

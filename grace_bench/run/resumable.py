@@ -1,4 +1,4 @@
-"""A run that is kept on disk as it goes on, so that it may be stopped anywhere."""
+"""A run that can be interrupted at any point and resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,25 +8,25 @@ from grace_bench.common.signals import Interruption
 from grace_bench.errors import MISFITS, Interrupted, RunFailure, UserError, reason_of
 from grace_bench.run.checkpoint import Checkpoints
 from grace_bench.run.loggers import RunLogger
-from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
+from grace_bench.run.loggers.jsonl import JsonlLogger
 from grace_bench.run.loop import Run
 
-# What may differ between the processes of one run without any of its numbers differing.
-_UNCOUNTED = ("command", "engine_notes", "datasets", "wandb")
+# Fields that may differ between the processes of a run without changing a number.
+_IGNORED_DIFFERENCES = ("command", "engine_notes", "datasets", "wandb")
 
 
-class KeptRun:
-    """A run with its checkpoints.
+class ResumableRun:
+    """A run that writes checkpoints to its folder.
 
-    Asking a run for its state changes nothing that follows (`Run.state_dict`), so when checkpoints are written never
-    shows in the result.
+    Reading the state of a run changes nothing that follows (`Run.state_dict`), so the result does not depend on when
+    checkpoints are written.
 
     Args:
         folder: The run folder.
-        run: The run, at its start.
-        loggers: Those of the run that write files or keep anything.
+        run: The run, before its first step.
+        loggers: The run's loggers that append to files in the folder.
         identity: Everything that decides what the run computes.
-        environment: What it is computed with.
+        environment: The software and hardware it is computed with.
     """
 
     def __init__(
@@ -41,26 +41,32 @@ class KeptRun:
         self._folder = folder
         self._run = run
         self._loggers = loggers
+        self._files = {file.path.relative_to(folder).as_posix(): file for logger in loggers for file in logger.files}
         self._checkpoints = Checkpoints(folder, identity=identity)
         self._environment = dict(environment)
         self._saved_at: int | None = None
 
-    def take_up(self, say: Callable[[str], None] | None = None) -> bool:
-        """Takes up the newest whole checkpoint, and says what else there was.
+    def resume(self, say: Callable[[str], None] | None = None) -> bool:
+        """Restores the newest usable checkpoint, and says what was dropped.
+
+        The loggers cut their files back to it when they start.
 
         Args:
             say: Takes one line.
 
         Returns:
-            Whether there was a whole one.
+            Whether there was a usable checkpoint.
 
         Raises:
-            UserError: If it is of another run than this one, or another schema version.
+            UserError: If the checkpoint is of another run or schema version, or a file that the run appends to was cut
+                or changed.
         """
         loaded = self._checkpoints.load()
         if loaded.state is not None:
-            self._take(loaded.state)
+            self._restore(loaded.state)
             self._saved_at = loaded.n_edits
+            for name, file in self._files.items():
+                file.start = loaded.run_files.get(name, file.start)
         dropped = [*loaded.dropped]
         for logger in self._loggers:
             if isinstance(logger, JsonlLogger):
@@ -78,8 +84,8 @@ class KeptRun:
             say(f"{self._folder}: {'; '.join([where, *parts])}")
         return loaded.state is not None
 
-    def carry_out(self, *, every: int) -> None:
-        """Goes on to the run's end, with a checkpoint at its start, after every so many edits and wherever it stops.
+    def run(self, *, every: int) -> None:
+        """Runs to the end, with a checkpoint at the start, after every `every` edits and wherever the run stops.
 
         Raises:
             Interrupted: After a signal, once the checkpoint is written.
@@ -87,61 +93,56 @@ class KeptRun:
         """
         strategy = self._run.strategy
         with Interruption() as interruption:
-            # What was taken up is on disk already; before that there is nothing to save.
-            interruption.can_wait = self._saved_at is not None
+            # A resumed run has a checkpoint already; a new run has nothing to save before its first.
+            interruption.can_defer = self._saved_at is not None
             for _ in self._run.steps():
-                interruption.can_wait = True
+                interruption.can_defer = True
                 is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
-                if is_due or interruption.is_asked or self._run.stopped is not None:
+                if is_due or interruption.is_requested or self._run.stopped is not None:
                     self.save()
                 if self._run.stopped is not None:
                     raise RunFailure(
                         f"strict=true: {self._run.stopped}; `grace-bench resume {self._folder}` goes on without it"
                     )
-                if interruption.is_asked:
+                if interruption.is_requested:
                     raise Interrupted(
                         f"interrupted at {strategy.n_edits} edits; `grace-bench resume {self._folder}` goes on"
                     )
 
     def save(self) -> None:
-        """Writes a checkpoint."""
-        states = {type(logger).__name__: logger.state_dict() for logger in self._loggers}
+        """Writes a checkpoint, after the files that it refers to are on disk."""
         n_edits = self._run.strategy.n_edits
         self._checkpoints.save(
-            {"run": self._run.state_dict(), "loggers": states, "environment": self._environment},
+            {"run": self._run.state_dict(), "environment": self._environment},
             n_edits=n_edits,
-            beside=states.get(PredictionsLogger.__name__),
+            run_files={name: file.sync() for name, file in self._files.items()},
         )
         self._saved_at = n_edits
 
     def clear(self) -> None:
-        """Removes the checkpoints of a run that is finished."""
+        """Removes the checkpoints of a finished run."""
         self._checkpoints.clear()
 
     def environment(self) -> dict[str, Any]:
-        """Returns what the run was computed with, under `before_resuming` also what was otherwise for a part of it."""
+        """Returns what the run was computed with; `before_resuming` has what differed in an earlier part of it."""
         return {**self._environment, "engine_notes": list(self._run.strategy.model.engine.notes)}
 
-    def _take(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         try:
             self._run.load_state_dict(state["run"])
-            for logger in self._loggers:
-                own = state["loggers"].get(type(logger).__name__)
-                if own is not None:
-                    logger.load_state_dict(own)
-            self._take_environment(state["environment"])
+            self._compare_environment(state["environment"])
         except MISFITS as error:
             raise UserError(
                 f"{self._folder}: the newest checkpoint is whole but does not fit the run ({type(error).__name__}: "
                 f"{reason_of(error)}); existing=rerun sets the run aside and starts anew"
             ) from error
 
-    def _take_environment(self, earlier: Mapping[str, Any]) -> None:
+    def _compare_environment(self, earlier: Mapping[str, Any]) -> None:
         now = self._environment
         changed = {
             name: value
             for name, value in earlier.items()
-            if name not in (*_UNCOUNTED, "before_resuming") and value != now.get(name)
+            if name not in (*_IGNORED_DIFFERENCES, "before_resuming") and value != now.get(name)
         }
         changed = {**earlier.get("before_resuming", {}), **changed}
         self._environment = {

@@ -35,7 +35,7 @@ from grace_bench.run.environment import describe_environment
 from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.run.loop import Run, Schedule, seed_everything
-from grace_bench.run.resumable import KeptRun
+from grace_bench.run.resumable import ResumableRun
 
 _MOST_UPSTREAM = 4096
 """So many activations are enough to estimate a covariance from; they are held at once."""
@@ -162,7 +162,7 @@ def run_benchmark(
     fingerprint = editable.fingerprint
     check_fit(editable, benchmark)
     files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
-    kept: KeptRun | None = None
+    kept: ResumableRun | None = None
     evaluator = EvaluationPlugin(
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[*files, *loggers], collect_all=False
     )
@@ -175,14 +175,14 @@ def run_benchmark(
         environment = _environment(strategy, opened.stream)
         run = Run(benchmark, strategy, settings.schedule, strict=settings.strict, progress=progress)
         if folder is not None:
-            kept = KeptRun(
+            kept = ResumableRun(
                 folder,
                 run,
                 loggers=[*files, *watchers],
                 identity=_identity(strategy, benchmark, settings, fingerprint),
                 environment=environment,
             )
-        if not (resume and kept is not None and kept.take_up(say)):
+        if not (resume and kept is not None and kept.resume(say)):
             prepare_editor(strategy, benchmark, progress=progress)
         plan = RunPlan(
             run_id=run_id or f"{benchmark.name}/{editable.name}/{strategy.registered_name}/s{settings.seed}",
@@ -200,7 +200,7 @@ def run_benchmark(
         if kept is None:
             run.run()
         else:
-            kept.carry_out(every=settings.checkpoint_every)
+            kept.run(every=settings.checkpoint_every)
         result = RunResult(
             run_id=plan.run_id,
             stream=StreamInfo(

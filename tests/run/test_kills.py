@@ -56,14 +56,16 @@ def traces(out: Path) -> dict[str, Any]:
 
 
 def tear(out: Path, choice: random.Random) -> str | None:
-    """Cuts one file of the run anywhere, as a loss of power may: of its newest checkpoint, or a JSONL file."""
+    """Cuts a file of the run where a loss of power may: its newest checkpoint anywhere, a file that grew after that."""
     folders = sorted(out.rglob("checkpoint/0*"))
-    files = [*(folders[-1].iterdir() if folders else ()), *out.rglob("*.jsonl")]
-    if not files:
+    if not folders:
         return None
-    path = choice.choice(sorted(files))
+    run = folders[-1].parent.parent
+    manifest = json.loads((folders[-1] / "manifest.json").read_bytes())
+    least = {run / name: prefix["size"] for name, prefix in manifest["run_files"].items()}
+    path = choice.choice(sorted([*folders[-1].iterdir(), *least]))
     content = path.read_bytes()
-    path.write_bytes(content[: choice.randrange(len(content) + 1)])
+    path.write_bytes(content[: choice.randrange(least.get(path, 0), len(content) + 1)])
     return path.name
 
 

@@ -20,7 +20,7 @@ from avalanche.core import BasePlugin
 from grace_bench.editors._grace.codebook import Codebook
 from grace_bench.registry import EDITORS
 from grace_bench.run.loop import Schedule
-from grace_bench.run.resumable import KeptRun
+from grace_bench.run.resumable import ResumableRun
 from grace_bench.run.run_benchmark import RunSettings, run_benchmark
 from grace_bench.streams.jsonl import Jsonl
 
@@ -63,7 +63,7 @@ class Watch(BasePlugin[Any]):
             (Codebook, "retrieve", "lookups"),
             (Codebook, "contested", "lookups"),
             (Codebook, "settle", "lookups"),
-            (KeptRun, "save", "saving"),
+            (ResumableRun, "save", "saving"),
         ):
             monkeypatch.setattr(cls, name, self._timing(getattr(cls, name), kind))
 

@@ -32,7 +32,7 @@ from grace_bench.models.tasks.generation import Completion
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.reading import read_result
-from grace_bench.results.schema import RunResult
+from grace_bench.results.schema import EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger
 from grace_bench.run.loop import Run
@@ -784,7 +784,6 @@ def test_an_edit_that_a_later_one_shuts_out_while_values_wait_is_scored_as_it_wa
 
 
 def test_a_metric_that_is_no_finite_number_is_null_in_its_line(tmp_path: Path) -> None:
-    run, _ = start(StreamData(edits=(point(0),)))
     logger = JsonlLogger(tmp_path)
     logger.start(
         RunPlan(
@@ -799,9 +798,8 @@ def test_a_metric_that_is_no_finite_number_is_null_in_its_line(tmp_path: Path) -
             higher_is_better=True,
         )
     )
-    for name, value in {"TRR": math.inf, "ERR": math.nan, "Holdout": 2.5, "n_keys": 3}.items():
-        logger.log_single_metric(name, value, 0)
-    logger.after_eval(run.strategy, [])
+    metrics = {"TRR": math.inf, "ERR": math.nan, "Holdout": 2.5, "n_keys": 3}
+    logger.log_evaluation(EvaluationRecord(n_edits=0, metrics=metrics, predictions=[]))
     logger.finish(None)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))

@@ -132,53 +132,144 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_that_is_cut_or_changed_anywhere_is_recognised_and_the_last_good_state_used(
+def damaged(content: bytes, choice: random.Random) -> bytes:
+    """The content cut, or with a byte changed, anywhere."""
+    place = choice.randrange(len(content))
+    changed = bytes([content[place] ^ 0x55]) + content[place + 1 :]
+    return content[:place] + choice.choice([b"", changed])
+
+
+def test_a_checkpoint_that_is_cut_or_changed_anywhere_is_recognised_and_the_one_before_it_used(
     tmp_path: Path, run_facts: Callable[..., RunResult], stopped: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = stopped
     choice = random.Random(0)
-    names = [path.relative_to(folder).as_posix() for path in files_of(folder)]
+    names = [path.relative_to(folder).as_posix() for path in files_of(folder / "checkpoint")]
+    names = [name for name in names if re.search("/0[0-9]+/", name)]
     assert sum(name.endswith("manifest.json") for name in names) == 2
     newest = max(path.name for path in folder.glob("checkpoint/0*"))
     starts = set()
     for name in names:
-        damaged = tmp_path / "damaged"
-        shutil.copytree(folder, damaged)
-        content = (damaged / name).read_bytes()
-        if choice.random() < 0.5:
-            place = choice.randrange(len(content))
-            content = content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :]
-        else:
-            content = content[: choice.randrange(len(content))]
-        (damaged / name).write_bytes(content)
+        spoiled = tmp_path / "spoiled"
+        shutil.copytree(folder, spoiled)
+        (spoiled / name).write_bytes(damaged((spoiled / name).read_bytes(), choice))
         said: list[str] = []
-        run_facts(damaged, task="qa", resume=True, say=said.append)
+        run_facts(spoiled, task="qa", resume=True, say=said.append)
         (line,) = said
-        assert traces(damaged) == expected, name
+        assert traces(spoiled) == expected, name
         starts.add(re.findall("resumed at [0-9]+ edits|started anew", line)[0])
-        if name.startswith((f"checkpoint/{newest}", "checkpoint/predictions")):
+        if name.startswith(f"checkpoint/{newest}"):
             assert f"dropped checkpoint {newest} ({Path(name).name} is not whole)" in line
-        shutil.rmtree(damaged)
+        shutil.rmtree(spoiled)
     assert len(starts) > 1, starts
 
 
-def test_lines_after_the_checkpoint_and_a_checkpoint_that_was_being_written_are_dropped_and_told_of(
+RUN_FILES = ("edits.jsonl", "metrics.jsonl", "checkpoint/predictions.arrows")
+
+
+def recorded(folder: Path) -> list[dict[str, int]]:
+    """How much of each file of the run the checkpoints recorded, the newest first."""
+    manifests = sorted(folder.glob("checkpoint/0*/manifest.json"), reverse=True)
+    files = [json.loads(path.read_bytes())["run_files"] for path in manifests]
+    return [{name: prefix["size"] for name, prefix in found.items()} for found in files]
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_file_of_the_run_that_is_cut_or_changed_is_made_again_from_the_checkpoint_before_or_the_run_is_refused(
+    tmp_path: Path, run_facts: Callable[..., RunResult], stopped: tuple[Path, dict[str, Any]], name: str
+) -> None:
+    folder, expected = stopped
+    choice = random.Random(name)
+    newest, older = (sizes[name] for sizes in recorded(folder))
+    whole = (folder / name).read_bytes()
+    assert len(whole) >= newest >= older > 0
+    if newest > older:
+        spoiled = tmp_path / "spoiled"
+        shutil.copytree(folder, spoiled)
+        (spoiled / name).write_bytes(whole[:older] + damaged(whole[older:newest], choice))
+        said: list[str] = []
+        run_facts(spoiled, task="qa", resume=True, say=said.append)
+        (line,) = said
+        assert re.search(rf"resumed at \d+ edits; dropped checkpoint \d+ \({name} was cut or changed\)", line)
+        assert traces(spoiled) == expected
+    for content in (damaged(whole[:older], choice), b"", None):
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        before = {path: path.read_bytes() for path in files_of(folder)}
+        says = f"{folder / name}: was cut or changed since the run's checkpoints; put the file back as it was"
+        with pytest.raises(UserError, match=re.escape(says)):
+            run_facts(folder, task="qa", resume=True)
+        assert {path: path.read_bytes() for path in files_of(folder)} == before
+    (folder / name).write_bytes(whole)
+    run_facts(folder, task="qa", resume=True)
+    assert traces(folder) == expected
+
+
+def test_lines_after_the_checkpoint_and_a_checkpoint_that_was_being_written_are_dropped_and_named(
     tmp_path: Path, run_facts: Callable[..., RunResult], stopped: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, expected = stopped
     newest = max((folder / "checkpoint").glob("0*"))
     shutil.copytree(newest, newest.with_name(".000009.partial"))
     (newest.with_name(".000009.partial") / "manifest.json").unlink()
-    state = json.loads((newest / "state.json").read_bytes())["loggers"]["JsonlLogger"]
-    (folder / "edits.jsonl").write_text(state["edits"] + '{"index": 98}\n{"index": 99')
-    (folder / "metrics.jsonl").write_text(state["metrics"][:-9])
+    sizes = recorded(folder)[0]
+    for name, more in (("edits.jsonl", b'{"index": 98}\n{"index": 99'), ("metrics.jsonl", b"{}\n{}\n")):
+        (folder / name).write_bytes((folder / name).read_bytes()[: sizes[name]] + more)
     said: list[str] = []
     run_facts(folder, task="qa", resume=True, say=said.append)
     (line,) = said
     assert "a checkpoint that was being written" in line
-    assert "1 line and half a line of edits.jsonl" in line
-    assert "metrics.jsonl, which is cut or changed: it is put back as it was" in line
+    assert "1 line and half a line of edits.jsonl, 2 lines of metrics.jsonl" in line
     assert traces(folder) == expected
+
+
+def test_a_checkpoint_names_only_what_is_on_disk_already(
+    tmp_path: Path, run_facts: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    fsync, replace = os.fsync, Path.replace
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def check(path: Path, target: Path) -> Path:
+        if (path / "manifest.json").is_file():
+            for name, prefix in json.loads((path / "manifest.json").read_bytes())["run_files"].items():
+                assert synced[(tmp_path / name).stat().st_ino] >= prefix["size"]
+            assert all(synced[inner.stat().st_ino] == inner.stat().st_size for inner in path.iterdir())
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "replace", check)
+    run_facts(tmp_path, task="qa", editor="none", checkpoint_every=2)
+    assert synced
+
+
+def test_the_size_of_a_checkpoint_does_not_depend_on_what_was_written_so_far(
+    tmp_path: Path, run_facts: Callable[..., RunResult]
+) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Weigh(RunLogger):
+        """Notes the size of the newest checkpoint and of the files of the run."""
+
+        def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+            newest = max(tmp_path.glob("checkpoint/0*"))
+            state, manifest = (json.loads((newest / name).read_bytes()) for name in ("state.json", "manifest.json"))
+            # What the editor and the protocol hold by nature: indices, times and scores, no text of theirs.
+            del state["run"], state["environment"], manifest["identity"]
+            written = sum((tmp_path / name).stat().st_size for name in RUN_FILES)
+            sizes.append((len(json.dumps(state)) + len(json.dumps(manifest)), written))
+
+    run_facts(tmp_path, task="qa", editor="none", checkpoint_every=1, loggers=[Weigh()])
+    assert len(sizes) >= 10
+    (first, little), (last, much) = sizes[0], sizes[-1]
+    assert much > little + 5000
+    # Numbers have more digits.
+    assert abs(last - first) < 20
 
 
 def test_when_checkpoints_are_written_never_shows_in_the_result(
@@ -221,8 +312,8 @@ def test_a_checkpoint_of_another_schema_version_is_refused_and_nothing_is_touche
     [
         ({"schedule": Schedule(eval_every=4, max_edits=11)}, "another configuration: max_edits=10, not 11"),
         ({"editor": "ft"}, "another configuration: editor.name=grace, not ft"),
-        ({"model_seed": 1}, "the model's weights are not those that the run began with"),
-        ({"n_requests": 5}, "the stream's requests are not those that the run began with"),
+        ({"model_seed": 1}, "the model's weights are not the ones that the run began with"),
+        ({"n_requests": 5}, "the stream's requests are not the ones that the run began with"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_model_or_data_is_refused_and_nothing_is_touched(
@@ -242,7 +333,9 @@ def test_a_checkpoint_of_another_tokenizer_under_the_same_weights_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(word_tokenizer, "clean_up_tokenization_spaces", True)
-    with pytest.raises(UserError, match="the model's configuration or tokenizer is not that which the run began with"):
+    with pytest.raises(
+        UserError, match="the model's configuration or tokenizer is not the one that the run began with"
+    ):
         run_facts(stopped[0], task="qa", resume=True)
 
 
@@ -385,9 +478,9 @@ def test_a_hangup_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption() as interruption:
-            interruption.can_wait = True
+            interruption.can_defer = True
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not interruption.is_asked
+            assert not interruption.is_requested
     finally:
         signal.signal(signal.SIGHUP, before)
 

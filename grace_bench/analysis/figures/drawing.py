@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grace_bench.common.files import write_atomically
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS
 
@@ -104,11 +105,8 @@ def write(path: Path, content: bytes) -> Path:
     Raises:
         UserError: If it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(f"--out {path.parent}: {error.strerror or error}") from error
     return path

@@ -1,17 +1,18 @@
 """Loggers: views of a run, each a subclass of Avalanche's `BaseLogger`."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grace_bench.common.append_only import AppendOnlyFile
 from grace_bench.data.avalanche import BaseLogger
-from grace_bench.results.schema import RunResult
+from grace_bench.results.schema import EvaluationRecord, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a logger may know of a run before it starts.
+    """What a logger may know about a run before it starts.
 
     Attributes:
         run_id: The run's name.
@@ -19,7 +20,7 @@ class RunPlan:
         config: The resolved configuration.
         stream, model, editor: Names.
         n_candidates: Requests in the stream.
-        max_edits: Where the run stops, None for the stream's end.
+        max_edits: The number of edits after which the run stops, None for the whole stream.
         higher_is_better: Direction of the main score.
     """
 
@@ -35,20 +36,22 @@ class RunPlan:
 
 
 class RunLogger(BaseLogger):
-    """A logger that also hears when a run starts and ends.
+    """A logger that is also called at the start of a run, with the record of every evaluation, and at the end.
 
-    Beside Avalanche's experience-level callbacks it may implement `after_candidate(strategy, metric_values)`.
+    It may also implement Avalanche's experience-level callbacks and `after_candidate(strategy, metric_values)`.
     """
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what the logger needs to go on in another process, as JSON values; asked for at every checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state from `state_dict`; called before `start` where a run goes on from a checkpoint."""
+    @property
+    def files(self) -> Sequence[AppendOnlyFile]:
+        """The files below the run folder that the logger appends to; a resumed run cuts them back to its checkpoint."""
+        return ()
 
     def start(self, plan: RunPlan) -> None:
-        """Called once, before the first evaluation."""
+        """Called once, before the first evaluation; opens the logger's files."""
+
+    # A name that begins with `after_` would be a callback of Avalanche's.
+    def log_evaluation(self, record: EvaluationRecord) -> None:
+        """Called after every evaluation, in the order of the stream."""
 
     def finish(self, result: RunResult | None) -> None:
-        """Called at the end, once or again; the result is None if the run failed."""
+        """Called at the end, possibly more than once; the result is None if the run failed."""

@@ -1,4 +1,4 @@
-"""How a run is going, in the terminal."""
+"""The progress of a run, in the terminal."""
 
 import time
 from typing import Any
@@ -10,12 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from grace_bench.common.text import visible
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.results.schema import EditRecord, RunResult
+from grace_bench.results.schema import EditRecord, EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
 
 class ProgressLogger(RunLogger):
-    """Shows edits made, ES so far, keys and the time left; one plain line an evaluation if nobody is watching.
+    """Shows edits made, ES so far, keys and the time left: a bar in a terminal, elsewhere a plain line an evaluation.
 
     Args:
         console: Where to write; standard error by default.
@@ -29,6 +29,7 @@ class ProgressLogger(RunLogger):
         self._plan: RunPlan | None = None
         self._started = 0.0
         self._n_candidates = 0
+        self._n_edits = 0
         self._has_warned = False
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
@@ -45,26 +46,31 @@ class ProgressLogger(RunLogger):
             self._live.start()
             self._task = self._live.add_task(escape(self._title), total=self._total, note="scoring the unedited model")
 
-    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:  # noqa: D102
-        self._values[name] = value
-
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Moves the bar, and tells of the first edit that failed."""
-        assert strategy.record is not None
-        self._n_candidates = strategy.record.index + 1
-        if strategy.record.failed is not None and not self._has_warned:
+        """Moves the bar, and warns about the first failed edit."""
+        record = strategy.record
+        assert record is not None
+        self._values |= {metric.name: metric.value for metric in metric_values}
+        if record.n_keys is not None:
+            self._values["n_keys"] = record.n_keys
+        self._n_candidates, self._n_edits = record.index + 1, record.n_edits
+        if record.failed is not None and not self._has_warned:
             self._has_warned = True
-            self._warn(strategy.record)
+            self._warn(record)
         if self._live is not None:
-            self._live.update(self._task, completed=self._done(strategy), note=self._note(strategy))
+            self._live.update(self._task, completed=self._done, note=self._note)
 
-    def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+    def log_evaluation(self, record: EvaluationRecord) -> None:
         """Writes a line where there is no bar."""
+        self._values |= record.metrics
+        self._n_edits = record.n_edits
         if self._live is None:
-            scores = [f"{name} {self._values[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in self._values]
-            parts = [f"{self._done(strategy)}/{self._total}", self._note(strategy), *scores]
+            scores = [
+                f"{name} {record.metrics[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in record.metrics
+            ]
+            parts = [f"{self._done}/{self._total}", self._note, *scores]
             self._console.print(
-                f"{self._title}: {', '.join(parts)}{self._time_left(strategy)}",
+                f"{self._title}: {', '.join(parts)}{self._time_left}",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,
@@ -73,13 +79,13 @@ class ProgressLogger(RunLogger):
     def finish(self, result: RunResult | None) -> None:  # noqa: D102
         if self._live is not None:
             if result is not None:
-                # A stream may end before the most edits are made.
+                # A stream may end before `max_edits` are made.
                 self._live.update(self._task, total=self._live.tasks[self._task].completed)
             self._live.stop()
 
     def _warn(self, record: EditRecord) -> None:
-        told = f"edit {record.n_edits} (request '{record.id}') failed and was taken back: {record.failed}"
-        self._console.print(visible(f"{self._title}: {told}"), highlight=False, soft_wrap=True, markup=False)
+        warning = f"edit {record.n_edits} (request '{record.id}') failed and was undone: {record.failed}"
+        self._console.print(visible(f"{self._title}: {warning}"), highlight=False, soft_wrap=True, markup=False)
 
     @property
     def _title(self) -> str:
@@ -91,22 +97,24 @@ class ProgressLogger(RunLogger):
         assert self._plan is not None
         return self._plan.max_edits or self._plan.n_candidates
 
-    def _done(self, strategy: EditorStrategy) -> int:
+    @property
+    def _done(self) -> int:
         assert self._plan is not None
-        return strategy.n_edits if self._plan.max_edits else self._n_candidates
+        return self._n_edits if self._plan.max_edits else self._n_candidates
 
-    def _note(self, strategy: EditorStrategy) -> str:
-        parts = [f"{strategy.n_edits} edits"]
+    @property
+    def _note(self) -> str:
+        parts = [f"{self._n_edits} edits"]
         if "ES" in self._values:
             parts.append(f"ES {self._values['ES']:.3f}")
-        codebook = getattr(strategy, "codebook", None)
-        if codebook is not None:
-            parts.append(f"{len(codebook)} keys")
+        if "n_keys" in self._values:
+            parts.append(f"{self._values['n_keys']} keys")
         return ", ".join(parts)
 
-    def _time_left(self, strategy: EditorStrategy) -> str:
+    @property
+    def _time_left(self) -> str:
         assert self._plan is not None
-        share = max(self._done(strategy) / self._total, self._n_candidates / max(1, self._plan.n_candidates))
+        share = max(self._done / self._total, self._n_candidates / max(1, self._plan.n_candidates))
         if not 0 < share < 1:
             return ""
         return f", about {(time.monotonic() - self._started) / share * (1 - share):.0f} s left"

@@ -1,11 +1,11 @@
-"""Weights & Biases: a view of the run, never its truth. Whatever goes wrong here, the run goes on."""
+"""Weights & Biases: a view of the run; whatever goes wrong here, the run continues."""
 
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -22,29 +22,29 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import first_error, reason_of
 from grace_bench.results.curves import kept_edits, score_by_age
 from grace_bench.results.reading import read_edits
-from grace_bench.results.schema import EditRecord, RunResult
+from grace_bench.results.schema import EditRecord, EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_TIMEOUT = 30.0
 """Seconds that a run waits for W&B to answer at its start, unless WANDB_INIT_TIMEOUT says otherwise."""
 FINISH_TIMEOUT = 120.0
-"""Seconds that a run waits for W&B to take what is left at its end, unless WANDB_FINISH_TIMEOUT says otherwise."""
+"""Seconds that a run waits at its end for W&B to upload the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
 class WandbLogger(RunLogger):
-    """Logs the configuration, every metric against `n_edits`, one table of edits, and the run folder as an artifact.
+    """Logs the configuration, every metric against `n_edits`, a table of edits, and the run folder as an artifact.
 
-    At the end it adds ERR by the age of the edit, the last metrics as `final/NAME` and the costs as `cost/NAME`.
+    At the end it adds ERR by the age of the edit, the final metrics as `final/NAME` and the costs as `cost/NAME`.
 
     Avalanche's own `WandBLogger` does not work with current wandb and loses tables and strings.
 
-    The id of the W&B run stands in `wandb/run-id`, so that a run that goes on is the same one there; what it logged
-    between its last checkpoint and its end is logged again, at the same `n_edits`.
+    The id of the W&B run is kept in `wandb/run-id`, so that a resumed run stays the same W&B run. What was logged after
+    the last checkpoint is logged again, at the same `n_edits`.
 
     Args:
-        folder: The run folder, which the table of edits is read from; `wandb/` is made in it.
-        mode: `auto` is what `WANDB_MODE` says if it is set, else online if someone is logged in, else offline.
+        folder: The run folder; the table of edits is read from it, and `wandb/` is made in it.
+        mode: `auto` uses `WANDB_MODE` if it is set; otherwise it is online if a user is logged in, and offline if not.
         project: The W&B project.
         group: The W&B group; stream and model by default.
     """
@@ -58,22 +58,18 @@ class WandbLogger(RunLogger):
         self._project = project
         self._group = group
         self._run: Any = None
-        self._values: dict[str, Any] = {}
 
     def start(self, plan: RunPlan) -> None:  # noqa: D102
         if self._mode != "disabled":
             self._guard(lambda: self._open(plan))
 
-    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:  # noqa: D102
-        self._values[name] = value
-
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Logs what the edit changed."""
-        self._send(strategy.n_edits)
+        """Logs the metric values that follow every candidate."""
+        self._send({metric.name: metric.value for metric in metric_values}, strategy.n_edits)
 
-    def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
+    def log_evaluation(self, record: EvaluationRecord) -> None:
         """Logs the evaluation."""
-        self._send(strategy.n_edits)
+        self._send(record.metrics, record.n_edits)
 
     def finish(self, result: RunResult | None) -> None:  # noqa: D102
         if self._run is not None:
@@ -91,7 +87,7 @@ class WandbLogger(RunLogger):
         except Exception as error:
             if mode in ("offline", "disabled") or isinstance(error, ImportError):
                 raise
-            # Its own process would hold the id of the run that it did not get to open.
+            # W&B's own process would hold the id of the run that it failed to open.
             _leave()
             self._run = self._start(plan, "offline")
             _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
@@ -100,18 +96,18 @@ class WandbLogger(RunLogger):
         import wandb
 
         timeout = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
-        kept = self._folder / "wandb" / "run-id"
-        if not kept.exists() and mode != "disabled":
-            # Before W&B hears of the run: one that dies in between is still the same there when it goes on.
-            write_atomically(kept, token_hex(4))
-        known = kept.read_text(encoding="utf-8") if kept.exists() else None
-        if known is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
-            raise ValueError(f"{kept} holds no id of a run")
+        id_file = self._folder / "wandb" / "run-id"
+        if not id_file.exists() and mode != "disabled":
+            # Before W&B knows the run, so that one killed in between is resumed under the same id.
+            write_atomically(id_file, token_hex(4))
+        wandb_id = id_file.read_text(encoding="utf-8") if id_file.exists() else None
+        if wandb_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", wandb_id):
+            raise ValueError(f"{id_file} holds no id of a run")
         run = wandb.init(
             project=self._project,
             group=self._group or f"{plan.stream}/{plan.model}",
             name=plan.run_id,
-            id=known,
+            id=wandb_id,
             resume="allow",
             job_type=plan.editor,
             config={**plan.config, "row": _row(plan.run_id)},
@@ -120,10 +116,10 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                # It leaves the name of the user in the address, which may be the token.
+                # W&B keeps the user name in a remote's URL, and that may be a token.
                 disable_git=_remote_holds_secrets(),
                 init_timeout=timeout,
-                # One request may take no longer than all of them.
+                # A single request may not take longer than opening the run.
                 x_graphql_timeout_seconds=timeout,
                 finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
                 finish_timeout_raises=True,
@@ -135,8 +131,7 @@ class WandbLogger(RunLogger):
         run.define_metric("ERR_by_age", step_metric="age")
         return run
 
-    def _send(self, n_edits: int) -> None:
-        values, self._values = self._values, {}
+    def _send(self, values: Mapping[str, float], n_edits: int) -> None:
         if self._run is not None and values:
             self._guard(lambda: self._run.log({**values, "n_edits": n_edits}))
 
@@ -161,39 +156,39 @@ class WandbLogger(RunLogger):
         run.finish(exit_code=0 if result is not None else 1)
 
     def _guard(self, action: Callable[[], None]) -> None:
-        """Carries out an action on W&B; at the first failure says so once and leaves W&B alone from then on."""
+        """Runs an action on W&B; the first failure is reported in one line and disables W&B for the rest of the run."""
         run = self._run
         try:
             action()
         except Exception as error:
             self._run, self._mode = None, "disabled"
             if run is not None:
-                # An open run would take in what the next one logs.
+                # An open run would receive what the next run logs.
                 with suppress(Exception):
                     run.finish(exit_code=1)
             if isinstance(error, ConnectionError):
-                # W&B's own process is gone: it would be missed at the end of the program, and by the next run.
+                # W&B's own process has died; the next run, and the end of the program, would fail without it.
                 _leave()
-            kept = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
+            recovery = "" if run is None or run.disabled else f"; {_sync(run)} sends what it has"
             reason = first_error(error) if isinstance(error, ValidationError) else reason_of(error)
-            _say(f"W&B is off for this run ({reason}){kept}")
+            _say(f"W&B is off for this run ({reason}){recovery}")
 
 
 def err_by_age(folder: Path, n_edits: int) -> list[tuple[float, float]]:
     """Returns the mean score of the last evaluation by the age of the edit, in tenths of the run.
 
-    The age of an edit is the number of edits made after it; a tenth stands at the middle of its ages.
+    The age of an edit is the number of edits made after it; each tenth is placed at the middle of its ages.
 
     Args:
         folder: The run folder.
-        n_edits: The edits that the run made.
+        n_edits: Edits that the run made.
     """
     tenths = score_by_age([kept_edits(folder, n_edits)], width=max(1, math.ceil(n_edits / 10)))
     return [(point.x, point.mean) for point, _ in tenths.values()]
 
 
 def _leave() -> None:
-    """Ends W&B's own process; the next run starts another."""
+    """Ends W&B's own process; the next run starts a new one."""
     import wandb
 
     with suppress(Exception):
@@ -202,7 +197,7 @@ def _leave() -> None:
 
 
 def _row(run_id: str) -> str:
-    """The row of the leaderboard that a run belongs to: its id without the seed.
+    """Returns the leaderboard row that a run belongs to: its id without the seed.
 
     >>> _row("toy/toy/grace/0a1b2c3d-s12"), _row("my-stream/toy/grace/s0"), _row("first-sketch")
     ('toy/toy/grace/0a1b2c3d', 'my-stream/toy/grace', 'first-sketch')
@@ -211,7 +206,7 @@ def _row(run_id: str) -> str:
 
 
 def _remote_holds_secrets() -> bool:
-    """Whether a remote of the Git repository that one stands in has a password or a token in its address."""
+    """Returns whether a remote of the current Git repository has a password or a token in its URL."""
     command = ["git", "config", "--get-regexp", r"^remote\..*\.url$"]
     try:
         remotes = subprocess.run(command, capture_output=True, text=True, check=False).stdout
