@@ -85,6 +85,7 @@ class EditOutcome:
         steps: Gradient steps taken.
         failed: Why the edit could not be made; None if it was.
         is_close: Whether rounding, as in another batch, could have decided otherwise.
+        traceback: Where it failed, if that was a programming error; None otherwise.
     """
 
     op: str | None = None
@@ -97,6 +98,7 @@ class EditOutcome:
     steps: int = 0
     failed: str | None = None
     is_close: bool = False
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -628,10 +630,12 @@ class EditorStrategy(BaseTemplate, ABC):
             subjects=(visible.subject,) if self.needs_subject else None,
             encoded=self.model.encode_batch([visible.prompt], [visible.target]),
         )
+        from grace_bench.editing.guard import failed_outcome
+
         try:
             self.outcome = self._attempt(batch)
         except EditFailure as failure:
-            self.outcome = EditOutcome(failed=str(failure))
+            self.outcome = failed_outcome(failure)
         self.n_edits += 1
 
     def _eval_exp(self, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from grace_bench.common.files import readable, sync_folder, write_synced
 from grace_bench.errors import UserError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"

@@ -9,7 +9,7 @@ from grace_bench.errors import MISFITS, Interrupted, RunFailure, UserError, reas
 from grace_bench.run.checkpoint import Checkpoints
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
-from grace_bench.run.loop import Run
+from grace_bench.run.loop import RunLoop
 
 # What may differ between the processes of one run without any of its numbers differing.
 _UNCOUNTED = ("command", "engine_notes", "datasets", "wandb")
@@ -18,8 +18,8 @@ _UNCOUNTED = ("command", "engine_notes", "datasets", "wandb")
 class KeptRun:
     """A run with its checkpoints.
 
-    Asking a run for its state changes nothing that follows (`Run.state_dict`), so when checkpoints are written never
-    shows in the result.
+    Asking a run for its state changes nothing that follows (`RunLoop.state_dict`), so when checkpoints are written
+    never shows in the result.
 
     Args:
         folder: The run folder.
@@ -32,7 +32,7 @@ class KeptRun:
     def __init__(
         self,
         folder: Path,
-        run: Run,
+        run: RunLoop,
         *,
         loggers: Sequence[RunLogger],
         identity: Mapping[str, Any],
