@@ -91,7 +91,8 @@ class KeptRun:
             interruption.can_wait = self._saved_at is not None
             for _ in self._run.steps():
                 interruption.can_wait = True
-                is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
+                # Fewer edits than in the newest checkpoint: some of those failed, and the run went back.
+                is_due = self._saved_at is None or not 0 <= strategy.n_edits - self._saved_at < every
                 if is_due or interruption.is_asked or self._run.stopped is not None:
                     self.save()
                 if self._run.stopped is not None:
