@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,8 +43,6 @@ _MOST_BATCHES = 4
 _MOST_TRIAL_EDITS = 2 * LOOKAHEAD
 # By how much the time of a run varies on a machine that does other work too.
 _NOISE = 0.2
-# Until the next evaluation a row is a dict of numbers and strings, and a cached score has its request.
-_ROW_BYTES, _SCORE_BYTES = 600, 1500
 
 
 @dataclass(frozen=True)
@@ -277,9 +274,7 @@ class _Planner:
         last, (first, *later) = self.trials[-1], counts.evaluations
         # Without upstream requests, candidates are what is scored for the first time.
         fresh = last.evaluations[0].each or last.candidate_seconds
-        known = last.evaluations[-1 if last.is_incremental else 1].each
         n_fresh, n_known = sum(one.n_fresh for one in later), sum(one.n_known for one in later)
-        n_changed = sum(last.changed(b.n_edits - a.n_edits) * b.n_known for a, b in pairwise(counts.evaluations))
         n_scored = counts.candidates + counts.edits
         candidates = last.candidate_seconds * n_scored + last.other_seconds * counts.candidates
         return [
@@ -288,7 +283,7 @@ class _Planner:
             Phase("candidates, before and after", n_scored, "request", candidates),
             Phase("edits", counts.edits, "edit", self._edit_seconds(counts.edits)),
             Phase("later evaluations: new requests", n_fresh, "request", fresh * n_fresh),
-            Phase("later evaluations: known requests", n_known, "request", known * n_known + fresh * n_changed),
+            Phase("later evaluations: known requests", n_known, "request", last.known_seconds * n_known),
         ]
 
     def _edit_seconds(self, n_edits: int) -> float:
@@ -308,11 +303,8 @@ class _Planner:
         """Bytes that the run will take beyond the trials, which took so many themselves."""
         engine, last = self.strategy.model.engine, self.trials[-1]
         most = max(sum(evaluation.requests.values()) for evaluation in counts.evaluations)
-        growth = float(_ROW_BYTES * most + self._more_parameters(counts))
-        if last.is_incremental:
-            growth += _SCORE_BYTES * (most + counts.candidates)
-        whole = engine.kept_bytes / max(1, last.evaluations[-1].n_requests) * most
-        growth += max(0.0, min(whole, engine.most_kept_bytes) - engine.kept_bytes)
+        recordings = engine.kept_bytes / max(1, last.evaluations[-1].n_requests) * most
+        growth = max(0.0, min(recordings, engine.most_kept_bytes) - engine.kept_bytes) + self._more_parameters(counts)
         # A larger batch than any of the trials takes more memory for its activations.
         sampled, largest = last.evaluations[0].n_requests, min(self.strategy.model.task.batch_size, most)
         return growth + (trials * (largest / sampled - 1) if 0 < sampled < largest else 0.0)

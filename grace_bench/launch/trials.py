@@ -17,10 +17,9 @@ from grace_bench.run.settings import Schedule
 
 
 class Timed(NamedTuple):
-    """An evaluation of a trial: its requests, how many of them the model was asked for, and its seconds."""
+    """An evaluation of a trial: how many requests were evaluated, and the seconds that took."""
 
     n_requests: int
-    n_scored: int
     seconds: float
 
     @property
@@ -30,7 +29,7 @@ class Timed(NamedTuple):
 
 
 class Trial(RunObserver):
-    """The first steps of a run, timed. Evaluations are repeated, which shows what cached scores and recordings save.
+    """The first steps of a run, timed. The first evaluation is repeated: cached scores and recordings save time.
 
     Args:
         benchmark: The run's streams, reduced.
@@ -40,11 +39,12 @@ class Trial(RunObserver):
     Attributes:
         position: Where the trial ended.
         is_incremental: Whether only what may have changed is scored again.
-        evaluations: Two before the first edit, one after the edits, and where scores are cached another.
+        evaluations: Two before the first edit, and one after the edits.
         edit_times: Seconds of each edit.
         n_groups: In how many groups the edits were finished.
         defers: Whether the editor left edits pending.
         ask_seconds: Seconds per prompt that the unedited model was asked.
+        scoring_seconds: Seconds of asking the unedited model and of all evaluations.
         candidate_seconds: Seconds to score a candidate, or an edit after it was made.
         other_seconds: Seconds per candidate spent neither scoring nor editing.
         seconds: All of it.
@@ -63,8 +63,6 @@ class Trial(RunObserver):
         loop.evaluate(again=True)
         for _ in steps:
             pass
-        if self.is_incremental:
-            loop.evaluate(again=True)
         self.seconds, scoring = time.perf_counter() - started, loop.meter.eval_seconds
         candidates = scoring - asking - sum(timed.seconds for timed in self.evaluations)
         self.candidate_seconds = max(0.0, candidates) / (self.position.index + self.n_edits)
@@ -89,17 +87,17 @@ class Trial(RunObserver):
         self.n_groups += n_edits > 0
         self.defers |= n_pending > 0
 
-    def evaluated(self, streams: Mapping[str, Sequence[EditRequest]], *, n_scored: int, seconds: float) -> None:  # noqa: D102
-        self.evaluations.append(Timed(sum(map(len, streams.values())), n_scored, seconds))
+    def evaluated(self, streams: Mapping[str, Sequence[EditRequest]], *, seconds: float) -> None:  # noqa: D102
+        self.evaluations.append(Timed(sum(map(len, streams.values())), seconds))
 
-    def changed(self, n_edits: int) -> float:
-        """Returns the share of the requests scored before that so many edits change the answers of."""
-        if not self.is_incremental or not self.n_edits:
-            return 0.0
-        _, before, after, *_ = self.evaluations
-        n_changed = after.n_scored - (after.n_requests - before.n_requests - self.n_edits)
-        rate = min(1.0, max(0, n_changed) / max(1, before.n_requests) / self.n_edits)
-        return 1 - (1 - rate) ** n_edits
+    @property
+    def known_seconds(self) -> float:
+        """Seconds to evaluate a request that the evaluation before scored, also if edits changed its answer."""
+        fresh, again, *after = self.evaluations
+        if not self.is_incremental or not after:
+            return again.each
+        n_known = again.n_requests + self.n_edits
+        return max(again.each, (after[0].seconds - fresh.each * (after[0].n_requests - n_known)) / n_known)
 
 
 class Evaluation(NamedTuple):

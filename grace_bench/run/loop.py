@@ -244,15 +244,13 @@ class RunLoop:
 
     def _carry_out(self, queued: QueuedEvaluation) -> None:
         """Scores every evaluation stream."""
-        streams, n_scored, seconds = self._streams(queued), self.rescorer.n_scored, self.meter.eval_seconds
+        streams, seconds = self._streams(queued), self.meter.eval_seconds
         with self.meter.scoring(), self.rescorer.evaluation():
             self.strategy.eval([stream[0] for stream in (eval_stream(*named) for named in streams.items())])
         if self.position.last_evaluation is None:
             self.before = dict(self.metrics())
         self.position.last_evaluation = queued.n_edits
-        self.observer.evaluated(
-            streams, n_scored=self.rescorer.n_scored - n_scored, seconds=self.meter.eval_seconds - seconds
-        )
+        self.observer.evaluated(streams, seconds=self.meter.eval_seconds - seconds)
 
     def _streams(self, queued: QueuedEvaluation) -> dict[str, Sequence[EditRequest]]:
         assert self._answers is not None

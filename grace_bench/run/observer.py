@@ -19,11 +19,10 @@ class RunObserver:
             n_pending: Edits that the editor has yet to finish.
         """
 
-    def evaluated(self, streams: Mapping[str, Sequence[EditRequest]], *, n_scored: int, seconds: float) -> None:
+    def evaluated(self, streams: Mapping[str, Sequence[EditRequest]], *, seconds: float) -> None:
         """Called after an evaluation.
 
         Args:
             streams: The requests evaluated, by stream.
-            n_scored: How many of their scores the model was asked for; the others were still valid.
             seconds: What the evaluation took, metrics and loggers included.
         """
