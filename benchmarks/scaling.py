@@ -25,8 +25,8 @@ from rich.table import Table
 from grace_bench.data.avalanche import BasePlugin
 from grace_bench.editors import Grace
 from grace_bench.editors._grace.codebook import Codebook
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 from grace_bench.streams.jsonl import Jsonl
 
 WINDOW = 160

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grace_bench.data.requests import EditRequest
     from grace_bench.models.editable import EditableModel
-    from grace_bench.run.loop import Schedule
-    from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+    from grace_bench.run.run_benchmark import run_benchmark
+    from grace_bench.run.settings import RunSettings, Schedule
 
 __all__ = ["EditRequest", "EditableModel", "RunSettings", "Schedule", "run_benchmark"]
 
 _HOMES = {
     "EditRequest": "data.requests",
     "EditableModel": "models.editable",
-    "RunSettings": "run.run_benchmark",
-    "Schedule": "run.loop",
+    "RunSettings": "run.settings",
+    "Schedule": "run.settings",
     "run_benchmark": "run.run_benchmark",
 }
 

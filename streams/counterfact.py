@@ -185,7 +185,7 @@ def _from_easyedit(record: Record[Any]) -> EditRequest:
         if getattr(value, given) is not None and getattr(value, other) is None:
             record.fail(other, f"is missing, while '{given}' is given")
     locality: tuple[Probe, ...] = ()
-    if value.locality_prompt is not None:
+    if value.locality_prompt is not None and value.locality_ground_truth is not None:
         contrast = (value.locality_ground_truth, value.target_new)
         locality = (Probe(prompt=value.locality_prompt, contrast=contrast),)
     truth = value.ground_truth

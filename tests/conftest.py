@@ -33,8 +33,9 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, meta_train, run_benchmark
+from grace_bench.run.meta_training import meta_train
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 
 WORDS = [
     "what",

@@ -1,4 +1,4 @@
-"""Scoring again only what may have changed."""
+"""Rescoring: the model is asked again only where its answer may have changed."""
 
 import hashlib
 import json
@@ -17,30 +17,34 @@ from grace_bench.editing.batch import Answered
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.tasks.base import ItemScore
 
-# Which entry answers, and how far it is, is asked anew whenever a score is taken up.
+# The entry that answers and its distance are looked up whenever a cached score is used.
 _FIELDS = tuple(
     field.name for field in fields(ItemScore) if field.name not in {"query", "entry", "distance", "contested"}
 )
 
 
 class EditedModel(Protocol):
-    """An editor with its model, as far as rescoring uses it; `EditorStrategy` says what each does."""
+    """What rescoring needs of an editor. `EditorStrategy` documents each."""
 
     model: EditableModel
 
     @property
     def tells_what_changed(self) -> bool:
-        """Whether `answered_by` says what answers a query."""
+        """Whether the editor implements `answered_by`."""
 
     def answered_by(self, queries: Tensor) -> Answered | None:
-        """Says what answers (B, D_in) queries."""
+        """Returns what answers (B, D_in) queries."""
 
 
 @dataclass
 class _Known:
-    """A request's query, which version of which entry answered it last, and the scores that are kept by version.
+    """A request that was scored before.
 
-    Beside them the batch that it was first scored in, by digests in their order.
+    Attributes:
+        query: (D_in,) what enters the edited layer at its query.
+        version: The version of the entry that answered it last (see `Answered.versions`).
+        items: Its cached scores by version.
+        batch: The digests of the batch in which it was first scored, in order.
     """
 
     query: Tensor
@@ -50,16 +54,16 @@ class _Known:
 
 
 class Rescorer:
-    """Scores requests with the model as edited so far, asking it again only where its answer may have changed.
+    """Scores requests with the edited model, asking it again only where its answer may have changed.
 
-    What enters the edited layer at a request's query never changes while the weights are frozen, so it is kept, and the
-    editor says which entry answers it now (`answered_by`). Where that entry, and its value, are those of
-    the last time, so is the answer.
+    While the weights are frozen, the input of the edited layer at a request's query never changes. It is cached, and
+    the editor says which entry answers it now (`answered_by`). If that is the same version of the same entry as last
+    time, the answer is the same too.
 
-    What an evaluation scores again is scored in the batch that it was first scored in, if half of that batch is to be
-    scored again and all of it is asked for: the engine has kept what comes before the edited layer. The rest goes into
-    new batches. So the bits of a score depend on what was asked for and when, never on what is kept. Answers that are
-    generated do not start at the layer; their batches are always new.
+    An evaluation rescores requests in the batch in which they were first scored, if it asks for the whole batch and at
+    least half of it must be rescored: the engine has recorded what comes before the edited layer. All others go into
+    new batches. So the bits of a score depend on what was asked for and when, never on what is cached. Generated
+    answers do not start at the layer, so their batches are always new.
 
     Args:
         editor: The editor and its model.
@@ -72,14 +76,12 @@ class Rescorer:
         self._keeps_versions = False
         self._with_earlier: list[_Known] = []
         self.is_incremental = editor.model.engine.rescores and editor.tells_what_changed
-        """Whether scores are kept; an editor that cannot say what changed has every request scored again."""
+        """Whether scores are cached; if the editor cannot say what changed, every request is scored every time."""
         self._reuses_batches = False
-        self.n_scored = 0
-        """How many scores the model was asked for, kept ones aside."""
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """One evaluation of every stream: what it asks again and again is computed from where it can change."""
+        """One evaluation of all streams. Inside the context, repeated batches are computed from the edited layer on."""
         model = self._editor.model
         self._reuses_batches = self.is_incremental and not model.task.generates
         try:
@@ -90,7 +92,7 @@ class Rescorer:
 
     @contextmanager
     def keeping_versions(self) -> Iterator[None]:
-        """Keeps inside the context also the scores that an entry's earlier versions gave, and afterwards the newest."""
+        """Inside the context, scores of an entry's earlier versions stay cached; afterwards only the newest do."""
         self._keeps_versions = True
         try:
             yield
@@ -104,7 +106,6 @@ class Rescorer:
         """Returns the scores of requests, in their order."""
         model = self._editor.model
         if not self.is_incremental:
-            self.n_scored += len(requests)
             return model.score(requests)
         keys = [self._key(request) for request in requests]
         known = self._look_up(keys)
@@ -115,28 +116,28 @@ class Rescorer:
         return [known[key] for key in keys]
 
     def knows(self, request: EditRequest) -> bool:
-        """Whether a request was scored before, so that its query is known."""
+        """Returns whether a request was scored before, so that its query is known."""
         return self._key(request) in self._known
 
     def waits_for_values(self, request: EditRequest) -> bool:
-        """Whether a known request is answered by a value that is not trained yet."""
+        """Returns whether a pending value answers a known request."""
         known = self._known[self._key(request)]
         answered = self._editor.answered_by(known.query[None])
         return answered is not None and any(answered.pending)
 
     def forget(self) -> None:
-        """Forgets every score, so that the model is asked again."""
+        """Drops every cached score."""
         self._known.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scores that are kept, so that whoever goes on asks the model again for the same ones."""
+        """Returns the cached scores: a resumed run then asks the model for the same ones as if never stopped."""
         known = self._known.values()
         items = [one.items[one.version] for one in known]
         numbers = {key: number for number, key in enumerate(self._known)}
         batches = {batch: number for number, batch in enumerate(dict.fromkeys(one.batch for one in known))}
         return {
             "requests": [*self._known],
-            # By column: a checkpoint of thousands of them is made often.
+            # By column, which is fast: checkpoints of thousands of scores are frequent.
             "items": {name: [getattr(item, name) for item in items] for name in _FIELDS},
             "versions": [one.version for one in known],
             "batches": [[numbers[key] for key in batch] for batch in batches],
@@ -145,7 +146,7 @@ class Rescorer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state from `state_dict`, which may have been JSON in between."""
+        """Restores a state from `state_dict`, which may have passed through JSON."""
         queries = () if state["queries"] is None else state["queries"].to(self._editor.model.layer_device)
         columns = [state["items"][name] for name in _FIELDS]
         keys = state["requests"]
@@ -157,14 +158,14 @@ class Rescorer:
             self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch])
 
     def _key(self, request: EditRequest) -> str:
-        """The digest of all of a request that its score depends on: texts are long, and in every checkpoint."""
+        """The digest of everything in a request that its score depends on; texts would make checkpoints large."""
         parts = request.prompt, request.target, request.answers, request.contrast or ()
         if parts not in self._names:
             self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self._names[parts]
 
     def _look_up(self, keys: Sequence[str]) -> dict[str, ItemScore]:
-        """The scores that still hold, with what is known of the codebook now."""
+        """The cached scores that are still valid, with the entry and distance as of now."""
         kept = [key for key in dict.fromkeys(keys) if key in self._known]
         if not kept:
             return {}
@@ -189,7 +190,6 @@ class Rescorer:
         rest: list[tuple[str, ...]] = []
         for batch in self._together([key for key in stale if key not in held], asked):
             (rest if all(key in self._known for key in batch) else first).append(batch)
-        self.n_scored += len(stale)
         items: dict[str, ItemScore] = {}
         model = self._editor.model
         handle = model.intercept(_note_query, first=True)
@@ -222,10 +222,10 @@ class Rescorer:
         return zip(batch, model.score_batch([asked[key] for key in batch]), strict=True)
 
     def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
-        """First batches that are scored again as they were."""
+        """The first batches that are rescored as they were."""
         n_stale = Counter(self._known[key].batch for key in stale if key in self._known)
         for batch, n in n_stale.items():
-            # They are of a run with other limits where they hold too much for those of this one.
+            # A resumed run may have lower limits than the batch was made with.
             if (
                 2 * n >= len(batch)
                 and all(key in asked for key in batch)

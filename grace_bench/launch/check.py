@@ -41,7 +41,7 @@ from grace_bench.results.reading import (
 )
 from grace_bench.results.schema import RUN_FILES, EditRecord, Evaluation, RunResult, digest_of
 from grace_bench.run.environment import describe_environment
-from grace_bench.run.run_benchmark import fitted
+from grace_bench.run.opening import fitted
 
 Verdict = Literal["same", "differs", "not checked", "note"]
 

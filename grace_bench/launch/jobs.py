@@ -31,6 +31,7 @@ from grace_bench.launch.config import (
     check_options,
     config_hash,
     flat_settings,
+    hash_config,
     make_editor,
     make_stream,
     plain_config,
@@ -39,6 +40,7 @@ from grace_bench.launch.config import (
     registered_name,
     write_config,
 )
+from grace_bench.launch.model_slug import model_slug
 from grace_bench.launch.presets import take_presets
 from grace_bench.models.zoo import known_models, resolve_model
 from grace_bench.results.reading import read_result
@@ -46,8 +48,9 @@ from grace_bench.results.schema import RunResult
 from grace_bench.run.checkpoint import FOLDER as CHECKPOINTS
 from grace_bench.run.loggers.progress import ProgressLogger
 from grace_bench.run.loggers.wandb import WandbLogger
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, meta_train, model_slug, run_benchmark
+from grace_bench.run.meta_training import meta_train
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 
 if TYPE_CHECKING:
     from grace_bench.launch.plan import Forecast
@@ -337,6 +340,7 @@ def _run_in(
             folder=folder,
             run_id=folder_of(config).relative_to(config.out).as_posix(),
             config=plain_config(config),
+            configuration=hash_config(plain_config(config)),
             loggers=[
                 ProgressLogger(console),
                 WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),

@@ -9,7 +9,7 @@ from grace_bench.errors import MISFITS, Interrupted, RunFailure, UserError, reas
 from grace_bench.run.checkpoint import Checkpoints
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loggers.jsonl import JsonlLogger
-from grace_bench.run.loop import Run
+from grace_bench.run.loop import RunLoop
 
 # Fields that may differ between the processes of a run without changing a number.
 _IGNORED_DIFFERENCES = ("command", "engine_notes", "datasets", "wandb")
@@ -18,8 +18,8 @@ _IGNORED_DIFFERENCES = ("command", "engine_notes", "datasets", "wandb")
 class ResumableRun:
     """A run that writes checkpoints to its folder.
 
-    Reading the state of a run changes nothing that follows (`Run.state_dict`), so the result does not depend on when
-    checkpoints are written.
+    Reading the state of a run changes nothing that follows (`RunLoop.state_dict`), so the result does not depend on
+    when checkpoints are written.
 
     Args:
         folder: The run folder.
@@ -32,7 +32,7 @@ class ResumableRun:
     def __init__(
         self,
         folder: Path,
-        run: Run,
+        run: RunLoop,
         *,
         loggers: Sequence[RunLogger],
         identity: Mapping[str, Any],
@@ -97,7 +97,8 @@ class ResumableRun:
             interruption.can_defer = self._saved_at is not None
             for _ in self._run.steps():
                 interruption.can_defer = True
-                is_due = self._saved_at is None or strategy.n_edits >= self._saved_at + every
+                # Fewer edits than in the newest checkpoint: some of those failed, and the run went back.
+                is_due = self._saved_at is None or not 0 <= strategy.n_edits - self._saved_at < every
                 if is_due or interruption.is_requested or self._run.stopped is not None:
                     self.save()
                 if self._run.stopped is not None:

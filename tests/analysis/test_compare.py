@@ -23,8 +23,7 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import PREDICTIONS
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings
+from grace_bench.run.settings import RunSettings, Schedule
 
 SCHEDULE = Schedule(max_edits=12, eval_every=6, max_upstream=None)
 

@@ -17,7 +17,7 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.evaluation.metric import EditMetric, StreamScore
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.run.loggers import RunLogger
-from grace_bench.run.loop import Run
+from grace_bench.run.loop import RunLoop
 
 each_metric = pytest.mark.parametrize("name", list(METRICS.entries()))
 METADATA = StreamMetadata(source="this test", revision="1", license="MIT")
@@ -36,7 +36,7 @@ class Heard(RunLogger):
         self.values.append((name, value, x_plot))
 
 
-def toy_run(name: str) -> tuple[Run, EditMetric, Heard]:
+def toy_run(name: str) -> tuple[RunLoop, EditMetric, Heard]:
     """Ten candidates of the toy stream under GRACE, measured by one metric."""
     toy = STREAMS.get("toy")().load()
     probes = {"locality": (Probe(prompt="(1.2000, -1.8000)"),), "portability": (Probe(prompt="(0, 2)", target=0),)}
@@ -61,7 +61,7 @@ def toy_run(name: str) -> tuple[Run, EditMetric, Heard]:
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    return Run(benchmark, strategy, Schedule(eval_every=2)), metric, heard
+    return RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule(eval_every=2)), metric, heard
 
 
 @each_metric
@@ -149,7 +149,7 @@ def test_an_edit_whose_score_is_nan_is_left_out_of_es_and_counted(make_model: Ca
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    Run(benchmark, strategy, Schedule()).run()
+    RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule()).run()
     last = {key: value for key, value, _ in heard.values}
     assert last["ES/n_nan"] == 2
     assert math.isfinite(last["ES"])

@@ -28,7 +28,7 @@ from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.engine.engine import EngineName, make_engine
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.run.loggers import RunLogger
-from grace_bench.run.loop import Run
+from grace_bench.run.loop import RunLoop
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]
@@ -83,7 +83,11 @@ def carried_out(
     editor: EditorStrategy, requests: Sequence[EditRequest], recorder: Recorder, **schedule: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, float]]:
     """Runs an editor over requests; returns the records, the editor's state and the metrics."""
-    run = Run(benchmark_of(requests, editor.model.task.name), editor, Schedule(**{"eval_every": 50, **schedule}))
+    run = RunLoop(
+        benchmark=benchmark_of(requests, editor.model.task.name),
+        strategy=editor,
+        schedule=Schedule(**{"eval_every": 50, **schedule}),
+    )
     run.run()
     return recorder.records, dict(editor.state_dict()), run.metrics()
 

@@ -20,8 +20,8 @@ from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.engine.engine import EngineName, ExactEngine
 from grace_bench.models.tasks.base import ItemScore
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 
 MakeModel = Callable[..., EditableModel]
 CallsOf = Callable[[EditableModel, str], AbstractContextManager[list[None]]]

@@ -11,8 +11,8 @@ import pytest
 from grace_bench.cli import main
 from grace_bench.launch import plan as planning
 from grace_bench.launch.plan import Forecast, plan_benchmark
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 
 SETTINGS = RunSettings(seed=2, schedule=Schedule(max_edits=12, eval_every=5, max_upstream=20))
 

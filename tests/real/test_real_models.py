@@ -13,8 +13,8 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.models.fingerprint import hash_tensors
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
-from grace_bench.run.loop import Schedule
-from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 from grace_bench.streams.counterfact import CounterFact
 from grace_bench.streams.hallucination import Hallucination
 from grace_bench.streams.scotus import Scotus

@@ -19,9 +19,9 @@ from avalanche.core import BasePlugin
 
 from grace_bench.editors._grace.codebook import Codebook
 from grace_bench.registry import EDITORS
-from grace_bench.run.loop import Schedule
 from grace_bench.run.resumable import ResumableRun
-from grace_bench.run.run_benchmark import RunSettings, run_benchmark
+from grace_bench.run.run_benchmark import run_benchmark
+from grace_bench.run.settings import RunSettings, Schedule
 from grace_bench.streams.jsonl import Jsonl
 
 MOST_HELD = 6

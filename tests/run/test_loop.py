@@ -35,7 +35,8 @@ from grace_bench.results.reading import read_result
 from grace_bench.results.schema import EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger
-from grace_bench.run.loop import Run
+from grace_bench.run.loop import RunLoop
+from grace_bench.run.observer import RunObserver
 
 # A point is one position, so there is nothing before it to replace.
 GRACE = partial(EDITORS.get("grace"), replacement="replace_last", eps_init=0.3)
@@ -100,7 +101,7 @@ def start(
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    return Run(benchmark, strategy, Schedule(**{"eval_every": 1, **schedule})), recorder
+    return RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule(**{"eval_every": 1, **schedule})), recorder
 
 
 def point(index: int, target: int = 0, *, name: str | None = None, **fields: Any) -> EditRequest:
@@ -260,7 +261,9 @@ def test_running_texts_do_not_supersede_one_another(make_model: Callable[..., Ed
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    run = Run(benchmark, EDITORS.get("none")(model=make_model("language_modelling")), Schedule())
+    run = RunLoop(
+        benchmark=benchmark, strategy=EDITORS.get("none")(model=make_model("language_modelling")), schedule=Schedule()
+    )
     run.run()
     assert run.position.edited == [0, 1, 2]
     assert run.position.superseded == []
@@ -362,7 +365,7 @@ def test_a_run_goes_on_from_its_state_as_if_it_had_never_stopped(editor: Any, st
     assert ended.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(ended[name], value) if isinstance(value, torch.Tensor) else ended[name] == value
-    assert len(resumed.position.edit_times) == resumed.strategy.n_edits
+    assert len(resumed.meter.edit_times) == resumed.strategy.n_edits
 
 
 @each_editor
@@ -664,7 +667,11 @@ def test_a_record_tells_prompt_and_target_of_its_request_and_cuts_long_ones(
     )
     recorder = Recorder()
     evaluator = EvaluationPlugin(loggers=[recorder], collect_all=False)
-    Run(benchmark, EDITORS.get("none")(model=make_model("completion"), evaluator=evaluator), Schedule()).run()
+    RunLoop(
+        benchmark=benchmark,
+        strategy=EDITORS.get("none")(model=make_model("completion"), evaluator=evaluator),
+        schedule=Schedule(),
+    ).run()
     told = {record["id"]: (record["prompt"], record["target"]) for record in recorder.records}
     assert told == {"0": (texts[0], "so it is"), "1": (f"{texts[1][:500]}…", "so it is")}
 
@@ -702,7 +709,7 @@ def test_every_metric_taken_up_midway_has_the_same_result(editor: Any, stop_at: 
     fresh, _ = start(data, editor=editor, eval_every=1)
     fresh.load_state_dict(through_storage(run.state_dict()))
 
-    def results(run: Run) -> dict[str, float | None]:
+    def results(run: RunLoop) -> dict[str, float | None]:
         assert run.strategy.evaluator is not None
         return {metric.registered_name: metric.result() for metric in run.strategy.evaluator.metrics}
 
@@ -842,7 +849,7 @@ class _Asked(Completion):
         return super().answers(model, prompts)
 
 
-def _neighbours(make_model: Callable[..., EditableModel], *, max_edits: int | None = None) -> tuple[Run, _Asked]:
+def _neighbours(make_model: Callable[..., EditableModel], *, max_edits: int | None = None) -> tuple[RunLoop, _Asked]:
     """A run of an editor that changes everything and cannot be suspended, with probes that have no target."""
     model = make_model("completion")
     task = model.task = _Asked(max_new_tokens=3)
@@ -884,7 +891,9 @@ def _neighbours(make_model: Callable[..., EditableModel], *, max_edits: int | No
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[Recorder()], collect_all=False
     )
     task.strategy = Blunt(model=model, evaluator=evaluator, lr=0.03)
-    return Run(benchmark, task.strategy, Schedule(eval_every=1, max_edits=max_edits)), task
+    return RunLoop(
+        benchmark=benchmark, strategy=task.strategy, schedule=Schedule(eval_every=1, max_edits=max_edits)
+    ), task
 
 
 _QUESTIONS = {
@@ -912,12 +921,19 @@ def test_locality_is_measured_against_the_answers_of_the_model_before_any_edit(
     pristine = make_model("completion", max_new_tokens=3)
     before = dict(zip(sorted(_QUESTIONS), pristine.answer(sorted(_QUESTIONS)), strict=True))
     run, _ = _neighbours(make_model)
+    scored: list[Mapping[str, Sequence[EditRequest]]] = []
+
+    class Scored(RunObserver):
+        def evaluated(self, streams: Mapping[str, Sequence[EditRequest]], *, seconds: float) -> None:
+            scored.append(streams)
+
+    run.observer = Scored()
     assert run.metrics()["n_edits"] == 0
     run.run()
     edited = dict(zip(sorted(_QUESTIONS), run.strategy.model.answer(sorted(_QUESTIONS)), strict=True))
     assert edited != before, "else nothing here could tell the two apart"
     for kind in ("locality", "portability"):
-        probes = {p.id: p for edit in run.benchmark.data.edits for p in run._probes(kind, [edit])}
+        probes = {p.id: p for evaluation in scored for p in evaluation.get(kind, ())}
         assert probes
         for probe in probes.values():
             assert probe.target == ("Seine" if probe.prompt == "the river is" else before[probe.prompt])
@@ -964,6 +980,7 @@ def test_the_limits_of_a_stream_are_those_of_its_task_and_stand_in_the_protocol(
     stream = STREAMS.get("jsonl")(path=str(file), task="completion")
     stream.max_input_tokens, stream.max_target_tokens = 5, 3
     model = make_model("completion")
+    own_task, own_engine = model.task, model.engine
     result = run_benchmark(stream, model=model, editor="none")
     assert (result.protocol.max_input_tokens, result.protocol.max_target_tokens) == (5, 3)
-    assert (model.task.max_input_tokens, model.task.max_target_tokens) == (5, 3)
+    assert (model.task, model.engine) == (own_task, own_engine), "the caller's model has its own again"

@@ -17,7 +17,8 @@ from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.schema import EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
-from grace_bench.run.loop import Run, Schedule
+from grace_bench.run.loop import RunLoop
+from grace_bench.run.settings import Schedule
 
 COUNTS = ("n_edits", "n_candidates", "n_superseded", "n_failed", "n_close")
 
@@ -71,7 +72,7 @@ class Plain(BaseLogger):
         self.n_evaluations += 1
 
 
-def start(folder: Path, *others: BaseLogger, n_edits: int = 5) -> tuple[Run, list[RunLogger]]:
+def start(folder: Path, *others: BaseLogger, n_edits: int = 5) -> tuple[RunLoop, list[RunLogger]]:
     """A run of five edits with evaluations at 0, 2, 4 and 5."""
     toy = STREAMS.get("toy")().load()
     files: list[RunLogger] = [JsonlLogger(folder), PredictionsLogger(folder)]
@@ -88,7 +89,7 @@ def start(folder: Path, *others: BaseLogger, n_edits: int = 5) -> tuple[Run, lis
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    run = Run(benchmark, strategy, Schedule(max_edits=n_edits, eval_every=2))
+    run = RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule(max_edits=n_edits, eval_every=2))
     plan = RunPlan(
         run_id="r",
         folder=folder,
@@ -173,7 +174,7 @@ def test_values_that_came_before_a_checkpoint_are_in_the_line_after_it(tmp_path:
 
 def test_a_second_run_of_an_editor_replaces_the_recorder_of_the_first(tmp_path: Path) -> None:
     run, files = start(tmp_path)
-    again = Run(run.benchmark, run.strategy, run.schedule)
+    again = RunLoop(benchmark=run.benchmark, strategy=run.strategy, schedule=run.schedule)
     recorders = [logger for logger in run.strategy.evaluator.loggers if logger in (run.recorder, again.recorder)]
     assert recorders == [again.recorder]
     finish(files)

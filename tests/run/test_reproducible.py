@@ -15,7 +15,7 @@ import torch
 from grace_bench.cli import main
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
-from grace_bench.run.loop import Schedule
+from grace_bench.run.settings import Schedule
 
 DECISIONS = ("index", "id", "was_error", "edited", "n_edits", "op", "key", "n_keys", "failed")
 SCORE, LOSS = 1e-4, 1e-3

@@ -285,7 +285,7 @@ def test_a_state_leaves_edits_pending_that_are_pending(
 ) -> None:
     # Otherwise the tests above would not show that such states are complete.
     states = [json.loads(path.read_bytes()) for path in stopped[0].glob("checkpoint/0*/state.json")]
-    assert any(state["run"]["pending"] for state in states)
+    assert any(state["run"]["backlog"]["candidates"] for state in states)
     assert any(state["run"]["editor"].get("pending") for state in states)
 
 

@@ -38,7 +38,7 @@ from grace_bench.editors._grace.whitening import Whitening
 from grace_bench.errors import UserError
 from grace_bench.launch.jobs import asked_of, compose
 from grace_bench.models.editable import EditableModel
-from grace_bench.run.run_benchmark import open_benchmark
+from grace_bench.run.opening import open_benchmark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,8 @@ from grace_bench.errors import UserError
 from grace_bench.launch.jobs import asked_of, compose
 from grace_bench.registry import METRICS
 from grace_bench.run.loggers import RunLogger
-from grace_bench.run.loop import Run
-from grace_bench.run.run_benchmark import open_benchmark
+from grace_bench.run.loop import RunLoop
+from grace_bench.run.opening import open_benchmark
 from grace_bench.streams.toy import EXTENT, TURNED, label_before, parse_point
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
         *(METRICS.get(name)() for name in METRICS.entries()), loggers=[RunLogger()], collect_all=False
     )
     with make(model=model, evaluator=evaluator) as editor:
-        run = Run(opened.benchmark, editor, settings.schedule)
+        run = RunLoop(benchmark=opened.benchmark, strategy=editor, schedule=settings.schedule)
         run.run()
         edited = tuple(opened.benchmark.data.edits[index] for index in run.position.edited)
         after = np.array(model.answer(prompts), dtype=np.int64).reshape(shape)

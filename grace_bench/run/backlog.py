@@ -1,0 +1,231 @@
+"""The backlog of a run: candidates whose records are not written yet, and evaluations queued behind them.
+
+An editor may leave values pending, to train those of several edits together. Until they are trained, nobody can say
+what the model answers: the scores right after these edits, and evaluations that fall due in between, are taken when the
+backlog is settled, each with the editor as it was at that number of edits.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from grace_bench.common.state import copied, restored
+from grace_bench.data.requests import EditRequest
+from grace_bench.editing.batch import EditOutcome
+from grace_bench.editing.guard import failed_outcome
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.errors import EditFailure
+from grace_bench.evaluation.rescoring import Rescorer
+from grace_bench.models.tasks.base import ItemScore
+from grace_bench.run.cost import CostMeter
+from grace_bench.run.position import Position
+
+LOOKAHEAD = 32
+"""How many candidates are scored together, and how many edits may be pending."""
+
+
+@dataclass
+class PendingCandidate:
+    """A candidate whose record is not written yet.
+
+    Attributes:
+        index: Its index in the stream.
+        n_edits: Edits made so far, its own included.
+        before: Its score before the edit.
+        outcome: What its edit did; None if it was not edited. The score after the edit is not known yet.
+        seconds: What its edit took so far.
+    """
+
+    index: int
+    n_edits: int
+    before: ItemScore
+    outcome: EditOutcome | None = None
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the candidate as JSON values; of its score what a record holds."""
+        outcome = None if self.outcome is None else asdict(self.outcome)
+        return {**vars(self), "before": self.before.state_dict(), "outcome": outcome}
+
+
+@dataclass(frozen=True)
+class QueuedEvaluation:
+    """An evaluation that is due, with the run's position at that time.
+
+    Attributes:
+        index: Index of the candidate it comes after, -1 before the first.
+        n_edits: Edits made so far.
+        edited, superseded: As in `Position`.
+    """
+
+    index: int
+    n_edits: int
+    edited: list[int]
+    superseded: list[int]
+
+
+class Backlog:
+    """What a run has yet to record, in stream order.
+
+    Args:
+        strategy: The editor.
+        rescorer: Scores candidates and evaluation streams.
+        position: Where the run stands; set back if a pending edit fails.
+        candidates: All candidates of the stream.
+        meter: Counts the time spent scoring.
+        requests_of: Returns all requests that an evaluation scores.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: EditorStrategy,
+        rescorer: Rescorer,
+        position: Position,
+        candidates: Sequence[EditRequest],
+        meter: CostMeter,
+        requests_of: Callable[[QueuedEvaluation], Sequence[EditRequest]],
+    ) -> None:
+        self._strategy = strategy
+        self._rescorer = rescorer
+        self._position = position
+        self._candidates = candidates
+        self._meter = meter
+        self._requests_of = requests_of
+        self._entries: list[PendingCandidate | QueuedEvaluation] = []
+        # After a flush that raised, edits up to this index are flushed one by one, which shows the one to blame.
+        self._alone_until = -1
+
+    @property
+    def n_edits(self) -> int:
+        """How many edits are in the backlog."""
+        return sum(isinstance(entry, PendingCandidate) and entry.outcome is not None for entry in self._entries)
+
+    def add_candidate(self, candidate: PendingCandidate) -> None:
+        """Appends a candidate."""
+        self._entries.append(candidate)
+
+    def queue_evaluation(self) -> None:
+        """Appends an evaluation of the run as it stands."""
+        at = self._position
+        self._entries.append(QueuedEvaluation(at.index - 1, at.n_edits, [*at.edited], [*at.superseded]))
+
+    def has_evaluation(self, n_edits: int) -> bool:
+        """Returns whether an evaluation at this number of edits is queued."""
+        return any(isinstance(entry, QueuedEvaluation) and entry.n_edits == n_edits for entry in self._entries)
+
+    def must_settle(self) -> bool:
+        """Returns whether the backlog is to be settled before the next candidate."""
+        is_alone = self._position.index - 1 <= self._alone_until
+        return is_alone or not 0 < self._strategy.n_pending < LOOKAHEAD
+
+    def settle(
+        self,
+        *,
+        record: Callable[[PendingCandidate, ItemScore | None], None],
+        evaluate: Callable[[QueuedEvaluation], None],
+    ) -> None:
+        """Finishes pending edits and empties the backlog.
+
+        The edits share the time of finishing equally. If one of them fails, the position is set back to the candidate
+        after it, and the backlog forgets what came later.
+
+        Args:
+            record: Takes each candidate with its score right after its edit, None if it was not edited.
+            evaluate: Carries out an evaluation.
+        """
+        self._flush()
+        entries, self._entries = self._entries, []
+        edits = [entry for entry in entries if isinstance(entry, PendingCandidate) and entry.outcome is not None]
+        evaluations = [entry for entry in entries if isinstance(entry, QueuedEvaluation)]
+        with self._rescorer.keeping_versions():
+            after = self._score_after(edits, evaluations)
+            for entry in entries:
+                with self._as_of(entry.n_edits):
+                    if isinstance(entry, PendingCandidate):
+                        record(entry, after.get(entry.index))
+                    else:
+                        evaluate(entry)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the backlog, and what decides how later edits are grouped, as JSON values."""
+        return {
+            "candidates": [entry.state_dict() for entry in self._entries if isinstance(entry, PendingCandidate)],
+            "evaluations": [
+                [place, copied(vars(entry))]
+                for place, entry in enumerate(self._entries)
+                if isinstance(entry, QueuedEvaluation)
+            ],
+            "alone_until": self._alone_until,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state from `state_dict`."""
+        candidates = [restored(PendingCandidate, candidate) for candidate in state["candidates"]]
+        if not all(0 <= candidate.index < len(self._candidates) for candidate in candidates):
+            raise ValueError("a pending candidate is not in the stream")
+        self._entries = [*candidates]
+        for place, evaluation in state["evaluations"]:
+            self._entries.insert(place, restored(QueuedEvaluation, evaluation))
+        self._alone_until = int(state["alone_until"])
+
+    def _as_of(self, n_edits: int) -> AbstractContextManager[None]:
+        return self._strategy.as_of(n_edits) if self._strategy.knows_past else nullcontext()
+
+    def _score_after(
+        self, edits: Sequence[PendingCandidate], evaluations: Sequence[QueuedEvaluation]
+    ) -> dict[int, ItemScore]:
+        """Scores the requests right after their edits, by index, and with them what queued evaluations will ask for."""
+        scorer, together = self._rescorer, [self._candidates[edit.index] for edit in edits]
+        if len(evaluations) > 1:
+            # Few answers differ between these evaluations, so most of their scores are those of the last one.
+            together += self._requests_of(evaluations[-1])
+        with self._meter.scoring(), scorer.evaluation() if len(evaluations) > 1 else nullcontext():
+            after = dict(zip([edit.index for edit in edits], scorer.score(together), strict=False))
+            changed: set[int | None] = set()
+            for edit in reversed(edits if self._strategy.knows_past else ()):
+                assert edit.outcome is not None
+                # An entry that a later edit changed, or that answers no more, may have answered otherwise.
+                is_past = edit.outcome.key in changed or after[edit.index].entry != edit.outcome.key
+                if is_past and edit is not edits[-1]:
+                    with self._as_of(edit.n_edits):
+                        after[edit.index] = scorer.score([self._candidates[edit.index]])[0]
+                changed.add(edit.outcome.key)
+        return after
+
+    def _flush(self) -> None:
+        """Finishes the pending edits, and sets the run back if one of them fails."""
+        # An edit that failed when it was made left nothing to finish.
+        edits = [
+            entry
+            for entry in self._entries
+            if isinstance(entry, PendingCandidate) and entry.outcome is not None and entry.outcome.failed is None
+        ]
+        if not edits:
+            return
+        started = time.perf_counter()
+        try:
+            flushed = self._strategy.finish()
+        except EditFailure as failure:
+            if len(edits) > 1:
+                self._alone_until = edits[-1].index
+                self._go_back(edits[0].index)
+                return
+            flushed = [failed_outcome(failure)]
+        share = (time.perf_counter() - started) / len(edits)
+        for edit in edits:
+            edit.seconds += share
+        for edit, outcome in zip(edits, flushed, strict=False):
+            edit.outcome = outcome
+        if flushed and flushed[-1].failed is not None:
+            self._go_back(edits[len(flushed) - 1].index + 1)
+        elif flushed and len(flushed) != len(edits):
+            raise RuntimeError(f"flush gave {len(flushed)} outcomes of {len(edits)} edits")
+
+    def _go_back(self, index: int) -> None:
+        """Makes a candidate the next one again: the editor undid its edit and those after it."""
+        self._position.go_back(index)
+        self._strategy.n_edits = self._position.n_edits
+        self._entries = [entry for entry in self._entries if entry.index < index]

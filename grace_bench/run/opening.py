@@ -1,0 +1,208 @@
+"""Opening what a run works on: the stream's requests and the model, checked against each other, and the editor."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from grace_bench.common.progress import Progress
+from grace_bench.data.benchmark import EditBenchmark
+from grace_bench.data.derived import probe_requests
+from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import EditStream
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.errors import UserError
+from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.loading import pick_threads
+from grace_bench.models.tasks.lookup import get_task
+from grace_bench.models.zoo import resolve_model
+from grace_bench.registry import STREAMS
+from grace_bench.run.randomness import seed_everything
+from grace_bench.run.settings import RunSettings
+
+_MOST_UPSTREAM = 4096
+"""So many activations are enough to estimate a covariance from; they are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A stream with the model that is edited on it. Leaving its context gives the model its own task and engine back.
+
+    Attributes:
+        stream: The stream.
+        benchmark: The stream's requests.
+        model: The model, with the stream's task.
+        path: What the model was loaded from; empty for a caller's own model.
+        files: SHA-256 of the files in the folder the model was loaded from; None if there is none.
+    """
+
+    stream: EditStream
+    benchmark: EditBenchmark
+    model: EditableModel
+    path: str
+    files: str | None
+    _serving: ExitStack
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._serving.close()
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Restores torch's number of threads afterwards: a run chooses it for its model, not for the next one."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def open_benchmark(
+    stream: EditStream | str,
+    *,
+    model: EditableModel | str | None,
+    settings: RunSettings,
+    layer: str | None,
+    dtype: str,
+    device: str,
+    device_map: DeviceMap | None,
+    progress: Progress | None,
+) -> Opened:
+    """Loads a stream's requests, in the order of the run, and the model that is edited on it.
+
+    The arguments are those of `run_benchmark`. Every random generator is seeded.
+
+    Raises:
+        UserError: If a name is unknown, or data or model cannot be read.
+    """
+    source = STREAMS.get(stream)() if isinstance(stream, str) else stream
+    source.progress = progress
+    seed_everything(settings.seed)
+    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
+    task = get_task(
+        source.task,
+        max_new_tokens=source.max_new_tokens,
+        query=settings.query,
+        prefix_length=settings.prefix_length,
+        batch_size=1 if settings.engine == "plain" else settings.batch_size,
+        batch_tokens=settings.batch_tokens,
+        max_input_tokens=source.max_input_tokens,
+        max_target_tokens=source.max_target_tokens,
+        label_names=benchmark.data.label_names,
+    )
+    path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
+    files = None
+    if isinstance(model, EditableModel):
+        editable = model
+    else:
+        editable = EditableModel.from_pretrained(
+            path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map
+        )
+        files = resolve_model(path).content_hash()
+    with ExitStack() as serving:
+        serving.enter_context(editable.serving(task, engine=settings.engine, memory_mb=settings.engine_memory_mb))
+        torch.set_num_threads(pick_threads(editable, settings.threads))
+        benchmark = fitted(benchmark, source, editable, seed=settings.seed, split=settings.split)
+        return Opened(source, benchmark, editable, path, files, serving.pop_all())
+
+
+def fitted(
+    benchmark: EditBenchmark, stream: EditStream, model: EditableModel, *, seed: int, split: str
+) -> EditBenchmark:
+    """Returns the benchmark; if it has labels that the model lacks, the stream is read again, knowing that.
+
+    Only the reader of a record can say where it is, or leave it out. The fingerprint stays that of the whole stream.
+
+    Raises:
+        UserError: If the stream takes a label that the model lacks for a mistake.
+    """
+    asked = _requests_with_targets(benchmark)
+    n_labels = model.count_labels(asked[0].prompt) if asked else None
+    if n_labels is None or all(0 <= int(request.target) < n_labels for request in asked):
+        return benchmark
+    stream.n_model_labels = n_labels
+    try:
+        return benchmark.with_data(**vars(EditBenchmark.from_stream(stream, seed=seed, split=split).data))
+    finally:
+        stream.n_model_labels = None
+
+
+def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
+    """Makes sure that model, layer and stream fit together, before anything is written.
+
+    Raises:
+        UserError: If the layer cannot be edited, or the model lacks a target.
+    """
+    data = benchmark.data
+    if data.edits:
+        first = data.edits[0]
+        model.layer_call(model.encode_batch([first.prompt], [first.target]))
+    model.check_targets(_requests_with_targets(benchmark))
+
+
+def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
+    """Makes sure that an editor which reads subjects finds one in every candidate.
+
+    Raises:
+        UserError: If one has none, naming it.
+    """
+    for request in benchmark.data.edits if strategy.needs_subject else ():
+        if not request.subject or request.subject not in request.prompt:
+            raise UserError(
+                f"request '{request.id}': field 'subject': editor '{strategy.registered_name}' needs one that occurs "
+                f"in the prompt"
+            )
+
+
+def prepare_editor(strategy: EditorStrategy, benchmark: EditBenchmark, *, progress: Progress | None = None) -> None:
+    """Makes an editor ready for its first edit on a benchmark.
+
+    Raises:
+        UserError: If the editor must be meta-trained first, or the stream lacks what it prepares from.
+    """
+    strategy.prepare(benchmark.data.train, progress=progress)
+    if strategy.needs_upstream:
+        strategy.calibrate(_upstream_queries(strategy, benchmark))
+
+
+def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Tensor:
+    """The (n, D_in) activations at the queries of upstream requests; evenly spaced ones if there are many."""
+    upstream = benchmark.data.upstream
+    if not upstream:
+        raise UserError(
+            f"editor '{strategy.registered_name}' with these options needs upstream inputs, and stream "
+            f"'{benchmark.name}' has none"
+        )
+    some = upstream[:: math.ceil(len(upstream) / _MOST_UPSTREAM)]
+    prompts = [request.prompt for request in some if request.prompt.strip()]
+    texts = [str(request.target) for request in some if not request.prompt.strip()]
+    parts = []
+    if prompts:
+        parts.append(strategy.model.queries(prompts))
+    if texts:
+        parts.append(strategy.model.queries([""] * len(texts), texts))
+    return torch.cat(parts)
+
+
+def _requests_with_targets(benchmark: EditBenchmark) -> tuple[EditRequest, ...]:
+    """All requests of a run whose targets the stream gives, rather than the unedited model."""
+    data = benchmark.data
+    probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
+    wanted = (probe for probe in probes if not probe.target_from_model)
+    return (*data.edits, *data.upstream, *data.holdout, *data.accurate, *wanted)
+
+
+def _default_model(stream: EditStream) -> str:
+    if stream.default_model is None:
+        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    return stream.default_model

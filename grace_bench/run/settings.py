@@ -1,0 +1,76 @@
+"""What a run is asked for beside its stream, model and editor."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grace_bench.common.options import check_whole
+from grace_bench.models.engine.engine import EngineName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When a run edits and evaluates.
+
+    Attributes:
+        max_edits: Stop at exactly this many edits; None for the whole stream.
+        eval_every: Evaluate after every so many edits, and at the start and the end.
+        max_upstream: Score at most this many upstream requests, spread evenly over the stream; None for all.
+
+    Raises:
+        UserError: If one of them is not a whole number of at least 1.
+    """
+
+    max_edits: int | None = None
+    eval_every: int = 50
+    max_upstream: int | None = 500
+
+    def __post_init__(self) -> None:
+        check_whole("eval_every", self.eval_every, least=1)
+        for name in ("max_edits", "max_upstream"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least=1)
+
+    def is_due(self, n_edits: int) -> bool:
+        """Returns whether an evaluation is due after `n_edits` edits."""
+        return n_edits % self.eval_every == 0
+
+    def is_full(self, n_edits: int) -> bool:
+        """Returns whether `n_edits` edits are all that the run may make."""
+        return self.max_edits is not None and n_edits >= self.max_edits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a run needs beside its stream, model and editor.
+
+    Attributes:
+        seed: Orders the edits and seeds every random generator.
+        schedule: When to edit and evaluate.
+        split: `edits`, or `validation` for tuning.
+        query: Where running text is queried: `prefix` or `last_token`.
+        prefix_length: Tokens of running text that are read but not scored.
+        batch_size: The most inputs in one forward pass of scoring.
+        batch_tokens: The most tokens in one forward pass of scoring, padding included. On a CPU at most 1,024, except
+            where answers are generated.
+        engine: `exact`, or `plain` to compute every pass in full and one input at a time, whatever `batch_size` is.
+        engine_memory_mb: The most memory the exact engine may fill with recordings between evaluations; None for a
+            quarter of the free memory.
+        threads: torch threads, or `auto` to choose by the model's size.
+        tuning_budget: How the hyperparameters were chosen, as the leaderboard shows it.
+        checkpoint_every: Write a checkpoint after every so many edits, and at the start.
+        strict: Stop at the first edit that fails, instead of recording it and going on.
+    """
+
+    seed: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
+    split: str = "edits"
+    query: str = "prefix"
+    prefix_length: int = 8
+    batch_size: int = 64
+    batch_tokens: int = 16384
+    engine: EngineName = "exact"
+    engine_memory_mb: int | None = None
+    threads: int | Literal["auto"] = "auto"
+    tuning_budget: str | None = None
+    checkpoint_every: int = 50
+    strict: bool = False
