@@ -131,7 +131,7 @@ class StreamMetric(EditMetric):
 
 
 class StreamScore(StreamMetric):
-    """The mean of the task's main score over one evaluation stream, and of its other scores. A subclass names `stream`."""
+    """The mean of the task's main score over the evaluation stream that a subclass names, and of its other scores."""
 
     is_mean = True
     higher_is_better = "main_score"

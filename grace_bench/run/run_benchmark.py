@@ -28,6 +28,7 @@ from grace_bench.models.engine.engine import EngineName, make_engine
 from grace_bench.models.tasks.base import get_task
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.schema import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo, sealed
 from grace_bench.run.environment import describe_environment
 from grace_bench.run.loggers import RunLogger, RunPlan
@@ -40,9 +41,6 @@ _MOST_UPSTREAM = 4096
 
 _LONGEST_SLUG = 100
 """File systems take names of 255 bytes."""
-
-_ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
-"""Scores that a result names also where there is nothing to measure them on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +197,8 @@ def run_benchmark(
             run.run()
         else:
             kept.carry_out(every=settings.checkpoint_every)
+        # A result names some metrics even if there was nothing to measure them on.
+        unmeasured = {info.name: None for info in metric_infos() if info.always_in_result}
         result = RunResult(
             run_id=plan.run_id,
             stream=StreamInfo(
@@ -235,8 +235,8 @@ def run_benchmark(
                 tuning_budget=settings.tuning_budget,
             ),
             seed=settings.seed,
-            before={**_ALWAYS_NAMED, **run.before},
-            metrics={**_ALWAYS_NAMED, **run.metrics()},
+            before={**unmeasured, **run.before},
+            metrics={**unmeasured, **run.metrics()},
             cost=run.cost(),
             configuration=_configuration(config),
             environment=environment if kept is None else kept.environment(),

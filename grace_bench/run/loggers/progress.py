@@ -1,6 +1,7 @@
-"""How a run is going, in the terminal."""
+"""The progress of a run in the terminal."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -10,12 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from grace_bench.common.text import visible
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.results.metric_info import MetricInfo, metric_infos
 from grace_bench.results.schema import EditRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
 
 class ProgressLogger(RunLogger):
-    """Shows edits made, ES so far, keys and the time left; one plain line an evaluation if nobody is watching.
+    """Shows the edits made, the metrics so far and the time left; one plain line per evaluation if there is no terminal.
 
     Args:
         console: Where to write; standard error by default.
@@ -26,6 +28,9 @@ class ProgressLogger(RunLogger):
         self._console = console or Console(stderr=True)
         self._live: Progress | None = None
         self._values: dict[str, Any] = {}
+        metrics = metric_infos()
+        self._beside_bar = metrics.shown("bar")
+        self._in_line = [info for info in metrics.shown("progress") if not info.shown("bar")]
         self._plan: RunPlan | None = None
         self._started = 0.0
         self._n_candidates = 0
@@ -49,8 +54,13 @@ class ProgressLogger(RunLogger):
         self._values[name] = value
 
     def after_candidate(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Moves the bar, and tells of the first edit that failed."""
+        """Moves the bar, and warns of the first edit that failed."""
         assert strategy.record is not None
+        for info in self._beside_bar:
+            # The record may hold a newer value than the last evaluation.
+            value = getattr(strategy.record, info.name, None)
+            if value is not None:
+                self._values[info.name] = value
         self._n_candidates = strategy.record.index + 1
         if strategy.record.failed is not None and not self._has_warned:
             self._has_warned = True
@@ -59,10 +69,9 @@ class ProgressLogger(RunLogger):
             self._live.update(self._task, completed=self._done(strategy), note=self._note(strategy))
 
     def after_eval(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
-        """Writes a line where there is no bar."""
+        """Prints a line if there is no bar."""
         if self._live is None:
-            scores = [f"{name} {self._values[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in self._values]
-            parts = [f"{self._done(strategy)}/{self._total}", self._note(strategy), *scores]
+            parts = [f"{self._done(strategy)}/{self._total}", self._note(strategy), *self._texts(self._in_line)]
             self._console.print(
                 f"{self._title}: {', '.join(parts)}{self._time_left(strategy)}",
                 highlight=False,
@@ -78,8 +87,8 @@ class ProgressLogger(RunLogger):
             self._live.stop()
 
     def _warn(self, record: EditRecord) -> None:
-        told = f"edit {record.n_edits} (request '{record.id}') failed and was taken back: {record.failed}"
-        self._console.print(visible(f"{self._title}: {told}"), highlight=False, soft_wrap=True, markup=False)
+        warning = f"edit {record.n_edits} (request '{record.id}') failed and was taken back: {record.failed}"
+        self._console.print(visible(f"{self._title}: {warning}"), highlight=False, soft_wrap=True, markup=False)
 
     @property
     def _title(self) -> str:
@@ -96,13 +105,11 @@ class ProgressLogger(RunLogger):
         return strategy.n_edits if self._plan.max_edits else self._n_candidates
 
     def _note(self, strategy: EditorStrategy) -> str:
-        parts = [f"{strategy.n_edits} edits"]
-        if "ES" in self._values:
-            parts.append(f"ES {self._values['ES']:.3f}")
-        codebook = getattr(strategy, "codebook", None)
-        if codebook is not None:
-            parts.append(f"{len(codebook)} keys")
-        return ", ".join(parts)
+        return ", ".join([f"{strategy.n_edits} edits", *self._texts(self._beside_bar)])
+
+    def _texts(self, metrics: Iterable[MetricInfo]) -> list[str]:
+        known = [(info, info.text(self._values[info.name])) for info in metrics if info.name in self._values]
+        return [f"{text} {info.header}" if info.is_count else f"{info.name} {text}" for info, text in known]
 
     def _time_left(self, strategy: EditorStrategy) -> str:
         assert self._plan is not None
