@@ -232,7 +232,8 @@ def _sections() -> list[tuple[str, str, list[Any]]]:
         ),
         (
             f"{edited} by age of the edit",
-            f"The age of an edit is the number of edits made after it; {edited} after the last one, in tenths of the run.",
+            f"The age of an edit is the number of edits made after it; {edited} after the last edit, in tenths of the "
+            "run.",
             [curve("ERR_by_age", x="age")],
         ),
         (

@@ -144,7 +144,7 @@ class Table:
         task: The stream's task.
         models: The names of the models in the table.
         protocol: The protocol of every run, whatever its tuning budget.
-        ranked_by: The column that orders the rows: `Avg`, or `ERR` where no run has an Avg, as with perplexity.
+        ranked_by: The column that orders the rows: the first of `Metrics.ranking` that a run has a value of.
         columns: The measured columns.
         rows: Best first; rows without the ranking figure come last.
         missing: Editors that have runs in other tables and none in this one.
@@ -604,9 +604,9 @@ def table_notes(table: Table) -> list[str]:
     notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
     failed = [f"{row.name} {row.n_failed} of {row.n_edits}" for row in table.rows if row.n_failed]
     if failed:
-        notes.append(
-            f"failed: edits that were taken back, and count in #E, ES and ERR all the same: {', '.join(failed)}"
-        )
+        infos = Metrics(column.metric for column in table.columns if column.metric is not None)
+        scores = f"{infos.right_after_edit.header} and {infos.mean_over('edited').header}"
+        notes.append(f"failed: edits that were taken back, and count in #E, {scores} all the same: {', '.join(failed)}")
     if table.missing:
         notes.append(f"{MISSING} no run here: {', '.join(table.missing)}")
     if table.conditions:

@@ -17,7 +17,7 @@ from grace_bench.run.loggers import RunLogger, RunPlan
 
 
 class ProgressLogger(RunLogger):
-    """Shows the edits made, the metrics so far and the time left; one plain line per evaluation if there is no terminal.
+    """Shows the edits made, the metrics so far and the time left; without a terminal, one plain line per evaluation.
 
     Args:
         console: Where to write; standard error by default.
