@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return decorate
 
     def entries(self) -> dict[str, Entry]:
-        """Returns every entry by name, the package's own first, each group in alphabetical order."""
+        """Returns every entry by name: the package's own, those of installed packages, and those of this process."""
         own = dict(_scan_package(self.package, f"register_{self.kind}"))
         for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
             if point.name in own or not _NAME.fullmatch(point.name):
@@ -102,6 +102,10 @@ class Registry(Generic[T]):
                 summary=(distribution.metadata["Summary"] or "") if distribution else "",
                 origin=distribution.name if distribution else "entry point",
             )
+        for name, cls in self._classes.items():
+            if name not in own:
+                summary = (cls.__doc__ or "").strip().partition("\n")[0]
+                own[name] = Entry(name, cls.__module__, cls.__qualname__, summary, origin=cls.__module__)
         return own
 
     def check(self, name: str) -> None:
@@ -139,10 +143,6 @@ class Registry(Generic[T]):
     def declares(self, name: str, flag: str) -> bool:
         """Returns a boolean class attribute of the class registered as `name`, as `attribute` does."""
         return bool(self.attribute(name, flag))
-
-    def names(self) -> tuple[str, ...]:
-        """Returns every registered name: the package's own, those of installed packages, those of this process."""
-        return tuple(dict.fromkeys([*self.entries(), *self._classes]))
 
     def attribute(self, name: str, attribute: str) -> Any:
         """Returns a class attribute of the class registered as `name`.

@@ -134,17 +134,15 @@ class Metrics(tuple[MetricInfo, ...]):
 def metric_infos() -> Metrics:
     """Returns the descriptions of all registered metrics, in their order.
 
-    Those of the package itself are read from the source; a class of this process or of an installed package is asked.
-    A package that cannot be imported is left out: it breaks none of the others.
+    The package's own are read from their source; a class of this process or of an installed package is asked. A metric
+    whose package cannot be imported is left out.
     """
     found = []
-    entries = METRICS.entries()
-    for name in METRICS.names():
+    for name, entry in METRICS.entries().items():
         with suppress(UserError):
             attributes = {attribute: METRICS.attribute(name, attribute) for attribute in _DECLARED}
-            entry = entries.get(name)
-            summary = entry.summary if entry else (METRICS.get(name).__doc__ or "").strip().partition("\n")[0]
-            found.append(MetricInfo(name=name, summary=summary.removeprefix(f"{name}:").strip(), **attributes))
+            summary = entry.summary.removeprefix(f"{name}:").strip()
+            found.append(MetricInfo(name=name, summary=summary, **attributes))
     return Metrics(sorted(found, key=lambda info: info.order))
 
 
