@@ -115,7 +115,8 @@ import json, sys
 from dataclasses import asdict
 from grace_bench.results.metric_info import metric_infos
 found = [asdict(info) for info in metric_infos()]
-print(json.dumps([found, [name for name in ("torch", "avalanche", "grace_bench.evaluation.metric") if name in sys.modules]]))
+heavy = ("torch", "avalanche", "grace_bench.evaluation.metric")
+print(json.dumps([found, [name for name in heavy if name in sys.modules]]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     found, imported = json.loads(done.stdout)
