@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return decorate
 
     def entries(self) -> dict[str, Entry]:
-        """Returns every entry by name, the package's own first, each group in alphabetical order."""
+        """Returns every entry by name: the package's own, those of installed packages, and those of this process."""
         own = dict(_scan_package(self.package, f"register_{self.kind}"))
         for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
             if point.name in own or not _NAME.fullmatch(point.name):
@@ -102,6 +102,10 @@ class Registry(Generic[T]):
                 summary=(distribution.metadata["Summary"] or "") if distribution else "",
                 origin=distribution.name if distribution else "entry point",
             )
+        for name, cls in self._classes.items():
+            if name not in own:
+                summary = (cls.__doc__ or "").strip().partition("\n")[0]
+                own[name] = Entry(name, cls.__module__, cls.__qualname__, summary, origin=cls.__module__)
         return own
 
     def check(self, name: str) -> None:
@@ -137,18 +141,22 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def declares(self, name: str, flag: str) -> bool:
-        """Returns a boolean class attribute of the class registered as `name`.
+        """Returns a boolean class attribute of the class registered as `name`, as `attribute` does."""
+        return bool(self.attribute(name, flag))
 
-        One of the package's own classes is imported only if its source does not say.
+    def attribute(self, name: str, attribute: str) -> Any:
+        """Returns a class attribute of the class registered as `name`.
+
+        A literal that one of the package's own classes declares is read from its source, so that nothing is imported.
 
         Raises:
             UserError: As `get` does.
         """
-        entry = self.entries().get(name)
-        declared = None
-        if name not in self._classes and entry is not None and entry.origin == "grace_bench":
-            declared = _declared(entry.module, entry.class_name, flag)
-        return bool(getattr(self.get(name), flag)) if declared is None else declared
+        own = _scan_package(self.package, f"register_{self.kind}").get(name)
+        declared = _UNKNOWN
+        if own is not None and name not in self._classes:
+            declared = _declared(own.module, own.class_name, attribute)
+        return getattr(self.get(name), attribute) if declared is _UNKNOWN else declared
 
     def by_class_name(self, class_name: str) -> type[T]:
         """Imports and returns the package's own class of that name, for `from grace_bench.editors import Grace`.
@@ -194,30 +202,44 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def _declared(module: str, class_name: str, flag: str) -> bool | None:
-    """What the source of a class, or of the one it inherits from, says of a flag; None where it takes more to know."""
+_UNKNOWN: Any = object()
+"""What `_declared` returns where the source alone does not tell."""
+
+
+@cache
+def _declared(module: str, class_name: str, name: str) -> Any:
+    """Returns the literal that a class, or the one it inherits from, assigns to an attribute, or `_UNKNOWN`."""
     # To find another package's module would import that package.
     spec = importlib.util.find_spec(module) if module.startswith("grace_bench.") else None
     if spec is None or spec.origin is None:
-        return None
+        return _UNKNOWN
     tree = _parsed(Path(spec.origin))
     cls = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if cls is None:
-        return None
-    bound = [node for node in ast.walk(cls) if _binds(node, flag)]
+        return _UNKNOWN
+    bound = [node for node in ast.walk(cls) if _binds(node, name)]
     if bound:
         plain = [node for node in cls.body if isinstance(node, ast.Assign | ast.AnnAssign) and _targets(node) == bound]
-        value = plain[0].value if plain else None
-        return value.value if isinstance(value, ast.Constant) and isinstance(value.value, bool) else None
+        return _literal(plain[0].value) if plain else _UNKNOWN
     if len(cls.bases) != 1 or not isinstance(cls.bases[0], ast.Name):
-        return None
+        return _UNKNOWN
     base = cls.bases[0].id
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
     for node in imports:
         for alias in node.names:
             if base == (alias.asname or alias.name):
-                return _declared(node.module or "", alias.name, flag)
-    return _declared(module, base, flag)
+                return _declared(node.module or "", alias.name, name)
+    return _declared(module, base, name)
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """Returns the value of a literal, or `_UNKNOWN` for any other expression."""
+    if node is None:
+        return _UNKNOWN
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return _UNKNOWN
 
 
 def _binds(node: ast.AST, name: str) -> bool:

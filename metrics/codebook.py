@@ -27,6 +27,15 @@ class _CodebookMetric(EditMetric):
 class Keys(_CodebookMetric):
     """n_keys: entries in the codebook, with the smallest, median and largest deferral radius."""
 
+    is_count = True
+    is_cost = True
+    column = "keys"
+    caption = "entries of the codebook"
+    order = 90
+    chart_order = 50
+    always_has_column = True
+    shown_in = ("table", "report", "bar", "curves", "summary", "tuning", "dashboard")
+
     def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
         values: dict[str, float] = {"": len(codebook)}
         if len(codebook):
@@ -43,6 +52,9 @@ class Keys(_CodebookMetric):
 class EditsPerKey(_CodebookMetric):
     """edits_per_key: how many edits share an entry on average."""
 
+    order = 91
+    shown_in = ()
+
     def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
         return {"": strategy.n_edits / len(codebook)} if len(codebook) else {}
 
@@ -53,6 +65,14 @@ class CodebookOverlap(_CodebookMetric):
 
     `codebook_overlap/queries` is the share of evaluation queries that fall into two such balls.
     """
+
+    order = 92
+    shown_in = ()
+    section = (
+        "Codebook overlap",
+        "Share of pairs of different labels whose balls intersect, and of evaluation queries that fall into two.",
+    )
+    parts = ("queries",)
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the edits achieved: on the edited requests, on other wordings of them, and on what follows from them."""
+"""What the edits achieve: on the edited requests, on other wordings of them, and on what follows from them."""
 
 from grace_bench.evaluation.metric import StreamScore
 from grace_bench.registry import register_metric
@@ -9,6 +9,12 @@ class EditRetention(StreamScore):
     """ERR: the main score on the requests edited so far (Hartvigsen et al. 2023, section 4.2)."""
 
     stream = "edited"
+    caption = "the requests edited so far"
+    order = 20
+    always_has_column = True
+    always_in_result = True
+    ranks = 2
+    shown_in = ("table", "latex", "report", "curves", "progress", "summary", "tuning", "dashboard")
 
 
 @register_metric("Holdout")
@@ -16,6 +22,11 @@ class Holdout(StreamScore):
     """Holdout: the main score on other wordings of the facts edited so far, never edited themselves."""
 
     stream = "holdout"
+    caption = "other wordings of the edited facts"
+    order = 50
+    chart_order = 30
+    always_has_column = True
+    shown_in = ("table", "report", "curves", "progress", "summary", "tuning", "dashboard")
 
 
 @register_metric("Portability")
@@ -23,3 +34,6 @@ class Portability(StreamScore):
     """Portability: the main score on probes whose answers follow from the edits."""
 
     stream = "portability"
+    caption = "what follows from the edits"
+    order = 80
+    shown_in = ("table", "report")

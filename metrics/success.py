@@ -1,4 +1,4 @@
-"""Edit success: whether an edit did what was asked, at the time."""
+"""Edit success: whether an edit worked, right after it was made."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from grace_bench.registry import register_metric
 
 
 class RunningMean:
-    """The mean of the numbers seen so far, NaN left out and counted.
+    """The mean of the numbers seen so far; NaN is left out and counted.
 
     >>> mean = RunningMean()
     >>> mean.update(1.0); mean.update(0.0); mean.update(float("nan"))
@@ -23,7 +23,7 @@ class RunningMean:
         self.total, self.count, self.n_nan = 0.0, 0, 0
 
     def update(self, value: float) -> None:
-        """Takes in one number."""
+        """Adds one number."""
         if math.isnan(value):
             self.n_nan += 1
         else:
@@ -39,12 +39,19 @@ class RunningMean:
 class EditSuccess(EditMetric):
     """ES: the mean of the main score right after each edit so far (Hartvigsen et al. 2023, section 4.2)."""
 
+    right_after_edit = True
+    higher_is_better = "main_score"
+    caption = "each edit right after it was made"
+    order = 40
+    always_has_column = True
+    shown_in = ("table", "report", "bar", "curves", "summary", "tuning", "dashboard")
+
     def __init__(self) -> None:
         super().__init__()
         self._mean = RunningMean()
 
     def after_candidate(self, strategy: EditorStrategy) -> list[MetricValue] | None:
-        """Takes in an edit's score and emits the mean."""
+        """Adds an edit's score and emits the mean."""
         record = strategy.record
         if record is None or not record.edited:
             return None

@@ -13,10 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from grace_bench.analysis.dashboard import CURVES, OVERLAP
+from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
 from grace_bench.run.loggers.wandb import err_by_age
+
+CURVES = [info.name for info in metric_infos().shown("dashboard")]
+OVERLAP = ("codebook_overlap", "codebook_overlap/queries")
 
 
 def main(runs: Path, out: Path) -> None:

@@ -205,3 +205,32 @@ def test_what_source_does_not_say_plainly_is_asked_of_the_class(
     monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
     registry = Registry[Any]("odd", f"grace_bench.{package}", f"grace_bench.{package}.odd:Base")
     assert registry.declares("odd", "flag") is True
+
+
+LITERALS = """
+from grace_bench.{package}.base import Base
+
+def register_odd(name):
+    return lambda cls: cls
+
+@register_odd("own")
+class Own(Base):
+    text = "a" "b"
+    parts = ("x", 1, None)
+    ratings = {{"low": -0.5}}
+"""
+
+
+def test_a_literal_of_any_kind_is_read_from_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = "odd_literals"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / "base.py").write_text("raise ImportError\nclass Base:\n    size = 3\n", encoding="utf-8")
+    (tmp_path / package / "odd.py").write_text(LITERALS.format(package=package), encoding="utf-8")
+    grace_bench = importlib.import_module("grace_bench")
+    monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
+    registry = Registry[Any]("odd", f"grace_bench.{package}", f"grace_bench.{package}.base:Base")
+    assert registry.attribute("own", "text") == "ab"
+    assert registry.attribute("own", "parts") == ("x", 1, None)
+    assert registry.attribute("own", "ratings") == {"low": -0.5}
+    assert registry.attribute("own", "size") == 3

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grace_bench.analysis.leaderboard import MISSING, TIED, Format, Leaderboard, Row, Table, compare_rows
-from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, STREAM_ROLES, Comparison, holm
+from grace_bench.analysis.leaderboard import MISSING, TIED, Column, Format, Leaderboard, Row, Table, compare_rows
+from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, Comparison, holm
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
 from grace_bench.errors import UserError, did_you_mean
@@ -28,6 +28,7 @@ class Entry:
         names: The names of the two rows.
         metric: The score.
         main_score: What the score is the mean of; `log perplexity` for perplexity.
+        conditions: What sets the two apart from runs of the stream that were measured otherwise, as text.
         comparison: The first row with the second; None where they cannot be compared.
         p_holm: Its p-value, corrected for the pairs of rows compared in this score on this stream (Holm 1979).
         not_compared: Why there is no comparison.
@@ -38,6 +39,7 @@ class Entry:
     names: tuple[str, str]
     metric: str
     main_score: str
+    conditions: str = ""
     comparison: Comparison | None = None
     p_holm: float | None = None
     not_compared: str | None = None
@@ -72,8 +74,8 @@ def compare_editors(leaderboard: Leaderboard, first: str, second: str) -> list[E
     entries = []
     for table in leaderboard.tables:
         pairs = _pairs(table, first, second)
-        for metric in _metrics(table, pairs):
-            entries += _corrected([_entry(table, one, two, metric) for one, two in pairs])
+        for column in _columns(table, pairs):
+            entries += _corrected([_entry(table, one, two, column) for one, two in pairs])
     if not entries:
         raise UserError(f"there are no two rows of {first} and {second} on one stream and model")
     return entries
@@ -96,9 +98,9 @@ def render_comparisons(entries: Sequence[Entry], fmt: Format = "table") -> str |
         fmt: `table` gives a rich renderable, the others text; `csv` and `json` carry every figure at full precision.
     """
     if fmt == "json":
-        return json.dumps([_record(entry) for entry in entries], indent=2) + "\n"
+        return json.dumps(_records(entries), indent=2) + "\n"
     if fmt == "csv":
-        return csv_text([_record(entry) for entry in entries])
+        return csv_text(_records(entries))
     headers, lines, notes = _headers(entries), [_line(entry, entries) for entry in entries], _notes(entries)
     n_names = len(headers) - _N_FIGURES
     if fmt == "markdown":
@@ -123,24 +125,25 @@ def _pairs(table: Table, first: str, second: str) -> list[tuple[Row, Row]]:
     return list(combinations(one, 2)) if first == second else list(product(one, two))
 
 
-def _metrics(table: Table, pairs: Sequence[tuple[Row, Row]]) -> Iterator[str]:
+def _columns(table: Table, pairs: Sequence[tuple[Row, Row]]) -> Iterator[Column]:
+    """Yields the measured columns that are means over items."""
     for column in table.columns:
-        is_of_items = column.name in STREAM_ROLES or column.name == "Avg"
-        if is_of_items and any(column.name in row.cells for pair in pairs for row in pair):
-            yield column.name
+        if column.streams and any(column.name in row.cells for pair in pairs for row in pair):
+            yield column
 
 
-def _entry(table: Table, one: Row, two: Row, metric: str) -> Entry:
+def _entry(table: Table, one: Row, two: Row, column: Column) -> Entry:
     main_score = table.protocol.main_score
     entry = Entry(
         stream=table.stream,
         models=(one.model, two.model),
         names=(one.name, two.name),
-        metric=metric,
+        metric=column.name,
         main_score=main_score if table.protocol.higher_is_better else f"log {main_score}",
+        conditions=table.distinction,
     )
     try:
-        return replace(entry, comparison=compare_rows(one, two, metric))
+        return replace(entry, comparison=compare_rows(one, two, column))
     except UserError as error:
         return replace(entry, not_compared=str(error))
 
@@ -148,6 +151,11 @@ def _entry(table: Table, one: Row, two: Row, metric: str) -> Entry:
 def _corrected(entries: Sequence[Entry]) -> list[Entry]:
     p_values = iter(holm([entry.comparison.p_value for entry in entries if entry.comparison is not None]))
     return [entry if entry.comparison is None else replace(entry, p_holm=next(p_values)) for entry in entries]
+
+
+def _records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    is_split = any(entry.conditions for entry in entries)
+    return [{**_record(entry), **({"conditions": entry.conditions} if is_split else {})} for entry in entries]
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -179,7 +187,8 @@ def _headers(entries: Sequence[Entry]) -> list[str]:
 
 def _line(entry: Entry, entries: Sequence[Entry]) -> Line:
     models = [" / ".join(dict.fromkeys(entry.models))] if _several_models(entries) else []
-    names = [entry.stream, *models, *entry.names, f"{entry.metric} ({entry.main_score})"]
+    stream = f"{entry.stream} ({entry.conditions})" if entry.conditions else entry.stream
+    names = [stream, *models, *entry.names, f"{entry.metric} ({entry.main_score})"]
     figures = [MISSING] * _N_FIGURES
     found = entry.comparison
     if found is not None:
@@ -200,8 +209,8 @@ def _notes(entries: Sequence[Entry]) -> list[str]:
     ]
     if any(entry.comparison is not None and not entry.is_significant for entry in entries):
         notes.append(f"{TIED} not significant (p ≥ {SIGNIFICANCE_LEVEL}).")
-    sizes = {(entry.stream, entry.models, entry.metric): 0 for entry in entries}
-    if len(sizes) < len(entries):
+    groups = {(entry.stream, entry.conditions, entry.models, entry.metric) for entry in entries}
+    if len(groups) < len(entries):
         notes.append("p is corrected for the pairs compared in one score on one stream (Holm).")
     reasons = dict.fromkeys(entry.not_compared for entry in entries if entry.not_compared is not None)
     return [*notes, *(visible(f"{MISSING} {reason}") for reason in reasons)]

@@ -8,11 +8,9 @@ from typing import Any
 from grace_bench.common.files import write_atomically
 from grace_bench.common.wandb_account import logged_in, quieten
 from grace_bench.errors import UserError, reason_of
+from grace_bench.results.metric_info import metric_infos
 
-CURVES = ("TRR", "ERR", "Holdout", "ES", "n_keys")
-OVERLAP = ("codebook_overlap", "codebook_overlap/queries")
 COST = "cost/seconds_per_edit_p50"
-TABLE = ("final/Avg", "final/TRR", "final/ERR", "final/ES", "final/Holdout", "final/n_edits", "final/n_keys", COST)
 NAME = "grace-bench: editors compared"
 
 SWEEP = """\
@@ -22,7 +20,7 @@ project: {project}
 {entity}name: GRACE by its radius
 method: grid
 metric:
-  name: Avg
+  name: {metric}
   goal: maximize
 command:
   - ${{env}}
@@ -83,7 +81,7 @@ def dashboard(project: str, *, entity: str | None, group: str | None, out: Path,
             say(f"kept: {sweep}")
         else:
             line = f"entity: {json.dumps(owner)}\n" if owner else ""
-            write_atomically(sweep, SWEEP.format(project=json.dumps(project), entity=line))
+            write_atomically(sweep, SWEEP.format(metric=_best(), project=json.dumps(project), entity=line))
             say(f"written: {sweep}")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from error
@@ -125,8 +123,8 @@ def make_workspace(project: str, *, entity: str, group: str | None) -> Any:
         runset_settings=ws.RunsetSettings(
             filters=_filters(group),
             groupby=[ws.Metric("Group"), ws.Metric("JobType"), ws.Config("row")],
-            order=[ws.Ordering(ws.Summary("final/Avg"), ascending=False)],
-            pinned_columns=[f"summary:{name}" for name in TABLE],
+            order=[ws.Ordering(ws.Summary(f"final/{_best()}"), ascending=False)],
+            pinned_columns=[f"summary:{name}" for name in _table()],
         ),
     )
 
@@ -147,8 +145,8 @@ def make_report(project: str, *, entity: str, group: str | None) -> Any:
             name="runs",
             filters=_filters(group),
             groupby=["run.group", "run.jobType", "config.row"],
-            order=[wr.OrderBy(wr.SummaryMetric("final/Avg"), ascending=False)],
-            pinned_columns=["run:displayName", *(f"summary:{name}" for name in TABLE)],
+            order=[wr.OrderBy(wr.SummaryMetric(f"final/{_best()}"), ascending=False)],
+            pinned_columns=["run:displayName", *(f"summary:{name}" for name in _table())],
             lock_columns=True,
         )
         blocks += [wr.H2(title), wr.P(text), wr.PanelGrid(runsets=[runs], panels=panels)]
@@ -167,6 +165,19 @@ def specification(view: Any) -> dict[str, Any]:
     """Returns a workspace or report as the JSON that W&B keeps of it; the library has no public way to ask for that."""
     model: dict[str, Any] = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return model
+
+
+def _best() -> str:
+    """The metric that ranks runs."""
+    return metric_infos().ranking[0].name
+
+
+def _table() -> list[str]:
+    """The columns of the table of runs."""
+    metrics = metric_infos()
+    shown = sorted(metrics.shown("dashboard"), key=lambda info: (info.is_cost, info.order))
+    scores, costs = ([info.name for info in shown if info.is_cost is is_cost] for is_cost in (False, True))
+    return [*(f"final/{name}" for name in dict.fromkeys([_best(), *scores, "n_edits", *costs])), COST]
 
 
 def _sections() -> list[tuple[str, str, list[Any]]]:
@@ -203,31 +214,37 @@ def _sections() -> list[tuple[str, str, list[Any]]]:
             title=f"{name} by seconds an edit", x=wr.SummaryMetric(COST), y=wr.SummaryMetric(name), log_x=True
         )
 
+    metrics = metric_infos()
+    curves = metrics.shown("dashboard")
+    best, *others = metrics.ranking
+    edited = metrics.mean_over("edited").name
+    fallback = f" Perplexity has no {best.name}: read {others[0].name} there." if others else ""
     return [
         (
             "Leaderboard",
-            "Means over seeds after the last edit; the table holds the rest. Perplexity has no Avg: read ERR there.",
-            [bars("final/Avg"), bars("final/TRR"), bars("final/ERR")],
+            f"Means over seeds after the last edit; the table holds the rest.{fallback}",
+            [bars(f"final/{name}") for name in (best.name, *best.averages)],
         ),
         (
             "Learning curves",
-            "What is kept (TRR), fixed (ERR, ES) and carried over (Holdout), and the keys that took, over edits.",
-            [curve(name) for name in CURVES],
+            "Over edits: " + "; ".join(f"{info.name}, {info.caption or info.summary}" for info in curves) + ".",
+            [curve(info.name) for info in curves],
         ),
         (
-            "ERR by age of the edit",
-            "The age of an edit is the number of edits made after it; ERR after the last one, in tenths of the run.",
+            f"{edited} by age of the edit",
+            f"The age of an edit is the number of edits made after it; {edited} after the last edit, in tenths of the "
+            "run.",
             [curve("ERR_by_age", x="age")],
         ),
         (
             "Cost against quality",
-            "A point a run; the median seconds of an edit, scoring excluded.",
-            [against_cost("final/Avg"), against_cost("final/ERR")],
+            "A point per run; the median seconds of an edit, scoring excluded.",
+            [against_cost(f"final/{info.name}") for info in metrics.ranking],
         ),
-        (
-            "Codebook overlap",
-            "Share of pairs of different labels whose balls intersect, and of evaluation queries that fall into two.",
-            [curve(name) for name in OVERLAP],
+        *(
+            (*info.section, [curve(name) for name in (info.name, *(f"{info.name}/{part}" for part in info.parts))])
+            for info in metrics
+            if info.section is not None
         ),
     ]
 

@@ -1,14 +1,14 @@
 """Leaderboards: finished runs side by side, a row an editor, means and deviations over seeds.
 
-What was not measured the same way is never ranked together: runs on one stream must share its content, the protocol
-(tuning budget aside, which is a column) and, for each model name, the weights. Rows that do not differ significantly
-from the first of their table are marked.
+Runs that were not measured alike are never ranked together: those that differ in the stream's content, in the protocol
+(except for the tuning budget, which is a column) or in the weights under one model name stand in tables of their own,
+which name the difference. Rows that do not differ significantly from the first of their table are marked.
 """
 
 import json
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, get_args
@@ -19,12 +19,13 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, STREAM_ROLES, Comparison, compare, holm
+from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, Comparison, compare, holm
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.results.comparability import refuse_mixtures, value_text
-from grace_bench.results.reading import RESULT_FILE, find_result_files, read_result
+from grace_bench.results.comparability import differences, group_comparable, value_text
+from grace_bench.results.metric_info import MetricInfo, Metrics, metric_infos
+from grace_bench.results.reading import RESULT_FILE, find_result_files, flattened, read_result, read_settings
 from grace_bench.results.schema import Protocol, RunResult
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
@@ -33,8 +34,8 @@ MISSING = "–"
 TIED = "≈"
 UNCOMPARED = "?"
 
-_SCORES = ("TRR", "ERR", "Avg", "ES", "Holdout")
-_OPTIONAL_SCORES = ("ARR", "Locality", "Portability")
+# What two runs may differ in without being two settings of an editor.
+_NO_SETTINGS = ("seed", "editor.seed", "out", "existing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,24 @@ class Column:
 
     Attributes:
         name: The metric, as results name it.
-        header: What stands above the column.
+        header: The header.
         decimals: Digits after the point in formats for people.
-        higher_is_better: Which end is marked as best; None for what is neither good nor bad.
+        higher_is_better: Which end is marked as best; None if neither is.
+        metric: The metric's description; None for a count or a time of the run itself.
+        streams: The evaluation streams whose items the metric averages; none if it is no mean of items.
     """
 
     name: str
     header: str
     decimals: int
     higher_is_better: bool | None
+    metric: MetricInfo | None = None
+    streams: tuple[str, ...] = ()
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the column stands among the scores rather than the costs."""
+        return self.metric is not None and not self.metric.is_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +144,13 @@ class Table:
         task: The stream's task.
         models: The names of the models in the table.
         protocol: The protocol of every run, whatever its tuning budget.
-        ranked_by: The column that orders the rows: `Avg`, or `ERR` where no run has an Avg, as with perplexity.
+        ranked_by: The column that orders the rows: the first of `Metrics.ranking` that a run has a value of.
         columns: The measured columns.
         rows: Best first; rows without the ranking figure come last.
         missing: Editors that have runs in other tables and none in this one.
+        conditions: The fields in which runs of other tables on the stream were measured otherwise, with the values of
+            this table.
+        left_out: Runs that no row holds, each with the reason.
     """
 
     stream: str
@@ -148,6 +161,17 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     missing: tuple[str, ...] = ()
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def distinction(self) -> str:
+        """The `conditions` as text; empty if every run on the stream was measured alike."""
+        return ", ".join(f"{name}={value}" for name, value in self.conditions.items())
+
+    def column(self, name: str) -> Column:
+        """Returns the column of that name."""
+        return next(column for column in self.columns if column.name == name)
 
     def best(self, column: Column) -> frozenset[int]:
         """Returns the indices of the rows to mark as best in a column.
@@ -171,8 +195,10 @@ class Table:
 class Leaderboard:
     """Runs grouped into tables and rows.
 
-    A row holds the runs of one editor that differ in nothing but the seed: model, layer, dtype, settings and tuning
-    budget are the same. An editor's own `seed` is no setting. A run that is given twice counts once.
+    A table holds runs that were measured alike (`comparability.conditions`). A row holds the runs of one editor that
+    differ in nothing but the seed: model, layer, dtype, settings and tuning budget are the same. An editor's own `seed`
+    is no setting. A run that is given twice counts once; two different results for one setting and seed are kept apart
+    by the options in which their configurations differ, or else the first is shown and the other named below the table.
 
     Args:
         results: Finished runs, at least one.
@@ -182,12 +208,11 @@ class Leaderboard:
             are compared on equal terms. Streams never share a table: their scores have no common scale.
 
     Attributes:
-        tables: In alphabetical order of stream and model.
+        tables: In alphabetical order of stream and model; of several on one stream and model, the largest first.
+        metrics: The descriptions of all registered metrics.
 
     Raises:
-        UserError: If there are no runs, or two of them cannot stand side by side: other content of the stream, another
-            protocol, other weights under one model name, or two results for one configuration and seed. Names both
-            runs and the first field that differs.
+        UserError: If there are no runs.
     """
 
     def __init__(
@@ -195,17 +220,20 @@ class Leaderboard:
     ) -> None:
         if not results:
             raise UserError("a leaderboard needs at least one finished run")
-        refuse_mixtures(results)
-        folder_of: dict[tuple[Any, ...], Path] = {}
-        for result, folder in zip(results, folders, strict=True) if folders else ():
-            if folder is not None:
-                folder_of.setdefault((_configuration(result), result.seed), folder)
-        groups: dict[tuple[str, ...], list[RunResult]] = {}
-        for result in _without_repeats(results):
-            key = (result.stream.name,) if by_stream else (result.stream.name, result.model.name)
-            groups.setdefault(key, []).append(result)
+        self.metrics: Metrics = metric_infos()
         editors = sorted({result.editor.name for result in results})
-        self.tables: tuple[Table, ...] = tuple(_build_table(groups[key], editors, folder_of) for key in sorted(groups))
+        known_folders = folders or [None] * len(results)
+        runs = [_Run(result, folder) for result, folder in zip(results, known_folders, strict=True)]
+        tables: list[Table] = []
+        for stream in sorted({result.stream.name for result in results}):
+            on_stream = [run for run in runs if run.result.stream.name == stream]
+            groups = list(_groups(on_stream, by_stream=by_stream))
+            conditions = differences([[run.result for run in group] for group in groups])
+            for group, own in zip(groups, conditions, strict=True):
+                kept, left_out = _kept_apart(group)
+                table = _build_table(kept, editors, self.metrics)
+                tables.append(replace(table, conditions=own, left_out=left_out))
+        self.tables: tuple[Table, ...] = tuple(tables)
 
     @classmethod
     def read(cls, paths: Iterable[Path], *, by_stream: bool = False) -> "Leaderboard":
@@ -216,10 +244,10 @@ class Leaderboard:
             by_stream: As for the constructor.
 
         Raises:
-            UserError: As `find_result_files` and the constructor do, or if a result is broken.
+            UserError: If a path holds no result, or a result is broken.
         """
         files = find_result_files(paths)
-        # Of a result under another name, what lies beside it need not be of its run.
+        # The files beside a result under another name need not belong to its run.
         folders = [file.parent if file.name == RESULT_FILE else None for file in files]
         return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
 
@@ -261,83 +289,149 @@ def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableT
     return renderers[fmt](leaderboard)
 
 
-def _without_repeats(results: Sequence[RunResult]) -> list[RunResult]:
-    """Drops runs that are given twice; two different results for one configuration and seed are refused."""
-    kept: dict[tuple[Any, ...], RunResult] = {}
-    for result in results:
-        earlier = kept.setdefault((_configuration(result), result.seed), result)
-        one, two = (_flattened(run.model_dump(mode="json")) for run in (earlier, result))
-        differing = next((name for name in [*one, *two] if one.get(name) != two.get(name)), None)
-        if differing is not None:
-            raise UserError(
-                f"runs {visible(earlier.run_id)} and {visible(result.run_id)} share configuration and seed but differ: "
-                f"{visible(differing)} is {value_text(one.get(differing))} in the first and "
-                f"{value_text(two.get(differing))} in the second; leave one of them out"
-            )
-    return list(kept.values())
+@dataclass(frozen=True)
+class _Run:
+    """A result with its folder, and the options by which it is kept apart from runs that share its settings."""
+
+    result: RunResult
+    folder: Path | None
+    apart_by: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that tell two runs of one editor on one model apart, by dotted name."""
+        editor = self.result.editor.model_dump(mode="json", exclude={"name", "seed"})
+        return {
+            **flattened(editor),
+            "layer": self.result.model.layer,
+            "tuning_budget": self.result.protocol.tuning_budget,
+            **self.apart_by,
+        }
+
+    @property
+    def configuration(self) -> tuple[Any, ...]:
+        """What the runs of one row share, as a key."""
+        # Not as JSON: 1 and 1.0 are the same setting.
+        settings = frozenset(
+            (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
+            for name, value in self.settings.items()
+        )
+        return (self.result.model.name, self.result.editor.name, settings)
 
 
-def _configuration(result: RunResult) -> tuple[Any, ...]:
-    """What the runs of one row share, as a key."""
-    # Not as JSON: 1 and 1.0 are the same setting.
-    settings = frozenset(
-        (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
-        for name, value in _settings(result).items()
+def _groups(runs: Sequence[_Run], *, by_stream: bool) -> Iterator[list[_Run]]:
+    """Yields the runs of each table of one stream."""
+    run_of = {id(run.result): run for run in runs}
+    by_model: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_model.setdefault("" if by_stream else run.result.model.name, []).append(run.result)
+    for model in sorted(by_model):
+        for group in group_comparable(by_model[model]):
+            yield [run_of[id(result)] for result in group]
+
+
+def _kept_apart(runs: Sequence[_Run]) -> tuple[list[_Run], tuple[str, ...]]:
+    """Returns at most one run for each setting and seed, and why others are left out.
+
+    Runs of one setting of which two share a seed are kept apart by the options that differ between the two.
+    """
+    distinct: list[_Run] = []
+    for place in _by_place(runs).values():
+        distinct += place
+    crowded = {configuration for (configuration, _), place in _by_place(distinct).items() if len(place) > 1}
+    apart: list[_Run] = []
+    for configuration in dict.fromkeys(run.configuration for run in distinct):
+        row = [run for run in distinct if run.configuration == configuration]
+        apart += _told_apart(row) if configuration in crowded else row
+    kept, left_out = [], []
+    for place in _by_place(apart).values():
+        kept.append(place[0])
+        left_out += [_reason_left_out(place[0], other) for other in place[1:]]
+    return kept, tuple(left_out)
+
+
+def _by_place(runs: Sequence[_Run]) -> dict[tuple[Any, int], list[_Run]]:
+    """Returns the different runs by configuration and seed; of equal ones the first that has a folder."""
+    places: dict[tuple[Any, int], list[_Run]] = {}
+    for run in runs:
+        place = places.setdefault((run.configuration, run.result.seed), [])
+        index = next((i for i, earlier in enumerate(place) if not _first_difference(earlier, run)), None)
+        if index is None:
+            place.append(run)
+        elif place[index].folder is None:
+            place[index] = run
+    return places
+
+
+def _told_apart(row: Sequence[_Run]) -> list[_Run]:
+    """Returns the runs of one setting with the options that differ between two runs of one seed."""
+    options = [{} if run.folder is None else read_settings(run.folder) for run in row]
+    names = {
+        name: None
+        for i, one in enumerate(options)
+        for j, two in enumerate(options[:i])
+        if one and two and row[i].result.seed == row[j].result.seed
+        for name in {**two, **one}
+        if name not in _NO_SETTINGS and not name.startswith("wandb.") and one.get(name) != two.get(name)
+    }
+    return [
+        replace(run, apart_by={name: found[name] for name in names if name in found})
+        for run, found in zip(row, options, strict=True)
+    ]
+
+
+def _first_difference(one: _Run, two: _Run) -> str | None:
+    """Returns the first field in which two results differ, a metric if there is one; None if they are equal."""
+    first, second = (flattened(run.result.model_dump(mode="json")) for run in (one, two))
+    differing = [name for name in {**first, **second} if first.get(name) != second.get(name)]
+    return next((name for name in differing if name.startswith("metrics.")), next(iter(differing), None))
+
+
+def _reason_left_out(shown: _Run, other: _Run) -> str:
+    name = _first_difference(shown, other) or ""
+    values = [value_text(flattened(run.result.model_dump(mode="json")).get(name)) for run in (shown, other)]
+    where = "" if other.folder is None else f" in {other.folder}"
+    return (
+        f"run {other.result.run_id}{where}: has the settings and the seed ({other.result.seed}) of "
+        f"{shown.result.run_id}, but {name} is {values[1]} instead of {values[0]}"
     )
-    return (result.stream.name, result.model.name, result.editor.name, settings)
 
 
-def _settings(result: RunResult) -> dict[str, Any]:
-    """The settings that tell two runs of one editor on one model apart, by dotted name."""
-    editor = result.editor.model_dump(mode="json", exclude={"name", "seed"})
-    return {**_flattened(editor), "layer": result.model.layer, "tuning_budget": result.protocol.tuning_budget}
-
-
-def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flattened(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _build_table(
-    results: Sequence[RunResult], editors: Sequence[str], folder_of: Mapping[tuple[Any, ...], Path]
-) -> Table:
-    first = results[0]
-    columns = _columns(results)
-    by_configuration: dict[tuple[Any, ...], list[RunResult]] = {}
-    for result in results:
-        by_configuration.setdefault(_configuration(result), []).append(result)
+def _build_table(runs: Sequence[_Run], editors: Sequence[str], metrics: Metrics) -> Table:
+    first = runs[0].result
+    columns = _columns([run.result for run in runs], metrics)
+    by_configuration: dict[tuple[Any, ...], list[_Run]] = {}
+    for run in runs:
+        by_configuration.setdefault(run.configuration, []).append(run)
     groups = list(by_configuration.values())
-    rows = [_build_row(group, columns, _differing_settings(group[0], groups), folder_of) for group in groups]
-    ranked_by = "Avg" if any("Avg" in row.cells for row in rows) else "ERR"
+    rows = [_build_row(group, columns, _differing_settings(group[0], groups)) for group in groups]
+    ranking = [info.name for info in metrics.ranking]
+    ranked_by = next((name for name in ranking if any(name in row.cells for row in rows)), ranking[-1])
     sign = -1 if first.protocol.higher_is_better else 1
 
     def rank(row: Row) -> tuple[Any, ...]:
         figure = row.cells.get(ranked_by)
         return (figure is None, sign * figure.mean if figure else 0.0, row.model, row.editor, row.settings)
 
+    ranking_column = next(column for column in columns if column.name == ranked_by)
     return Table(
         stream=first.stream.name,
         task=first.stream.task,
-        models=tuple(sorted({result.model.name for result in results})),
+        models=tuple(sorted({run.result.model.name for run in runs})),
         protocol=first.protocol,
         ranked_by=ranked_by,
         columns=columns,
-        rows=_compared_with_first(sorted(rows, key=rank), ranked_by),
+        rows=_compared_with_first(sorted(rows, key=rank), ranking_column),
         missing=tuple(editor for editor in editors if editor not in {row.editor for row in rows}),
     )
 
 
-def _compared_with_first(rows: Sequence[Row], ranked_by: str) -> tuple[Row, ...]:
+def _compared_with_first(rows: Sequence[Row], ranked_by: Column) -> tuple[Row, ...]:
     """Compares each ranked row with the first."""
     first, *others = rows
     compared = [first]
     for row in others:
-        if ranked_by in row.cells:
+        if ranked_by.name in row.cells:
             try:
                 row = replace(row, comparison=compare_rows(row, first, ranked_by))
             except UserError as error:
@@ -350,52 +444,55 @@ def _compared_with_first(rows: Sequence[Row], ranked_by: str) -> tuple[Row, ...]
     return tuple(compared)
 
 
-def compare_rows(first: Row, second: Row, metric: str) -> Comparison:
-    """Compares two rows of a table in one score.
+def compare_rows(first: Row, second: Row, column: Column) -> Comparison:
+    """Compares two rows of a table in one score, which is a mean over items.
 
     Raises:
-        UserError: If that cannot be done, with the reason.
+        UserError: If they cannot be compared, with the reason.
     """
     for row in (first, second):
         if not row.folders:
             raise UserError("the run folders are not known")
-    role = STREAM_ROLES.get(metric, "edited")
-    return compare(first.folders, second.folders, names=(first.name, second.name), stream_role=role, metric=metric)
+    names = (first.name, second.name)
+    return compare(first.folders, second.folders, names=names, streams=column.streams, metric=column.name)
 
 
-def _columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
-    """The measured columns; scores share the direction of the main score, of costs only time has one."""
+def _columns(results: Sequence[RunResult], metrics: Metrics) -> tuple[Column, ...]:
+    """Returns the measured columns: scores, the number of edits, costs."""
     protocol = results[0].protocol
-    decimals = 2 if protocol.main_score == "perplexity" else 3
-    measured = [name for name in _OPTIONAL_SCORES if any(_figure(result, name) is not None for result in results)]
+    measured = [
+        Column(
+            name=info.name,
+            header=info.header,
+            decimals=info.digits(protocol),
+            higher_is_better=info.direction(protocol),
+            metric=info,
+            streams=metrics.streams_of(info),
+        )
+        for info in metrics.shown("table")
+        if info.always_has_column or any(_figure(result, info.name) is not None for result in results)
+    ]
     failed = Column(name="n_failed", header="failed", decimals=1, higher_is_better=None)
     return (
-        *(
-            Column(name=name, header=name, decimals=decimals, higher_is_better=protocol.higher_is_better)
-            for name in (*_SCORES, *measured)
-        ),
+        *(column for column in measured if column.is_score),
         Column(name="n_edits", header="#E", decimals=1, higher_is_better=None),
         *([failed] if any(_figure(result, "n_failed") for result in results) else []),
-        Column(name="n_keys", header="keys", decimals=1, higher_is_better=None),
+        *(column for column in measured if not column.is_score),
         Column(name="seconds_per_edit", header="s/edit", decimals=3, higher_is_better=False),
     )
 
 
-def _build_row(
-    results: Sequence[RunResult],
-    columns: Sequence[Column],
-    settings: str,
-    folder_of: Mapping[tuple[Any, ...], Path],
-) -> Row:
-    results = sorted(results, key=lambda result: result.seed)
+def _build_row(runs: Sequence[_Run], columns: Sequence[Column], settings: str) -> Row:
+    runs = sorted(runs, key=lambda run: run.result.seed)
+    results = tuple(run.result for run in runs)
     first = results[0]
-    folders = [folder_of.get((_configuration(result), result.seed)) for result in results]
     cells = {}
     for column in columns:
         figures = [figure for result in results if (figure := _figure(result, column.name)) is not None]
         if figures:
             deviation = stdev(figures) if len(figures) > 1 else None
             cells[column.name] = Cell(mean=fmean(figures), std=deviation, n=len(figures))
+    main_scores = [column.name for column in columns if column.metric is not None and column.metric.is_main_score]
     return Row(
         model=first.model.name,
         editor=first.editor.name,
@@ -403,9 +500,9 @@ def _build_row(
         tuning_budget=first.protocol.tuning_budget,
         seeds=tuple(result.seed for result in results),
         cells=cells,
-        is_floor=all(_left_alone(result) for result in results),
-        folders=tuple(folder for folder in folders if folder is not None),
-        results=tuple(results),
+        is_floor=all(_left_alone(result, main_scores) for result in results),
+        folders=tuple(run.folder for run in runs if run.folder is not None),
+        results=results,
     )
 
 
@@ -414,23 +511,23 @@ def _figure(result: RunResult, name: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _left_alone(result: RunResult) -> bool:
+def _left_alone(result: RunResult, main_scores: Sequence[str]) -> bool:
+    """Whether nothing was added to the model and no score on its scale moved."""
     moved = [
         result.metrics.get(name) != value
         for name, value in result.before.items()
-        if name in (*_SCORES, *_OPTIONAL_SCORES) and value is not None and math.isfinite(value)
+        if name in main_scores and value is not None and math.isfinite(value)
     ]
     return result.cost.extra_parameters == 0 and bool(moved) and not any(moved)
 
 
-def _differing_settings(result: RunResult, groups: Sequence[Sequence[RunResult]]) -> str:
-    """The settings in which a run differs from others of the same editor on the same model."""
+def _differing_settings(run: _Run, groups: Sequence[Sequence[_Run]]) -> str:
+    """Returns the settings in which a run differs from other runs of the same editor on the same model."""
+    name_of = (run.result.model.name, run.result.editor.name)
     others = [
-        _settings(group[0])
-        for group in groups
-        if (group[0].model.name, group[0].editor.name) == (result.model.name, result.editor.name)
+        group[0].settings for group in groups if (group[0].result.model.name, group[0].result.editor.name) == name_of
     ]
-    own = _settings(result)
+    own = run.settings
     names = dict.fromkeys(name for settings in others for name in settings)
     differing = [
         name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
@@ -475,10 +572,14 @@ def _number(value: float, column: Column) -> str:
 
 def _caption(table: Table) -> str:
     direction = "higher" if table.protocol.higher_is_better else "lower"
-    models = ", ".join(table.models)
-    return visible(
-        f"{table.stream} · {models} · {table.protocol.main_score}, {direction} is better · ranked by {table.ranked_by}"
+    parts = (
+        table.stream,
+        ", ".join(table.models),
+        *([table.distinction] if table.distinction else []),
+        f"{table.protocol.main_score}, {direction} is better",
+        f"ranked by {table.ranked_by}",
     )
+    return visible(" · ".join(parts))
 
 
 def _n_names(table: Table) -> int:
@@ -492,7 +593,7 @@ def _headers(table: Table) -> list[str]:
 
 
 def table_notes(table: Table) -> list[str]:
-    """Returns what the marks of a table mean, why rows were not compared, what failed and who is missing."""
+    """Returns what the marks of a table mean, why rows were not compared, what failed and what is not in the table."""
     notes = []
     if any(row.mark == TIED for row in table.rows):
         notes.append(
@@ -503,11 +604,14 @@ def table_notes(table: Table) -> list[str]:
     notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
     failed = [f"{row.name} {row.n_failed} of {row.n_edits}" for row in table.rows if row.n_failed]
     if failed:
-        notes.append(
-            f"failed: edits that were taken back, and count in #E, ES and ERR all the same: {', '.join(failed)}"
-        )
+        infos = Metrics(column.metric for column in table.columns if column.metric is not None)
+        scores = f"{infos.right_after_edit.header} and {infos.mean_over('edited').header}"
+        notes.append(f"failed: edits that were taken back, and count in #E, {scores} all the same: {', '.join(failed)}")
     if table.missing:
         notes.append(f"{MISSING} no run here: {', '.join(table.missing)}")
+    if table.conditions:
+        notes.append(f"runs that differ in {', '.join(table.conditions)} stand in tables of their own")
+    notes += [f"left out: {reason}" for reason in table.left_out]
     return [visible(note) for note in notes]
 
 
@@ -542,7 +646,7 @@ class _Fitted:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         n_names = _n_names(self.table)
         n_columns = len(_headers(self.table))
-        n_scores = sum(column.name in (*_SCORES, *_OPTIONAL_SCORES) for column in self.table.columns)
+        n_scores = sum(column.is_score for column in self.table.columns)
         names, scores, costs = range(n_names), range(n_names, n_names + n_scores), range(n_names + n_scores, n_columns)
         whole = _grid(self.table, [*names, *scores, *costs], deviation=" ±")
         unbounded = options.update(max_width=_UNBOUNDED_WIDTH)
@@ -599,7 +703,7 @@ def _render_latex(leaderboard: Leaderboard) -> str:
         titles.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(_group_title(table))}}}")
         rules.append(rf"\cmidrule(lr){{{start}-{start + len(columns) - 1}}}")
         start += len(columns)
-    headers = ["Method", *(_PAPER_HEADERS.get(c.name, c.header) for columns in groups for c in columns)]
+    headers = ["Method", *(_paper_header(column) for columns in groups for column in columns)]
     lines = [
         "% \\usepackage{booktabs}",
         r"\begin{table}",
@@ -629,22 +733,33 @@ def _render_latex(leaderboard: Leaderboard) -> str:
     return "\n".join(lines) + "\n"
 
 
-_PAPER_HEADERS = {"Avg": "Avg."}
-
-
 def _method(row: Row, several_models: bool) -> str:
     return f"{row.model} {row.name}" if several_models else row.name
 
 
 def _group_title(table: Table) -> str:
     direction = "↑" if table.protocol.higher_is_better else "↓"
-    return visible(f"{table.stream} ({', '.join(table.models)}; {table.protocol.main_score} {direction})")
+    names = ", ".join([*table.models, *([table.distinction] if table.distinction else [])])
+    return visible(f"{table.stream} ({names}; {table.protocol.main_score} {direction})")
 
 
 def _paper_columns(table: Table) -> list[Column]:
-    """TRR, ERR, their mean (for perplexity ARR in its place) and the number of edits."""
-    third = "Avg" if table.ranked_by == "Avg" else "ARR"
-    return [column for column in table.columns if column.name in ("TRR", "ERR", third, "n_edits")]
+    """Returns the metrics that LaTeX shows, and the number of edits; of the package's own, those of the paper."""
+    measured = {name for row in table.rows for name in row.cells}
+
+    def is_shown(column: Column) -> bool:
+        info = column.metric
+        if info is None:
+            return column.name == "n_edits"
+        if info.averages and info.name not in measured:
+            return False
+        return info.shown("latex") and info.latex_instead_of not in measured
+
+    return [column for column in table.columns if is_shown(column)]
+
+
+def _paper_header(column: Column) -> str:
+    return (column.metric and column.metric.latex_column) or column.header
 
 
 def _paper_cells(table: Table, columns: Sequence[Column], several_models: bool) -> dict[str, Line]:
@@ -668,10 +783,14 @@ def _paper_notes(table: Table, several_models: bool) -> list[str]:
         visible(f"{text}.")
         for text in (
             "Mean ± standard deviation over seeds, bold the best of a column",
-            f"{table.stream}: n = {_shared_by(seeds)}; tuning {_shared_by(budgets)}",
+            f"{_paper_name(table)}: n = {_shared_by(seeds)}; tuning {_shared_by(budgets)}",
             *table_notes(replace(table, missing=())),
         )
     ]
+
+
+def _paper_name(table: Table) -> str:
+    return f"{table.stream} ({table.distinction})" if table.distinction else table.stream
 
 
 def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
@@ -682,11 +801,12 @@ def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
 
 
 def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
-    """A flat record a row, the same fields in each."""
+    """Returns a flat record for each row, with the same fields in each."""
     columns = dict.fromkeys(column.name for table in leaderboard.tables for column in table.columns)
     # Some tables have columns of their own; scores stay together, before the costs.
-    ordered = [name for name in (*_SCORES, *_OPTIONAL_SCORES) if name in columns]
+    ordered = [i.name for i in leaderboard.metrics.shown("table") if not i.is_cost and i.name in columns]
     ordered += [name for name in columns if name not in ordered]
+    is_split = any(table.conditions for table in leaderboard.tables)
     records = []
     for table in leaderboard.tables:
         for rank, row in enumerate((*table.rows, *(_missing_row(table, editor) for editor in table.missing)), start=1):
@@ -696,6 +816,7 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
                 "main_score": table.protocol.main_score,
                 "higher_is_better": table.protocol.higher_is_better,
                 "ranked_by": table.ranked_by,
+                **({"conditions": table.distinction} if is_split else {}),
                 "rank": rank if row.seeds else None,
                 "model": row.model,
                 "editor": row.editor,

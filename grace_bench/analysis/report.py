@@ -35,6 +35,7 @@ from grace_bench.results.curves import (
     FORGETTING_THRESHOLD,
     KeptEdit,
     Point,
+    Series,
     age_width,
     edits_forgotten_after,
     kept_edits,
@@ -45,6 +46,7 @@ from grace_bench.results.curves import (
     upstream_forgotten_after,
     worst_forgotten,
 )
+from grace_bench.results.metric_info import MetricInfo, Metrics
 from grace_bench.results.reading import find_result_files, read_evaluations, read_result
 from grace_bench.results.schema import Evaluation, RunResult
 
@@ -57,16 +59,6 @@ MAX_TEXT = 300
 
 _PAGE = "index.html"
 _GENERATOR = "grace-bench report"
-_CURVES = {
-    "TRR": "upstream: what the model knew before",
-    "ERR": "the requests edited so far",
-    "Holdout": "other wordings of the edited facts",
-    "ES": "each edit right after it was made",
-    "n_keys": "entries of the codebook",
-    "ARR": "what was right about the edited inputs",
-    "Locality": "neighbouring inputs",
-    "Portability": "what follows from the edits",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +91,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         The page's path.
 
     Raises:
-        UserError: If there is no finished run, a run folder is broken, two runs cannot be compared, or `out` cannot
-            take the page: it is a file, or its `index.html` is not a report.
+        UserError: If there is no finished run, a run folder is broken, or `out` cannot take the page: it is a file, or
+            its `index.html` is not a report.
     """
     page = out / _PAGE
     _refuse_foreign(page)
@@ -143,7 +135,7 @@ def render_report(runs: Sequence[Run]) -> str:
         runs: The runs, at least one.
 
     Raises:
-        UserError: If two runs cannot stand side by side (see `Leaderboard`).
+        UserError: If there are no runs.
     """
     import jinja2
     from markupsafe import Markup
@@ -153,7 +145,9 @@ def render_report(runs: Sequence[Run]) -> str:
     by_result = {id(run.result): run for run in runs}
     labels = sorted({(row.editor, row.name) for table in board.tables for row in table.rows})
     index = {name: number for number, (_, name) in enumerate(labels)}
-    groups = [_Group(table, by_result, index).context(number) for number, table in enumerate(board.tables)]
+    groups = [
+        _Group(table, by_result, index, board.metrics).context(number) for number, table in enumerate(board.tables)
+    ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("grace_bench.analysis", "pages"),
         autoescape=True,
@@ -262,13 +256,17 @@ class _Group:
         table: The table.
         by_result: The runs by the identity of their results.
         index: The number of each row's name, which fixes its look on the whole page.
+        metrics: The descriptions of all registered metrics.
     """
 
-    def __init__(self, table: Table, by_result: Mapping[int, Run], index: Mapping[str, int]) -> None:
+    def __init__(self, table: Table, by_result: Mapping[int, Run], index: Mapping[str, int], metrics: Metrics) -> None:
         self.table = table
         self.runs = [[by_result[id(result)] for result in row.results] for row in table.rows]
         self.index = index
         self.higher = table.protocol.higher_is_better
+        self.metrics = metrics
+        self.upstream, self.edited = metrics.mean_over("upstream"), metrics.mean_over("edited")
+        self.learned = metrics.right_after_edit
 
     def context(self, number: int) -> dict[str, Any]:
         """Returns what the template needs, as plain values."""
@@ -277,7 +275,10 @@ class _Group:
         return {
             "id": name,
             "stream": table.stream,
-            "model": ", ".join(table.models),
+            "title": " · ".join(dict.fromkeys(part for part in (*_names(table), table.distinction) if part)),
+            "upstream": self.upstream.header,
+            "edited": self.edited.header,
+            "learned": self.learned.header,
             "protocol": table.protocol,
             "higher": self.higher,
             "ranked_by": table.ranked_by,
@@ -334,7 +335,7 @@ class _Group:
         if not ranked:
             return None
         (best, runs), others = ranked[0], [row for row, _ in ranked[1:]]
-        column = next(column for column in self.table.columns if column.name == self.table.ranked_by)
+        column = self.table.column(self.table.ranked_by)
         figure = best.cells[column.name].mean
 
         def apart(row: Row) -> dict[str, str]:
@@ -367,7 +368,7 @@ class _Group:
         others = [row for row in (one, two) if row is not self.table.rows[0]]
         if len(others) == 1 and others[0].p_holm is not None:
             return others[0].p_holm
-        return compare_rows(one, two, self.table.ranked_by).p_value
+        return compare_rows(one, two, self.table.column(self.table.ranked_by)).p_value
 
     def _differences(self) -> Iterator[dict[str, Any]]:
         """How far the first row is from each other one."""
@@ -388,12 +389,18 @@ class _Group:
                 }
 
     def _forgetting(self, row: Row, runs: Sequence[Run]) -> dict[str, Any]:
-        def ends(metric: str) -> list[str]:
-            curve = mean_curve([series_of(run.evaluations, metric) for run in runs])
+        def series(info: MetricInfo) -> list[Series]:
+            return [series_of(run.evaluations, info.name) for run in runs]
+
+        def ends(info: MetricInfo) -> list[str]:
+            curve = mean_curve(series(info))
             return [f"{point.mean:.{self._decimals}f}" for point in (curve[0], curve[-1])] if curve else ["–", "–"]
 
-        upstream = [upstream_forgotten_after(run.evaluations, higher_is_better=self.higher) for run in runs]
-        edits = [edits_forgotten_after(run.evaluations, higher_is_better=self.higher) for run in runs]
+        upstream = [upstream_forgotten_after(one, higher_is_better=self.higher) for one in series(self.upstream)]
+        edits = [
+            edits_forgotten_after(learned, kept, higher_is_better=self.higher)
+            for learned, kept in zip(series(self.learned), series(self.edited), strict=True)
+        ]
         n_edits = [run.result.metrics.get("n_edits") or 0 for run in runs]
         lost = [len(worst_forgotten(run.edits, higher_is_better=self.higher)) for run in runs]
         return {
@@ -402,17 +409,17 @@ class _Group:
             "style": _style(self.index[row.name]),
             "is_floor": row.is_floor,
             "upstream": _onset(upstream),
-            "TRR": ends("TRR"),
+            "upstream_ends": ends(self.upstream),
             "edits": _onset(edits) if self._learned(runs) else {"text": "too little learned", "first": None},
-            "ES": ends("ES")[1],
-            "ERR": ends("ERR")[1],
+            "learned_end": ends(self.learned)[1],
+            "edited_end": ends(self.edited)[1],
             "lost": f"{sum(lost)} of {sum(map(int, n_edits))}",
             "lost_share": sum(lost) / sum(n_edits) if sum(n_edits) else 0.0,
         }
 
     def _learned(self, runs: Sequence[Run]) -> bool:
         """Whether there is anything to forget: below the threshold nothing could fall by more than it."""
-        learned = [figure for run in runs for _, figure in series_of(run.evaluations, "ES")]
+        learned = [figure for run in runs for _, figure in series_of(run.evaluations, self.learned.name)]
         return not self.higher or max(learned, default=0.0) > FORGETTING_THRESHOLD
 
     @property
@@ -420,29 +427,25 @@ class _Group:
         return self.table.columns[0].decimals
 
     def _curves(self, group: str) -> list[dict[str, Any]]:
-        measured = {column.name for column in self.table.columns}
         charts = []
-        for metric, meaning in _CURVES.items():
-            if metric not in measured:
-                continue
+        for info in self.metrics.shown("report"):
             series, n_points = [], 0
             for row, runs in zip(self.table.rows, self.runs, strict=True):
-                curve = mean_curve([series_of(run.evaluations, metric) for run in runs])
+                curve = mean_curve([series_of(run.evaluations, info.name) for run in runs])
                 n_points = max(n_points, len(curve))
                 if curve:
                     series.append(self._series(row, thinned(curve, MAX_POINTS)))
             if series:
-                is_score = metric != "n_keys"
                 charts.append(
                     {
-                        "id": f"{group}-{metric}",
+                        "id": f"{group}-{info.name}",
                         "kind": "curve",
-                        "title": metric if is_score else "keys",
-                        "note": meaning,
+                        "title": info.header,
+                        "note": info.caption or info.summary,
                         "x": "edits",
-                        "y": self.table.protocol.main_score if is_score else "keys",
-                        "log": is_score and not self.higher,
-                        "share": is_score and self.higher,
+                        "y": self.table.protocol.main_score if info.is_main_score else info.header,
+                        "log": info.is_main_score and not self.higher,
+                        "share": info.is_main_score and self.higher,
                         "thinned": n_points if n_points > MAX_POINTS else None,
                         "series": series,
                     }
@@ -467,7 +470,7 @@ class _Group:
         return {
             "id": f"{group}-age",
             "kind": "curve",
-            "title": "ERR by age of the edit",
+            "title": f"{self.edited.header} by age of the edit",
             "note": "score at the end against how many edits ago the edit was made: right is oldest",
             "x": f"edits made since, in bins of {width}" if width > 1 else "edits made since",
             "y": self.table.protocol.main_score,
@@ -501,11 +504,16 @@ class _Group:
         }
 
     def _cost_facts(self, row: Row) -> list[str]:
-        seconds, keys = row.cells.get("seconds_per_edit"), row.cells.get("n_keys")
+        seconds = row.cells.get("seconds_per_edit")
+        counts = [
+            f"{column.metric.text(row.cells[column.name].mean)} {column.header}"
+            for column in self.table.columns
+            if column.metric is not None and column.metric.is_cost and column.name in row.cells
+        ]
         extra = max(result.cost.extra_parameters for result in row.results)
         return [
             *([f"{seconds.mean:.3g} s an edit (median)"] if seconds else []),
-            *([f"{keys.mean:.0f} keys"] if keys else []),
+            *counts,
             f"{extra:,} numbers added to the model",
         ]
 
@@ -553,6 +561,10 @@ class _Group:
             "score_after": f"{edit.score_after:.{self._decimals}f}",
             "score_end": f"{edit.score_end:.{self._decimals}f}",
         }
+
+
+def _names(table: Table) -> tuple[str, str]:
+    return table.stream, ", ".join(table.models)
 
 
 def _onset(found: Sequence[int | None]) -> dict[str, Any]:

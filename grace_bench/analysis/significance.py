@@ -15,15 +15,6 @@ from grace_bench.results.reading import read_predictions, read_result
 from grace_bench.results.schema import RunResult
 
 SIGNIFICANCE_LEVEL = 0.05
-STREAM_ROLES = {
-    "TRR": "upstream",
-    "ERR": "edited",
-    "Holdout": "holdout",
-    "ARR": "accurate",
-    "Locality": "locality",
-    "Portability": "portability",
-}
-"""The evaluation stream that each score of single items is the mean over."""
 
 _Item = tuple[str, str]
 """Request id and probe."""
@@ -74,8 +65,8 @@ def compare(
     second: Sequence[Path],
     *,
     names: tuple[str, str],
-    stream_role: str = "edited",
-    metric: str = "ERR",
+    streams: Sequence[str],
+    metric: str,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
@@ -105,9 +96,9 @@ def compare(
         first: The run folders of an editor, one a seed.
         second: Those of the other.
         names: What the two are called in the result.
-        stream_role: The evaluation stream whose items are compared.
-        metric: The score's name in the result; `Avg` compares the mean of upstream and edited, whatever the role, with
-            both resampled.
+        streams: The evaluation streams whose items are compared; of several, the mean over the streams, with each
+            resampled.
+        metric: The score's name in the result.
         n_resamples: Resamples; the smallest p-value is about one over that.
         seed: Seeds the resampling.
 
@@ -121,18 +112,17 @@ def compare(
     if len({result.stream.name for result in results}) != 1:
         raise UserError(f"{names[0]} and {names[1]} were not run on one stream")
     is_perplexity = not results[0].protocol.higher_is_better
-    roles = ("upstream", "edited") if metric == "Avg" else (stream_role,)
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         raise UserError(f"{names[0]} and {names[1]} have no seed in common")
     pairs: dict[int, list[_Pairs]] = {}
     for number in seeds:
         one, two = (_final_scores(side[number][1]) for side in runs)
-        of_roles = [_pair(one.get(role, {}), two.get(role, {}), log=is_perplexity) for role in roles]
+        of_roles = [_pair(one.get(role, {}), two.get(role, {}), log=is_perplexity) for role in streams]
         if all(part.differences for part in of_roles):
             pairs[number] = of_roles
     if not pairs:
-        raise UserError(f"{names[0]} and {names[1]} have no scores of the same requests in {' and '.join(roles)}")
+        raise UserError(f"{names[0]} and {names[1]} have no scores of the same requests in {' and '.join(streams)}")
     samples = [_Sample.over_seeds(parts) for parts in zip(*pairs.values(), strict=True)]
     used = [part for of_roles in pairs.values() for part in of_roles]
     rng = np.random.default_rng(seed)

@@ -25,12 +25,12 @@ from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
-from grace_bench.evaluation.metric import StreamScore
 from grace_bench.launch.config import hash_config, make_stream, plain_config, read_config, register_configs
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.loading import pick_device, pick_threads
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results.metric_info import MetricInfo, metric_infos
 from grace_bench.results.reading import (
     RESULT_FILE,
     find_result_files,
@@ -145,7 +145,7 @@ class Checker:
         if contents.evaluations is not None:
             findings += _evaluations(result, contents.evaluations)
             if contents.edits is not None:
-                findings.append(_edit_success(contents.edits, contents.evaluations))
+                findings.append(_right_after_edits(contents.edits, contents.evaluations))
             if contents.predictions is not None:
                 findings += _predictions(result, contents.evaluations, contents.predictions)
         return [*findings, *_environment(result, contents.config, model)]
@@ -322,13 +322,14 @@ def _evaluations(result: RunResult, evaluations: Sequence[Evaluation]) -> Iterat
         yield _compared(what, {name: recorded.get(name) for name in names}, {name: line.get(name) for name in names})
 
 
-def _edit_success(edits: Sequence[EditRecord], evaluations: Sequence[Evaluation]) -> Finding:
+def _right_after_edits(edits: Sequence[EditRecord], evaluations: Sequence[Evaluation]) -> Finding:
     scores = [(record.n_edits, record.score_after) for record in edits if record.edited]
     now = {}
     for evaluation in evaluations:
         known = [score for n, score in scores if n <= evaluation.n_edits and score is not None]
         now[evaluation.n_edits] = fmean(known) if known else None
-    return _compared("ES, from edits.jsonl", _over_time("ES", evaluations), now)
+    name = metric_infos().right_after_edit.name
+    return _compared(f"{name}, from edits.jsonl", _over_time(name, evaluations), now)
 
 
 def _predictions(
@@ -341,22 +342,29 @@ def _predictions(
         sizes[where] += 1
         if row["score"] is not None and not math.isnan(row["score"]):
             scores[where].append(row["score"])
-    clocks = [evaluation.n_edits for evaluation in evaluations]
-    yield _compared("evaluations of predictions.parquet", clocks, sorted({n for n, _ in sizes}))
-    entries = METRICS.entries()
-    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics if name in entries):
-        cls = METRICS.get(name)
-        if issubclass(cls, StreamScore):
-            now = {n: fmean(scores[n, cls.stream]) if scores[n, cls.stream] else None for n in clocks}
+    n_edits = [evaluation.n_edits for evaluation in evaluations]
+    yield _compared("evaluations of predictions.parquet", n_edits, sorted({n for n, _ in sizes}))
+    metrics = metric_infos()
+    for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics):
+        info = metrics.get(name)
+        if info is not None and info.is_mean and info.stream is not None:
+            now = {n: fmean(scores[n, info.stream]) if scores[n, info.stream] else None for n in n_edits}
             yield _compared(f"{name}, from predictions.parquet", _over_time(name, evaluations), now)
-    averages = {n: value for n, value in _over_time("Avg", evaluations).items() if value is not None}
-    parts = [_over_time(name, evaluations) for name in ("TRR", "ERR")]
-    known = {n: [value for part in parts if (value := part[n]) is not None] for n in averages}
-    now = {n: fmean(pair) if len(pair) == len(parts) else None for n, pair in known.items()}
-    yield _compared("Avg, from TRR and ERR", averages, now)
-    n_kept = sizes[clocks[-1], "edited"] if clocks else 0
-    n_edits, n_superseded = (int(result.metrics.get(name) or 0) for name in ("n_edits", "n_superseded"))
-    yield _compared("edited requests that ERR is taken over", n_edits - n_superseded, n_kept)
+    for info in metrics:
+        if info.averages:
+            yield _average(info, evaluations)
+    n_kept = sizes[n_edits[-1], "edited"] if n_edits else 0
+    n_made, n_superseded = (int(result.metrics.get(name) or 0) for name in ("n_edits", "n_superseded"))
+    what = f"edited requests that {metrics.mean_over('edited').name} is taken over"
+    yield _compared(what, n_made - n_superseded, n_kept)
+
+
+def _average(info: MetricInfo, evaluations: Sequence[Evaluation]) -> Finding:
+    recorded = {n: value for n, value in _over_time(info.name, evaluations).items() if value is not None}
+    parts = [_over_time(name, evaluations) for name in info.averages]
+    known = {n: [value for part in parts if (value := part[n]) is not None] for n in recorded}
+    now = {n: fmean(values) if len(values) == len(parts) else None for n, values in known.items()}
+    return _compared(f"{info.name}, from {' and '.join(info.averages)}", recorded, now)
 
 
 def _over_time(name: str, evaluations: Sequence[Evaluation]) -> dict[int, float | None]:

@@ -45,6 +45,7 @@ from grace_bench.launch.presets import take_presets
 from grace_bench.models.zoo import known_models, resolve_model
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
+from grace_bench.results.summary import summary
 from grace_bench.run.checkpoint import FOLDER as CHECKPOINTS
 from grace_bench.run.loggers.progress import ProgressLogger
 from grace_bench.run.loggers.wandb import WandbLogger
@@ -349,24 +350,6 @@ def _run_in(
             resume=config.existing == "resume" and (folder / "edits.jsonl").exists(),
             say=say,
         )
-
-
-def summary(result: RunResult, folder: Path) -> str:
-    """Returns a finished run in a few words."""
-    shown = ("TRR", "ERR", "ES", "Holdout", "ARR", "Locality", "n_edits", "n_keys")
-    parts = []
-    for name in shown:
-        value = result.metrics.get(name)
-        if value is not None:
-            parts.append(f"{name} {value:.0f}" if name.startswith("n_") else f"{name} {value:.3f}")
-    n_failed = result.metrics.get("n_failed")
-    if n_failed:
-        parts.append(f"{n_failed:.0f} {'edit' if n_failed == 1 else 'edits'} failed")
-    if result.metrics.get("TRR") is None:
-        parts.append("TRR none (no upstream data)")
-    for reason, number in result.stream.left_out.items():
-        parts.append(f"{number} {'record' if number == 1 else 'records'} left out ({reason})")
-    return f"{result.editor.name} on {result.stream.name}: {', '.join(parts)}\n{folder}"
 
 
 def _finished(folder: Path, stream: Any, model: str, say: Say) -> RunResult | None:

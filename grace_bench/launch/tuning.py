@@ -22,13 +22,13 @@ from grace_bench.errors import UserError
 from grace_bench.launch.config import registered_name
 from grace_bench.launch.jobs import given_options
 from grace_bench.launch.sweep import SweepRun, preset_parts
+from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
 
 PRESETS = Path("presets")
 """Where chosen settings are written, for `tuned=presets`."""
 
-_SHOWN = ("TRR", "ERR", "ES", "Holdout", "ARR", "n_edits", "n_keys")
 _DEFAULTS = {"stream": "atlas-qa", "editor": "grace"}
 
 
@@ -88,13 +88,25 @@ def conclude(runs: Sequence[SweepRun], *, say: Callable[[str], None]) -> None:
 
 
 def quality(result: RunResult) -> float:
-    """Returns what is maximised: Avg, or for perplexity minus the mean logarithm of ERR, ARR and TRR."""
-    metrics = result.metrics
-    average = metrics.get("Avg")
-    if average is None:
-        values = [metrics.get(name) or math.inf for name in ("ERR", "ARR", "TRR")]
-        average = -sum(map(math.log, values)) / len(values)
-    return -math.inf if math.isnan(average) else float(average)
+    """Returns what is maximised: the metric that ranks tables (Avg).
+
+    Without it, for perplexity, that is minus the mean logarithm of the metrics that it names for this (ERR, ARR, TRR).
+    """
+    preferred = metric_infos().ranking[0]
+    value = result.metrics.get(preferred.name)
+    if value is None:
+        values = [result.metrics.get(name) or math.inf for name in preferred.log_averages]
+        value = -sum(map(math.log, values)) / len(values)
+    return -math.inf if math.isnan(value) else float(value)
+
+
+def _shown_metrics() -> list[str]:
+    shown = metric_infos().shown("tuning")
+    return [
+        *(info.name for info in shown if not info.is_cost),
+        "n_edits",
+        *(info.name for info in shown if info.is_cost),
+    ]
 
 
 def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[[str], None]) -> None:
@@ -135,11 +147,12 @@ def _print(
     best: tuple[str, ...],
 ) -> None:
     table = Table(title=f"{editor} on {stream}, validation", title_justify="left", title_style="bold", box=None)
-    for column in ("", "score", *(name.removeprefix("editor.") for name in names), *_SHOWN):
+    metrics = _shown_metrics()
+    for column in ("", "score", *(name.removeprefix("editor.") for name in names), *metrics):
         table.add_column(column, overflow="fold")
     for setting, score in scores.items():
         figures = []
-        for name in _SHOWN:
+        for name in metrics:
             values = [value for result in results[setting] if (value := result.metrics.get(name)) is not None]
             figures.append(f"{fmean(values):.4g}" if values else "–")
         shown = [escape(visible(text)) for text in setting]

@@ -1,44 +1,107 @@
-"""Which runs may stand side by side."""
+"""Which runs may stand side by side in one table."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grace_bench.common.text import visible
 from grace_bench.errors import UserError
 from grace_bench.results.schema import Protocol, RunResult
 
+Condition = tuple[str, str | None]
+"""A field of a result, and for a field of its model the model's name."""
 
-def refuse_mixtures(results: Sequence[RunResult]) -> None:
+_HASH_DIGITS = 12
+
+
+def conditions(result: RunResult) -> dict[Condition, Any]:
+    """Returns what every run of one table shares with this one.
+
+    That is the stream's task and content, the protocol except for the tuning budget, and for each model name its dtype
+    and weights.
+    """
+    protocol = result.protocol.model_dump(mode="json", include=set(Protocol.model_fields) - {"tuning_budget"})
+    return {
+        ("stream.fingerprint", None): result.stream.fingerprint,
+        ("stream.task", None): result.stream.task,
+        **{(f"protocol.{name}", None): value for name, value in protocol.items()},
+        ("model.dtype", result.model.name): result.model.dtype,
+        ("model.fingerprint", result.model.name): result.model.fingerprint,
+    }
+
+
+def group_comparable(results: Sequence[RunResult]) -> list[list[RunResult]]:
+    """Groups runs on one stream so that the runs of a group were measured alike, the largest group first.
+
+    A run joins the first group that agrees with it in every condition that both have.
+    """
+    groups: list[tuple[dict[Condition, Any], list[RunResult]]] = []
+    for result in results:
+        own = conditions(result)
+        for shared, group in groups:
+            if not _differing(shared, own):
+                shared.update(own)
+                group.append(result)
+                break
+        else:
+            groups.append((own, [result]))
+    return [group for _, group in sorted(groups, key=lambda group: -len(group[1]))]
+
+
+def differences(groups: Sequence[Sequence[RunResult]]) -> list[dict[str, str]]:
+    """Returns for each group the conditions in which the groups differ, with the group's own values as text."""
+    shared = [{name: value for result in group for name, value in conditions(result).items()} for group in groups]
+    found_differing = dict.fromkeys(
+        name for index, one in enumerate(shared) for two in shared[:index] for name in _differing(two, one)
+    )
+    # Another dtype makes other weights.
+    differing = [
+        name
+        for name in found_differing
+        if not (name[0] == "model.fingerprint" and ("model.dtype", name[1]) in differing)
+    ]
+    several = len({result.model.name for group in groups for result in group}) > 1
+    return [
+        {
+            f"{field} of {model}" if several and model is not None else field: value_text(found[field, model])
+            for field, model in differing
+            if (field, model) in found
+        }
+        for found in shared
+    ]
+
+
+def refuse_mixtures(results: Iterable[RunResult]) -> None:
     """Makes sure that runs on one stream were measured alike.
 
-    They share the stream's content and task, the protocol, tuning budget aside, and, for each model name, dtype and
-    weights.
-
     Raises:
-        UserError: If they do not, naming both runs and the first field that differs.
+        UserError: If two were not, naming both and the first field that differs.
     """
-    first_on_stream: dict[str, RunResult] = {}
-    first_of_model: dict[tuple[str, str], RunResult] = {}
+    on_stream: dict[str, list[RunResult]] = {}
     for result in results:
-        first = first_on_stream.setdefault(result.stream.name, result)
-        _refuse_difference(first, result, "stream", {"fingerprint", "task"})
-        _refuse_difference(first, result, "protocol", set(Protocol.model_fields) - {"tuning_budget"})
-        first = first_of_model.setdefault((result.stream.name, result.model.name), result)
-        _refuse_difference(first, result, "model", {"dtype"})
-        _refuse_difference(first, result, "model", {"fingerprint"})
+        earlier = on_stream.setdefault(result.stream.name, [])
+        for first in earlier:
+            one, two = conditions(first), conditions(result)
+            for name in _differing(one, two)[:1]:
+                names = f"{visible(first.run_id)} and {visible(result.run_id)}"
+                raise UserError(
+                    f"runs {names} cannot stand in one table: {name[0]} is {value_text(one[name])} in the first and "
+                    f"{value_text(two[name])} in the second"
+                )
+        earlier.append(result)
 
 
 def value_text(value: Any) -> str:
-    """Returns a field's value as JSON on one line."""
+    """Returns a field's value as JSON on one line, of a hash the first digits.
+
+    >>> value_text(50), value_text("0123456789abcdef" * 4)
+    ('50', '"0123456789ab…"')
+    """
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}", value):
+        value = f"{value[:_HASH_DIGITS]}…"
     return visible(json.dumps(value, ensure_ascii=False))
 
 
-def _refuse_difference(first: RunResult, second: RunResult, part: str, fields: set[str]) -> None:
-    one, two = (getattr(run, part).model_dump(mode="json", include=fields) for run in (first, second))
-    name = next((name for name in one if one[name] != two[name]), None)
-    if name is not None:
-        raise UserError(
-            f"runs {visible(first.run_id)} and {visible(second.run_id)} cannot stand in one table: {part}.{name} is "
-            f"{value_text(one[name])} in the first and {value_text(two[name])} in the second"
-        )
+def _differing(one: Mapping[Condition, Any], two: Mapping[Condition, Any]) -> list[Condition]:
+    return [name for name in one if name in two and one[name] != two[name]]

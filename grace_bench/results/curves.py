@@ -10,10 +10,10 @@ from grace_bench.results.reading import read_edits, read_predictions
 from grace_bench.results.schema import Evaluation
 
 FORGETTING_THRESHOLD = 0.05
-"""What must be lost to count as forgotten is more than this: points of accuracy or F1, a share of perplexity."""
+"""A loss counts as forgetting if it exceeds this: points of accuracy or F1, or relative growth of perplexity."""
 
 Series = Sequence[tuple[int, float]]
-"""One run's metric over time: edits made, and the figure then."""
+"""One run's metric over time: the number of edits, and the value then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,33 +115,36 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def upstream_forgotten_after(evaluations: Sequence[Evaluation], *, higher_is_better: bool) -> int | None:
-    """Returns the edits made at the first evaluation whose TRR is worse than before the first edit, by the threshold.
+def upstream_forgotten_after(retention: Series, *, higher_is_better: bool) -> int | None:
+    """Returns the number of edits at the first evaluation that is worse than the one before the first edit.
+
+    Args:
+        retention: The main score on upstream data (TRR) over a run.
+        higher_is_better: The direction of the main score.
 
     Returns:
-        None if no evaluation's is.
+        None if no evaluation is worse by more than the threshold.
     """
-    series = series_of(evaluations, "TRR")
-    return next((n for n, figure in series if _is_forgotten(series[0][1], figure, higher_is_better)), None)
+    return next((n for n, figure in retention if _is_forgotten(retention[0][1], figure, higher_is_better)), None)
 
 
-def edits_forgotten_after(evaluations: Sequence[Evaluation], *, higher_is_better: bool) -> int | None:
-    """Returns the edits made at the first evaluation whose ERR is worse than its ES, by the threshold.
+def edits_forgotten_after(learned: Series, kept: Series, *, higher_is_better: bool) -> int | None:
+    """Returns the number of edits at the first evaluation at which edits score worse than right after they were made.
 
-    ES is the mean score of the same edits, each right after it was made (superseded ones aside, which ERR leaves out):
-    what ERR lacks of it was learned and lost. A fall of ERR alone may be edits that never worked.
+    `learned` is the mean score of the same edits, each right after it was made (superseded ones aside, which `kept`
+    leaves out): what `kept` lacks of it was learned and lost. A fall of `kept` alone may be edits that never worked.
+
+    Args:
+        learned: The main score of each edit right after it was made (ES) over a run.
+        kept: The main score on the requests edited so far (ERR).
+        higher_is_better: The direction of the main score.
 
     Returns:
-        None if no evaluation's is.
+        None if no evaluation is worse by more than the threshold.
     """
-    learned = dict(series_of(evaluations, "ES"))
+    reference = dict(learned)
     return next(
-        (
-            n
-            for n, figure in series_of(evaluations, "ERR")
-            if n in learned and _is_forgotten(learned[n], figure, higher_is_better)
-        ),
-        None,
+        (n for n, figure in kept if n in reference and _is_forgotten(reference[n], figure, higher_is_better)), None
     )
 
 

@@ -1,15 +1,17 @@
 """Finding and reading what runs have left on disk."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from grace_bench.common.files import readable
 from grace_bench.common.text import visible
+from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError, first_error
 from grace_bench.results.schema import PREDICTIONS, SCHEMA_VERSION, EditRecord, Evaluation, EvaluationLine, RunResult
 
@@ -113,6 +115,36 @@ def read_result(path: Path) -> RunResult:
         return RunResult.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path}: {first_error(error)}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads the `config.yaml` of a run folder as a flat record, the names of nested settings joined by dots.
+
+    Returns:
+        Nothing where there is no such file, as for a run that was started from Python, or where it is broken.
+    """
+    path = folder / "config.yaml"
+    try:
+        refuse_references(path)
+        content = yaml.safe_load(readable(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError):
+        return {}
+    return flattened(content) if isinstance(content, dict) else {}
+
+
+def flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested record as one level, names joined by dots.
+
+    >>> flattened({"protocol": {"query": "prefix"}, "seed": 0})
+    {'protocol.query': 'prefix', 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flattened(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 class _Header(BaseModel):

@@ -12,15 +12,13 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.registry import METRICS
+from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.schema import EditorInfo, ModelInfo, Protocol, RunResult, StreamInfo
 from grace_bench.run.environment import describe_environment
 from grace_bench.run.loggers import RunPlan
 from grace_bench.run.loop import RunLoop
 from grace_bench.run.opening import Opened
 from grace_bench.run.settings import RunSettings
-
-_ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
-"""Scores that a result names even where there is nothing to measure them on."""
 
 
 def plan_of(
@@ -106,6 +104,8 @@ def result_of(
         environment: What it was computed with.
     """
     benchmark, model, task, strategy = opened.benchmark, opened.model, opened.model.task, loop.strategy
+    # A result names some metrics even if there was nothing to measure them on.
+    unmeasured = {info.name: None for info in metric_infos() if info.always_in_result}
     return RunResult(
         run_id=run_id,
         stream=StreamInfo(
@@ -142,8 +142,8 @@ def result_of(
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,
-        before={**_ALWAYS_NAMED, **loop.before},
-        metrics={**_ALWAYS_NAMED, **loop.metrics()},
+        before={**unmeasured, **loop.before},
+        metrics={**unmeasured, **loop.metrics()},
         cost=loop.cost(),
         configuration=configuration,
         environment=dict(environment),

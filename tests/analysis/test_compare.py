@@ -96,7 +96,11 @@ def test_every_row_is_compared_with_the_first_in_the_score_that_ranks(runs: Path
     for row in others:
         folders = {name: [runs / f"{name}-s{seed}" for seed in (0, 1)] for name in (row.name, first.name)}
         assert row.comparison == compare(
-            folders[row.name], folders[first.name], names=(row.name, first.name), metric="Avg"
+            folders[row.name],
+            folders[first.name],
+            names=(row.name, first.name),
+            streams=("upstream", "edited"),
+            metric="Avg",
         )
     p_values = [row.comparison.p_value for row in others if row.comparison is not None]
     assert [row.p_holm for row in others] == holm(p_values)
@@ -186,9 +190,9 @@ def test_two_editors_are_compared_in_every_score_of_single_items(runs: Path) -> 
     entries = compare_editors(Leaderboard.read([runs]), "ft", "grace")
     assert [entry.metric for entry in entries] == ["TRR", "ERR", "Avg", "Holdout"]
     sides = [[runs / f"{name}-s{seed}" for seed in (0, 1)] for name in ("ft", "grace")]
-    roles = {"TRR": "upstream", "ERR": "edited", "Avg": "edited", "Holdout": "holdout"}
+    streams = {"TRR": ["upstream"], "ERR": ["edited"], "Avg": ["upstream", "edited"], "Holdout": ["holdout"]}
     for entry in entries:
-        found = compare(*sides, names=("ft", "grace"), metric=entry.metric, stream_role=roles[entry.metric])
+        found = compare(*sides, names=("ft", "grace"), metric=entry.metric, streams=streams[entry.metric])
         assert (entry.comparison, entry.p_holm) == (found, found.p_value)
 
 

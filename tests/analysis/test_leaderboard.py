@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -289,7 +290,11 @@ def test_streams_never_share_a_table_and_models_share_one_by_stream() -> None:
     assert "| Model | Editor |" in str(render(together, "markdown"))
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- what was measured differently -----------------------------------------------------------------------------------
+
+
+def conditions(leaderboard: Leaderboard) -> list[dict[str, str]]:
+    return [dict(table.conditions) for table in leaderboard.tables]
 
 
 @pytest.mark.parametrize(
@@ -308,54 +313,84 @@ def test_streams_never_share_a_table_and_models_share_one_by_stream() -> None:
     ],
 )
 @pytest.mark.parametrize("by_stream", [False, True])
-def test_protocols_are_never_mixed(field: str, value: Any, by_stream: bool) -> None:
-    one, two = run(run_id="one"), run("ft", model="other", run_id="two", protocol={field: value})
-    with pytest.raises(UserError) as caught:
-        Leaderboard([one, two], by_stream=by_stream)
-    message = str(caught.value)
-    assert "runs one and two" in message
-    assert f"protocol.{field} is {json.dumps(getattr(one.protocol, field))} in the first" in message
-    assert f"and {json.dumps(value)} in the second" in message
-    assert "\n" not in message
+def test_runs_under_two_protocols_stand_in_two_tables_that_name_the_difference(
+    field: str, value: Any, by_stream: bool
+) -> None:
+    one, two, odd = run("grace"), run("ft"), run("memory", model="other", protocol={field: value})
+    leaderboard = Leaderboard([odd, one, two], by_stream=by_stream)
+    assert [[row.editor for row in table.rows] for table in leaderboard.tables] == [["ft", "grace"], ["memory"]]
+    usual = json.dumps(getattr(one.protocol, field))
+    assert conditions(leaderboard) == [{f"protocol.{field}": usual}, {f"protocol.{field}": json.dumps(value)}]
+    shown = as_terminal(leaderboard)
+    assert f"atlas-qa · atlas-qa · protocol.{field}={usual} · " in shown
+    assert f"atlas-qa · other · protocol.{field}={json.dumps(value)} · " in shown
+    assert f"runs that differ in protocol.{field} stand in tables of their own" in shown
 
 
-def test_another_content_of_a_stream_is_refused() -> None:
-    with pytest.raises(UserError, match=r'^runs one and two .*stream\.fingerprint is "s0" in the first and "s9"'):
-        Leaderboard([run(run_id="one"), run("ft", run_id="two", stream_fingerprint="s9")])
+def test_one_odd_run_changes_nothing_in_the_table_of_the_others() -> None:
+    others = [run("grace", seed=seed) for seed in (0, 1)] + [run("ft", scores={"Avg": 0.2})]
+    alone = only_table(*others)
+    odd = run("memory", protocol={"eval_every": 10}, scores={"Avg": 0.99})
+    first, second = Leaderboard([odd, *others]).tables
+    assert [row.cells for row in first.rows] == [row.cells for row in alone.rows]
+    assert first.ranked_by == alone.ranked_by
+    assert [row.editor for row in second.rows] == ["memory"]
+    assert second.best(second.column("TRR")) == frozenset()
 
 
-def test_the_same_requests_under_another_task_are_refused() -> None:
+def test_every_format_tells_the_tables_apart() -> None:
+    leaderboard = Leaderboard([run("grace"), run("ft"), run("ft", protocol={"eval_every": 10})])
+    own, other = "protocol.eval_every=50", "protocol.eval_every=10"
+    markdown, latex = (str(render(leaderboard, fmt)) for fmt in ("markdown", "latex"))
+    for text in (markdown, latex):
+        assert own.replace("_", r"\_") in text
+        assert other.replace("_", r"\_") in text
+    records = json.loads(str(render(leaderboard, "json")))
+    found = [(record["editor"], record["conditions"], record["rank"]) for record in records if record["n_runs"]]
+    assert sorted(found) == [("ft", other, 1), ("ft", own, 1), ("grace", own, 2)]
+    assert [record["conditions"] for record in csv.DictReader(io.StringIO(str(render(leaderboard, "csv"))))] == [
+        record["conditions"] for record in records
+    ]
+    assert "conditions" not in json.loads(str(render(Leaderboard([run()]), "json")))[0]
+
+
+def test_another_content_of_a_stream_stands_in_a_table_of_its_own() -> None:
+    contents = "ab" * 32, "cd" * 32
+    found = conditions(Leaderboard([run(name, stream_fingerprint=content) for name, content in zip("xy", contents)]))  # noqa: B905
+    assert found == [{"stream.fingerprint": f'"{content[:12]}…"'} for content in contents]
+
+
+def test_the_same_requests_under_another_task_stand_in_a_table_of_their_own() -> None:
     one, two = run("a"), run("b")
     two = two.model_copy(update={"stream": two.stream.model_copy(update={"task": "completion"})})
-    with pytest.raises(UserError, match=r'stream\.task is "qa" in the first and "completion" in'):
-        Leaderboard([one, two])
+    assert conditions(Leaderboard([one, two])) == [{"stream.task": '"qa"'}, {"stream.task": '"completion"'}]
 
 
-def test_another_precision_of_one_model_is_refused_by_that_name() -> None:
+def test_another_precision_of_a_model_is_named_rather_than_the_weights_that_follow_from_it() -> None:
     one, two = run("a"), run("b")
     model = two.model.model_copy(update={"dtype": "bfloat16", "fingerprint": "other"})
-    with pytest.raises(UserError, match=r'model\.dtype is "float32" in the first and "bfloat16" in'):
-        Leaderboard([one, two.model_copy(update={"model": model})])
+    found = conditions(Leaderboard([one, two.model_copy(update={"model": model})]))
+    assert found == [{"model.dtype": '"float32"'}, {"model.dtype": '"bfloat16"'}]
 
 
-def test_other_weights_under_one_model_name_are_refused() -> None:
-    with pytest.raises(UserError, match=r'^runs one and two .*model\.fingerprint is "m0" in the first and "m9"'):
-        Leaderboard([run(run_id="one"), run("ft", run_id="two", model_fingerprint="m9")])
+def test_other_weights_under_one_model_name_stand_in_a_table_of_their_own() -> None:
+    results = [run("a"), run("b", model_fingerprint="m9"), run("c", model="t5", model_fingerprint="t0")]
+    apart = Leaderboard(results)
+    assert [[row.editor for row in table.rows] for table in apart.tables] == [["a"], ["b"], ["c"]]
+    together = Leaderboard(results, by_stream=True)
+    assert [[row.editor for row in table.rows] for table in together.tables] == [["a", "c"], ["b"]]
+    assert [set(found) for found in conditions(together)] == [{"model.fingerprint of atlas-qa"}] * 2
 
 
-def test_the_first_field_that_differs_is_the_one_named() -> None:
-    two = run("ft", protocol={"eval_every": 10, "prefix_length": 4})
-    with pytest.raises(UserError, match=r"protocol\.eval_every") as caught:
-        Leaderboard([run(), two])
-    assert "prefix_length" not in str(caught.value)
+def test_every_field_that_differs_is_named() -> None:
+    found = conditions(Leaderboard([run(), run("ft", protocol={"eval_every": 10, "prefix_length": 4})]))
+    assert [set(fields) for fields in found] == [{"protocol.eval_every", "protocol.prefix_length"}] * 2
 
 
-def test_names_in_a_refusal_stay_on_its_line() -> None:
-    with pytest.raises(UserError) as caught:
-        Leaderboard([run(run_id="a\nb\x1b[2J"), run("ft", stream_fingerprint="x\ny")])
-    assert "\n" not in str(caught.value)
-    assert "\x1b" not in str(caught.value)
-    assert "a\\nb\\x1b[2J" in str(caught.value)
+def test_the_value_of_a_field_stays_on_its_line() -> None:
+    text = str(render(Leaderboard([run("a"), run("ft", stream_fingerprint="x\ny\x1b[2J")]), "markdown"))
+    assert "\x1b" not in text
+    assert r'"x\\ny\\u001b\[2J"' in text
 
 
 def test_a_run_given_twice_counts_once() -> None:
@@ -363,12 +398,53 @@ def test_a_run_given_twice_counts_once() -> None:
     assert row.seeds == (0, 1)
 
 
-def test_two_results_for_one_configuration_and_seed_are_refused() -> None:
-    with pytest.raises(UserError) as caught:
-        Leaderboard([run(run_id="one"), run(run_id="one", scores={"ERR": 0.7})])
-    assert str(caught.value).startswith("runs one and one share configuration and seed but differ: metrics.ERR is 0.8")
-    with pytest.raises(UserError, match='run_id is "one" in the first and "two" in the second'):
-        Leaderboard([run(run_id="one"), run(run_id="two")])
+def write_with_config(folder: Path, result: RunResult, **options: Any) -> None:
+    write(folder, result)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": result.seed, "out": str(folder), **options}))
+
+
+def test_two_runs_that_differ_in_an_option_are_two_rows_that_name_it(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_with_config(tmp_path / f"small-{seed}", run(seed=seed, scores={"ERR": 0.7}, run_id="a"), batch_size=8)
+    write_with_config(tmp_path / "large", run(seed=0, run_id="b"), batch_size=64)
+    write_with_config(tmp_path / "ft", run("ft", seed=0), batch_size=64)
+    (table,) = Leaderboard.read([tmp_path]).tables
+    assert {row.name: row.seeds for row in table.rows} == {
+        "grace (batch_size=8)": (0, 1),
+        "grace (batch_size=64)": (0,),
+        "ft": (0,),
+    }
+    assert row_of(table, "grace (batch_size=8)").cells["ERR"].mean == 0.7
+    assert row_of(table, "grace (batch_size=64)").cells["ERR"].mean == 0.8
+    assert table.left_out == ()
+
+
+def test_options_that_differ_between_seeds_alone_keep_no_rows_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_with_config(tmp_path / str(seed), run(seed=seed), batch_size=8 * (seed + 1))
+    (row,) = Leaderboard.read([tmp_path]).tables[0].rows
+    assert (row.name, row.seeds) == ("grace", (0, 1))
+
+
+def test_of_two_results_for_one_configuration_and_seed_the_first_is_shown_and_the_other_named(tmp_path: Path) -> None:
+    write_with_config(tmp_path / "a", run(run_id="one"), batch_size=8)
+    write_with_config(tmp_path / "b", run(run_id="two", scores={"ERR": 0.7}), batch_size=8)
+    write_with_config(tmp_path / "c", run("ft"), batch_size=8)
+    leaderboard = Leaderboard.read([tmp_path])
+    (table,) = leaderboard.tables
+    assert row_of(table, "grace").cells["ERR"].mean == 0.8
+    reason = (
+        f"run two in {tmp_path / 'b'}: has the settings and the seed (0) of one, but metrics.ERR is 0.7 instead of 0.8"
+    )
+    assert table.left_out == (reason,)
+    assert f"left out: {reason}" in as_terminal(leaderboard, width=500)
+
+
+def test_without_their_configurations_two_results_are_told_apart_by_what_the_results_say() -> None:
+    table = only_table(run(run_id="one"), run(run_id="two"), run("ft"))
+    assert [row.name for row in table.rows] == ["ft", "grace"]
+    (reason,) = table.left_out
+    assert reason.endswith('but run_id is "two" instead of "one"')
 
 
 def test_no_runs_make_no_leaderboard() -> None:

@@ -480,10 +480,11 @@ def _notes(html: str) -> list[str]:
 
 def test_the_first_row_minus_each_other_stands_below_the_leaderboard(runs: Path) -> None:
     read = read_runs([runs])
-    rows = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0].rows
+    table = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0]
+    rows = table.rows
     expected = []
     for row in rows[1:]:
-        found = compare_rows(rows[0], row, "Avg")
+        found = compare_rows(rows[0], row, table.column("Avg"))
         assert found.difference > 0
         assert row.p_holm is not None
         numbers = (f"{value:+.3f}" for value in (found.difference, found.low, found.high))
@@ -520,10 +521,11 @@ def test_the_best_editors_are_compared_also_where_the_unedited_model_is_first(ru
     for run in runs.iterdir():
         copy_run(run, tmp_path / run.name, retain_all if run.name.startswith("none") else lambda record: None)
     read = read_runs([tmp_path])
-    floor, best, second = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0].rows
+    table = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0]
+    floor, best, second = table.rows
     card = _card(render_report(read))
     assert floor.is_floor
-    found = compare_rows(best, second, "Avg")
+    found = compare_rows(best, second, table.column("Avg"))
     verdict = "a real difference" if found.is_significant else "not shown to be a real difference"
     assert card["Ahead of"].startswith(f"{second.name}, by 0.")
     assert card["Ahead of"].endswith(f": {verdict} (p = {found.p_value:.2g})")

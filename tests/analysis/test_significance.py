@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_bench.analysis.significance import Comparison, compare, holm
+from grace_bench.analysis import significance
+from grace_bench.analysis.significance import Comparison, holm
 from grace_bench.errors import UserError
 from grace_bench.results.schema import PREDICTIONS, SCHEMA_VERSION
 
@@ -76,6 +77,14 @@ def write_run(
     return folder
 
 
+AVG: dict[str, Any] = {"streams": ("upstream", "edited"), "metric": "Avg"}
+
+
+def compare(first: Sequence[Path], second: Sequence[Path], **options: Any) -> Comparison:
+    """The comparison in ERR unless another score is asked for."""
+    return significance.compare(first, second, **{"streams": ("edited",), "metric": "ERR", **options})
+
+
 def versus(folder: Path, first: Sequence[Scores], second: Sequence[Scores], **options: Any) -> Comparison:
     """Compares two editors whose runs have seeds 0, 1, …"""
     sides = [
@@ -109,10 +118,10 @@ def test_seeds_weigh_alike_however_many_items_they_have(tmp_path: Path) -> None:
 def test_avg_is_the_mean_of_upstream_and_edited(tmp_path: Path) -> None:
     first = {"upstream": [1, 0, 1, 1], "edited": [1, 1]}
     second = {"upstream": [0, 0, 1, 1], "edited": [0, 0]}
-    found = versus(tmp_path / "x", [first], [second], metric="Avg")
+    found = versus(tmp_path / "x", [first], [second], **AVG)
     assert found.difference == pytest.approx((0.25 + 1) / 2)
     assert (found.metric, found.n_items) == ("Avg", 6)
-    upstream = versus(tmp_path / "x", [first], [second], metric="TRR", stream_role="upstream")
+    upstream = versus(tmp_path / "x", [first], [second], metric="TRR", streams=("upstream",))
     assert (upstream.difference, upstream.n_items) == (pytest.approx(0.25), 4)
 
 
@@ -143,7 +152,7 @@ def test_probes_are_paired_by_name_and_drawn_with_their_request(tmp_path: Path) 
     shift = dict(zip(map(str, range(60)), rng.normal(size=60), strict=True))
     one = {f"{name}/{probe}": value for name, value in shift.items() for probe in range(4)}
     zero = dict.fromkeys(one, 0.0)
-    probed = versus(tmp_path / "x", [{"holdout": one}], [{"holdout": zero}], stream_role="holdout", metric="Holdout")
+    probed = versus(tmp_path / "x", [{"holdout": one}], [{"holdout": zero}], streams=("holdout",), metric="Holdout")
     single = versus(tmp_path / "x", [edited(shift)], [edited(dict.fromkeys(shift, 0.0))])
     assert probed.n_items == 4 * single.n_items
     # Four probes that answer as one are one observation.
@@ -188,8 +197,8 @@ def test_where_nothing_differs_about_one_in_twenty_is_significant(
             made.append({"edited": dict(zip(requests, rng.integers(2, size=60).tolist(), strict=True)), **upstream})
         return made
 
-    metric = "Avg" if kind == "Avg" else "ERR"
-    found = [versus(tmp_path / "x", runs(), runs(), metric=metric, n_resamples=999) for _ in range(n_experiments)]
+    options = AVG if kind == "Avg" else {}
+    found = [versus(tmp_path / "x", runs(), runs(), **options, n_resamples=999) for _ in range(n_experiments)]
     assert least <= sum(comparison.is_significant for comparison in found) <= most
     assert np.mean([comparison.p_value < 0.5 for comparison in found]) == pytest.approx(0.5, abs=0.17)
 
@@ -300,10 +309,10 @@ def test_two_runs_of_one_seed_are_refused(tmp_path: Path) -> None:
         compare([one, two], [one], names=("a", "b"))
 
 
-@pytest.mark.parametrize("metric", ["ERR", "Avg"])
-def test_runs_without_a_common_request_are_refused(metric: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, AVG])
+def test_runs_without_a_common_request_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no scores of the same requests in .*edited"):
-        versus(tmp_path / "x", [edited({"p": 1.0})], [edited({"q": 1.0})], metric=metric)
+        versus(tmp_path / "x", [edited({"p": 1.0})], [edited({"q": 1.0})], **options)
 
 
 def test_missing_and_broken_predictions_are_named(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +17,25 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.requests import Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.evaluation.metric import EditMetric, StreamScore
+from grace_bench.evaluation.metric import EditMetric, StreamMetric, StreamScore
 from grace_bench.registry import EDITORS, METRICS, STREAMS
+from grace_bench.results.metric_info import MetricInfo, Place, metric_infos
+from grace_bench.results.schema import Protocol
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loop import RunLoop
 
 each_metric = pytest.mark.parametrize("name", list(METRICS.entries()))
+PROTOCOL = Protocol(
+    split="edits",
+    main_score="f1",
+    higher_is_better=True,
+    max_edits=None,
+    eval_every=1,
+    max_upstream=None,
+    max_new_tokens=1,
+    query="prefix",
+    prefix_length=8,
+)
 METADATA = StreamMetadata(source="this test", revision="1", license="MIT")
 
 
@@ -74,6 +90,45 @@ def test_a_metric_has_a_docstring_that_starts_with_its_name(name: str) -> None:
     cls = METRICS.get(name)
     assert issubclass(cls, EditMetric)
     assert (cls.__doc__ or "").startswith(f"{name}:")
+
+
+@each_metric
+def test_a_metric_is_described_by_literals_of_its_class(name: str) -> None:
+    cls, info = METRICS.get(name), metric_infos().get(name)
+    assert info is not None
+    for field in fields(MetricInfo):
+        if field.name not in ("name", "summary"):
+            assert getattr(info, field.name) == getattr(cls, field.name)
+    assert set(info.shown_in or ()) <= set(get_args(Place))
+    assert (info.stream is not None) == issubclass(cls, StreamMetric)
+    assert info.direction(PROTOCOL) in (True, False, None)
+
+
+def test_columns_have_one_metric_each_and_are_ordered_by_the_classes() -> None:
+    metrics = metric_infos()
+    headers = [info.header for info in metrics.shown("table")]
+    assert len(set(headers)) == len(headers)
+    assert [info.order for info in metrics] == sorted(info.order for info in metrics)
+    assert [info.name for info in metrics.ranking] == sorted(
+        (info.name for info in metrics if info.ranks), key=lambda name: METRICS.get(name).ranks
+    )
+
+
+def test_the_metrics_of_the_package_are_described_without_importing_them() -> None:
+    program = """
+import json, sys
+from dataclasses import asdict
+from grace_bench.results.metric_info import metric_infos
+found = [asdict(info) for info in metric_infos()]
+heavy = ("torch", "avalanche", "grace_bench.evaluation.metric")
+print(json.dumps([found, [name for name in heavy if name in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found, imported = json.loads(done.stdout)
+    assert imported == []
+    here = {info.name: asdict(info) for info in metric_infos()}
+    assert found == json.loads(json.dumps([here[info["name"]] for info in found]))
+    assert {"TRR", "ERR", "Avg", "ES"} <= {info["name"] for info in found}
 
 
 @each_metric

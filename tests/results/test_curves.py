@@ -91,21 +91,24 @@ def test_what_is_not_a_number_is_no_point_of_a_curve() -> None:
 
 
 def test_upstream_is_forgotten_where_it_falls_behind_its_start_by_more_than_five_points() -> None:
-    assert upstream_forgotten_after(evaluations(TRR=[0.9, 0.85, 0.84, 0.9]), higher_is_better=True) == 20
-    assert upstream_forgotten_after(evaluations(TRR=[0.9, 0.95, 0.86]), higher_is_better=True) is None
-    assert upstream_forgotten_after(evaluations(TRR=[None, None]), higher_is_better=True) is None
+    assert (
+        upstream_forgotten_after(series_of(evaluations(TRR=[0.9, 0.85, 0.84, 0.9]), "TRR"), higher_is_better=True) == 20
+    )
+    assert upstream_forgotten_after(series_of(evaluations(TRR=[0.9, 0.95, 0.86]), "TRR"), higher_is_better=True) is None
+    assert upstream_forgotten_after(series_of(evaluations(TRR=[None, None]), "TRR"), higher_is_better=True) is None
 
 
 def test_edits_are_forgotten_where_err_falls_behind_what_was_learned() -> None:
     # The second evaluation's fall is edits that never worked.
-    lines = evaluations(ES=[None, 1.0, 0.5, 0.6], ERR=[None, 1.0, 0.5, 0.5])
-    assert edits_forgotten_after(lines, higher_is_better=True) == 30
-    assert edits_forgotten_after(lines[:3], higher_is_better=True) is None
+    learned, kept = [(10, 1.0), (20, 0.5), (30, 0.6)], [(10, 1.0), (20, 0.5), (30, 0.5)]
+    assert edits_forgotten_after(learned, kept, higher_is_better=True) == 30
+    assert edits_forgotten_after(learned, kept[:2], higher_is_better=True) is None
+    assert edits_forgotten_after([], kept, higher_is_better=True) is None
 
 
 def test_a_perplexity_is_forgotten_by_its_relative_growth() -> None:
-    assert upstream_forgotten_after(evaluations(TRR=[20.0, 21.0, 21.1]), higher_is_better=False) == 20
-    assert edits_forgotten_after(evaluations(ES=[None, 2.0], ERR=[None, 1.0]), higher_is_better=False) is None
+    assert upstream_forgotten_after(series_of(evaluations(TRR=[20.0, 21.0, 21.1]), "TRR"), higher_is_better=False) == 20
+    assert edits_forgotten_after([(10, 2.0)], [(10, 1.0)], higher_is_better=False) is None
 
 
 def test_the_worst_forgotten_edit_comes_first_and_of_equal_ones_the_youngest() -> None:

@@ -23,7 +23,8 @@ from grace_bench.analysis.figures.drawing import (
 from grace_bench.analysis.leaderboard import Leaderboard, Row, Table
 from grace_bench.errors import UserError
 from grace_bench.results.curves import Point, mean_curve, series_of
-from grace_bench.results.reading import find_result_files, read_evaluations, read_result
+from grace_bench.results.metric_info import MetricInfo, Metrics
+from grace_bench.results.reading import RESULT_FILE, find_result_files, read_evaluations, read_result
 from grace_bench.results.schema import Evaluation, Protocol, RunResult
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-_CURVES = {"TRR": "TRR", "ERR": "ERR", "ES": "ES", "Holdout": "Holdout", "n_keys": "keys"}
-_SWEEP = {"TRR": "TRR", "ERR": "ERR", "Holdout": "Holdout", "n_keys": "keys"}
+_SWEEP = ("TRR", "ERR", "Holdout", "n_keys")
 _OVERLAP = {
     "codebook_overlap": "share of pairs of balls\nof different labels that intersect",
     "codebook_overlap/queries": "share of evaluation queries\nin balls of two labels",
@@ -43,14 +43,16 @@ _WIDE = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that were measured alike, and may share a figure.
+    """Runs that were measured alike and may share a figure.
 
     Attributes:
         table: Their leaderboard.
         evaluations: For each row of the table, the evaluations of each of its runs.
+        metrics: The descriptions of all registered metrics.
     """
 
     table: Table
+    metrics: Metrics
     evaluations: tuple[tuple[Sequence[Evaluation], ...], ...]
 
 
@@ -65,7 +67,7 @@ def draw_curves(paths: Sequence[Path], out: Path) -> list[Path]:
         The files.
 
     Raises:
-        UserError: If there is no finished run, or runs were not measured alike.
+        UserError: If there is no finished run.
     """
     return _draw_each(read_groups(paths), out, "curves", curves_figure)
 
@@ -81,7 +83,7 @@ def draw_overlap(paths: Sequence[Path], out: Path) -> list[Path]:
         The files.
 
     Raises:
-        UserError: If no run has a codebook, or runs were not measured alike.
+        UserError: If no run has a codebook.
     """
     groups = [group for group in read_groups(paths) if _rows_with(group, _OVERLAP)]
     if not groups:
@@ -115,7 +117,7 @@ def read_groups(paths: Sequence[Path]) -> list[Group]:
     """Reads runs, grouped as leaderboards group them: by stream and model, one protocol each.
 
     Raises:
-        UserError: If there is no finished run, a file of one is broken, or two were not measured alike.
+        UserError: If there is no finished run, or a file of one is broken.
     """
     files = find_result_files(paths)
     results = [read_result(file) for file in files]
@@ -124,30 +126,31 @@ def read_groups(paths: Sequence[Path]) -> list[Group]:
     def evaluations(row: Row) -> tuple[Sequence[Evaluation], ...]:
         return tuple(read_evaluations(folders[id(result)] / "metrics.jsonl") for result in row.results)
 
+    board = Leaderboard(results, folders=[file.parent if file.name == RESULT_FILE else None for file in files])
     return [
-        Group(table=table, evaluations=tuple(evaluations(row) for row in table.rows))
-        for table in Leaderboard(results).tables
+        Group(table=table, metrics=board.metrics, evaluations=tuple(evaluations(row) for row in table.rows))
+        for table in board.tables
     ]
 
 
 def curves_figure(group: Group) -> "Figure":
     """Returns scores against the number of edits, a line an editor, with the range over its seeds."""
-    panels = {metric: title for metric, title in _CURVES.items() if _rows_with(group, [metric])}
+    panels = [info for info in group.metrics.shown("curves") if _rows_with(group, [info.name])]
     rows = [index for index, row in enumerate(group.table.rows) if any(group.evaluations[index])]
     n_columns = 3
     n_rows = -(-(len(panels) + 1) // n_columns)
     figure = new_figure(7.4 + _room_for_names(group, rows, spare=22), 2.1 * n_rows + 0.5)
     grid = [axes for line in figure.subplots(n_rows, n_columns, squeeze=False, sharex=True) for axes in line]
     handles: dict[int, Any] = {}
-    for axes, (metric, title) in zip(grid, panels.items(), strict=False):
-        handles |= _draw_lines(axes, group, rows, metric)
-        _name_score(axes, title, metric, group.table.protocol)
+    for axes, info in zip(grid, panels, strict=False):
+        handles |= _draw_lines(axes, group, rows, info.name)
+        _name_values(axes, info, group.table.protocol)
         _name_edits(axes)
         axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.axis("off")
     legend_in(grid[len(panels)], [handles[index] for index in sorted(handles)])
-    figure.suptitle(plain(f"stream {group.table.stream} · model {', '.join(group.table.models)}"))
+    figure.suptitle(_title(group.table))
     _caption(figure, group.table, rows, "Lines: mean over seeds; bands: least to greatest.")
     return figure
 
@@ -166,7 +169,7 @@ def overlap_figure(group: Group) -> "Figure":
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
     figure.legend(handles=[handles[index] for index in rows], loc="outside right center", handlelength=3.2)
-    figure.suptitle(plain(f"stream {group.table.stream} · model {', '.join(group.table.models)}"))
+    figure.suptitle(_title(group.table))
     _caption(figure, group.table, rows, "Lines: mean over seeds; bands: least to greatest.")
     return figure
 
@@ -178,12 +181,13 @@ def sweep_figure(group: Group) -> "Figure":
     layers = sorted({layer for layer, _ in runs}, key=_depth)
     radii = sorted({radius for _, radius in runs})
     names = layer_names(layers)
-    panels = {m: t for m, t in _SWEEP.items() if any(_final(results, m) for results in runs.values())}
+    known = [info for info in group.metrics if info.name in _SWEEP]
+    panels = [info for info in known if any(_final(results, info.name) for results in runs.values())]
     several = any(len(results) > 1 for results in runs.values())
     figure = new_figure(7.4, 2.75)
-    for axes, (metric, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, info in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for index, layer in enumerate(layers):
-            found = {radius: _final(runs.get((layer, radius), ()), metric) for radius in radii}
+            found = {radius: _final(runs.get((layer, radius), ()), info.name) for radius in radii}
             points = {radius: figures for radius, figures in found.items() if figures}
             axes.errorbar(
                 list(points),
@@ -195,7 +199,7 @@ def sweep_figure(group: Group) -> "Figure":
                 **line_style(index),
             )
         label_numbers(axes, radii)
-        _name_score(axes, title, metric, table.protocol)
+        _name_values(axes, info, table.protocol)
         axes.set_xlabel("deferral radius eps_init")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(layers), 6), handlelength=3.2)
@@ -324,11 +328,18 @@ def _counts() -> "MaxNLocator":
     return MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
 
 
-def _name_score(axes: "Axes", title: str, metric: str, protocol: Protocol) -> None:
-    axes.set_title(title)
-    if metric == "n_keys":
+def _title(table: Table) -> str:
+    parts = (f"stream {table.stream}", f"model {', '.join(table.models)}", table.distinction)
+    return plain(" · ".join(part for part in parts if part))
+
+
+def _name_values(axes: "Axes", info: MetricInfo, protocol: Protocol) -> None:
+    axes.set_title(plain(info.header))
+    if info.is_count:
         axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
         axes.yaxis.set_major_locator(_counts())
+    elif not info.is_main_score:
+        return
     elif protocol.main_score == "perplexity":
         drawn = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)]
         if drawn and max(drawn) > _WIDE * min(drawn) > 0:
@@ -358,10 +369,14 @@ def _caption(figure: "Figure", table: Table, rows: Sequence[int], how: str) -> N
     )
 
 
+def _names(table: Table) -> tuple[str, ...]:
+    return (table.stream, *table.models, *([table.distinction] if table.distinction else []))
+
+
 def _draw_each(groups: Sequence[Group], out: Path, kind: str, make: Callable[[Group], "Figure"]) -> list[Path]:
     written = []
     for group in groups:
         with styled():
             figure = make(group)
-        written += save(figure, out, file_name(kind, group.table.stream, *group.table.models))
+        written += save(figure, out, file_name(kind, *_names(group.table)))
     return written

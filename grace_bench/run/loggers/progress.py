@@ -1,6 +1,7 @@
 """The progress of a run, in the terminal."""
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,12 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from grace_bench.common.text import visible
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.results.metric_info import MetricInfo, metric_infos
 from grace_bench.results.schema import EditRecord, EvaluationRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
 
 class ProgressLogger(RunLogger):
-    """Shows edits made, ES so far, keys and the time left: a bar in a terminal, elsewhere a plain line an evaluation.
+    """Shows the edits made, the metrics so far and the time left: a bar in a terminal, elsewhere a line an evaluation.
 
     Args:
         console: Where to write; standard error by default.
@@ -26,6 +28,9 @@ class ProgressLogger(RunLogger):
         self._console = console or Console(stderr=True)
         self._live: Progress | None = None
         self._values: dict[str, Any] = {}
+        metrics = metric_infos()
+        self._beside_bar = metrics.shown("bar")
+        self._in_line = [info for info in metrics.shown("progress") if not info.shown("bar")]
         self._plan: RunPlan | None = None
         self._started = 0.0
         self._n_candidates = 0
@@ -51,8 +56,11 @@ class ProgressLogger(RunLogger):
         record = strategy.record
         assert record is not None
         self._values |= {metric.name: metric.value for metric in metric_values}
-        if record.n_keys is not None:
-            self._values["n_keys"] = record.n_keys
+        for info in self._beside_bar:
+            # The record may hold a newer value than the last evaluation.
+            value = getattr(record, info.name, None)
+            if value is not None:
+                self._values[info.name] = value
         self._n_candidates, self._n_edits = record.index + 1, record.n_edits
         if record.failed is not None and not self._has_warned:
             self._has_warned = True
@@ -65,10 +73,7 @@ class ProgressLogger(RunLogger):
         self._values |= record.metrics
         self._n_edits = record.n_edits
         if self._live is None:
-            scores = [
-                f"{name} {record.metrics[name]:.3f}" for name in ("TRR", "ERR", "Holdout") if name in record.metrics
-            ]
-            parts = [f"{self._done}/{self._total}", self._note, *scores]
+            parts = [f"{self._done}/{self._total}", self._note, *_texts(self._in_line, record.metrics)]
             self._console.print(
                 f"{self._title}: {', '.join(parts)}{self._time_left}",
                 highlight=False,
@@ -104,12 +109,7 @@ class ProgressLogger(RunLogger):
 
     @property
     def _note(self) -> str:
-        parts = [f"{self._n_edits} edits"]
-        if "ES" in self._values:
-            parts.append(f"ES {self._values['ES']:.3f}")
-        if "n_keys" in self._values:
-            parts.append(f"{self._values['n_keys']} keys")
-        return ", ".join(parts)
+        return ", ".join([f"{self._n_edits} edits", *_texts(self._beside_bar, self._values)])
 
     @property
     def _time_left(self) -> str:
@@ -118,3 +118,8 @@ class ProgressLogger(RunLogger):
         if not 0 < share < 1:
             return ""
         return f", about {(time.monotonic() - self._started) / share * (1 - share):.0f} s left"
+
+
+def _texts(metrics: Iterable[MetricInfo], values: Mapping[str, Any]) -> list[str]:
+    known = [(info, info.text(values[info.name])) for info in metrics if info.name in values]
+    return [f"{text} {info.header}" if info.is_count else f"{info.name} {text}" for info, text in known]
