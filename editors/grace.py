@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.failures import reason_of_failure
 from grace_bench.editing.strategy import Answered, EditBatch, EditorStrategy, EditOutcome, State
 from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap, Retrieval
@@ -62,6 +63,33 @@ class Grace(EditorStrategy):
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
+
+    figures: ClassVar[Mapping[str, FigureKind]] = {
+        "sweep": {
+            "draw": "grace_bench.editors._grace.figures.sweep:draw_sweep",
+            "takes": "runs",
+            "shows": "scores of grace by deferral radius and edited block",
+        },
+        "overlap": {
+            "draw": "grace_bench.editors._grace.figures.overlap:draw_overlap",
+            "takes": "runs",
+            "shows": "how the balls of codebooks come to overlap",
+        },
+        "toy": {
+            "draw": "grace_bench.editors._grace.figures.toy:draw_toy",
+            "takes": "options",
+            "shows": "grace on points in the plane, its balls drawn; takes the options of a run",
+        },
+        "separability": {
+            "draw": "grace_bench.editors._grace.figures.separability:draw_separability",
+            "takes": "options",
+            "shows": (
+                "how well distance at a layer predicts that two inputs want the same answer; takes stream=, model= and "
+                "other options of a run, several layers as layer=a,b and distance=a,b"
+            ),
+        },
+    }
+    traces = "grace_bench.editors._grace.traces:replay_file"
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import ast
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 # It becomes a part of paths, of command lines and of file names on any system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+_UNKNOWN = object()
+"""In place of what the source text does not say."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +142,24 @@ class Registry(Generic[T]):
     def declares(self, name: str, flag: str) -> bool:
         """Returns a boolean class attribute of the class registered as `name`.
 
-        One of the package's own classes is imported only if its source does not say.
+        Raises:
+            UserError: As `declared` does.
+        """
+        return bool(self.declared(name, flag))
+
+    def declared(self, name: str, attribute: str) -> Any:
+        """Returns a class attribute of the class registered as `name`.
+
+        One of the package's own classes is imported only if its source does not say: if no literal stands there.
 
         Raises:
             UserError: As `get` does.
         """
         entry = self.entries().get(name)
-        declared = None
+        value = _UNKNOWN
         if name not in self._classes and entry is not None and entry.origin == "grace_bench":
-            declared = _declared(entry.module, entry.class_name, flag)
-        return bool(getattr(self.get(name), flag)) if declared is None else declared
+            value = _declared(entry.module, entry.class_name, attribute)
+        return getattr(self.get(name), attribute) if value is _UNKNOWN else value
 
     def by_class_name(self, class_name: str) -> type[T]:
         """Imports and returns the package's own class of that name, for `from grace_bench.editors import Grace`.
@@ -194,30 +205,44 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def _declared(module: str, class_name: str, flag: str) -> bool | None:
-    """What the source of a class, or of the one it inherits from, says of a flag; None where it takes more to know."""
+def _declared(module: str, class_name: str, attribute: str) -> Any:
+    """What the source of a class, or of the one it inherits from, says of an attribute; `_UNKNOWN` if no literal."""
     # To find another package's module would import that package.
     spec = importlib.util.find_spec(module) if module.startswith("grace_bench.") else None
     if spec is None or spec.origin is None:
-        return None
+        return _UNKNOWN
     tree = _parsed(Path(spec.origin))
     cls = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if cls is None:
-        return None
-    bound = [node for node in ast.walk(cls) if _binds(node, flag)]
+        return _UNKNOWN
+    bound = [node for node in _in_class_scope(cls) if _binds(node, attribute)]
     if bound:
         plain = [node for node in cls.body if isinstance(node, ast.Assign | ast.AnnAssign) and _targets(node) == bound]
-        value = plain[0].value if plain else None
-        return value.value if isinstance(value, ast.Constant) and isinstance(value.value, bool) else None
+        return _literal(plain[0].value) if plain else _UNKNOWN
     if len(cls.bases) != 1 or not isinstance(cls.bases[0], ast.Name):
-        return None
+        return _UNKNOWN
     base = cls.bases[0].id
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
     for node in imports:
         for alias in node.names:
             if base == (alias.asname or alias.name):
-                return _declared(node.module or "", alias.name, flag)
-    return _declared(module, base, flag)
+                return _declared(node.module or "", alias.name, attribute)
+    return _declared(module, base, attribute)
+
+
+def _literal(value: ast.expr | None) -> Any:
+    try:
+        return _UNKNOWN if value is None else ast.literal_eval(value)
+    except ValueError:
+        return _UNKNOWN
+
+
+def _in_class_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes of a class body, without the bodies of its functions, whose variables are no attributes."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            yield from _in_class_scope(child)
 
 
 def _binds(node: ast.AST, name: str) -> bool:

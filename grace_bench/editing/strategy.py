@@ -22,6 +22,7 @@ from grace_bench.common.state import copied
 from grace_bench.data.avalanche import BasePlugin, BaseTemplate, EvaluationPlugin, trigger_plugins
 from grace_bench.data.benchmark import EditExperience, EvalExperience
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.failures import ModelModes, RandomState, reason_of_failure, size_failure
 from grace_bench.errors import MISFITS, EditFailure, UserError, first_error
 from grace_bench.models.editable import EditableModel, LayerCall
@@ -145,6 +146,8 @@ class EditorStrategy(BaseTemplate, ABC):
         needs_meta_training: Whether `meta_train` must come before its first edit.
         freezes_weights: Whether the model's own weights never change.
         supported_tasks: The tasks it works on.
+        figures: The kinds of figures that it adds to `grace-bench figure`, by name.
+        traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 
     Raises:
         UserError: If the model's task is not supported, or a plugin needs a training loop that editing does not have.
@@ -156,6 +159,8 @@ class EditorStrategy(BaseTemplate, ABC):
     needs_meta_training: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = True
     supported_tasks: ClassVar[tuple[str, ...]] = ("classification", "qa", "completion", "language_modelling")
+    figures: ClassVar[Mapping[str, FigureKind]] = {}
+    traces: ClassVar[str | None] = None
 
     def __init__(
         self,
