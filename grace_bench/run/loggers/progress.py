@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from grace_bench.common.text import visible
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.codebook import HasCodebook
 from grace_bench.results.schema import EditRecord, RunResult
 from grace_bench.run.loggers import RunLogger, RunPlan
 
@@ -99,9 +100,8 @@ class ProgressLogger(RunLogger):
         parts = [f"{strategy.n_edits} edits"]
         if "ES" in self._values:
             parts.append(f"ES {self._values['ES']:.3f}")
-        codebook = getattr(strategy, "codebook", None)
-        if codebook is not None:
-            parts.append(f"{len(codebook)} keys")
+        if isinstance(strategy, HasCodebook):
+            parts.append(f"{len(strategy.codebook)} keys")
         return ", ".join(parts)
 
     def _time_left(self, strategy: EditorStrategy) -> str:
