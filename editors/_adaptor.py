@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
-from grace_bench.editing.guard import check_loss
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.editors._training import EditTraining
 from grace_bench.models.editable import EditableModel, LayerCall
 
 
@@ -80,29 +80,20 @@ class AdaptorStrategy(EditorStrategy):
         call = self.model.layer_call(encoded)
         self._size = (call.input.shape[-1], call.output.shape[-1])
         adaptor = self._ready()
-        losses: list[float] = []
-        steps = 0
         optimizer = torch.optim.Adam(adaptor.parameters(), lr=self.lr)
-        repeated = self.model.repeated(encoded)
+        training = EditTraining(self.model, encoded, n_iter=self.n_iter, stops_when_answered=self.stops_when_answered)
+
+        def descend(loss: Tensor) -> None:
+            assert self.step is not None
+            optimizer.zero_grad()
+            (loss + self.penalty()).backward()
+            optimizer.step()
+            self.step += 1
+
         with self._training():
-            for step in range(self.n_iter):
-                self.step = step
-                logits = repeated()
-                loss = self.model.task.loss(logits, repeated.batch)
-                losses.append(float(loss.detach()))
-                check_loss(losses[-1], steps)
-                if self.stops_when_answered and self.model.task.answered(logits, repeated.batch):
-                    break
-                optimizer.zero_grad()
-                (loss + self.penalty()).backward()
-                optimizer.step()
-                steps += 1
+            training.run(descend)
         self.is_trained = True
-        with torch.no_grad():
-            # An edit that was not ended by its answer goes on answering otherwise than in training.
-            after = losses[-1] if steps < self.n_iter else float(self.model.task.loss(repeated(), repeated.batch))
-        check_loss(after, steps)
-        return EditOutcome(loss_first=losses[0], loss=losses[-1], loss_after=after, steps=steps)
+        return training.outcome()
 
     def rollback(self) -> None:
         super().rollback()
@@ -142,6 +133,7 @@ class AdaptorStrategy(EditorStrategy):
     @contextmanager
     def _training(self) -> Iterator[None]:
         assert self.adaptor is not None
+        self.step = 0
         self.adaptor.requires_grad_(True)
         try:
             yield

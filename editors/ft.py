@@ -8,9 +8,9 @@ from torch import Tensor
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.batch import EditBatch, EditOutcome
-from grace_bench.editing.guard import check_loss
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import trainable
+from grace_bench.editors._training import EditTraining
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
@@ -51,24 +51,11 @@ class FineTune(EditorStrategy):
         self.lr = lr
 
     def edit(self, batch: EditBatch) -> EditOutcome:
-        losses: list[float] = []
-        steps = 0
-        repeated = self.model.repeated(batch.encoded)
+        training = EditTraining(self.model, batch.encoded, n_iter=self.n_iter)
         with trainable(self.model.layer.parameters()) as parameters:
             optimizer = WeightAdam(parameters, lr=self.lr)
-            for _ in range(self.n_iter):
-                logits = repeated()
-                loss = self.model.task.loss(logits, repeated.batch)
-                losses.append(float(loss.detach()))
-                check_loss(losses[-1], steps)
-                if self.model.task.answered(logits, repeated.batch):
-                    break
-                optimizer.step(loss + self.penalty(optimizer.masters))
-                steps += 1
-            with torch.no_grad():
-                after = losses[-1] if steps < self.n_iter else float(self.model.task.loss(repeated(), repeated.batch))
-        check_loss(after, steps)
-        return EditOutcome(loss_first=losses[0], loss=losses[-1], loss_after=after, steps=steps)
+            training.run(lambda loss: optimizer.step(loss + self.penalty(optimizer.masters)))
+            return training.outcome()
 
     def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
         """Returns what training adds to the loss, given the layer's weights in the order of its parameters."""

@@ -55,13 +55,7 @@ _FIGURE_HELP = """usage: grace-bench figure KIND [RUNS ... | option=value ...] -
 
 Draws a figure as SVG and PNG.
 
-  curves RUNS ...             scores over the edits, a line an editor
-  sweep RUNS ...              scores of grace by deferral radius and edited block
-  overlap RUNS ...            how the balls of codebooks come to overlap
-  toy [option=value ...]      grace on points in the plane, its balls drawn; takes the options of a run
-  separability [option=value ...]
-                              how well distance at a layer predicts that two inputs want the same answer; takes
-                              stream=, model= and other options of a run, several layers as layer=a,b and distance=a,b
+{kinds}
 
   grace-bench figure curves runs --out figures
   grace-bench figure separability stream=atlas-qa distance=euclidean,cosine --out figures
@@ -324,15 +318,16 @@ def _dashboard(options: argparse.Namespace) -> int:
 
 
 def _figure(arguments: list[str]) -> int:
+    from grace_bench.launch.figures import draw, figure_help
+
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(_FIGURE_HELP, end="")
+        print(_FIGURE_HELP.format(kinds=figure_help()), end="")
         return 0
     parser = _Parser(prog="grace-bench figure", add_help=False)
-    parser.add_argument("kind", choices=["curves", "sweep", "overlap", "toy", "separability"])
+    parser.add_argument("kind")
     parser.add_argument("given", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_intermixed_args(arguments)
-    from grace_bench.analysis.figures.commands import draw
     from grace_bench.common.terminal import say
 
     draw(options.kind, options.given, options.out, say=say)

@@ -9,7 +9,7 @@ import ast
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 # It becomes a part of paths, of command lines and of file names on any system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+_UNKNOWN: Any = object()
+"""What `_declared` returns where the source alone does not tell."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,6 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-_UNKNOWN: Any = object()
-"""What `_declared` returns where the source alone does not tell."""
-
-
 @cache
 def _declared(module: str, class_name: str, name: str) -> Any:
     """Returns the literal that a class, or the one it inherits from, assigns to an attribute, or `_UNKNOWN`."""
@@ -217,7 +216,7 @@ def _declared(module: str, class_name: str, name: str) -> Any:
     cls = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name), None)
     if cls is None:
         return _UNKNOWN
-    bound = [node for node in ast.walk(cls) if _binds(node, name)]
+    bound = [node for node in _in_class_scope(cls) if _binds(node, name)]
     if bound:
         plain = [node for node in cls.body if isinstance(node, ast.Assign | ast.AnnAssign) and _targets(node) == bound]
         return _literal(plain[0].value) if plain else _UNKNOWN
@@ -240,6 +239,14 @@ def _literal(node: ast.expr | None) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         return _UNKNOWN
+
+
+def _in_class_scope(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes of a class body, without the bodies of its functions, whose variables are no attributes."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            yield from _in_class_scope(child)
 
 
 def _binds(node: ast.AST, name: str) -> bool:

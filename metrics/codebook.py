@@ -1,9 +1,8 @@
 """How a codebook grows, and where its balls overlap: GRACE's known weakness."""
 
-from typing import Any
-
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.codebook import Codebook, HasCodebook
 from grace_bench.evaluation.metric import EditMetric
 from grace_bench.registry import register_metric
 
@@ -11,16 +10,16 @@ from grace_bench.registry import register_metric
 class _CodebookMetric(EditMetric):
     """A metric of editors that have a codebook; silent for the others."""
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
+    def measure(self, codebook: Codebook, strategy: EditorStrategy) -> dict[str, float]:
         """Returns values by suffix."""
         raise NotImplementedError
 
     def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
         """Emits the values of the codebook as it stands."""
-        codebook = getattr(strategy, "codebook", None)
-        if codebook is None:
+        if not isinstance(strategy, HasCodebook):
             return None
-        return [self.value(strategy, value, suffix) for suffix, value in self.measure(codebook, strategy).items()]
+        values = self.measure(strategy.codebook, strategy)
+        return [self.value(strategy, value, suffix) for suffix, value in values.items()]
 
 
 @register_metric("n_keys")
@@ -36,7 +35,7 @@ class Keys(_CodebookMetric):
     always_has_column = True
     shown_in = ("table", "report", "bar", "curves", "summary", "tuning", "dashboard")
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
+    def measure(self, codebook: Codebook, strategy: EditorStrategy) -> dict[str, float]:
         values: dict[str, float] = {"": len(codebook)}
         if len(codebook):
             radii = codebook.radii
@@ -55,7 +54,7 @@ class EditsPerKey(_CodebookMetric):
     order = 91
     shown_in = ()
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
+    def measure(self, codebook: Codebook, strategy: EditorStrategy) -> dict[str, float]:
         return {"": strategy.n_edits / len(codebook)} if len(codebook) else {}
 
 
@@ -86,7 +85,7 @@ class CodebookOverlap(_CodebookMetric):
         """Counts the queries that fall into two balls."""
         self._contested += [item.contested for item in strategy.scores if item.contested is not None]
 
-    def measure(self, codebook: Any, strategy: EditorStrategy) -> dict[str, float]:
+    def measure(self, codebook: Codebook, strategy: EditorStrategy) -> dict[str, float]:
         values = {"": codebook.overlap()}
         if self._contested:
             values["queries"] = sum(self._contested) / len(self._contested)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from grace_bench.common.options import check_positive
-from grace_bench.editors._grace.key_index import CosineIndex, EuclideanIndex, Rows, newest_of_least
+from grace_bench.editors._grace.key_index import CosineIndex, EuclideanIndex, newest_of_least
+from grace_bench.editors._grace.rows import Rows
 from grace_bench.editors._grace.whitening import Whitening
 from grace_bench.errors import UserError
 
@@ -57,7 +58,7 @@ class Settlement:
         is_new: Whether that entry was made by it.
         distance: Distance to the nearest entry beforehand, None if there was none.
         is_close: Whether rounding in another batch could have decided otherwise.
-        before: What `Codebook.take_back` takes.
+        before: What `Codebook.undo` takes.
     """
 
     op: Op
@@ -281,11 +282,11 @@ class Codebook:
         try:
             settled = self._settle(query, label, make_value, label_mean)
         except Exception:
-            self.take_back(self._before)
+            self.undo(self._before)
             raise
         return replace(settled, before=self._before)
 
-    def take_back(self, before: Before) -> None:
+    def undo(self, before: Before) -> None:
         """Takes the newest edit back: keys, radii and labels are as before it. A value that was trained on it is not.
 
         Args:

@@ -41,7 +41,7 @@ class History:
         """Begins with the codebook as it is now."""
         self._made = []
 
-    def note(self, clock: int, before: Before, entry: int) -> None:
+    def record(self, clock: int, before: Before, entry: int) -> None:
         """Notes an edit.
 
         Args:
@@ -51,18 +51,18 @@ class History:
         """
         self._made.append(_Made(clock, before, entry))
 
-    def note_value(self, place: int) -> None:
+    def record_value(self, place: int) -> None:
         """Notes the value that is about to be trained for the edit at a place."""
         made = self._made[place]
         made.value = self._codebook.values[made.entry].clone()
 
-    def take_back(self, n: int) -> set[int]:
+    def undo(self, n: int) -> set[int]:
         """Puts the codebook back to where it was after the first n edits; returns the entries with another value."""
         entries = set()
         for made in reversed(self._made[n:]):
             if made.value is not None:
                 self._codebook.values[made.entry] = made.value
-            self._codebook.take_back(made.before)
+            self._codebook.undo(made.before)
             entries.add(made.entry)
         del self._made[n:]
         return entries

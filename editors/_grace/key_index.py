@@ -9,83 +9,33 @@ from typing import Self
 import torch
 from torch import Tensor
 
-# Measured on one core: below this many multiplications the plain distances are faster than bounding them first.
+from grace_bench.editors._grace.rows import Rows
+
+# Measured on one core: below this many multiplications the plain distances are faster than a product before them.
 _PLAIN = 2**20
-# What is held at once: pairs of a query and a key, queries, and numbers gathered for exact distances.
+# The most that is held at once: pairs of a query and a key, queries, and numbers gathered for exact distances.
 _PAIRS = 2**17
 _ROWS = 256
 _GATHERED = 2**20
 
 _UNIT = 2.0**-24
 """Unit roundoff of float32."""
-_TINY = 2.0**-120
-"""More than a product of three numbers can lose to underflow."""
+_TINY = 2.0**-55
+"""More than underflow can add to a float32 distance."""
 _HUGE = 1e18
-"""Norms above this, or that are no numbers, may overflow when squared."""
+"""Norms above this, or that are not numbers, may overflow when squared in float32."""
 _SHORTEST = 1e-12
 """Shorter vectors have no direction; `torch.nn.functional.normalize` divides them by this."""
-
-
-class Rows:
-    """A tensor that grows by rows, each in amortised constant time.
-
-    Args:
-        shape: Its shape while it is empty: (0, 0) for rows that are vectors, (0,) for numbers.
-        device: Where it is.
-        dtype: Of its numbers.
-    """
-
-    def __init__(self, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self._empty = self._buffer = torch.empty(shape, device=device, dtype=dtype)
-        self._n = 0
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        """Returns rows that are there already, without a copy."""
-        rows = cls(*(0 for _ in tensor.shape), device=tensor.device, dtype=tensor.dtype)
-        rows._buffer, rows._n = tensor, len(tensor)
-        return rows
-
-    @property
-    def tensor(self) -> Tensor:
-        """(N, ...) the rows, without a copy."""
-        return self._buffer[: self._n]
-
-    def extend(self, rows: Tensor) -> None:
-        """Adds (n, ...) rows at the end."""
-        n = self._n + len(rows)
-        if n > len(self._buffer):
-            grown = self._empty.new_empty((max(16, n, 2 * self._n), *rows.shape[1:]))
-            if self._n:
-                grown[: self._n] = self.tensor
-            self._buffer = grown
-        self._buffer[self._n : n] = rows
-        self._n = n
-
-    def truncate(self, n: int) -> None:
-        """Removes all but the first `n` rows."""
-        self._n = min(n, self._n)
-        if not self._n:
-            self.clear()
-
-    def clear(self) -> None:
-        """Removes every row."""
-        self._buffer, self._n = self._empty, 0
-
-    def first(self, n: int) -> "Rows":
-        """Returns the first n rows, without a copy."""
-        return Rows.of(self.tensor[:n])
 
 
 class KeyIndex(ABC):
     """Keys, and exact lookups among them.
 
-    A distance has one value for a query and a key, whatever else is looked up with them: `distances` computes it the
-    plain way, for all pairs. The other lookups bound it first by a matrix product and the norms of the keys, which are
-    kept, and compute it only where the bounds leave open what they are asked. The bounds hold for any order of
-    summation (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1: a dot product of width D is off
-    by at most D u / (1 - D u) times the product of the norms, u the unit roundoff), so that the answers are those of
-    the plain way to the last bit.
+    The distance of a query and a key is what float32 arithmetic gives for the pair, whatever else is looked up with
+    them; `distances` computes it for all pairs. The other lookups first bound it by a float32 product, and compute it
+    only for the pairs that the bounds leave undecided, so that the answers are those of `distances` to the last bit.
+    The bounds hold for any order of summation: a dot product of width D is off by at most D u / (1 - D u) times the
+    product of the norms, u the unit roundoff (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1).
 
     Args:
         device: Where the keys are.
@@ -93,56 +43,49 @@ class KeyIndex(ABC):
 
     def __init__(self, *, device: torch.device) -> None:
         self._keys = Rows(0, 0, device=device)
-        self._norms = Rows(0, device=device)
-        self._bounded_norms = True
+        self._sizes = Rows(0, device=device, dtype=torch.float64)
 
     @property
     def keys(self) -> Tensor:
-        """(N, D) float32, not to be written to: their norms are kept."""
+        """(N, D) float32, not to be written to."""
         return self._keys.tensor
 
     def extend(self, keys: Tensor) -> None:
         """Adds (n, D) keys, the newest last."""
         self._keys.extend(keys)
-        for block in _slices(len(keys), max(1, _GATHERED // max(1, keys.shape[1]))):
-            norms = self._measure(self.keys[len(self._norms.tensor) :][: block.stop - block.start])
-            self._bounded_norms &= bool((norms <= _HUGE).all())
+        for some in keys.split(max(1, _GATHERED // max(1, keys.shape[1]))):
+            self._sizes.extend(_norms(some.to(self.keys), self._origin()))
 
     def first(self, n: int) -> Self:
         """Returns the index of the first n keys, without a copy."""
         index = copy(self)
-        for name, rows in vars(self).items():
-            if isinstance(rows, Rows):
-                setattr(index, name, rows.first(n))
+        index._keys, index._sizes = Rows.of(self.keys[:n]), Rows.of(self._sizes.tensor[:n])
         return index
 
     def truncate(self, n: int) -> None:
         """Removes all but the first `n` keys."""
         self._keys.truncate(n)
-        self._norms.truncate(n)
-        self._bounded_norms = bool((self._norms.tensor <= _HUGE).all())
+        self._sizes.truncate(n)
 
     def clear(self) -> None:
         """Removes every key."""
-        self._keys.clear()
-        self._norms.clear()
-        self._bounded_norms = True
+        self.truncate(0)
 
     def distances(self, queries: Tensor) -> Tensor:
         """Returns the (B, N) distances of (B, D) queries."""
-        return self._exact(self.keys, self._norms.tensor, queries).T
+        return self._exact(self.keys, self._sizes.tensor, queries).T
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the (B,) entries nearest to (B, D) queries, the newest of equals, and their distances."""
-        if self._plain(queries):
+        if self._is_plain(queries):
             distances = self.distances(queries)
             entry = newest_of_least(distances)
             return entry, distances.gather(1, entry[:, None])[:, 0]
         parts = []
         for chunk in queries.split(_ROWS):
             row, entry, distance = self._near(chunk, 0.0)
+            # All of these lie at the least distance of their query.
             newest = entry.new_full((len(chunk),), -1).scatter_reduce_(0, row, entry, "amax")
-            # All that is left lies at its query's smallest distance.
             parts.append((newest, distance.new_empty(len(chunk)).scatter_(0, row, distance)))
         return torch.cat([entry for entry, _ in parts]), torch.cat([distance for _, distance in parts])
 
@@ -151,20 +94,18 @@ class KeyIndex(ABC):
 
         The second tensor has their (M,) distances.
         """
-        if self._plain(query[None]):
-            distances = self.distances(query[None])[0]
-            close = distances <= distances.min() + slack
-            # This one is, unless the least distance is no number.
-            close[newest_of_least(distances[None])] = True
-            entry = torch.nonzero(close)[:, 0]
-            return entry, distances[entry]
-        return self._near(query[None], slack)[1:]
+        if not self._is_plain(query[None]):
+            return self._near(query[None], slack)[1:]
+        distances = self.distances(query[None])[0]
+        close = distances <= distances.min() + slack
+        # The nearest is close, even if its distance is not a number.
+        close[newest_of_least(distances[None])] = True
+        entry = torch.nonzero(close)[:, 0]
+        return entry, distances[entry]
 
     def within(self, query: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the (M,) entries, oldest first, whose (N,) reach takes in a (D,) query, and their (M,) distances."""
-        found = [
-            torch.nonzero(inside[0])[:, 0] + entries.start for _, entries, inside in self.inside(query[None], reach)
-        ]
+        """Returns the (M,) entries, oldest first, whose (N,) reach covers a (D,) query, and their (M,) distances."""
+        found = [torch.nonzero(inside[0])[:, 0] + some.start for _, some, inside in self.inside(query[None], reach)]
         entry = torch.cat(found)
         return entry, self._pairs(query[None], torch.zeros_like(entry), entry)
 
@@ -181,28 +122,29 @@ class KeyIndex(ABC):
                 yield some, entries, meets
 
     def lengths(self, distances: Tensor) -> Tensor:
-        """Returns distances as what obeys the triangle inequality."""
+        """Returns distances as lengths, which obey the triangle inequality."""
         return distances
 
     def distances_of(self, lengths: Tensor) -> Tensor:
-        """Returns the distances that lengths are of; 0 for negative ones."""
+        """Returns the distances of lengths; 0 for negative ones."""
         return lengths.clamp(min=0)
 
     def reach(self, radii: Tensor, own_radii: Tensor) -> Tensor:
         """Returns the greatest distances at which balls of two radii meet."""
         return radii + own_radii
 
-    def _plain(self, queries: Tensor) -> bool:
-        """Whether to take the plain way: because it is faster, or because the bounds would not hold."""
+    def _is_plain(self, queries: Tensor) -> bool:
+        """Whether all distances are computed: because that is faster, or because the bounds would not hold."""
         if self.keys.numel() * len(queries) <= _PLAIN or not _products_are_float32():
             return True
-        return not (self._bounded_norms and bool((_norms(queries) <= _HUGE).all()))
+        sizes = (self._sizes.tensor, _norms(queries), _norms(self.keys[:1]))
+        return not all(bool((some <= _HUGE).all()) for some in sizes)
 
     def _reached(
         self, queries: Tensor, radii: Tensor, own_radii: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields some of the first entries, and whose balls hold a query or, if it has a radius, meet its own."""
-        if self._plain(queries):
+        if self._is_plain(queries):
             reach = radii if own_radii is None else self.reach(radii, own_radii)
             yield slice(0, len(radii)), self.distances(queries)[:, : len(radii)] <= reach
             return
@@ -216,49 +158,50 @@ class KeyIndex(ABC):
 
     def _near(self, queries: Tensor, slack: float) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs at most `slack` worse than the best of their query: row, entry, distance, by entry in each row."""
-        ceiling = queries.new_full((len(queries),), torch.inf)
+        ceiling = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)
         found = []
         for block, low, high in self._bounded(queries, len(self.keys)):
             ceiling = torch.minimum(ceiling, high.amin(dim=1))
-            row, column = torch.nonzero(low <= (ceiling + slack)[:, None], as_tuple=True)
-            distance = self._pairs(queries, row, column + block.start)
-            ceiling = ceiling.scatter_reduce(0, row, distance, "amin")
-            kept = distance <= (ceiling + slack)[row]
-            found.append((row[kept], column[kept] + block.start, distance[kept]))
-        row, entry, distance = (torch.cat(parts) for parts in zip(*found, strict=True))
-        # By now the ceiling is the least distance itself: no upper bound is below it, and its key was not left out.
-        kept = distance <= (ceiling + slack)[row]
+            # The slack is added in float32 below, where it may round up.
+            row, column = torch.nonzero(low <= ((ceiling + slack) * (1 + 4 * _UNIT))[:, None], as_tuple=True)
+            found.append((row, column + block.start, low[row, column]))
+        row, entry, low = (torch.cat(parts) for parts in zip(*found, strict=True))
+        candidates = low <= ((ceiling + slack) * (1 + 4 * _UNIT))[row]
+        row, entry = row[candidates], entry[candidates]
+        distance = self._pairs(queries, row, entry)
+        least = distance.new_full((len(queries),), torch.inf).scatter_reduce(0, row, distance, "amin")
+        kept = distance <= (least + slack)[row]
         return row[kept], entry[kept], distance[kept]
 
     def _bounded(self, queries: Tensor, n: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields blocks of the first n entries with the (B, n) bounds of their distances from below and above."""
-        # A product in half precision, which autocast would make of it, is not what the bounds are for.
-        with torch.autocast(queries.device.type, enabled=False):
-            bounds = self._bounds(queries)
+        bounds = self._bounds(queries)
         for block in _slices(n, max(1, _PAIRS // len(queries))):
-            with torch.autocast(queries.device.type, enabled=False):
-                low, high = bounds(block)
-            yield block, low, high
+            yield block, *bounds(block)
 
     def _pairs(self, queries: Tensor, row: Tensor, entry: Tensor) -> Tensor:
         """The (P,) distances of P pairs of a query and a key."""
-        keys, norms = self.keys, self._norms.tensor
+        keys, sizes = self.keys, self._sizes.tensor
         n = max(1, _GATHERED // queries.shape[1])
         parts = [
-            self._exact(keys[some][:, None], norms[some][:, None], queries[rows][:, None])[:, 0, 0]
+            self._exact(keys[some][:, None], sizes[some][:, None], queries[rows][:, None])[:, 0, 0]
             for rows, some in zip(row.split(n), entry.split(n), strict=True)
         ]
         return torch.cat(parts)
 
-    def _measure(self, keys: Tensor) -> Tensor:
-        """Keeps what the bounds need of (n, D) new keys, and returns their (n,) norms."""
-        norms = _norms(keys)
-        self._norms.extend(norms)
-        return norms
+    def _products(self, vectors: Tensor, block: slice) -> Tensor:
+        """The (B, n) float32 products of (B, D) vectors and some keys."""
+        # A product in half precision, which autocast would make of it, is not what the bounds are for.
+        with torch.autocast(vectors.device.type, enabled=False):
+            return vectors.float() @ self.keys[block].T
+
+    def _origin(self) -> Tensor | None:
+        """The (1, D) point that the sizes of keys are measured from; None for the origin."""
+        return None
 
     @abstractmethod
-    def _exact(self, keys: Tensor, norms: Tensor, queries: Tensor) -> Tensor:
-        """The (..., n, B) distances of (..., n, D) keys with (..., n) norms and (..., B, D) queries."""
+    def _exact(self, keys: Tensor, sizes: Tensor, queries: Tensor) -> Tensor:
+        """The (..., n, B) distances of (..., n, D) keys with (..., n) sizes and (..., B, D) queries."""
 
     @abstractmethod
     def _bounds(self, queries: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
@@ -268,45 +211,29 @@ class KeyIndex(ABC):
 class EuclideanIndex(KeyIndex):
     """Keys under euclidean distance.
 
-    With c the first key, |q - k|^2 = |q|^2 - |c|^2 - 2 (q - c).k + |k - c|^2. What rounding can do to it grows with
+    With c the first key, |q - k|^2 = (q - c).(q + c) - 2 (q - c).k + |k - c|^2. What rounding can do to it grows with
     |q - c| |k| rather than |q| |k|: activations have much in common, which would drown what tells them apart.
     """
 
-    def __init__(self, *, device: torch.device) -> None:
-        super().__init__(device=device)
-        self._spreads = Rows(0, device=device)
+    def _origin(self) -> Tensor | None:
+        return self.keys[:1]
 
-    def truncate(self, n: int) -> None:
-        super().truncate(n)
-        self._spreads.truncate(n)
-
-    def clear(self) -> None:
-        super().clear()
-        self._spreads.clear()
-
-    def _measure(self, keys: Tensor) -> Tensor:
-        self._spreads.extend(_norms(keys, self.keys[:1]).square())
-        return super()._measure(keys)
-
-    def _exact(self, keys: Tensor, norms: Tensor, queries: Tensor) -> Tensor:
+    def _exact(self, keys: Tensor, sizes: Tensor, queries: Tensor) -> Tensor:
         return _cdist(keys, queries)
 
     def _bounds(self, queries: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
-        width = queries.shape[1]
-        error = _error(width)
-        centre = self.keys[:1].double()
-        shift = (queries.double().square().sum(dim=1) - centre.square().sum())[:, None].float()
-        moved = (queries.double() - centre).float()
-        sizes = 2 * error * _norms(moved)[:, None]
-        doubled = -2 * moved
-        least = 8 * _UNIT * shift.abs() + width * _TINY
+        error, centre = _error(queries.shape[1]), self.keys[:1].double()
+        moved = queries.double() - centre
+        shift = (moved * (queries.double() + centre)).sum(dim=1, keepdim=True)
+        errors = 2 * error * _norms(moved)[:, None]
+        farthest = _norms(centre)
 
         def bounds(block: slice) -> tuple[Tensor, Tensor]:
-            spreads = self._spreads.tensor[block]
-            squares = (doubled @ self.keys[block].T).add_(spreads).add_(shift)
-            errors = (sizes * self._norms.tensor[block]).add_(8 * _UNIT * spreads).add_(least)
-            low = (squares - errors).clamp_(min=0).sqrt_().mul_(1 - error)
-            return low, squares.add_(errors).clamp_(min=0).sqrt_().mul_(1 + error)
+            sizes = self._sizes.tensor[block]
+            squares = self._products(-2 * moved, block) + (shift + sizes.square())
+            slack = errors * (sizes + farthest)
+            low = (squares - slack).clamp_(min=0).sqrt_().mul_(1 - error).sub_(_TINY)
+            return low, squares.add_(slack).clamp_(min=0).sqrt_().mul_(1 + error).add_(_TINY)
 
         return bounds
 
@@ -314,7 +241,7 @@ class EuclideanIndex(KeyIndex):
 class CosineIndex(KeyIndex):
     """Keys under cosine distance: half the squared distance of unit vectors, exact near 0 as their product is not.
 
-    What is too short for a direction is at distance 1 from everything. Lengths are angles.
+    A vector too short for a direction is at distance 1 from everything. Lengths are angles.
     """
 
     def lengths(self, distances: Tensor) -> Tensor:
@@ -327,20 +254,19 @@ class CosineIndex(KeyIndex):
         # Left in double precision: near opposite keys, float32 tells no two angles apart.
         return self.distances_of(self.lengths(radii.double()) + self.lengths(own_radii.double()))
 
-    def _exact(self, keys: Tensor, norms: Tensor, queries: Tensor) -> Tensor:
-        sizes = _norms(queries)
+    def _exact(self, keys: Tensor, sizes: Tensor, queries: Tensor) -> Tensor:
+        norms, lengths = sizes.float(), _norms(queries).float()
         units = keys / norms.clamp(min=_SHORTEST)[..., None]
-        squares = _cdist(units, queries / sizes.clamp(min=_SHORTEST)[..., None]).square()
-        return (squares + _missing(norms)[..., :, None] + _missing(sizes)[..., None, :]) / 2
+        squares = _cdist(units, queries / lengths.clamp(min=_SHORTEST)[..., None]).square()
+        return (squares + _missing(norms)[..., :, None] + _missing(lengths)[..., None, :]) / 2
 
     def _bounds(self, queries: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
         error = _error(queries.shape[1])
         units = queries / _norms(queries).clamp(min=_SHORTEST)[:, None]
 
         def bounds(block: slice) -> tuple[Tensor, Tensor]:
-            similarity = (units @ self.keys[block].T).div_(self._norms.tensor[block].clamp(min=_SHORTEST))
-            low = (1 - error - similarity).clamp_(min=0).mul_(1 - error)
-            return low, similarity.neg_().add_(1 + error).clamp_(min=0).mul_(1 + error)
+            distances = 1 - self._products(units, block) / self._sizes.tensor[block].clamp(min=_SHORTEST)
+            return (distances - error).mul_(1 - error), (distances + error).mul_(1 + error)
 
         return bounds
 
@@ -356,10 +282,10 @@ def _cdist(keys: Tensor, queries: Tensor) -> Tensor:
 
 
 def _norms(points: Tensor, origin: Tensor | None = None) -> Tensor:
-    """The (..., n) float32 distances of (..., n, D) points from a (1, D) origin, right to the last bit or nearly so."""
+    """The (..., n) float64 distances of (..., n, D) points from a (1, D) origin."""
     # Of cdist, unlike a sum over a dimension, it is known that a row's result does not depend on the other rows.
     zero = points.new_zeros(1, points.shape[-1]) if origin is None else origin
-    return _cdist(points.double(), zero.double())[..., 0].float()
+    return _cdist(points.double(), zero.double())[..., 0]
 
 
 def _missing(norms: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class ValueTraining:
         self._trained: _Trained | None = None
 
     @property
-    def is_going_on(self) -> bool:
+    def is_training(self) -> bool:
         """Whether values are being trained, so that the layer's calls are to be answered by `answer`."""
         return self._trained is not None
 

@@ -71,20 +71,15 @@ class Whitening:
 def shrunk_covariance(samples: Tensor) -> Tensor:
     """Returns (1 - s) S + s v I, where S is the covariance of (n, D) samples and v the mean of its diagonal.
 
-    The share s is the estimate, free of parameters, that makes the expected squared error least: the mean squared
-    distance of the samples' own products x xᵀ from S over n, relative to that of S from v I (Ledoit & Wolf 2004, A
-    well-conditioned estimator for large-dimensional covariance matrices). It is at least 1e-4 here.
+    The share s is the estimate of Ledoit & Wolf 2004 (A well-conditioned estimator for large-dimensional covariance
+    matrices), but at least 1e-4.
 
     Args:
-        samples: (n, D) float64.
+        samples: (n, D) float64, on the CPU.
     """
-    n = len(samples)
-    centred = samples - samples.mean(dim=0)
-    covariance = centred.T @ centred / n
-    identity = torch.eye(len(covariance), dtype=samples.dtype, device=samples.device)
-    variance = covariance.diagonal().mean()
-    dispersion = (covariance - variance * identity).square().sum()
-    # The sum over samples of |x xᵀ - S|² is that of |x|⁴ - |S|².
-    noise = (centred.square().sum(dim=1).square().mean() - covariance.square().sum()) / n
-    share = (noise / dispersion).nan_to_num(nan=1.0).clamp(_LEAST_SHRINKAGE, 1.0)
-    return (1 - share) * covariance + share * variance * identity
+    # Imported here, because it takes a second.
+    from sklearn.covariance import empirical_covariance, ledoit_wolf_shrinkage, shrunk_covariance
+
+    points = samples.numpy()
+    share = max(ledoit_wolf_shrinkage(points), _LEAST_SHRINKAGE)
+    return torch.from_numpy(shrunk_covariance(empirical_covariance(points), shrinkage=share))

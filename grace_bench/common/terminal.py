@@ -20,16 +20,24 @@ def say(text: str) -> None:
 def progress_bars(console: Console | None = None) -> Iterator[Progress]:
     """Yields a progress callback that shows bars, on standard error by default, while a step is under way."""
     bars: dict[str, progress.TaskID] = {}
+    finished: set[str] = set()
     display = progress.Progress(console=console or Console(stderr=True))
 
     def report(what: str, done: int, total: int) -> None:
+        if what in finished and done >= total:
+            return
         if what not in bars:
+            finished.discard(what)
             bars[what] = display.add_task(escape(visible(what)), total=total)
             display.start()
         display.update(bars[what], completed=done, total=total)
-        # rich allows one live display at a time, and another may follow.
         if display.finished:
+            # Other displays may follow. A finished bar stays on the screen, so the next display must not draw it again.
             display.stop()
+            for bar in bars.values():
+                display.remove_task(bar)
+            finished.update(bars)
+            bars.clear()
 
     try:
         yield report

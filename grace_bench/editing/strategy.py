@@ -12,6 +12,7 @@ from grace_bench.common.signatures import choice_fault, class_fault, constructor
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import TaskName
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.guard import Guard
 from grace_bench.editing.hooks import OptionalHooks
 from grace_bench.editing.saving import GIVEN_BY_THE_HARNESS, load_editor, option_names, save_editor, split_state
@@ -43,6 +44,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         needs_meta_training: Whether `meta_train` must run before the first edit.
         freezes_weights: Whether the model's weights never change. If false, the edited layer is declared by `rewrite`.
         supported_tasks: The tasks the editor works on.
+        figures: The kinds of figures that the editor adds to `grace-bench figure`, by name.
+        traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 
     Raises:
         UserError: If the model's task is not supported, or a plugin needs a training loop that editing does not have.
@@ -54,6 +57,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     needs_meta_training: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = True
     supported_tasks: ClassVar[tuple[str, ...]] = get_args(TaskName)
+    figures: ClassVar[Mapping[str, FigureKind]] = {}
+    traces: ClassVar[str | None] = None
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.launch.trials import Counts, Trial, count_run, sample
+from grace_bench.launch.plan_trials import Counts, Trial, count_run, sample
 from grace_bench.models.editable import DeviceMap, EditableModel
 from grace_bench.registry import EDITORS, METRICS
 from grace_bench.run.backlog import LOOKAHEAD

@@ -59,7 +59,7 @@ def differences(groups: Sequence[Sequence[RunResult]]) -> list[dict[str, str]]:
     differing = [
         name
         for name in found_differing
-        if not (name[0] == "model.fingerprint" and ("model.dtype", name[1]) in differing)
+        if not (name[0] == "model.fingerprint" and ("model.dtype", name[1]) in found_differing)
     ]
     several = len({result.model.name for group in groups for result in group}) > 1
     return [

@@ -27,7 +27,7 @@ def test_the_past_is_what_the_codebook_was(
 
     def train() -> None:
         for entry, (place, clock) in pending.items():
-            history.note_value(place)
+            history.record_value(place)
             codebook.values[entry] = torch.tensor([float(clock), 1.0])
             # Those who were to be answered by it are, from the edit on that it was trained for.
             for past in reference[clock + 1 :]:
@@ -43,7 +43,7 @@ def test_the_past_is_what_the_codebook_was(
         settled = codebook.settle(torch.tensor([x, y]), (label,), lambda: torch.zeros(2), label_mean=float(label))
         if settled.entry in pending:
             train()
-        history.note(clock, settled.before, settled.entry)
+        history.record(clock, settled.before, settled.entry)
         pending[settled.entry] = len(history) - 1, clock
         if len(pending) >= trained:
             train()
@@ -67,7 +67,7 @@ def test_the_past_is_what_the_codebook_was(
                 assert torch.equal(found.distance, expected.distance)
                 assert torch.equal(found.hit, expected.hit)
     for n in reversed(range(len(history))):
-        history.take_back(n)
+        history.undo(n)
         was = reference[since + n]
         assert codebook.labels == was.labels
         if len(was):

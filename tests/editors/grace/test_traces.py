@@ -22,10 +22,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grace_bench.editors._grace.traces import replay_file
 from grace_bench.errors import UserError
-from grace_bench.launch.verify import verify, verify_files
+from grace_bench.launch.verify import verify_files
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
+GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/*.json"))
 # Where they replace is shown on GPT-2 and, by the port below, on every family; the long settings on two of three.
 SLOW_FILES = ("bert/replace_all", "bert/replace_last", "t5/replace_all", "t5/replace_last", "t5/paper_settings_cold")
@@ -230,14 +231,14 @@ def write(folder: Path, content: dict[str, Any], name: str = "record.json") -> P
     ],
 )
 def test_official_recordings_agree(path: Path) -> None:
-    assert verify(path).difference is None
+    assert replay_file(path).difference is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 @pytest.mark.parametrize("replacement", ["replace_last", "replace_all", "replace_prompt"])
 def test_an_independent_port_agrees(tmp_path: Path, family: str, replacement: str) -> None:
     path = write(tmp_path, record(tmp_path, family, replacement=replacement, n_edits=10))
-    assert verify(path).difference is None
+    assert replay_file(path).difference is None
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
@@ -245,7 +246,7 @@ def test_an_independent_port_agrees(tmp_path: Path, family: str, replacement: st
 def test_a_recording_of_a_machine_that_rounds_otherwise_agrees(tmp_path: Path, family: str, seed: int) -> None:
     content = record(tmp_path, family, n_edits=70, seed=seed, foreign=True)
     assert content["trace"][-1]["n_keys"] > 25
-    assert verify(write(tmp_path, content)).difference is None
+    assert replay_file(write(tmp_path, content)).difference is None
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +292,7 @@ def test_a_changed_number_is_found(sound: tuple[Path, str], change: Change, mess
     content = json.loads(sound[1])
     change(content)
     path = write(sound[0], content)
-    difference = verify(path).difference
+    difference = replay_file(path).difference
     assert difference is not None
     assert message in difference
     lines: list[str] = []
@@ -346,7 +347,7 @@ def test_a_damaged_record_is_refused_by_field(sound: tuple[Path, str], change: C
     change(content)
     path = write(sound[0], content)
     with pytest.raises(UserError) as caught:
-        verify(path)
+        replay_file(path)
     for word in [str(path), *words]:
         assert word in str(caught.value)
     lines: list[str] = []
@@ -361,7 +362,7 @@ def test_initial_values_that_do_not_fit_are_refused(sound: tuple[Path, str], giv
     content["grace"]["value_init"] = "cold"
     content["initial_values"] = given
     with pytest.raises(UserError, match="'initial_values"):
-        verify(write(sound[0], content))
+        replay_file(write(sound[0], content))
 
 
 def test_truncated_text_and_missing_files_are_refused(sound: tuple[Path, str], tmp_path: Path) -> None:
@@ -369,14 +370,14 @@ def test_truncated_text_and_missing_files_are_refused(sound: tuple[Path, str], t
     truncated = folder / "truncated.json"
     truncated.write_text(text[: len(text) // 2], encoding="utf-8")
     with pytest.raises(UserError, match="EOF"):
-        verify(truncated)
+        replay_file(truncated)
     with pytest.raises(UserError, match="No such file"):
-        verify(folder / "absent.json")
+        replay_file(folder / "absent.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"bytes\.json"):
-        verify(tmp_path / "bytes.json")
+        replay_file(tmp_path / "bytes.json")
     with pytest.raises(UserError, match="folder 'model'"):
-        verify(write(tmp_path, json.loads(text)))
+        replay_file(write(tmp_path, json.loads(text)))
 
 
 @pytest.mark.parametrize("damage", ["config", "weights", "no weights", "another family"])
@@ -392,7 +393,7 @@ def test_a_damaged_model_is_refused(sound: tuple[Path, str], tmp_path: Path, dam
     else:
         tiny("bert").save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"record\.json"):
-        verify(path)
+        replay_file(path)
     lines: list[str] = []
     assert verify_files([path], lines.append) == 2
     assert len(lines) == 1

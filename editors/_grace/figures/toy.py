@@ -10,14 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from grace_bench.analysis.figures.drawing import INK, PALETTE, add_caption, new_figure, save, styled
-from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.commands import OpenTrial
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import asked_of, compose
-from grace_bench.registry import METRICS
-from grace_bench.run.loggers import RunLogger
-from grace_bench.run.loop import RunLoop
-from grace_bench.run.opening import open_benchmark
 from grace_bench.streams.toy import EXTENT, TURNED, label_before, parse_point
 
 if TYPE_CHECKING:
@@ -68,12 +63,13 @@ class ToyEdits:
         )
 
 
-def draw_toy(overrides: Sequence[str], out: Path) -> list[Path]:
+def draw_toy(overrides: Sequence[str], out: Path, open_trial: OpenTrial) -> list[Path]:
     """Runs GRACE on the toy stream and draws it.
 
     Args:
         overrides: Settings of the run, as `editor.eps_init=1.0`.
         out: Receives the figure.
+        open_trial: Opens the run.
 
     Returns:
         The files.
@@ -81,17 +77,18 @@ def draw_toy(overrides: Sequence[str], out: Path) -> list[Path]:
     Raises:
         UserError: If a setting is not one of such a run.
     """
-    edits = edit_toy(overrides)
+    edits = edit_toy(overrides, open_trial)
     with styled():
         figure = toy_figure(edits)
     return save(figure, out, "toy")
 
 
-def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyEdits:
+def edit_toy(overrides: Sequence[str], open_trial: OpenTrial, *, resolution: int = _RESOLUTION) -> ToyEdits:
     """Runs GRACE on the toy stream.
 
     Args:
         overrides: Settings of the run.
+        open_trial: Opens the run.
         resolution: Points of the grid along each axis.
 
     Raises:
@@ -100,25 +97,18 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
     for override in overrides:
         if override.partition("=")[0] in _FIXED:
             raise UserError(f"{override}: the figure is of grace on the stream toy, and leaves no run folder")
-    stream, asked = asked_of(compose(["stream=toy", "editor=grace", "device=cpu", *overrides]))
-    make = asked.pop("editor")
-    opened = open_benchmark(stream, **asked, progress=None)
-    model, settings = opened.model, asked["settings"]
+    trial = open_trial(["stream=toy", "editor=grace", "device=cpu", *overrides])
+    model = trial.model
     axis = np.linspace(-EXTENT, EXTENT, resolution).round(4)
     prompts = [f"({x:.4f}, {y:.4f})" for y in axis for x in axis]
     shape = (resolution, resolution)
     before = np.array(model.answer(prompts), dtype=np.int64).reshape(shape)
-    evaluator = EvaluationPlugin(
-        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[RunLogger()], collect_all=False
-    )
-    with make(model=model, evaluator=evaluator) as editor:
-        run = RunLoop(benchmark=opened.benchmark, strategy=editor, schedule=settings.schedule)
-        run.run()
-        edited = tuple(opened.benchmark.data.edits[index] for index in run.position.edited)
+    with trial.edited() as found:
+        edited, editor = found.requests, found.editor
         after = np.array(model.answer(prompts), dtype=np.int64).reshape(shape)
         codebook = editor.codebook
         queries = model.layer_call(model.encode_batch(prompts)).query
-        found = codebook.retrieve(queries)
+        nearest = codebook.retrieve(queries)
         outside = (codebook.distances(queries) - codebook.radii).T.reshape(-1, *shape)
         of_edits = model.layer_call(model.encode_batch([request.prompt for request in edited])).query
         points = np.array([parse_point(request.prompt) for request in edited])
@@ -126,14 +116,14 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
             axis=axis,
             before=before,
             after=after,
-            entry=torch.where(found.hit, found.entry, -1).numpy().reshape(shape),
+            entry=torch.where(nearest.hit, nearest.entry, -1).numpy().reshape(shape),
             outside=outside.numpy(),
             edited=edited,
             keys=points[codebook.distances(of_edits).argmin(dim=0).numpy()],
-            metrics=dict(run.metrics()),
+            metrics=dict(found.metrics),
             settings=editor.settings(),
             layer=model.layer_name,
-            seed=settings.seed,
+            seed=trial.seed,
         )
 
 

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor
 
 from grace_bench.analysis.figures.drawing import (
@@ -30,15 +30,16 @@ from grace_bench.analysis.figures.drawing import (
     styled,
     write,
 )
-from grace_bench.analysis.figures.of_runs import layer_names
 from grace_bench.common.options import check_choice
+from grace_bench.common.terminal import table_console
+from grace_bench.common.text import visible
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.commands import OpenTrial
 from grace_bench.editors._grace.codebook import Codebook, Distance
+from grace_bench.editors._grace.figures.layers import analogous_layers, layer_names
 from grace_bench.editors._grace.whitening import Whitening
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import asked_of, compose
 from grace_bench.models.editable import EditableModel
-from grace_bench.run.opening import open_benchmark
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,22 +118,23 @@ class Study:
     curves: tuple[Separability, ...]
 
 
-def draw_separability(overrides: Sequence[str], out: Path) -> tuple[Study, list[Path]]:
-    """Studies a model on a stream and draws the ROC curves; the figures are also written as CSV and JSON.
+def draw_separability(overrides: Sequence[str], out: Path, open_trial: OpenTrial) -> list[Path]:
+    """Studies a model on a stream and draws the ROC curves; the areas are also printed, and written as CSV and JSON.
 
     Args:
         overrides: Settings of a run (`stream=`, `model=`, …), of which `layer=` and the `distance=` may be
             several, between commas. By default these are the default layer in every block and
             all distances.
         out: Receives the files.
+        open_trial: Opens the stream and the model.
 
     Returns:
-        The study, and the files.
+        The files.
 
     Raises:
         UserError: If a setting cannot be, or the stream has no pairs to compare.
     """
-    result = study(overrides)
+    result = study(overrides, open_trial)
     with styled():
         figure = separability_figure(result)
     name = file_name("separability", result.stream, result.model)
@@ -147,14 +149,16 @@ def draw_separability(overrides: Sequence[str], out: Path) -> tuple[Study, list[
     text = json.dumps({**about, "curves": records}, indent=2, ensure_ascii=False) + "\n"
     files = save(figure, out, name)
     files += [write(out / f"{name}.csv", table.getvalue().encode()), write(out / f"{name}.json", text.encode())]
-    return result, files
+    print_study(result)
+    return files
 
 
-def study(overrides: Sequence[str]) -> Study:
+def study(overrides: Sequence[str], open_trial: OpenTrial) -> Study:
     """Takes the activations of a stream's inputs at each layer, and asks what their distances predict.
 
     Args:
         overrides: As for `draw_separability`.
+        open_trial: Opens the stream and the model.
 
     Raises:
         UserError: If a setting cannot be, or the stream has no pairs to compare.
@@ -170,26 +174,19 @@ def study(overrides: Sequence[str]) -> Study:
     distances: list[Any] = chosen["distance"] or list(get_args(Distance))
     for distance in distances:
         check_choice("distance", distance, get_args(Distance))
-    config = compose(others)
-    if chosen["layer"]:
-        config.layer = chosen["layer"][0]
-    stream, asked = asked_of(config)
-    del asked["editor"]
-    opened = open_benchmark(stream, **asked, progress=None)
-    model, data, seed = opened.model, opened.benchmark.data, asked["settings"].seed
+    trial = open_trial([*others, *(f"layer={layer}" for layer in chosen["layer"][:1])])
+    model, data, stream = trial.model, trial.benchmark.data, trial.benchmark.name
     layers = [layer for layer in chosen["layer"] if model.find_layer(layer)] or analogous_layers(model)
     roles = {
-        role: _sample(getattr(data, role), MAX_INPUTS // 3, f"{seed} {role}")
+        role: _sample(getattr(data, role), MAX_INPUTS // 3, f"{trial.seed} {role}")
         for role in ("edits", "holdout", "upstream")
     }
     if not roles["upstream"]:
         if "mahalanobis" in chosen["distance"]:
-            raise UserError(
-                f"distance=mahalanobis needs upstream inputs, and stream '{opened.benchmark.name}' has none"
-            )
+            raise UserError(f"distance=mahalanobis needs upstream inputs, and stream '{stream}' has none")
         distances = [distance for distance in distances if distance != "mahalanobis"]
     requests = [request for found in roles.values() for request in found]
-    shares_answers = opened.benchmark.task != "language_modelling"
+    shares_answers = trial.benchmark.task != "language_modelling"
     questions = {
         question: pairs
         for question, pairs in _questions(requests, len(roles["edits"]), shares_answers=shares_answers).items()
@@ -197,7 +194,7 @@ def study(overrides: Sequence[str]) -> Study:
     }
     if not questions:
         raise UserError(
-            f"stream '{opened.benchmark.name}' has no edits that share an answer or fact with other inputs and differ "
+            f"stream '{stream}' has no edits that share an answer or fact with other inputs and differ "
             "in it from others"
         )
     curves = []
@@ -207,25 +204,17 @@ def study(overrides: Sequence[str]) -> Study:
             between = pair_distances(queries, distance, upstream=queries[len(requests) - len(roles["upstream"]) :])
             for question, pairs in questions.items():
                 values = between[pairs.first, pairs.second]
-                curves.append(separability(values, pairs, layer=layer, distance=distance, question=question, seed=seed))
+                curves.append(
+                    separability(values, pairs, layer=layer, distance=distance, question=question, seed=trial.seed)
+                )
     return Study(
-        stream=opened.benchmark.name,
+        stream=stream,
         model=model.name,
-        split=asked["settings"].split,
-        seed=seed,
+        split=trial.split,
+        seed=trial.seed,
         n_inputs={role: len(found) for role, found in roles.items() if found},
         curves=tuple(curves),
     )
-
-
-def analogous_layers(model: EditableModel) -> list[str]:
-    """Returns the model's layer and those at the same place of its other blocks, in their order."""
-    before, number, after = _split_at_block(model.layer_name)
-    if not number:
-        return [model.layer_name]
-    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
-    found = (pattern.fullmatch(name) for name, _ in model.module.named_modules())
-    return [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
 
 
 def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest]) -> Tensor:
@@ -318,6 +307,29 @@ def separability(
     )
 
 
+def print_study(result: Study) -> None:
+    """Prints a line for each curve."""
+    table = Table(
+        title=visible(f"stream {result.stream} · model {result.model}"), title_justify="left", box=None, pad_edge=False
+    )
+    for header in ("layer", "distance", "question"):
+        table.add_column(header, no_wrap=True)
+    for header in ("AUC", "95 %", "TPR at 0.1 % FPR", "positive pairs", "negative pairs"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for curve in result.curves:
+        table.add_row(
+            curve.layer,
+            curve.distance,
+            curve.question,
+            f"{curve.auc:.3f}",
+            f"{curve.auc_low:.3f} to {curve.auc_high:.3f}",
+            f"{curve.strict_rate:.3f}",
+            f"{curve.n_positive:,}",
+            f"{curve.n_negative:,}",
+        )
+    table_console().print(table, markup=False)
+
+
 def separability_figure(result: Study) -> "Figure":
     """Returns ROC curves, a panel for each question and distance function, a line for each layer, with their AUCs."""
     questions = list(dict.fromkeys(curve.question for curve in result.curves))
@@ -397,12 +409,6 @@ def _sample(requests: Sequence[EditRequest], most: int, seed: str) -> list[EditR
     if len(requests) <= most:
         return list(requests)
     return random.Random(seed).sample(list(requests), most)
-
-
-def _split_at_block(layer: str) -> tuple[str, str, str]:
-    """A layer's path before, in and after the number of its block."""
-    match = re.search(r"(?:^|(?<=\.))\d+(?=\.|$)", layer)
-    return (layer[: match.start()], match[0], layer[match.end() :]) if match else (layer, "", "")
 
 
 def _thinned(n: int) -> NDArray[np.int64]:

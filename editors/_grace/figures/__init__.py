@@ -1,0 +1,1 @@
+"""Figures that GRACE adds to `grace-bench figure`."""

@@ -1,0 +1,64 @@
+"""The training loop of editors that optimise something on each edit."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grace_bench.editing.batch import EditOutcome
+from grace_bench.editing.guard import check_loss
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
+
+
+class EditTraining:
+    """Training on one edit, until the model answers it or for `n_iter` steps.
+
+    Args:
+        model: The model, which answers with whatever is trained.
+        encoded: The edit.
+        n_iter: The most steps.
+        stops_when_answered: Whether to stop once the model gives the target.
+    """
+
+    def __init__(
+        self, model: EditableModel, encoded: EncodedBatch, *, n_iter: int, stops_when_answered: bool = True
+    ) -> None:
+        self._task = model.task
+        self._repeated = model.repeated(encoded)
+        self._n_iter = n_iter
+        self._stops_when_answered = stops_when_answered
+        self._losses: list[float] = []
+        self._n_steps = 0
+
+    def run(self, descend: Callable[[Tensor], None]) -> None:
+        """Trains.
+
+        Args:
+            descend: Takes one step down a loss.
+
+        Raises:
+            EditFailure: If a loss is not finite.
+        """
+        for _ in range(self._n_iter):
+            logits = self._repeated()
+            loss = self._task.loss(logits, self._repeated.batch)
+            self._losses.append(float(loss.detach()))
+            check_loss(self._losses[-1], self._n_steps)
+            if self._stops_when_answered and self._task.answered(logits, self._repeated.batch):
+                break
+            descend(loss)
+            self._n_steps += 1
+
+    @torch.no_grad()
+    def outcome(self) -> EditOutcome:
+        """Returns the losses of the training, and the loss with the model as it answers now.
+
+        Raises:
+            EditFailure: If the latter is not finite.
+        """
+        after = self._losses[-1]
+        if self._n_steps == self._n_iter:
+            after = float(self._task.loss(self._repeated(), self._repeated.batch))
+        check_loss(after, self._n_steps)
+        return EditOutcome(loss_first=self._losses[0], loss=self._losses[-1], loss_after=after, steps=self._n_steps)

@@ -1,0 +1,94 @@
+"""What an editor may add to the command line: figures of its own, and recordings that it replays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from grace_bench.data.benchmark import EditBenchmark
+    from grace_bench.data.requests import EditRequest
+    from grace_bench.models.editable import EditableModel
+
+
+class FigureKind(TypedDict):
+    """A kind of figure, as an editor declares it in `EditorStrategy.figures`.
+
+    Declared as a literal, so that kinds are listed from the source text, without importing the editor.
+
+    Attributes:
+        draw: `module:function`. Called as `draw(folders, out)` with run folders, or as `draw(overrides, out,
+            open_trial)` with settings of a run; it writes the figure into the folder `out` and returns its files.
+        takes: What the user gives: `runs` for run folders, `options` for settings of a run.
+        shows: What the figure shows, for the help of the command line.
+    """
+
+    draw: str
+    takes: Literal["runs", "options"]
+    shows: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedTrial:
+    """A finished trial.
+
+    Attributes:
+        editor: The editor, with its edits.
+        requests: The edited requests, in order.
+        metrics: The scores at the end, by metric.
+    """
+
+    editor: Any
+    requests: tuple["EditRequest", ...]
+    metrics: Mapping[str, float]
+
+
+class Trial(Protocol):
+    """A stream, a model and an editor, opened as for a run, which leaves no run folder."""
+
+    @property
+    def model(self) -> "EditableModel":
+        """The model, unedited."""
+
+    @property
+    def benchmark(self) -> "EditBenchmark":
+        """The requests of the stream."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+
+    @property
+    def split(self) -> str:
+        """The split of the stream that is edited."""
+
+    def edited(self) -> AbstractContextManager[EditedTrial]:
+        """Carries the run out in memory; the model is edited inside the context, and unedited again afterwards."""
+
+
+OpenTrial = Callable[[Sequence[str]], Trial]
+"""Opens a trial from settings of a run, such as `stream=toy`; raises `UserError` where they do not compose."""
+
+DrawFromRuns = Callable[[Sequence[Path], Path], list[Path]]
+"""What `FigureKind.draw` names where the figure takes runs."""
+
+DrawFromOptions = Callable[[Sequence[str], Path, OpenTrial], list[Path]]
+"""What `FigureKind.draw` names where the figure takes options."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the replay of a recording found.
+
+    Attributes:
+        difference: What differs first, at which edit and by how much; None if everything agrees.
+        notes: What agrees only within what rounding may have done.
+    """
+
+    difference: str | None
+    notes: tuple[str, ...] = ()
+
+
+Replay = Callable[[Path], Verdict]
+"""What `EditorStrategy.traces` names: replays one recording, or raises `UserError` if it cannot be used."""
