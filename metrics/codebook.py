@@ -1,4 +1,4 @@
-"""How a codebook grows, and where its balls overlap: GRACE's known weakness."""
+"""The growth of a codebook and the overlap of its balls, GRACE's known weakness."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class _CodebookMetric(EditMetric):
         raise NotImplementedError
 
     def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
-        """Emits the values of the codebook as it stands."""
+        """Emits the values of the current codebook."""
         codebook = getattr(strategy, "codebook", None)
         if codebook is None:
             return None
