@@ -1,4 +1,4 @@
-"""How a codebook grows, and where its balls overlap: GRACE's known weakness."""
+"""The growth of a codebook and the overlap of its balls, GRACE's known weakness."""
 
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
@@ -15,7 +15,7 @@ class _CodebookMetric(EditMetric):
         raise NotImplementedError
 
     def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
-        """Emits the values of the codebook as it stands."""
+        """Emits the values of the current codebook."""
         if not isinstance(strategy, HasCodebook):
             return None
         values = self.measure(strategy.codebook, strategy)

@@ -1,4 +1,4 @@
-"""Leaderboards: finished runs side by side, a row an editor, means and deviations over seeds.
+"""Leaderboards: finished runs side by side, one row per editor, with means and deviations over seeds.
 
 Runs that were not measured alike are never ranked together: those that differ in the stream's content, in the protocol
 (except for the tuning budget, which is a column) or in the weights under one model name stand in tables of their own,
@@ -66,12 +66,12 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A figure over the runs that have it.
+    """A value over the runs that have it.
 
     Attributes:
         mean: Mean over the runs.
         std: Sample standard deviation (n - 1); None for a single run.
-        n: How many runs have the figure.
+        n: How many runs have the value.
     """
 
     mean: float
@@ -87,16 +87,16 @@ class Row:
         model: The model's name.
         editor: The editor's registered name.
         settings: The settings in which it differs from other rows of the same editor and model, as `name=value`.
-        tuning_budget: What its hyperparameters were chosen with.
+        tuning_budget: The budget with which its hyperparameters were chosen.
         seeds: The runs' seeds in ascending order.
-        cells: Figures by column name; a figure that no run has is left out.
+        cells: Values by column name, without the columns that no run has a value for.
         is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
         results: The runs, by seed.
         folders: The run folders, in the order of `seeds`; empty where they are not known.
-        comparison: This row with the first of its table, in the score that ranks it; None for the first, and where the
-            two cannot be compared.
+        comparison: This row against the first of its table, in the score that ranks the table; None for the first row,
+            and if the two cannot be compared.
         p_holm: The comparison's p-value, corrected for the rows of the table (Holm 1979).
-        not_compared: Why there is no comparison; None where there is one and for the first row.
+        not_compared: Why there is no comparison; None if there is one, and for the first row.
     """
 
     model: str
@@ -114,7 +114,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The editor, with the settings that tell it from its neighbours."""
+        """The editor, with the settings that distinguish it from other rows."""
         return f"{self.editor} ({self.settings})" if self.settings else self.editor
 
     @property
@@ -124,12 +124,12 @@ class Row:
 
     @property
     def n_edits(self) -> int:
-        """How many edits were to be made, over all runs."""
+        """How many edits were attempted, over all runs."""
         return sum(int(result.metrics.get("n_edits") or 0) for result in self.results)
 
     @property
     def mark(self) -> str:
-        """What stands beside the ranking score: `≈` if it is not significantly off the first row's, `?` if unknown."""
+        """The mark of the ranking score: `≈` if it does not differ significantly from the first row's, `?` if unknown."""
         if self.not_compared is not None:
             return UNCOMPARED
         return TIED if self.p_holm is not None and self.p_holm >= SIGNIFICANCE_LEVEL else ""
@@ -143,7 +143,7 @@ class Table:
         stream: The stream's name.
         task: The stream's task.
         models: The names of the models in the table.
-        protocol: The protocol of every run, whatever its tuning budget.
+        protocol: The protocol that all runs share, except for the tuning budget.
         ranked_by: The column that orders the rows: the first of `Metrics.ranking` that a run has a value of.
         columns: The measured columns.
         rows: Best first; rows without the ranking figure come last.
@@ -176,8 +176,8 @@ class Table:
     def best(self, column: Column) -> frozenset[int]:
         """Returns the indices of the rows to mark as best in a column.
 
-        Figures that print alike are marked alike. Nothing is marked where only one editor has the figure. The floor
-        is no competitor: an unedited model is bound to retain the most and to take the least time.
+        Values that print alike are marked alike. Nothing is marked if only one editor has a value. The floor does not
+        compete: an unedited model is bound to retain the most and to take the least time.
         """
         if column.higher_is_better is None:
             return frozenset()
@@ -533,9 +533,9 @@ def _differing_settings(run: _Run, groups: Sequence[Sequence[_Run]]) -> str:
         name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
     ]
     # The budget has a column of its own: it is part of the name only where nothing else tells two rows apart.
-    told = [name for name in differing if name != "tuning_budget"]
-    if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in told) for s in others) == 1:
-        differing = told
+    without_budget = [name for name in differing if name != "tuning_budget"]
+    if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in without_budget) for s in others) == 1:
+        differing = without_budget
     return ", ".join(f"{name}={_setting_text(own, name)}" for name in differing)
 
 
@@ -547,7 +547,7 @@ def _setting_text(settings: Mapping[str, Any], name: str) -> str:
 
 
 def cell_text(row: Row, column: Column) -> str:
-    """Returns a row's figure as people read it: mean ± deviation, the number of runs where not all have it."""
+    """Returns a row's value for people: mean ± deviation, and the number of runs if not all have it."""
     cell = row.cells.get(column.name)
     if cell is None:
         return MISSING
@@ -560,7 +560,7 @@ def cell_text(row: Row, column: Column) -> str:
 
 
 def marked_text(table: Table, row: Row, column: Column) -> str:
-    """Returns a cell's text, in the ranking column behind the row's mark, so that figures stay aligned."""
+    """Returns a cell's text, in the ranking column with the row's mark in front, so that values stay aligned."""
     text = cell_text(row, column)
     return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
 
@@ -583,7 +583,7 @@ def _caption(table: Table) -> str:
 
 
 def _n_names(table: Table) -> int:
-    """How many columns name the row: the model has one where there are several."""
+    """Returns how many columns name the row: the model has a column if there are several."""
     return 2 if len(table.models) > 1 else 1
 
 
@@ -616,7 +616,7 @@ def table_notes(table: Table) -> list[str]:
 
 
 def _body(table: Table) -> list[Line]:
-    """The rows as texts, each with whether it is marked."""
+    """Returns the cells of the rows as text, each with whether it is marked as best."""
     best = {column.name: table.best(column) for column in table.columns}
     lines: list[Line] = []
     for index, row in enumerate(table.rows):
@@ -639,7 +639,7 @@ def _render_rich(leaderboard: Leaderboard) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A table in one grid where the console is wide enough, else in one of scores and one of costs."""
+    """A table in one grid if the console is wide enough, otherwise in a grid of scores and a grid of costs."""
 
     table: Table
 
@@ -693,7 +693,7 @@ def _render_markdown(leaderboard: Leaderboard) -> str:
 
 
 def _render_latex(leaderboard: Leaderboard) -> str:
-    """One table in the layout of table 1 of Hartvigsen et al. 2023: a row a method, a group of columns a stream."""
+    """Renders the layout of table 1 of Hartvigsen et al. 2023: a row per method, a group of columns per table."""
     tables = leaderboard.tables
     several_models = any(len(table.models) > 1 for table in tables)
     methods = list(dict.fromkeys(_method(row, several_models) for table in tables for row in table.rows))
@@ -794,7 +794,7 @@ def _paper_name(table: Table) -> str:
 
 
 def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
-    """`3`, or `3 (grace, ft), 1 (none)` where rows differ."""
+    """Returns `3`, or `3 (grace, ft), 1 (none)` if rows differ."""
     if len(groups) == 1:
         return str(next(iter(groups)))
     return ", ".join(f"{value} ({', '.join(names)})" for value, names in groups.items())
@@ -842,7 +842,7 @@ _COMPARED = ("difference", "low", "high", "p_value", "n_items", "n_seeds", "n_un
 
 
 def _missing_row(table: Table, editor: str) -> Row:
-    """A record's row for an editor without a run in the table."""
+    """Returns an empty row for an editor without a run in the table."""
     model = table.models[0] if len(table.models) == 1 else MISSING
     return Row(
         model=model, editor=editor, settings="", tuning_budget=None, seeds=(), cells={}, is_floor=False, results=()

@@ -63,13 +63,13 @@ _GENERATOR = "grace-bench report"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         folder: The run folder.
         result: Its `result.json`.
         evaluations: Its `metrics.jsonl`.
-        edits: What became of its edits.
+        edits: Its edits as they are at its end.
         config: Its `config.yaml` as text; empty for a run from Python, which has none.
     """
 
@@ -250,7 +250,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 class _Group:
-    """A table of the leaderboard, and what the page says of it.
+    """A table of the leaderboard as a section of the page.
 
     Args:
         table: The table.
@@ -371,7 +371,7 @@ class _Group:
         return compare_rows(one, two, self.table.column(self.table.ranked_by)).p_value
 
     def _differences(self) -> Iterator[dict[str, Any]]:
-        """How far the first row is from each other one."""
+        """Yields the difference of the first row from every other row."""
         for row in self.table.rows:
             if (found := row.comparison) is not None and row.p_holm is not None:
                 yield {
@@ -568,7 +568,7 @@ def _names(table: Table) -> tuple[str, str]:
 
 
 def _onset(found: Sequence[int | None]) -> dict[str, Any]:
-    """What seeds say of when forgetting begins, in words and as a figure to sort by."""
+    """Returns when forgetting begins over the seeds, in words and as a number to sort by."""
     known = sorted(n for n in found if n is not None)
     if not known:
         return {"text": "never", "first": None}
@@ -583,7 +583,7 @@ def _span(first: int, last: int) -> str:
 
 
 def _short(value: float) -> float | None:
-    """Six digits, which is more than a screen shows."""
+    """Rounds to six digits, more than a screen shows."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

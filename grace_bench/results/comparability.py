@@ -52,14 +52,13 @@ def group_comparable(results: Sequence[RunResult]) -> list[list[RunResult]]:
 def differences(groups: Sequence[Sequence[RunResult]]) -> list[dict[str, str]]:
     """Returns for each group the conditions in which the groups differ, with the group's own values as text."""
     shared = [{name: value for result in group for name, value in conditions(result).items()} for group in groups]
-    found_differing = dict.fromkeys(
-        name for index, one in enumerate(shared) for two in shared[:index] for name in _differing(two, one)
-    )
+    pairs = ((one, two) for index, two in enumerate(shared) for one in shared[:index])
+    fields = list(dict.fromkeys(name for one, two in pairs for name in _differing(one, two)))
     # Another dtype makes other weights.
     differing = [
-        name
-        for name in found_differing
-        if not (name[0] == "model.fingerprint" and ("model.dtype", name[1]) in found_differing)
+        (field, model)
+        for field, model in fields
+        if field != "model.fingerprint" or ("model.dtype", model) not in fields
     ]
     several = len({result.model.name for group in groups for result in group}) > 1
     return [

@@ -1,4 +1,4 @@
-"""What became of edits as others followed: curves over seeds, when forgetting begins, by age and edit by edit."""
+"""How edits fare as more edits follow: curves over seeds, the onset of forgetting, scores by age, single edits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ Series = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Runs of one editor at one place of an axis.
+    """The runs of one editor at one position of an axis.
 
     Attributes:
-        x: Where on the axis.
-        mean, low, high: Mean, least and greatest of the runs' figures.
-        n: How many runs these are.
+        x: The position.
+        mean, low, high: Mean, minimum and maximum of the runs' values.
+        n: The number of runs.
     """
 
     x: float
@@ -34,18 +34,18 @@ class Point:
 
     @classmethod
     def of(cls, x: float, figures: Sequence[float]) -> "Point":
-        """Summarises the figures of one or more runs."""
+        """Summarises the values of one or more runs."""
         return cls(x=x, mean=fmean(figures), low=min(figures), high=max(figures), n=len(figures))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptEdit:
-    """What became of one edit by the end of its run.
+    """One edit at the end of its run.
 
     Attributes:
         id: The request's id.
-        n_edits: Edits made by then, this one included.
-        age: Edits made since.
+        n_edits: The number of edits after it was made, itself included.
+        age: The number of edits made after it.
         prompt, target: The input and the wanted answer, where they were recorded.
         before_text, after_text, end_text: The answer before the edit, right after it, and at the end.
         score_after, score_end: The main score right after the edit and at the end.
@@ -82,7 +82,7 @@ def _is_forgotten(reference: float, figure: float, higher_is_better: bool) -> bo
 
 
 def series_of(evaluations: Sequence[Evaluation], metric: str) -> Series:
-    """Returns the finite figures of a metric, in order of edits."""
+    """Returns the finite values of a metric, by number of edits."""
     found = {line.n_edits: line.metrics.get(metric) for line in evaluations}
     return [(n, value) for n, value in sorted(found.items()) if value is not None and math.isfinite(value)]
 
@@ -90,9 +90,9 @@ def series_of(evaluations: Sequence[Evaluation], metric: str) -> Series:
 def mean_curve(runs: Sequence[Series]) -> list[Point]:
     """Averages the curves of runs that differ in the seed.
 
-    Runs are averaged at the numbers of edits at which all of them were evaluated, so that no point is a mean of other
-    seeds than its neighbour. Runs may end after different numbers of edits: the last point is the mean of their last
-    evaluations, at the mean of their ends, as in the leaderboard.
+    Runs are averaged at the numbers of edits at which all of them were evaluated, so that every point is a mean over the
+    same seeds. If runs end after different numbers of edits, the last point is the mean of their last evaluations, at the
+    mean of their ends, as in the leaderboard.
 
     Args:
         runs: A series for each run; empty ones are left out.
@@ -149,7 +149,7 @@ def edits_forgotten_after(learned: Series, kept: Series, *, higher_is_better: bo
 
 
 def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
-    """Reads what became of a run's edits, in their order; superseded ones, which nobody wants kept, are left out.
+    """Reads the edits of a run as they are at its end, in their order, without the superseded ones.
 
     Args:
         folder: The run folder.
@@ -189,7 +189,7 @@ def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
 def worst_forgotten(edits: Sequence[KeptEdit], *, higher_is_better: bool) -> list[KeptEdit]:
     """Returns the edits that are answered worse at the end than right after them, by more than the threshold.
 
-    The greatest loss comes first; of equal losses, the one that took the fewest edits to come about.
+    The greatest loss comes first; of equal losses, the one after the fewest edits.
     """
 
     def forgotten(edit: KeptEdit) -> bool:
@@ -220,8 +220,8 @@ def score_by_age(runs: Sequence[Sequence[KeptEdit]], *, width: int) -> Mapping[i
     """Averages the scores at the end by the age of the edit.
 
     Args:
-        runs: What became of each run's edits.
-        width: How many ages share a bin.
+        runs: The edits of each run.
+        width: The number of ages in a bin.
 
     Returns:
         By bin, whose ages begin at its number times `width`: the runs' means at the middle of the bin, and how many

@@ -1,4 +1,4 @@
-"""Finding and reading what runs have left on disk."""
+"""Finding and reading run folders."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +70,7 @@ def read_evaluations(path: Path) -> list[Evaluation]:
 
 
 def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]] = ()) -> list[Any]:
-    """Reads rows of a `predictions.parquet`, each as a dictionary of the columns asked for.
+    """Reads rows of a `predictions.parquet`, each as a dictionary of the given columns.
 
     Args:
         path: The file.
