@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class Grace(EditorStrategy):
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
+
+    is_reference = True
+    search_space: ClassVar = {
+        "eps_init": (0.5, 1.0, 3.0),
+        "replacement": ("replace_prompt", "replace_last"),
+    }
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ from grace_bench.common.credentials import refuse_secrets
 from grace_bench.common.terminal import progress_bars
 from grace_bench.common.text import csv_text, latex_cells
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import record_failure
+from grace_bench.launch.run_folder import model_slug, record_failure
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
 from grace_bench.results.reading import read_predictions
@@ -42,7 +42,6 @@ from grace_bench.run.checkpoint import Checkpoints, digest
 from grace_bench.run.loggers import RunPlan
 from grace_bench.run.loggers.jsonl import PredictionsLogger
 from grace_bench.run.loggers.wandb import WandbLogger, _remote_holds_secrets
-from grace_bench.run.run_benchmark import model_slug
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"

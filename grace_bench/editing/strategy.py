@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -22,6 +23,7 @@ from grace_bench.common.state import copied
 from grace_bench.data.avalanche import BasePlugin, BaseTemplate, EvaluationPlugin, trigger_plugins
 from grace_bench.data.benchmark import EditExperience, EvalExperience
 from grace_bench.data.requests import EditRequest
+from grace_bench.data.stream import LayerKind
 from grace_bench.editing.failures import ModelModes, RandomState, reason_of_failure, size_failure
 from grace_bench.errors import MISFITS, EditFailure, UserError, first_error
 from grace_bench.models.editable import EditableModel, LayerCall
@@ -145,6 +147,10 @@ class EditorStrategy(BaseTemplate, ABC):
         needs_meta_training: Whether `meta_train` must come before its first edit.
         freezes_weights: Whether the model's own weights never change.
         supported_tasks: The tasks it works on.
+        is_reference: Whether the demo runs it on every stream, for other editors to be compared with.
+        layer_kind: The layers of a stream's model that tuning tries: `any` layer, `mlp_output` for the last map of a
+            feed-forward block, or `several` for lists of layers under the option `layers`.
+        search_space: The values that tuning tries, by option of the constructor, the preferred value first.
 
     Raises:
         UserError: If the model's task is not supported, or a plugin needs a training loop that editing does not have.
@@ -156,6 +162,9 @@ class EditorStrategy(BaseTemplate, ABC):
     needs_meta_training: ClassVar[bool] = False
     freezes_weights: ClassVar[bool] = True
     supported_tasks: ClassVar[tuple[str, ...]] = ("classification", "qa", "completion", "language_modelling")
+    is_reference: ClassVar[bool] = False
+    layer_kind: ClassVar[LayerKind] = "any"
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
 
     def __init__(
         self,

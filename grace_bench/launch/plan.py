@@ -218,7 +218,7 @@ def plan_benchmark(
         folder = Path(name)
         watchers = [JsonlLogger(folder), PredictionsLogger(folder), *loggers(folder)]
         evaluator = EvaluationPlugin(
-            *(METRICS.get(metric)() for metric in METRICS.entries()), loggers=watchers, collect_all=False
+            *(metric() for metric in METRICS.classes().values()), loggers=watchers, collect_all=False
         )
         with make(model=opened.model, plugins=[], evaluator=evaluator) as strategy:
             check_subjects(strategy, opened.benchmark)

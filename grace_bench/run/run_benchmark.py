@@ -1,8 +1,6 @@
 """`run_benchmark`: one editor on one stream, from settings to a result and its files."""
 
-import hashlib
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,9 +35,6 @@ from grace_bench.run.resumable import KeptRun
 
 _MOST_UPSTREAM = 4096
 """So many activations are enough to estimate a covariance from; they are held at once."""
-
-_LONGEST_SLUG = 100
-"""File systems take names of 255 bytes."""
 
 _ALWAYS_NAMED: dict[str, float | None] = {"TRR": None, "ERR": None, "Avg": None}
 """Scores that a result names also where there is nothing to measure them on."""
@@ -104,6 +99,7 @@ def run_benchmark(
     folder: Path | None = None,
     run_id: str | None = None,
     config: Mapping[str, Any] | None = None,
+    config_hash: str | None = None,
     loggers: Sequence[BaseLogger] = (),
     plugins: Sequence[BasePlugin] = (),
     progress: Progress | None = None,
@@ -128,6 +124,7 @@ def run_benchmark(
         folder: Receives the run's files, `config.yaml` aside; None leaves none.
         run_id: The name of the run; None makes one from what is run.
         config: The resolved configuration, for loggers.
+        config_hash: The hash of the configuration, for the result.
         loggers: Avalanche loggers; those of `grace_bench.run.loggers` also hear of the run's start and end.
         plugins: Avalanche plugins that live on experience-level callbacks.
         progress: Called as a long stream is read, the unedited model is asked, and an editor prepares.
@@ -162,7 +159,7 @@ def run_benchmark(
     files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
     kept: KeptRun | None = None
     evaluator = EvaluationPlugin(
-        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[*files, *loggers], collect_all=False
+        *(metric() for metric in METRICS.classes().values()), loggers=[*files, *loggers], collect_all=False
     )
     make = EDITORS.get(editor) if isinstance(editor, str) else editor
     strategy = make(model=editable, plugins=list(plugins), evaluator=evaluator)
@@ -238,7 +235,7 @@ def run_benchmark(
             before={**_ALWAYS_NAMED, **run.before},
             metrics={**_ALWAYS_NAMED, **run.metrics()},
             cost=run.cost(),
-            configuration=_configuration(config),
+            configuration=config_hash,
             environment=environment if kept is None else kept.environment(),
         )
         if folder is not None and kept is not None:
@@ -419,36 +416,13 @@ def _identity(
 def _environment(strategy: EditorStrategy, source: EditStream) -> dict[str, Any]:
     """What a run is computed with, and what started it."""
     model = strategy.model
-    parts = [type(strategy), type(source), *(METRICS.get(name) for name in METRICS.entries())]
+    parts = [type(strategy), type(source), *METRICS.classes().values()]
     return {
         **describe_environment(model.device, threads=torch.get_num_threads(), classes=parts),
         "engine": model.engine.name,
         "engine_notes": model.engine.notes,
         "command": [without_secrets(argument) for argument in (Path(sys.argv[0]).name, *sys.argv[1:])],
     }
-
-
-def _configuration(config: Mapping[str, Any] | None) -> str | None:
-    """The hash of a configuration, where the run was made from one."""
-    if config is None:
-        return None
-    from grace_bench.launch.config import hash_config
-
-    return hash_config(config)
-
-
-def model_slug(name_or_path: str, known: Sequence[str]) -> str:
-    """Returns a folder name for a model: a short name as it is, else a slug and eight hex digits of the whole path.
-
-    >>> model_slug("atlas-qa", ["atlas-qa"])
-    'atlas-qa'
-    >>> model_slug("models/My Model", [])
-    'my-model-e6de211f'
-    """
-    if name_or_path in known:
-        return name_or_path
-    slug = re.sub(r"[^a-z0-9.]+", "-", Path(name_or_path).name.lower())[:_LONGEST_SLUG].strip("-.") or "model"
-    return f"{slug}-{hashlib.sha256(name_or_path.encode()).hexdigest()[:8]}"
 
 
 def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:

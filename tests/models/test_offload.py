@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import compose
+from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS
 from grace_bench.editing.strategy import EditorStrategy

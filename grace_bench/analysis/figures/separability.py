@@ -11,7 +11,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,7 +36,8 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editors._grace.codebook import Codebook, Distance
 from grace_bench.editors._grace.whitening import Whitening
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import asked_of, compose
+from grace_bench.launch.arguments import run_arguments
+from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.run.run_benchmark import open_benchmark
 
@@ -172,8 +173,8 @@ def study(overrides: Sequence[str]) -> Study:
         check_choice("distance", distance, get_args(Distance))
     config = compose(others)
     if chosen["layer"]:
-        config.layer = chosen["layer"][0]
-    stream, asked = asked_of(config)
+        config = replace(config, layer=chosen["layer"][0])
+    stream, asked = run_arguments(config)
     del asked["editor"]
     opened = open_benchmark(stream, **asked, progress=None)
     model, data, seed = opened.model, opened.benchmark.data, asked["settings"].seed

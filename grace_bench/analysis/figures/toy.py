@@ -13,7 +13,8 @@ from grace_bench.analysis.figures.drawing import INK, PALETTE, add_caption, new_
 from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import asked_of, compose
+from grace_bench.launch.arguments import run_arguments
+from grace_bench.launch.compose import compose
 from grace_bench.registry import METRICS
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loop import Run
@@ -100,7 +101,7 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
     for override in overrides:
         if override.partition("=")[0] in _FIXED:
             raise UserError(f"{override}: the figure is of grace on the stream toy, and leaves no run folder")
-    stream, asked = asked_of(compose(["stream=toy", "editor=grace", "device=cpu", *overrides]))
+    stream, asked = run_arguments(compose(["stream=toy", "editor=grace", "device=cpu", *overrides]))
     make = asked.pop("editor")
     opened = open_benchmark(stream, **asked, progress=None)
     model, settings = opened.model, asked["settings"]
@@ -109,7 +110,7 @@ def edit_toy(overrides: Sequence[str], *, resolution: int = _RESOLUTION) -> ToyE
     shape = (resolution, resolution)
     before = np.array(model.answer(prompts), dtype=np.int64).reshape(shape)
     evaluator = EvaluationPlugin(
-        *(METRICS.get(name)() for name in METRICS.entries()), loggers=[RunLogger()], collect_all=False
+        *(metric() for metric in METRICS.classes().values()), loggers=[RunLogger()], collect_all=False
     )
     with make(model=model, evaluator=evaluator) as editor:
         run = Run(opened.benchmark, editor, settings.schedule)
