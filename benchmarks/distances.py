@@ -9,6 +9,7 @@ reused; those that a radius was chosen by lie apart from the others, in `OUT/tun
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,8 @@ from statistics import fmean, stdev
 from rich.console import Console
 
 from grace_bench.common.processes import side_by_side
-from grace_bench.launch.jobs import compose, execute
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_folder import run_or_reuse
 from grace_bench.launch.tuning import quality
 from grace_bench.results.schema import RunResult
 
@@ -98,8 +100,8 @@ def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int
             f"tuning_budget={'null' if split == 'validation' else f'{len(RADII[distance])} validation runs'}",
         ]
     )
-    config.out = str(out)
-    return execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False, quiet=True))
+    config = replace(config, out=str(out))
+    return run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False, quiet=True))
 
 
 def spread(results: list[RunResult], name: str) -> str:

@@ -6,6 +6,7 @@ Editors are meta-trained first where they need it. Finished runs are reused, so 
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,9 @@ from rich.console import Console
 
 from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.common.processes import side_by_side
-from grace_bench.launch.jobs import compose, execute, execute_meta_training, folder_of
+from grace_bench.launch.compose import compose
+from grace_bench.launch.meta_training import meta_train_editor
+from grace_bench.launch.run_folder import folder_of, run_or_reuse
 from grace_bench.registry import EDITORS, STREAMS
 
 
@@ -43,15 +46,15 @@ def main() -> None:
 def meta_train(pair: tuple[str, str]) -> None:
     """Meta-trains an editor for a stream, unless that was done before."""
     stream, editor = pair
-    execute_meta_training(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
+    meta_train_editor(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
 
 
 def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> Path:
     """Carries out one run, or reuses it, and returns its folder."""
     stream, editor, seed = which
     config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}"])
-    config.out = out
-    execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    config = replace(config, out=out)
+    run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)
 
 

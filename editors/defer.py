@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Defer(AdaptorStrategy):
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
+
+    search_space: ClassVar = {"lr": (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Fine-tuning on each edit: the baseline that forgets."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class FineTune(EditorStrategy):
     """
 
     freezes_weights = False
+    search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 
     def __init__(
         self,

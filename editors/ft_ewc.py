@@ -1,7 +1,7 @@
 """Fine-tuning held back by elastic weight consolidation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class FineTuneEwc(FineTune):
     """
 
     needs_replay = True
+    search_space: ClassVar = {"lr": (0.001, 0.0003, 3e-05), "ewc_lambda": (0.1, 10000.0)}
 
     def __init__(
         self,

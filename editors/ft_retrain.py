@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from grace_bench.common.options import check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
@@ -40,6 +40,7 @@ class FineTuneRetrain(FineTune):
     """
 
     needs_replay = True
+    search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """GRACE: General Retrieval Adaptors for Continual Editing (Hartvigsen et al., NeurIPS 2023)."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ class Grace(CodebookEditor):
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
+
+    is_reference = True
+    search_space: ClassVar = {
+        "eps_init": (0.5, 1.0, 3.0),
+        "replacement": ("replace_prompt", "replace_last"),
+    }
 
     def __init__(
         self,

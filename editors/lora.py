@@ -1,7 +1,7 @@
 """LoRA: a low-rank adapter on one layer, trained on each edit."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -37,6 +37,7 @@ class Lora(AdaptorStrategy):
     """
 
     stops_when_answered = True
+    search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 
     def __init__(
         self,

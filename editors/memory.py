@@ -1,7 +1,7 @@
 """Memory: attention over a fixed number of learned slots at one layer."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ class Memory(AdaptorStrategy):
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
+
+    search_space: ClassVar = {
+        "lr": (0.1, 0.01, 0.001),
+        "replacement": ("replace_all", "replace_prompt"),
+    }
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Mend(EditorStrategy):
 
     freezes_weights = False
     needs_meta_training = True
+    # Mitchell et al. 2022, section 5: several of the last feed-forward maps together.
+    layer_kind = "several"
+    search_space: ClassVar = {"c_edit": (0.1, 0.3, 1.0), "edit_lr": (0.001, 0.01)}
 
     def __init__(
         self,

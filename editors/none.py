@@ -11,6 +11,8 @@ from grace_bench.registry import register_editor
 class Unedited(EditorStrategy):
     """The unedited model: every table's floor."""
 
+    is_reference = True
+
     def edit(self, batch: EditBatch) -> EditOutcome:
         return EditOutcome()
 

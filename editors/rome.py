@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ class Rome(EditorStrategy):
     needs_subject = True
     freezes_weights = False
     supported_tasks = ("completion", "language_modelling")
+    # Meng et al. 2022, section 3.1: the last map of a feed-forward block is a memory of facts.
+    layer_kind = "mlp_output"
+    search_space: ClassVar = {"clamp": (4.0, 1.0), "n_prefixes": (10, 2, 0)}
 
     def __init__(
         self,

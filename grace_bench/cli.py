@@ -193,28 +193,41 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
-        from importlib.resources import files
-
-        defaults = (files("grace_bench.launch.conf") / "run.yaml").read_text(encoding="utf-8")
-        section = defaults.partition("\nmodel:")[2].partition("\nhydra:")[0]
-        print(_RUN_HELP + "\n".join(f"  {line}" for line in f"model:{section}".splitlines() if line))
-        print("\nStreams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.")
-        print("Settings that were chosen on validation hold unless others are given; tuned=none leaves them out.")
-        print("tuned=FOLDER takes your own, as sweep=tune writes them.")
-        print("paper=zsre, scotus or hallucination takes a published setting whole.")
-        print("sweep=figure4 or ablations is a published sweep, sweep=tune chooses an editor's settings on validation.")
-        print(
-            "hydra/launcher=ray, submitit_slurm or submitit_local carries a sweep out on other machines or processes."
-        )
+        print(_run_help())
         return 0
-    from grace_bench.launch.sweep import run
+    from grace_bench.launch.run_command import run_command
 
-    return run(overrides)
+    return run_command(overrides)
+
+
+def _run_help() -> str:
+    from importlib.resources import files
+
+    from grace_bench.launch.run_config import option_lines
+
+    names = {
+        group: sorted(path.name.removesuffix(".yaml") for path in (files("grace_bench.launch.conf") / group).iterdir())
+        for group in ("paper", "sweep")
+    }
+    papers = ", ".join(name for name in names["paper"] if name != "none")
+    sweeps = ", ".join(name for name in names["sweep"] if name != "tune")
+    return "\n".join(
+        [
+            _RUN_HELP + "\n".join(f"  {line}" for line in option_lines()),
+            "",
+            "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
+            "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
+            "tuned=FOLDER takes your own, as sweep=tune writes them.",
+            f"paper=NAME takes a published setting whole: {papers}.",
+            f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
+            "hydra/launcher=ray, submitit_slurm or submitit_local carries out a sweep on other machines or processes.",
+        ]
+    )
 
 
 def _resume(options: argparse.Namespace) -> int:
     from grace_bench.common.terminal import say
-    from grace_bench.launch.jobs import resume
+    from grace_bench.launch.run_folder import resume
 
     resume(options.runs, say=say)
     return 0
@@ -224,9 +237,9 @@ def _plan(overrides: list[str]) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(_PLAN_HELP, end="")
         return 0
-    from grace_bench.launch.sweep import plan
+    from grace_bench.launch.run_command import plan_command
 
-    plan(overrides)
+    plan_command(overrides)
     return 0
 
 
@@ -238,9 +251,10 @@ def _meta_train(overrides: list[str]) -> int:
     if flag is not None:
         raise UserError(f"meta-train has no option {flag} (settings are given as option=value)")
     from grace_bench.common.terminal import say
-    from grace_bench.launch.jobs import compose, execute_meta_training
+    from grace_bench.launch.compose import compose
+    from grace_bench.launch.meta_training import meta_train_editor
 
-    execute_meta_training(compose(overrides), say=say)
+    meta_train_editor(compose(overrides), say=say)
     return 0
 
 
@@ -264,6 +278,8 @@ def _list(options: argparse.Namespace) -> int:
     for kind in ("editors", "streams", "models", "metrics"):
         if options.kind not in (None, kind):
             continue
+        if kind in kinds:
+            kinds[kind].report_problems()
         rows = (
             [(name, summary) for name, summary in known_models().items()]
             if kind == "models"

@@ -1,27 +1,31 @@
 """One registry for editors, streams and metrics.
 
-The names in a folder and what its classes declare are read from its source text, so listing them imports nothing. A
+The names in a folder, and what its classes declare, are read from the source text, so listing them imports nothing. A
 class is imported when it is asked for. Packages outside the repository register through entry points of the groups
-`grace_bench.editors`, `grace_bench.streams` and `grace_bench.metrics`.
+`grace_bench.editors`, `grace_bench.streams` and `grace_bench.metrics`. A class that a user's own script registers
+counts like any other in that process.
 """
 
 import ast
 import importlib
 import importlib.util
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError, did_you_mean, reason_of
 
 T = TypeVar("T")
 
-# It becomes a part of paths, of command lines and of file names on any system.
+# A name becomes a part of paths, of command lines and of file names on any system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_OWN = "grace_bench"
 
 _UNKNOWN: Any = object()
 """What `_declared` returns where the source alone does not tell."""
@@ -29,14 +33,15 @@ _UNKNOWN: Any = object()
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a registered class before it is imported.
+    """A registered class before it is imported.
 
     Attributes:
         name: The registered name, as typed on the command line.
         module: The dotted module that defines the class.
         class_name: The class in that module.
         summary: The first line of the class's docstring, or the distribution's summary for an entry point.
-        origin: `grace_bench`, or the name of the distribution that brings it.
+        origin: `grace_bench`, the name of the distribution that brings the class, or the top-level module that
+            registered it in this process.
     """
 
     name: str
@@ -44,6 +49,19 @@ class Entry:
     class_name: str
     summary: str
     origin: str
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What the source files of a package register.
+
+    Attributes:
+        entries: By name, in alphabetical order.
+        problems: Why a file cannot be read, by the file's stem, each in one line.
+    """
+
+    entries: dict[str, Entry]
+    problems: dict[str, str]
 
 
 class Registry(Generic[T]):
@@ -60,30 +78,35 @@ class Registry(Generic[T]):
         self.package = package
         self._base = base
         self._classes: dict[str, type[T]] = {}
+        self._reported: set[str] = set()
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Returns a class decorator that registers the class as `name`.
 
         Raises:
-            TypeError: If the class is not a subclass of the registry's base or has no docstring.
+            TypeError: If the class is not a subclass of the registry's base, has no docstring, or breaks the contract
+                that its base class states in `check_class`.
             ValueError: If the name cannot be the name of a folder, or another class already has it.
         """
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{self.kind} {name!r}: a name is of at most 64 letters, digits, hyphens and underscores")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{self.kind} {name!r}: a name has at most 64 letters, digits, hyphens and underscores, as in "
+                f'@register_{self.kind}("my-{self.kind}")'
+            )
 
         def decorate(cls: type[T]) -> type[T]:
-            base_module, base_name = self._base.split(":")
-            base = getattr(importlib.import_module(base_module), base_name)
-            if not issubclass(cls, base):
-                raise TypeError(f"{self.kind} {name!r}: {cls.__qualname__} is not a subclass of {base_name}")
-            if not cls.__doc__:
-                raise TypeError(f"{self.kind} {name!r}: {cls.__qualname__} needs a docstring")
+            problem = self._problem_of(cls)
+            if problem is not None:
+                raise TypeError(f"{self.kind} {name!r} ({_file_of(cls)}): {problem}")
             known = self._classes.get(name)
-            if known is not None and (known.__module__, known.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
+            entry = self._scan().entries.get(name)
+            place = (cls.__module__, cls.__qualname__)
+            for other in (
+                known and (known.__module__, known.__qualname__),
+                entry and (entry.module, entry.class_name),
             ):
-                raise ValueError(f"{self.kind} {name!r} is already registered by {known.__module__}")
+                if other is not None and other != place:
+                    raise ValueError(f"{self.kind} {name!r} is already registered by {other[0]}")
             cls.registered_name = name  # type: ignore[attr-defined]
             self._classes[name] = cls
             return cls
@@ -91,41 +114,57 @@ class Registry(Generic[T]):
         return decorate
 
     def entries(self) -> dict[str, Entry]:
-        """Returns every entry by name: the package's own, those of installed packages, and those of this process."""
-        own = dict(_scan_package(self.package, f"register_{self.kind}"))
+        """Returns every entry by name: the package's own, then entry points, then those of this process alone."""
+        found = dict(self._scan().entries)
         for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
-            if point.name in own or not _NAME.fullmatch(point.name):
-                continue
-            module, _, class_name = point.value.partition(":")
-            distribution = point.dist
-            own[point.name] = Entry(
-                name=point.name,
-                module=module,
-                class_name=class_name,
-                summary=(distribution.metadata["Summary"] or "") if distribution else "",
-                origin=distribution.name if distribution else "entry point",
-            )
-        for name, cls in self._classes.items():
-            if name not in own:
+            if point.name not in found and _NAME.fullmatch(point.name):
+                found[point.name] = _entry_of(point)
+        for name, cls in sorted(self._classes.items()):
+            if name not in found:
                 summary = (cls.__doc__ or "").strip().partition("\n")[0]
-                own[name] = Entry(name, cls.__module__, cls.__qualname__, summary, origin=cls.__module__)
-        return own
+                found[name] = Entry(name, cls.__module__, cls.__qualname__, summary, cls.__module__.partition(".")[0])
+        return found
+
+    def classes(self) -> dict[str, type[T]]:
+        """Imports and returns every class that can be imported, by name in the order of `entries`.
+
+        A class or file that cannot be imported is reported on standard error, once in a process, in one line.
+        """
+        found = {}
+        self.report_problems()
+        for name in self.entries():
+            try:
+                found[name] = self.get(name)
+            except UserError as error:
+                self._report(str(error))
+        return found
+
+    def report_problems(self) -> None:
+        """Prints one line on standard error for every source file that cannot be read, once in a process."""
+        for problem in self._scan().problems.values():
+            self._report(problem)
 
     def check(self, name: str) -> None:
-        """Makes sure that there is a class of that name, without importing it.
+        """Raises unless there is a class of that name; imports nothing.
 
         Raises:
-            UserError: If there is none, with the closest one that exists.
+            UserError: If there is none, with the closest one that exists, or if its source file cannot be read.
         """
-        names = dict.fromkeys([*self.entries(), *self._classes])
-        if name not in names:
-            raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)})")
+        names = list(self.entries())
+        if name in names:
+            return
+        problems = self._scan().problems
+        own = problems.get(name.replace("-", "_"))
+        if own is not None:
+            raise UserError(f"{self.kind} {name!r}: {own}")
+        unread = "".join(f"; {problem}" for problem in problems.values())
+        raise UserError(f"no {self.kind} {name!r}{did_you_mean(name, names)} (there are: {', '.join(names)}){unread}")
 
     def get(self, name: str) -> type[T]:
         """Imports and returns the class registered as `name`.
 
         Raises:
-            UserError: If there is no such name, with the closest one that exists, or an installed package is broken.
+            UserError: If there is no such name, with the closest one that exists, or its module cannot be imported.
         """
         if name in self._classes:
             return self._classes[name]
@@ -133,19 +172,14 @@ class Registry(Generic[T]):
         entry = self.entries()[name]
         try:
             cls = getattr(importlib.import_module(entry.module), entry.class_name)
-        except (ImportError, AttributeError) as error:
-            if entry.origin == "grace_bench":
-                raise
+            if name not in self._classes:
+                self.register(name)(cls)
+        except Exception as error:  # Importing a module runs it, and it may raise anything.
+            brought = "" if entry.origin == _OWN else f" of the installed package {entry.origin}"
             raise UserError(
-                f"{self.kind} {name!r} of the installed package {entry.origin} cannot be imported ({error})"
+                f"{self.kind} {name!r}{brought} cannot be imported ({_reason_with_place(error)})"
             ) from error
-        if name not in self._classes:
-            self.register(name)(cls)
         return self._classes[name]
-
-    def declares(self, name: str, flag: str) -> bool:
-        """Returns a boolean class attribute of the class registered as `name`, as `attribute` does."""
-        return bool(self.attribute(name, flag))
 
     def attribute(self, name: str, attribute: str) -> Any:
         """Returns a class attribute of the class registered as `name`.
@@ -155,11 +189,30 @@ class Registry(Generic[T]):
         Raises:
             UserError: As `get` does.
         """
-        own = _scan_package(self.package, f"register_{self.kind}").get(name)
+        own = self._scan().entries.get(name)
         declared = _UNKNOWN
         if own is not None and name not in self._classes:
             declared = _declared(own.module, own.class_name, attribute)
         return getattr(self.get(name), attribute) if declared is _UNKNOWN else declared
+
+    def name_of(self, path: Any) -> str | None:
+        """Returns the name under which the class at a dotted path is registered; None if it is not registered.
+
+        Nothing is imported because a path names it.
+        """
+        for entry in self.entries().values():
+            if entry.origin == _OWN:
+                found = f"{entry.module}.{entry.class_name}"
+            else:
+                # An entry point may name another module than the one that defines the class.
+                try:
+                    cls = self.get(entry.name)
+                except UserError:
+                    continue
+                found = f"{cls.__module__}.{cls.__qualname__}"
+            if found == path:
+                return entry.name
+        return None
 
     def by_class_name(self, class_name: str) -> type[T]:
         """Imports and returns the package's own class of that name, for `from grace_bench.editors import Grace`.
@@ -167,37 +220,117 @@ class Registry(Generic[T]):
         Raises:
             AttributeError: If the package registers no such class.
         """
-        for entry in _scan_package(self.package, f"register_{self.kind}").values():
+        for entry in self._scan().entries.values():
             if entry.class_name == class_name:
                 return self.get(entry.name)
         raise AttributeError(f"module {self.package!r} has no attribute {class_name!r}")
 
+    def _scan(self) -> _Scan:
+        return _scan_package(self.package, f"register_{self.kind}")
+
+    def _problem_of(self, cls: type[T]) -> str | None:
+        """What keeps a class from being registered, in one line."""
+        base_module, base_name = self._base.split(":")
+        base = getattr(importlib.import_module(base_module), base_name)
+        if not issubclass(cls, base):
+            return f"{cls.__qualname__} is not a subclass of {base_name}"
+        if not cls.__doc__:
+            return f"{cls.__qualname__} needs a docstring, whose first line `grace-bench list` shows"
+        check: Callable[[], str | None] = getattr(cls, "check_class", lambda: None)
+        return check()
+
+    def _report(self, problem: str) -> None:
+        if problem not in self._reported:
+            self._reported.add(problem)
+            print(f"grace-bench: {problem}", file=sys.stderr)
+
+
+def _entry_of(point: EntryPoint) -> Entry:
+    module, _, class_name = point.value.partition(":")
+    distribution = point.dist
+    summary = (distribution.metadata["Summary"] or "") if distribution else ""
+    return Entry(point.name, module, class_name, summary, distribution.name if distribution else "entry point")
+
+
+def _file_of(cls: type) -> str:
+    """The file that defines a class, or its module where there is none, as in an interactive session."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) or cls.__module__
+
+
+def _reason_with_place(error: BaseException) -> str:
+    """An error in one line, with the file and line that raised it if it is one of Python's own."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    if isinstance(error, UserError | ImportError) or not error.__traceback__:
+        return reason_of(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if last.filename == __file__:
+        # Raised here, by `register`: the message names the class and its file.
+        return reason_of(error)
+    return f"{last.filename}:{last.lineno}: {type(error).__name__}: {reason_of(error)}"
+
 
 @cache
-def _scan_package(package: str, decorator: str) -> dict[str, Entry]:
+def _scan_package(package: str, decorator: str) -> _Scan:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        return {}
-    found = {}
+        return _Scan({}, {})
+    found, problems = {}, {}
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
-            for node in _parsed(path).body:
-                if isinstance(node, ast.ClassDef) and (name := _registered_name(node, decorator)):
+            try:
+                tree = _parsed(path)
+            except (OSError, RecursionError, SyntaxError, ValueError) as error:
+                problems[path.stem] = _unreadable(path, error)
+                continue
+            names = {decorator, *_aliases(tree, decorator)}
+            for node in tree.body:
+                for call in _registrations(node, names):
+                    name = _name_in(call)
+                    if name is None:
+                        problems[path.stem] = (
+                            f'{path}:{call.lineno}: the name should be written out, as in @{decorator}("name"), for '
+                            f"the class to be found"
+                        )
+                        continue
+                    assert isinstance(node, ast.ClassDef)
                     summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                    found[name] = Entry(name, f"{package}.{path.stem}", node.name, summary, "grace_bench")
-    return dict(sorted(found.items()))
+                    found[name] = Entry(name, f"{package}.{path.stem}", node.name, summary, _OWN)
+    return _Scan(dict(sorted(found.items())), problems)
 
 
-def _registered_name(node: ast.ClassDef, decorator: str) -> str | None:
-    for call in node.decorator_list:
-        if (
-            isinstance(call, ast.Call)
-            and isinstance(call.func, ast.Name)
-            and call.func.id == decorator
-            and isinstance(call.args[0], ast.Constant)
-        ):
-            return str(call.args[0].value)
-    return None
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f"{path}:{error.lineno}: cannot be read as Python ({error.msg})"
+    return f"{path}: cannot be read as Python ({reason_of(error)})"
+
+
+def _aliases(tree: ast.Module, decorator: str) -> set[str]:
+    """Other names under which a module imports the decorator."""
+    imported = (alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names)
+    return {alias.asname for alias in imported if alias.name == decorator and alias.asname}
+
+
+def _registrations(node: ast.stmt, names: set[str]) -> list[ast.Call]:
+    """The decorators of a class that register it: `@register_editor(…)` and `@registry.register_editor(…)`."""
+    calls = [call for call in getattr(node, "decorator_list", ()) if isinstance(call, ast.Call)]
+    return [
+        call
+        for call in calls
+        if isinstance(node, ast.ClassDef)
+        and (
+            (isinstance(call.func, ast.Name) and call.func.id in names)
+            or (isinstance(call.func, ast.Attribute) and call.func.attr in names)
+        )
+    ]
+
+
+def _name_in(call: ast.Call) -> str | None:
+    """The name that a decorator is given, by position or as `name=`; None if it is not written out or cannot be one."""
+    given = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "name")]
+    value = given[0].value if given and isinstance(given[0], ast.Constant) else None
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else None
 
 
 @cache

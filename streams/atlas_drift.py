@@ -82,6 +82,13 @@ class AtlasDrift(EditStream):
     )
     default_model: ClassVar[str | None] = "atlas-drift"
     default_layer: ClassVar[str | None] = "bert.encoder.layer.1.output.dense"
+    search_layers: ClassVar = {
+        "any": ("bert.encoder.layer.1.output.dense", "bert.encoder.layer.2.output.dense"),
+        "several": (
+            ("bert.encoder.layer.2.output.dense",),
+            ("bert.encoder.layer.1.output.dense", "bert.encoder.layer.2.output.dense", "bert.pooler.dense"),
+        ),
+    }
 
     def load(self) -> StreamData:
         """Returns the questions; places that changed are split 60:20:20 in an order that no seed changes."""

@@ -128,6 +128,18 @@ class AtlasQA(EditStream):
     max_new_tokens = 16
     default_model = "atlas-qa"
     default_layer = "encoder.block.2.layer.1.DenseReluDense.wo"
+    search_layers: ClassVar = {
+        "any": ("encoder.block.1.layer.1.DenseReluDense.wo", "encoder.block.2.layer.1.DenseReluDense.wo"),
+        "several": (
+            ("encoder.block.2.layer.1.DenseReluDense.wo",),
+            (
+                "encoder.block.1.layer.1.DenseReluDense.wo",
+                "encoder.block.2.layer.1.DenseReluDense.wo",
+                "decoder.block.0.layer.2.DenseReluDense.wo",
+            ),
+        ),
+    }
+    in_demo = True
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>/<phrasing>`."""

@@ -156,6 +156,16 @@ class AtlasText(EditStream):
     max_new_tokens = 32
     default_model = "atlas-text"
     default_layer = "transformer.h.1.mlp.c_fc"
+    search_layers: ClassVar = {
+        "any": ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc", "transformer.h.2.mlp.c_fc"),
+        "mlp_output": ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"),
+        "several": (
+            ("transformer.h.1.mlp.c_fc",),
+            ("transformer.h.2.mlp.c_proj",),
+            ("transformer.h.1.mlp.c_fc", "transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"),
+        ),
+    }
+    in_demo = True
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>`, and the subject id for a whole passage."""

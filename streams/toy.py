@@ -66,6 +66,7 @@ class Toy(EditStream):
     )
     default_model: ClassVar[str | None] = "toy"
     default_layer: ClassVar[str | None] = "second"
+    search_layers: ClassVar = {"any": ("second",)}
 
     def load(self) -> StreamData:
         """Returns 100 edits and 100 holdout points of the disc that turned, 400 elsewhere, 50 to tune on."""

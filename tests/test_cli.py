@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 
 import grace_bench.streams
 from grace_bench.cli import main
-from grace_bench.launch.config import config_hash, read_config, write_config
-from grace_bench.launch.jobs import compose, folder_of
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_config import hash_config
+from grace_bench.launch.run_folder import folder_of, read_plain_config, write_config
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.zoo import known_models
 from grace_bench.registry import EDITORS, METRICS, STREAMS
@@ -323,7 +324,7 @@ BASE = ("stream=toy", "editor=grace")
 
 @pytest.fixture(scope="module")
 def base_hash() -> str:
-    return config_hash(compose(BASE))
+    return compose(BASE).digits
 
 
 TUNED = sorted(
@@ -338,7 +339,7 @@ def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
     stream, _, editor = name.partition("_")
     preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
     config = compose([f"stream={stream}", f"editor={editor}"])
-    assert {option: config.editor[option] for option in preset["editor"]} == preset["editor"]
+    assert {option: config.editor.settings[option] for option in preset["editor"]} == preset["editor"]
     assert config.tuning_budget == preset["tuning_budget"]
 
 
@@ -348,10 +349,10 @@ def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
     option, value = next((key, value) for key, value in preset["editor"].items() if isinstance(value, float))
     config = compose([f"stream={stream}", f"editor.{option}={value * 3}", f"editor={editor}", "tuning_budget=mine"])
-    assert config.editor[option] == value * 3
+    assert config.editor.settings[option] == value * 3
     assert config.tuning_budget == "mine"
     others = {key: value for key, value in preset["editor"].items() if key != option}
-    assert {key: config.editor[key] for key in others} == others
+    assert {key: config.editor.settings[key] for key in others} == others
 
 
 @pytest.mark.parametrize("override", ["tuned=none", "model=some/model"])
@@ -361,10 +362,10 @@ def test_without_its_tuned_preset_an_editor_has_its_own_defaults(override: str) 
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(EDITORS.get("grace")).parameters.items()
-        if name in config.editor
+        if name in config.editor.settings
     }
     assert {"eps_init", "replacement"} <= defaults.keys()
-    assert {name: config.editor[name] for name in defaults} == defaults
+    assert {name: config.editor.settings[name] for name in defaults} == defaults
 
 
 def test_a_tuned_preset_and_an_override_reach_the_editor_of_a_run(tmp_path: Path) -> None:
@@ -379,7 +380,7 @@ def test_a_tuned_preset_and_an_override_reach_the_editor_of_a_run(tmp_path: Path
     ["seed=7", "device=cpu", "threads=2", "out=elsewhere", "existing=rerun", "wandb.mode=offline", "wandb.group=mine"],
 )
 def test_the_folder_does_not_tell_apart_what_does_not_change_the_answers(base_hash: str, override: str) -> None:
-    assert config_hash(compose([*BASE, override])) == base_hash
+    assert compose([*BASE, override]).digits == base_hash
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_the_folder_does_not_tell_apart_what_does_not_change_the_answers(base_ha
     ],
 )
 def test_the_folder_tells_apart_what_may_change_the_answers(base_hash: str, override: str) -> None:
-    assert config_hash(compose([*BASE, override])) != base_hash
+    assert compose([*BASE, override]).digits != base_hash
 
 
 @pytest.mark.parametrize("given", [["seed=3"], ["seed=3", "editor.seed=0"], ["editor.seed=3"]], ids="-".join)
@@ -408,11 +409,11 @@ def test_the_configuration_that_a_run_leaves_behind_has_the_hash_of_its_folder(
 ) -> None:
     config = compose([*BASE, *given])
     write_config(config, tmp_path / "config.yaml")
-    assert config_hash(read_config(tmp_path / "config.yaml")) == config_hash(config)
+    assert hash_config(read_plain_config(tmp_path / "config.yaml")) == hash_config(config.plain())
 
 
 def test_a_seed_of_the_editors_own_is_told_apart_from_the_runs(base_hash: str) -> None:
-    hashes = [config_hash(compose([*BASE, *given])) for given in (["editor.seed=1"], ["seed=1", "editor.seed=0"])]
+    hashes = [compose([*BASE, *given]).digits for given in (["editor.seed=1"], ["seed=1", "editor.seed=0"])]
     assert len({base_hash, *hashes}) == 3
 
 

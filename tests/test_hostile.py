@@ -33,8 +33,7 @@ from grace_bench.common.credentials import refuse_secrets
 from grace_bench.common.terminal import progress_bars
 from grace_bench.common.text import csv_text, latex_cells
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import record_failure
-from grace_bench.launch.model_slug import model_slug
+from grace_bench.launch.run_folder import model_slug, record_failure
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
 from grace_bench.results.reading import read_predictions

@@ -152,7 +152,7 @@ def test_what_an_editor_declares_is_read_without_importing_it() -> None:
     program = f"""
 import json, sys
 from grace_bench.registry import EDITORS
-declared = {{name: {{flag: EDITORS.declares(name, flag) for flag in {TRAITS}}}
+declared = {{name: {{flag: EDITORS.attribute(name, flag) for flag in {TRAITS}}}
             for name, entry in EDITORS.entries().items() if entry.origin == "grace_bench"}}
 print(json.dumps([declared, "torch" in sys.modules]))
 """
@@ -204,7 +204,7 @@ def test_what_source_does_not_say_plainly_is_asked_of_the_class(
     grace_bench = importlib.import_module("grace_bench")
     monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
     registry = Registry[Any]("odd", f"grace_bench.{package}", f"grace_bench.{package}.odd:Base")
-    assert registry.declares("odd", "flag") is True
+    assert registry.attribute("odd", "flag") is True
 
 
 LITERALS = """

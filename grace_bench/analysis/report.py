@@ -210,7 +210,7 @@ def _traits(editor: str) -> Mapping[str, bool] | None:
     """An editor's traits, or None for one that is not installed here."""
     if editor not in EDITORS.entries():
         return None
-    return {trait: EDITORS.declares(editor, trait) for trait in TRAITS}
+    return {trait: EDITORS.attribute(editor, trait) for trait in TRAITS}
 
 
 # Told apart without colour, too. Counts without a common divisor: a look comes again only after 504 editors.

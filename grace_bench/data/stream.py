@@ -1,9 +1,10 @@
 """What a stream is: requests by role, where they come from, and the model they are made for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
@@ -12,6 +13,9 @@ from grace_bench.common.progress import Progress
 from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault, stored_attributes
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.errors import UserError
+
+LayerKind = Literal["any", "mlp_output", "several"]
+"""Which layers an editor edits: `any` one, the last map of a feed-forward block, or `several` together."""
 
 
 class StreamMetadata(BaseModel):
@@ -78,6 +82,9 @@ class EditStream(ABC):
         n_model_labels: How many labels the model has; a run sets it to load again what holds others.
         default_model: Short name of the model used when none is given; None if the user must name one.
         default_layer: The layer of that model that is edited unless another is named.
+        search_layers: The layers of that model that tuning tries, by the kind of layer that an editor edits; an editor
+            of a kind that is not there takes those under `any`.
+        in_demo: Whether the demo runs editors on the stream.
     """
 
     registered_name: ClassVar[str]
@@ -90,6 +97,8 @@ class EditStream(ABC):
     n_model_labels: int | None = None
     default_model: ClassVar[str | None] = None
     default_layer: ClassVar[str | None] = None
+    search_layers: ClassVar[Mapping[LayerKind, Sequence[str | Sequence[str]]]] = MappingProxyType({})
+    in_demo: ClassVar[bool] = False
 
     @abstractmethod
     def load(self) -> StreamData:

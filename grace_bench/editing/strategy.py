@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import TaskName
+from grace_bench.data.stream import LayerKind
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.guard import Guard
@@ -45,6 +47,10 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         freezes_weights: Whether the model's weights never change. If false, the edited layer is declared by `rewrite`.
         supported_tasks: The tasks the editor works on.
         figures: The kinds of figures that the editor adds to `grace-bench figure`, by name.
+        is_reference: Whether the demo runs the editor on every stream, for others to be compared with.
+        layer_kind: The layers of a stream's model that tuning tries: `any` layer, `mlp_output` for the last map of a
+            feed-forward block, or `several` for lists of layers under the option `layers`.
+        search_space: The values that tuning tries, by option of the constructor, the preferred value first.
         traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 
     Raises:
@@ -59,6 +65,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     supported_tasks: ClassVar[tuple[str, ...]] = get_args(TaskName)
     figures: ClassVar[Mapping[str, FigureKind]] = {}
     traces: ClassVar[str | None] = None
+    is_reference: ClassVar[bool] = False
+    layer_kind: ClassVar[LayerKind] = "any"
+    search_space: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
 
     def __init__(
         self,

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +24,8 @@ from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
-from grace_bench.launch.config import hash_config, make_stream, plain_config, read_config, register_configs
+from grace_bench.launch.run_config import OPTIONS, RunConfig, hash_config, make_stream
+from grace_bench.launch.run_folder import read_plain_config
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.loading import pick_device, pick_threads
 from grace_bench.models.tasks.lookup import get_task
@@ -49,18 +49,19 @@ _STYLES: dict[Verdict, str] = {"same": "green", "differs": "bold red", "not chec
 _SHOWN_DIGITS = 12
 # A mean of recorded numbers depends on the order in which they are added, and on nothing else.
 _ROUNDING = 1e-12
-_OF_THE_SCHEDULE = ("max_edits", "eval_every", "max_upstream", "split", "tuning_budget")
+_ABSENT = object()
+"""Stands for a value of which there is no record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing of a run.
+    """The outcome of one check of a run.
 
     Attributes:
-        what: What was looked at.
-        verdict: `same` as recorded, `differs`, `not checked` where what it takes is not there, or `note` for what may
-            differ.
-        told: What was recorded and what is there now, or why it was not checked.
+        what: What was checked.
+        verdict: `same` as recorded, `differs`, `not checked` where something the check needs is missing, or `note` for
+            what may differ.
+        told: The recorded value and the value now, or why it was not checked.
     """
 
     what: str
@@ -69,23 +70,22 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether what was recorded is still so, or need not be."""
+        """Whether the recorded value still holds, or need not."""
         return self.verdict in ("same", "note")
 
 
 def check_runs(paths: Sequence[Path]) -> int:
-    """Checks finished runs and prints what was found, a line a thing.
+    """Checks finished runs and prints the findings, one per line.
 
     Args:
         paths: Run folders, or folders that hold some.
 
     Returns:
-        0 if everything that is recorded was checked and holds, else 1.
+        0 if every recorded value was checked and holds, else 1.
 
     Raises:
         UserError: If a path holds no finished run; the others are checked all the same.
     """
-    register_configs(())
     console, checker, holds = table_console(), Checker(), True
     failures: list[UserError] = []
     for path in paths:
@@ -106,23 +106,23 @@ def check_runs(paths: Sequence[Path]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Contents:
-    """What the files of a run hold; None for one that cannot be read."""
+    """The contents of a run's files; None for a file that cannot be read."""
 
-    config: DictConfig | None = None
+    config: Mapping[str, Any] | None = None
     edits: list[EditRecord] | None = None
     evaluations: list[Evaluation] | None = None
     predictions: list[dict[str, Any]] | None = None
 
 
 class Checker:
-    """Checks run folders and leaves them as they are; what one run loaded is kept for a next one of the same kind."""
+    """Checks run folders without changing them; the stream and model of one run are reused for the next of the kind."""
 
     def __init__(self) -> None:
         self._stream: tuple[Any, EditBenchmark] | None = None
         self._model: tuple[Any, EditableModel] | None = None
 
     def check(self, folder: Path) -> list[Finding]:
-        """Returns what there is to say of a finished run, in the order in which it is printed.
+        """Returns the findings on a finished run, in the order in which they are printed.
 
         Args:
             folder: The run folder.
@@ -138,7 +138,7 @@ class Checker:
             findings += _configuration(result, contents.config)
             model = self._load_again(result, folder, contents, findings)
         else:
-            why = "without a configuration nobody knows what to load"
+            why = "without a configuration it is unknown what to load"
             findings += [Finding(what=what, verdict="not checked", told=why) for what in ("stream", "model", "editor")]
         if contents.edits is not None:
             findings += _candidates(result, contents.edits)
@@ -154,11 +154,11 @@ class Checker:
         self, result: RunResult, folder: Path, contents: _Contents, findings: list[Finding]
     ) -> EditableModel | None:
         """Compares the stream, the model and the saved editor, and returns the model."""
-        config = contents.config
-        assert config is not None
+        assert contents.config is not None
         try:
+            config = RunConfig.from_plain(contents.config)
             stream = make_stream(config)
-        except Exception as error:  # What made the run may no longer be installed, or take other options.
+        except Exception as error:  # The stream or editor may no longer be installed, or take other options.
             findings += [
                 Finding(what=what, verdict="not checked", told=_in_words(error))
                 for what in ("stream", "model", "editor")
@@ -176,7 +176,7 @@ class Checker:
             if benchmark is not None:
                 # A model that lacks some labels may have been spared them.
                 benchmark = fitted(benchmark, stream, model, seed=config.seed, split=config.split)
-        except Exception as error:  # So does loading weights.
+        except Exception as error:  # And so does loading weights.
             findings += [
                 *_order(contents, benchmark),
                 *(Finding(what=what, verdict="not checked", told=_in_words(error)) for what in ("model", "editor")),
@@ -189,15 +189,15 @@ class Checker:
         findings.append(_saved_editor(result, folder, model))
         return model
 
-    def _benchmark(self, stream: EditStream, config: DictConfig) -> EditBenchmark:
-        key = (OmegaConf.to_yaml(config.stream), config.seed, config.split)
+    def _benchmark(self, stream: EditStream, config: RunConfig) -> EditBenchmark:
+        key = (json.dumps(config.stream.node, default=str), config.seed, config.split)
         if self._stream is None or self._stream[0] != key:
             self._stream = (key, EditBenchmark.from_stream(stream, seed=config.seed, split=config.split))
         return self._stream[1]
 
-    def _editable(self, stream: EditStream, config: DictConfig) -> EditableModel:
+    def _editable(self, stream: EditStream, config: RunConfig) -> EditableModel:
         name = str(config.model or stream.default_model)
-        options = {option: config.get(option) for option in ("layer", "dtype", "device_map")}
+        options = {option: getattr(config, option) for option in ("layer", "dtype", "device_map")}
         key = (stream.task, name, json.dumps(options))
         if self._model is None or self._model[0] != key:
             # Not two at once.
@@ -223,9 +223,9 @@ def _sealed(result: RunResult, folder: Path) -> Finding:
 
 
 def _read_files(result: RunResult, folder: Path, findings: list[Finding]) -> Iterator[tuple[str, Any]]:
-    """Compares the run's files with their hashes, and gives what those hold that are of one."""
+    """Compares the run's files with their hashes, and yields the contents of those that can be read."""
     readers: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "config.yaml": ("config", read_config),
+        "config.yaml": ("config", read_plain_config),
         "edits.jsonl": ("edits", lambda path: [*read_edits(path).values()]),
         "metrics.jsonl": ("evaluations", read_evaluations),
         "predictions.parquet": (
@@ -253,21 +253,26 @@ def _read_files(result: RunResult, folder: Path, findings: list[Finding]) -> Ite
             findings.append(_compared(name, recorded, hash_file(path)))
 
 
-def _configuration(result: RunResult, config: DictConfig) -> Iterator[Finding]:
-    # Results that do not carry the hash have its first digits in their id.
+def _configuration(result: RunResult, config: Mapping[str, Any]) -> Iterator[Finding]:
+    # Results that do not record the hash have its first digits in their id.
     digits = re.search(r"(?:^|/)([0-9a-f]{8})-s\d+$", result.run_id)
     recorded = result.configuration or (digits[1] if digits else None)
     if recorded is None:
         yield Finding(what="configuration", verdict="note", told="no hash was recorded")
     else:
-        yield _compared("configuration", recorded, hash_config(plain_config(config))[: len(recorded)])
+        yield _compared("configuration", recorded, hash_config(config)[: len(recorded)])
     protocol = result.protocol.model_dump()
-    told = {
-        "seed": result.seed,
-        **{name: protocol[name] for name in _OF_THE_SCHEDULE},
-        **{f"protocol.{name}": protocol[name] for name in ("query", "prefix_length")},
-    }
-    yield _compared("settings", told, {name: OmegaConf.select(config, name) for name in told})
+    settings = {"seed": result.seed}
+    settings |= {name: protocol[name.rpartition(".")[2]] for name, option in OPTIONS.items() if option.in_protocol}
+    yield _compared("settings", settings, {name: _option_of(config, name) for name in settings})
+
+
+def _option_of(config: Mapping[str, Any], name: str) -> Any:
+    """The value of an option, by the name that is typed; None where the configuration has none."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _model_config(result: RunResult, model: EditableModel) -> Finding:
@@ -278,7 +283,7 @@ def _model_config(result: RunResult, model: EditableModel) -> Finding:
 
 
 def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Finding:
-    """Whether the finished editor opens on the model, with the settings of the result."""
+    """Whether the saved editor opens on the model, with the settings that the result records."""
     name = result.editor.name
     try:
         with EDITORS.get(name).from_pretrained(folder / "editor", model=model) as editor:
@@ -286,15 +291,15 @@ def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Find
     except UserError as error:
         return Finding(what="editor", verdict="differs", told=_reason(error, folder / "editor"))
     recorded = json.loads(result.editor.model_dump_json())
-    # An editor may have learnt more settings since.
+    # The editor may have gained settings since.
     return _compared("editor", recorded, {option: settings.get(option) for option in recorded})
 
 
 def _candidates(result: RunResult, edits: Sequence[EditRecord]) -> Iterator[Finding]:
     edited = [record for record in edits if record.edited]
-    clock = [*accumulate(record.edited for record in edits)]
+    n_edits = [*accumulate(int(record.edited) for record in edits)]
     yield _compared("index of each candidate", [record.index for record in edits], [*range(len(edits))])
-    yield _compared("clock of each candidate", [record.n_edits for record in edits], clock)
+    yield _compared("n_edits of each candidate", [record.n_edits for record in edits], n_edits)
     counted = {
         "n_candidates": len(edits),
         "n_edits": len(edited),
@@ -372,9 +377,9 @@ def _over_time(name: str, evaluations: Sequence[Evaluation]) -> dict[int, float 
     return {evaluation.n_edits: evaluation.metrics.get(name) for evaluation in evaluations}
 
 
-def _environment(result: RunResult, config: DictConfig | None, model: EditableModel | None) -> Iterator[Finding]:
+def _environment(result: RunResult, config: Mapping[str, Any] | None, model: EditableModel | None) -> Iterator[Finding]:
     device, threads = pick_device("auto"), torch.get_num_threads()
-    # What the run asked for may not be here.
+    # The device that the run asked for may not be on this machine.
     with suppress(UserError):
         device = pick_device("auto" if config is None else config.get("device", "auto"))
     with suppress(UserError):
@@ -385,13 +390,13 @@ def _environment(result: RunResult, config: DictConfig | None, model: EditableMo
     if not changed:
         yield Finding(what="environment", verdict="note", told="as when it ran")
     for name, value in changed.items():
-        yield Finding(what=name, verdict="note", told=f"{_shown(recorded[name])} → {_shown(value)}")
+        yield Finding(what=name, verdict="note", told=_difference(recorded[name], value))
     for name, value in recorded.get("before_resuming", {}).items():
         yield Finding(what=name, verdict="note", told=f"{_shown(value)} before the run was resumed")
 
 
 def _parts(result: RunResult) -> Iterator[type]:
-    """The classes of a run's parts, as far as they are still registered."""
+    """The classes of a run's stream, editor and metrics that are still registered."""
     wanted = (
         (EDITORS, result.editor.name),
         (STREAMS, result.stream.name),
@@ -403,35 +408,49 @@ def _parts(result: RunResult) -> Iterator[type]:
 
 
 def _compared(what: str, recorded: Any, now: Any) -> Finding:
-    """Says whether what was recorded is so now; of lists and mappings, the first place where it is not."""
+    """Compares a recorded value with the value now; for lists and mappings, reports the first place that differs."""
     if _equal(recorded, now):
         return Finding(what=what, verdict="same", told=_shown(recorded) if isinstance(recorded, str) else "")
     where = ""
     if isinstance(recorded, list) and isinstance(now, list):
         if len(recorded) != len(now):
-            recorded, now = f"{len(recorded)} of them", f"{len(now)}"
-        else:
-            recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
+            return Finding(what=what, verdict="differs", told=_difference(f"{len(recorded)} items", f"{len(now)}"))
+        where = "item "
+        recorded, now = dict(enumerate(recorded)), dict(enumerate(now))
     if isinstance(recorded, Mapping) and isinstance(now, Mapping):
-        names = [name for name in dict.fromkeys([*recorded, *now]) if not _equal(recorded.get(name), now.get(name))]
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        where = f"{names[0]}{others}: "
-        recorded, now = recorded.get(names[0]), now.get(names[0])
-    return Finding(what=what, verdict="differs", told=f"{where}{_shown(recorded)} → {_shown(now)}")
+        pairs = {
+            name: (recorded.get(name, _ABSENT), now.get(name, _ABSENT)) for name in dict.fromkeys([*recorded, *now])
+        }
+        different = [name for name, pair in pairs.items() if not _equal(*pair)]
+        others = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        where += f"{different[0]}{others}: "
+        recorded, now = pairs[different[0]]
+    return Finding(what=what, verdict="differs", told=f"{where}{_difference(recorded, now)}")
 
 
 def _equal(recorded: Any, now: Any) -> bool:
     if isinstance(recorded, Mapping) and isinstance(now, Mapping):
         return recorded.keys() == now.keys() and all(_equal(value, now[name]) for name, value in recorded.items())
+    if isinstance(recorded, list) and isinstance(now, list):
+        return len(recorded) == len(now) and all(map(_equal, recorded, now))
     # A score that is not a number is recorded as null.
     recorded, now = (None if isinstance(x, float) and not math.isfinite(x) else x for x in (recorded, now))
+    # For Python, True equals 1.
+    if isinstance(recorded, bool) or isinstance(now, bool):
+        return recorded is now
     if isinstance(recorded, float) and isinstance(now, int | float):
         return math.isclose(recorded, now, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
     return bool(recorded == now)
 
 
+def _difference(recorded: Any, now: Any) -> str:
+    return f"recorded {_shown(recorded)}, now {_shown(now)}"
+
+
 def _shown(value: Any) -> str:
-    """A value in a few characters; of a hash the first digits."""
+    """A value in a few characters; for a hash its first digits."""
+    if value is _ABSENT:
+        return "nothing"
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}", value):
         return value[:_SHOWN_DIGITS]
     if isinstance(value, Mapping):

@@ -1,6 +1,7 @@
-"""The first thing a new user runs: every editor on an embedded stream."""
+"""The first command of a new user: every editor on an embedded stream."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,24 +11,22 @@ from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
 from grace_bench.common.processes import side_by_side
 from grace_bench.common.terminal import say
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import compose, execute, folder_of
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_folder import folder_of, run_or_reuse
 from grace_bench.registry import EDITORS, STREAMS
-
-_STREAMS = ("atlas-qa", "atlas-text")
-_FOR_COMPARISON = ("grace", "none")
 
 
 def demo(out: Path, *, n_edits: int) -> None:
-    """Runs every registered editor on atlas-qa, or on atlas-text if it works there only, and prints the leaderboards.
+    """Runs every registered editor on the first demo stream that it works on, and prints the leaderboards.
 
     As many runs go on side by side as there are cores; tiny models use one each.
 
     Args:
         out: Where run folders are made; finished runs there are reused.
-        n_edits: Edits an editor makes.
+        n_edits: Edits that an editor makes.
 
     Raises:
-        UserError: If there is a file where the folder is to be, before a process is started for each run to find out.
+        UserError: If `out` is a file, before a process is started for each run to find out.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: Not a directory")
@@ -37,26 +36,25 @@ def demo(out: Path, *, n_edits: int) -> None:
 
 
 def _pairs() -> Iterator[tuple[str, str]]:
-    """Each editor with the first stream it works on, and on every such stream some editors to compare with."""
-    tasks = {name: STREAMS.get(name).task for name in _STREAMS}
+    """Each editor with the first demo stream it works on, and the reference editors with every stream so chosen."""
+    tasks = {name: stream.task for name, stream in STREAMS.classes().items() if stream.in_demo}
+    editors = EDITORS.classes()
+    references = [name for name, editor in editors.items() if editor.is_reference]
     pairs: dict[tuple[str, str], None] = {}
-    for editor in EDITORS.entries():
-        supported = EDITORS.get(editor).supported_tasks
-        stream = next((name for name in _STREAMS if tasks[name] in supported), None)
+    for name, editor in editors.items():
+        stream = next((stream for stream, task in tasks.items() if task in editor.supported_tasks), None)
         if stream is not None:
-            pairs[stream, editor] = None
-            pairs |= {(stream, other): None for other in _FOR_COMPARISON}
+            pairs[stream, name] = None
+            pairs |= {(stream, other): None for other in references}
     yield from pairs
 
 
 def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
-    """Returns the run's folder."""
+    """Carries out one run and returns its folder."""
     stream, editor = pair
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
-    # Not an override: a path may hold what the override grammar gives a meaning.
-    config.out = out
-    # A demo that was interrupted goes on where it was.
-    config.existing = "resume"
+    # Not as overrides: a path may hold characters that their grammar gives a meaning. And an interrupted demo resumes.
+    config = replace(config, out=out, existing="resume")
     # Several runs cannot each move a bar in one terminal.
-    execute(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
+    run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)

@@ -8,7 +8,8 @@ from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.editing.commands import EditedTrial
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.launch.jobs import asked_of, compose
+from grace_bench.launch.arguments import run_arguments
+from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import METRICS
 from grace_bench.run.loggers import RunLogger
@@ -54,7 +55,7 @@ class MemoryTrial:
     @contextmanager
     def edited(self) -> Iterator[EditedTrial]:
         """Carries the run out; the model is edited inside the context, and unedited again afterwards."""
-        metrics = (METRICS.get(name)() for name in METRICS.entries())
+        metrics = (metric() for metric in METRICS.classes().values())
         evaluator = EvaluationPlugin(*metrics, loggers=[RunLogger()], collect_all=False)
         with self.make_editor(model=self.model, evaluator=evaluator) as editor:
             run = RunLoop(benchmark=self.benchmark, strategy=editor, schedule=self.settings.schedule)
@@ -72,6 +73,6 @@ def open_trial(overrides: Sequence[str]) -> MemoryTrial:
     Raises:
         UserError: If they do not compose, or data or model cannot be read.
     """
-    stream, asked = asked_of(compose(overrides))
+    stream, asked = run_arguments(compose(overrides))
     make_editor = asked.pop("editor")
     return MemoryTrial(open_benchmark(stream, **asked, progress=None), make_editor, asked["settings"])

@@ -140,7 +140,7 @@ def plan_benchmark(
     ):
         check_fit(opened.model, opened.benchmark)
         watchers = [JsonlLogger(Path(name)), PredictionsLogger(Path(name)), *loggers(Path(name))]
-        metrics = [METRICS.get(metric)() for metric in METRICS.entries()]
+        metrics = [metric() for metric in METRICS.classes().values()]
         evaluator = EvaluationPlugin(*metrics, loggers=watchers, collect_all=False)
         with make(model=opened.model, plugins=[], evaluator=evaluator) as strategy:
             check_subjects(strategy, opened.benchmark)

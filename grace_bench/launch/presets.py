@@ -13,7 +13,7 @@ _GROUP = "own"
 _SETTINGS = ("editor", "layer", "model", "tuning_budget")
 
 
-def take_presets(overrides: Sequence[str]) -> list[str]:
+def register_presets(overrides: Sequence[str]) -> list[str]:
     """Puts the presets of `tuned=FOLDER` where Hydra finds them, and returns the overrides with `tuned=none` for it.
 
     A run whose stream and editor have no file there keeps the defaults of both.

@@ -7,8 +7,8 @@ from pathlib import Path
 from grace_bench.common.terminal import progress_bars, say
 from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError
-from grace_bench.launch.config import make_stream
-from grace_bench.launch.jobs import compose
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_config import make_stream
 from grace_bench.models.zoo import mark_checkpoint, resolve_model
 from grace_bench.registry import STREAMS
 

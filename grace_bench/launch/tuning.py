@@ -5,13 +5,11 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,9 +17,11 @@ from grace_bench.common.files import set_aside, write_atomically
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import visible
 from grace_bench.errors import UserError
-from grace_bench.launch.config import registered_name
-from grace_bench.launch.jobs import given_options
-from grace_bench.launch.sweep import SweepRun, preset_parts
+from grace_bench.launch.compose import default_component, given_options
+from grace_bench.launch.run_config import RunConfig
+from grace_bench.launch.sweep import preset_parts
+from grace_bench.launch.sweep_run import SweepRun
+from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
@@ -29,38 +29,41 @@ from grace_bench.results.schema import RunResult
 PRESETS = Path("presets")
 """Where chosen settings are written, for `tuned=presets`."""
 
-_DEFAULTS = {"stream": "atlas-qa", "editor": "grace"}
-
 
 def search_space(stream: str, editor: str) -> dict[str, list[Any]]:
-    """Returns the values that are tried of every option, the preferred first.
+    """Returns the values that tuning tries, by option, the preferred value first.
+
+    The editor's class declares the values of its own options, the stream's class the layers.
 
     Args:
-        stream: The stream, which says what layers are tried unless it has a list for the editor alone.
-        editor: The editor, which says the rest.
+        stream: The stream.
+        editor: The editor, which also declares the kind of layer that it edits.
+
+    Raises:
+        UserError: If there is no such stream or editor.
     """
-    folder = Path(str(files("grace_bench.launch.conf"))) / "search"
-    layers = f"{stream}_{editor}" if (folder / f"{stream}_{editor}.yaml").is_file() else stream
+    cls, layers = EDITORS.get(editor), STREAMS.get(stream).search_layers
     space: dict[str, list[Any]] = {}
-    for path in (folder / f"{layers}.yaml", folder / f"{editor}.yaml"):
-        if path.is_file():
-            space.update(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
-    return space
+    if cls.layer_kind in layers:
+        space["editor.layers" if cls.layer_kind == "several" else "layer"] = _listed(layers[cls.layer_kind])
+    elif "any" in layers:
+        space["layer"] = _listed(layers["any"])
+    return space | {f"editor.{name}": _listed(values) for name, values in cls.search_space.items()}
 
 
 def searches(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the multiruns of a tuning, one a stream and editor; values on the command line stand for the space's.
+    """Returns the multiruns of a tuning, one per stream and editor; a value on the command line replaces the space's.
 
     Raises:
-        UserError: If they touch the stream's edits, an editor has no search space, or budgets differ.
+        UserError: If the overrides ask for the stream's edits, an editor has no search space, or budgets differ.
     """
     given = given_options(overrides)
     if given.get("split", "validation") != "validation":
         raise UserError(f"split={given['split']}: tuning edits validation requests only")
     (base,) = preset_parts("tune", overrides)
     parts, budgets = [], {}
-    for stream in given.get("stream", _DEFAULTS["stream"]).split(","):
-        for editor in given.get("editor", _DEFAULTS["editor"]).split(","):
+    for stream in given.get("stream", default_component("stream")).split(","):
+        for editor in given.get("editor", default_component("editor")).split(","):
             space = {name: values for name, values in search_space(stream, editor).items() if name not in given}
             chosen = [name for name in given if _is_searched(name, given[name])]
             if not chosen and not any(name.startswith("editor.") for name in space):
@@ -82,7 +85,9 @@ def conclude(runs: Sequence[SweepRun], *, say: Callable[[str], None]) -> None:
     """Prints the trials of a tuning and writes the best setting of each stream and editor as a preset."""
     pairs: dict[tuple[str, str], list[SweepRun]] = defaultdict(list)
     for sweep_run in runs:
-        pairs[registered_name(sweep_run.config.stream), registered_name(sweep_run.config.editor)].append(sweep_run)
+        # A trial without a configuration is reported by the sweep.
+        if sweep_run.config is not None:
+            pairs[sweep_run.config.stream.name, sweep_run.config.editor.name].append(sweep_run)
     for (stream, editor), trials in pairs.items():
         _choose(stream, editor, trials, say)
 
@@ -113,15 +118,17 @@ def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[
     given = dict.fromkeys(item.partition("=")[0] for run in trials for item in run.overrides)
     names = [name for name in given if name == "layer" or name.startswith("editor.")]
     results: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
-    configs: dict[tuple[str, ...], DictConfig] = {}
+    configs: dict[tuple[str, ...], RunConfig] = {}
+    seeds = set()
     for run in trials:
-        setting = tuple(_shown(run, name) for name in names)
+        assert run.config is not None
+        seeds.add(run.config.seed)
+        setting = tuple(_values([_value_of(run.config, name)]) for name in names)
         configs.setdefault(setting, run.config)
         if run.outcome is not None and run.outcome.state != "failed" and run.folder is not None:
             results[setting].append(read_result(run.folder / "result.json"))
-    n_seeds = len({run.config.seed for run in trials})
     scores = {
-        setting: fmean(map(quality, results[setting])) if len(results[setting]) == n_seeds else -math.inf
+        setting: fmean(map(quality, results[setting])) if len(results[setting]) == len(seeds) else -math.inf
         for setting in configs
     }
     best = max(scores, key=scores.__getitem__)
@@ -160,21 +167,21 @@ def _print(
     table_console().print(table)
 
 
-def _preset(config: DictConfig, names: Sequence[str], budget: str) -> str:
+def _preset(config: RunConfig, names: Sequence[str], budget: str) -> str:
     chosen: dict[str, Any] = {"tuning_budget": budget}
-    # A layer is a layer of this model.
+    # A layer's path holds for this model only.
     if config.model is not None:
         chosen["model"] = config.model
-    node = OmegaConf.create(chosen)
     for name in names:
-        OmegaConf.update(node, name, OmegaConf.select(config, name))
+        group, _, option = name.rpartition(".")
+        (chosen.setdefault(group, {}) if group else chosen)[option] = _value_of(config, name)
     command = " ".join(shlex.join(["grace-bench", *sys.argv[1:]]).split())
-    text = yaml.safe_dump(OmegaConf.to_container(node), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
     return f"# Chosen on the validation split: {command}\n{text}"
 
 
 def _write(path: Path, text: str) -> Path:
-    """Writes a preset; another one of that name is set aside."""
+    """Writes a preset; an earlier one of that name with other settings is set aside."""
     try:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             set_aside(path)
@@ -188,10 +195,19 @@ def _is_searched(name: str, value: str) -> bool:
     return name.startswith("editor.") and "," in value
 
 
+def _listed(values: Sequence[Any]) -> list[Any]:
+    """The values of an option as plain lists, as configuration files hold them."""
+    return [list(value) if isinstance(value, tuple) else value for value in values]
+
+
 def _values(values: Sequence[Any]) -> str:
     return ",".join(f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value) for value in values)
 
 
-def _shown(run: SweepRun, name: str) -> str:
-    value = OmegaConf.select(run.config, name)
-    return _values([OmegaConf.to_container(value)]) if OmegaConf.is_list(value) else str(value)
+def _value_of(config: RunConfig, name: str) -> Any:
+    """The value of `layer` or of an editor's option, which may be nested (`editor.a.b`)."""
+    group, *path = name.split(".")
+    value: Any = config.editor.node if group == "editor" else getattr(config, group)
+    for part in path:
+        value = value[part]
+    return value

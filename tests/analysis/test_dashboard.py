@@ -27,7 +27,8 @@ from wandb_workspaces.workspaces.internal import View
 
 from grace_bench.analysis.dashboard import make_report, make_workspace, specification
 from grace_bench.cli import main
-from grace_bench.launch.jobs import compose, folder_of
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_folder import folder_of
 from grace_bench.run.loggers import RunPlan
 from grace_bench.run.loggers.wandb import WandbLogger
 

@@ -15,8 +15,7 @@ import pytest
 import safetensors.torch
 
 from grace_bench.cli import main
-from grace_bench.launch.check import Checker, Finding
-from grace_bench.launch.config import register_configs
+from grace_bench.launch.check import Checker, Finding, _compared
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import STREAMS
 from grace_bench.results.schema import PREDICTIONS, RUN_FILES, digest_of
@@ -67,7 +66,6 @@ def moved(made: Path, run: Path) -> Path:
 
 
 def check(folder: Path) -> dict[str, Finding]:
-    register_configs(())
     return {finding.what: finding for finding in Checker().check(folder)}
 
 
@@ -186,7 +184,7 @@ ES, TRR = "ES, from edits.jsonl", "TRR, from predictions.parquet"
     ("change", "noticed"),
     [
         (change_score_after, {"edits.jsonl", ES}),
-        (undo_an_edit, {"edits.jsonl", "clock of each candidate", "counts", "seconds of the edits"}),
+        (undo_an_edit, {"edits.jsonl", "n_edits of each candidate", "counts", "seconds of the edits"}),
         (change_seconds, {"edits.jsonl", "seconds of the edits"}),
         (swap_candidates, {"edits.jsonl", "order of the candidates"}),
         (better_line, {"metrics.jsonl", "metrics", TRR, "Avg, from TRR and ERR"}),
@@ -230,7 +228,7 @@ def test_other_weights_and_other_requests_are_noticed(moved: Path) -> None:
     requests.write_text("".join(requests.read_text().splitlines(keepends=True)[1:]))
     said = check(moved)
     assert said["model"].verdict == said["stream"].verdict == said["editor"].verdict == "differs"
-    assert re.fullmatch(r"[0-9a-f]{12} → [0-9a-f]{12}", said["model"].told)
+    assert re.fullmatch(r"recorded [0-9a-f]{12}, now [0-9a-f]{12}", said["model"].told)
     assert "saved for other weights" in said["editor"].told
     assert said["order of the candidates"].verdict == "differs"
 
@@ -282,9 +280,9 @@ def test_another_environment_is_told_of_and_is_no_failure(run: Path) -> None:
     said = check(run)
     assert failing(run) == set()
     assert said["torch"].verdict == said["threads"].verdict == said["git"].verdict == "note"
-    assert said["torch"].told.startswith("1.0 → ")
-    assert said["threads"].told == "64 → 1"
-    assert said["git"].told.startswith("commit 000000000000, modified true → ")
+    assert said["torch"].told.startswith("recorded 1.0, now ")
+    assert said["threads"].told == "recorded 64, now 1"
+    assert said["git"].told.startswith("recorded commit 000000000000, modified true, now ")
 
 
 def test_a_result_that_records_no_hashes_is_checked_as_far_as_it_goes(run: Path) -> None:
@@ -325,3 +323,36 @@ def test_a_run_from_python_without_a_configuration_is_checked_as_far_as_its_file
     )
     assert said["config.yaml"].verdict == "note"
     assert said[TRR].verdict == "same"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now", "told"),
+    [
+        ({"eval_every": 3}, {"eval_every": 4}, "eval_every: recorded 3, now 4"),
+        ({"strict": True}, {"strict": 1}, "strict: recorded true, now 1"),
+        ({"strict": 0}, {"strict": False}, "strict: recorded 0, now false"),
+        ({"n": 1}, {"n": None}, "n: recorded 1, now null"),
+        ({"n": None}, {"n": 0.5}, "n: recorded null, now 0.5"),
+        ({"n": None}, {}, "n: recorded null, now nothing"),
+        ({}, {"n": False}, "n: recorded nothing, now false"),
+        ({"a": 1, "b": 2.5}, {"a": 2, "b": "2.5"}, "a (and 1 more): recorded 1, now 2"),
+        ([1, 2, 2], [1, True, 2], "item 1: recorded 2, now true"),
+        ([1, 2], [1], "recorded 2 items, now 1"),
+        ("a", None, "recorded a, now null"),
+        (float("nan"), 0.0, "recorded NaN, now 0.0"),
+    ],
+)
+def test_a_difference_names_the_place_the_recorded_value_and_the_value_now(recorded: Any, now: Any, told: str) -> None:
+    finding = _compared("settings", recorded, now)
+    assert (finding.verdict, finding.told) == ("differs", told)
+
+
+@pytest.mark.parametrize(("recorded", "now"), [(1, 1.0), (0.1 + 0.2, 0.3), (float("nan"), None), ([True], [True])])
+def test_equal_numbers_are_the_same_whatever_their_type(recorded: Any, now: Any) -> None:
+    assert _compared("settings", recorded, now).verdict == "same"
+
+
+def test_a_wrong_count_at_the_first_candidate_is_told_in_numbers(run: Path) -> None:
+    assert first_edit(run) == 0, "the first candidate is edited"
+    change_line(run / "edits.jsonl", 0, n_edits=2)
+    assert check(run)["n_edits of each candidate"].told == "item 0: recorded 2, now 1"

@@ -6,11 +6,10 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
 
 from grace_bench.cli import main
-from grace_bench.launch.config import registered_name
-from grace_bench.launch.jobs import compose
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_config import RunConfig
 from grace_bench.registry import EDITORS
 
 # Hartvigsen et al. 2023 and the configuration of the official code.
@@ -56,8 +55,8 @@ EDITS: dict[str, dict[str, Any]] = {
 each_paper = pytest.mark.parametrize("paper", RUNS)
 
 
-def chosen(config: DictConfig) -> tuple[str, str]:
-    return registered_name(config.stream), registered_name(config.editor)
+def chosen(config: RunConfig) -> tuple[str, str]:
+    return config.stream.name, config.editor.name
 
 
 @each_paper
@@ -65,16 +64,16 @@ def chosen(config: DictConfig) -> tuple[str, str]:
 def test_a_paper_fixes_what_it_published_for_each_editor(paper: str, editor: str) -> None:
     config = compose([f"paper={paper}", f"editor={editor}"])
     assert chosen(config) == (paper, editor)
-    assert {name: config[name] for name in RUNS[paper]} == RUNS[paper]
+    assert {name: getattr(config, name) for name in RUNS[paper]} == RUNS[paper]
     published = EDITS.get(editor, {})
-    assert {name: config.editor[name] for name in published} == published
+    assert {name: config.editor.settings[name] for name in published} == published
     assert config.tuning_budget == ("published" if published else None)
 
 
 @pytest.mark.parametrize("editor", EDITS)
 def test_a_constructors_defaults_are_the_published_settings(editor: str) -> None:
     plain = compose(["stream=counterfact", "stream.path=x", f"editor={editor}"])
-    assert {name: plain.editor[name] for name in EDITS[editor]} == EDITS[editor]
+    assert {name: plain.editor.settings[name] for name in EDITS[editor]} == EDITS[editor]
 
 
 @each_paper
@@ -83,17 +82,17 @@ def test_the_command_line_wins_over_a_paper_in_any_order(paper: str) -> None:
     for overrides in ([*given, f"paper={paper}"], [f"paper={paper}", *given]):
         config = compose(overrides)
         assert chosen(config) == (paper, "grace")
-        assert (config.editor.lr, config.eval_every, config.stream.path) == (0.5, 7, "x")
+        assert (config.editor.settings["lr"], config.eval_every, config.stream.settings["path"]) == (0.5, 7, "x")
         assert (config.max_edits, config.layer) == (9, "other")
-        assert config.editor.eps_init == EDITS["grace"]["eps_init"]
+        assert config.editor.settings["eps_init"] == EDITS["grace"]["eps_init"]
         assert config.tuning_budget is None, "what is set by hand is no longer what was published"
 
 
 def test_another_stream_under_a_paper_gets_none_of_its_tuned_settings() -> None:
     tuned = compose(["stream=toy"])
     config = compose(["paper=zsre", "stream=toy"])
-    assert tuned.editor.replacement != EDITS["grace"]["replacement"]
-    assert {name: config.editor[name] for name in EDITS["grace"]} == EDITS["grace"]
+    assert tuned.editor.settings["replacement"] != EDITS["grace"]["replacement"]
+    assert {name: config.editor.settings[name] for name in EDITS["grace"]} == EDITS["grace"]
     assert config.tuning_budget == "published"
 
 

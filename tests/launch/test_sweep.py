@@ -22,8 +22,9 @@ from hydra.types import RunMode
 from grace_bench.cli import main
 from grace_bench.editors.ft import FineTune
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import compose, prepared
-from grace_bench.launch.sweep import Job, preset_parts, sweep_name
+from grace_bench.launch.compose import compose, prepare_overrides
+from grace_bench.launch.sweep import preset_parts, sweep_name
+from grace_bench.launch.sweep_run import RunTask
 from grace_bench.results.reading import read_result
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
@@ -159,7 +160,7 @@ def test_a_sweep_through_submitit_ends_with_the_results_of_a_serial_one(tmp_path
 @needs_submitit
 def test_the_slurm_launcher_takes_its_settings(tmp_path: Path) -> None:
     settings = {"partition": "gpu", "gpus_per_node": 1, "array_parallelism": 8, "timeout_min": 240}
-    overrides = prepared(
+    overrides = prepare_overrides(
         ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{name}={value}" for name, value in settings.items())]
     )
     with initialize_config_module("grace_bench.launch.conf", version_base="1.3"):
@@ -176,9 +177,9 @@ def test_a_run_that_slurm_put_back_into_its_queue_is_not_refused(
     (folder,) = run_folders(tmp_path).values()
     finished = answers(folder)
     (folder / "result.json").unlink()
-    assert Job()(compose(given)).state == "failed"
+    assert RunTask()(compose(given)).state == "failed"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert Job()(compose(given)).state == "done"
+    assert RunTask()(compose(given)).state == "done"
     assert answers(folder) == finished
 
 
@@ -329,7 +330,8 @@ def test_the_ablations_change_one_choice_of_the_published_setting_at_a_time() ->
         rest = [item for item in part if item != swept]
         configs = [compose([*rest, f"{name}={value}"]) for value in values.split(",")]
         for config in configs:
-            changed = {key for key in published.editor if config.editor[key] != published.editor[key]}
+            settings = config.editor.settings
+            changed = {key for key, value in published.editor.settings.items() if settings[key] != value}
             assert changed <= {name.removeprefix("editor.")}
             assert (config.layer == published.layer) or name == "layer"
         assert any(config.editor == published.editor and config.layer == published.layer for config in configs)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
-from grace_bench.launch.jobs import compose
+from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS
 

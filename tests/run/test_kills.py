@@ -28,7 +28,7 @@ OPTIONS = (
 def start(out: Path, editor: str) -> Any:
     """A process of its own that goes on with the run; its imports are done already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grace_bench.launch.jobs", "grace_bench.run.run_benchmark"])
+    context.set_forkserver_preload(["grace_bench.launch.run_folder", "grace_bench.run.run_benchmark"])
     process = context.Process(target=main, args=(["run", *OPTIONS, f"editor={editor}", f"out={out}"],))
     process.start()
     return process

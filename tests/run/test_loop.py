@@ -26,7 +26,8 @@ from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.launch.jobs import compose, execute
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_folder import run_or_reuse
 from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tasks.generation import Completion
 from grace_bench.models.zoo import resolve_model
@@ -423,7 +424,7 @@ def test_without_upstream_data_trr_is_null_and_said_once(tmp_path: Path) -> None
             *(f"out={tmp_path / 'runs'}", "wandb.mode=disabled"),
         ]
     )
-    result = execute(config, say=said.append)
+    result = run_or_reuse(config, say=said.append)
     assert "\n".join(said).count("no upstream") == 1
     (file,) = (tmp_path / "runs").rglob("result.json")
     written = json.loads(file.read_text(encoding="utf-8"))
@@ -616,22 +617,22 @@ def test_a_file_that_changed_since_the_finished_run_is_refused_and_can_be_run_an
     path, out = tmp_path / "r.jsonl", tmp_path / "runs"
     write_requests(path, [point(0), point(1)])
     said: list[str] = []
-    first = execute(own_requests(path, out), say=said.append)
-    assert execute(own_requests(path, out), say=said.append) == first
+    first = run_or_reuse(own_requests(path, out), say=said.append)
+    assert run_or_reuse(own_requests(path, out), say=said.append) == first
     assert said[-1].startswith("finished before, reused: ")
     (folder,) = (file.parent for file in out.rglob("result.json"))
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
     write_requests(path, [point(0), point(2)])
     with pytest.raises(UserError, match="was made from other requests; existing=rerun") as caught:
-        execute(own_requests(path, out), say=said.append)
+        run_or_reuse(own_requests(path, out), say=said.append)
     assert str(folder) in str(caught.value)
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
-    second = execute(own_requests(path, out, "existing=rerun"), say=said.append)
+    second = run_or_reuse(own_requests(path, out, "existing=rerun"), say=said.append)
     assert second.stream.fingerprint != first.stream.fingerprint
     assert [line["id"] for line in sorted(lines(folder / "edits.jsonl"), key=lambda line: line["id"])] == ["p0", "p2"]
-    assert execute(own_requests(path, out), say=said.append) == second
+    assert run_or_reuse(own_requests(path, out), say=said.append) == second
     (aside,) = (entry for entry in folder.parent.iterdir() if entry != folder)
     assert read_result(aside / "result.json") == first
 
@@ -641,13 +642,13 @@ def test_a_finished_run_is_not_reused_for_a_model_whose_files_changed(tmp_path: 
     write_requests(path, [point(0)])
     shutil.copytree(resolve_model("toy").path, model)
     said: list[str] = []
-    first = execute(own_requests(path, out, f"model={model}"), say=said.append)
+    first = run_or_reuse(own_requests(path, out, f"model={model}"), say=said.append)
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"was made with other files of model={model}; existing=rerun sets it aside"):
-        execute(own_requests(path, out, f"model={model}"), say=said.append)
+        run_or_reuse(own_requests(path, out, f"model={model}"), say=said.append)
     (model / "model.safetensors").write_bytes(weights)
-    assert execute(own_requests(path, out, f"model={model}"), say=said.append) == first
+    assert run_or_reuse(own_requests(path, out, f"model={model}"), say=said.append) == first
     assert said[-1].startswith("finished before, reused: ")
 
 

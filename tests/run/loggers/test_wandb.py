@@ -13,7 +13,8 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from grace_bench.analysis.dashboard import make_report, make_workspace, specification
-from grace_bench.launch.jobs import compose, execute
+from grace_bench.launch.compose import compose
+from grace_bench.launch.run_folder import run_or_reuse
 from grace_bench.results.schema import EditRecord, RunResult
 
 BLOCK = 32 * 1024
@@ -50,7 +51,7 @@ def run_toy(out: Path, *overrides: str, editor: str = "grace") -> tuple[RunResul
     config = compose(
         ["stream=toy", f"editor={editor}", "max_edits=4", "eval_every=2", "max_upstream=20", f"out={out}", *overrides]
     )
-    result = execute(config, say=said.append)
+    result = run_or_reuse(config, say=said.append)
     (file,) = out.rglob("result.json")
     return result, file.parent, said
 

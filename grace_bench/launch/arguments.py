@@ -1,0 +1,34 @@
+"""What a configuration asks of `run_benchmark` and the other functions that open a stream with a model."""
+
+from dataclasses import fields
+from typing import Any
+
+from grace_bench.errors import UserError
+from grace_bench.launch.run_config import RunConfig, make_editor, make_stream
+from grace_bench.run.settings import RunSettings, Schedule
+
+
+def run_arguments(config: RunConfig) -> tuple[Any, dict[str, Any]]:
+    """Returns the stream of a configuration, and the keyword arguments for `run_benchmark`, `meta_train` and planning.
+
+    Raises:
+        UserError: If an option of stream or run has a value that it cannot have, or no model is named for the stream.
+    """
+    settings, stream = run_settings(config), make_stream(config)
+    model = config.model or stream.default_model
+    if model is None:
+        raise UserError(f"stream '{stream.registered_name}' has no model of its own: name one with model=")
+    return stream, {
+        "model": str(model),
+        "editor": make_editor(config),
+        "settings": settings,
+        **{name: getattr(config, name) for name in ("layer", "dtype", "device", "device_map")},
+    }
+
+
+def run_settings(config: RunConfig) -> RunSettings:
+    """Returns the settings of a run: every field takes the option of its name, wherever that is nested."""
+    values = {name.rpartition(".")[2]: value for name, value in config.options()}
+    schedule = Schedule(**{declared.name: values[declared.name] for declared in fields(Schedule)})
+    names = [declared.name for declared in fields(RunSettings) if declared.name != "schedule"]
+    return RunSettings(schedule=schedule, **{name: values[name] for name in names})

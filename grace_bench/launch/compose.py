@@ -1,0 +1,172 @@
+"""From overrides, as typed on the command line, to the configuration of a run; Hydra composes it."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from hydra_zen import builds
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grace_bench.errors import UserError, did_you_mean
+from grace_bench.launch.presets import register_presets
+from grace_bench.launch.run_config import RunConfig, default_options
+from grace_bench.models.zoo import resolve_model
+from grace_bench.registry import EDITORS, STREAMS, Registry
+
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
+"""What Hydra and the libraries beneath it raise for overrides that are no settings."""
+
+_GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
+_COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = (("stream", STREAMS), ("editor", EDITORS))
+CONFIG_FOLDER = Path(str(files("grace_bench.launch.conf")))
+"""The configuration files that ship with the package."""
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """Returns the configuration that overrides give.
+
+    Raises:
+        UserError: If they do not compose, or an option has a value that it cannot have.
+    """
+    overrides = prepare_overrides(overrides)
+    try:
+        with hydra.initialize_config_module(config_module="grace_bench.launch.conf", version_base="1.3"):
+            return resolved(hydra.compose("run", overrides))
+    except NOT_COMPOSED as error:
+        raise UserError(one_line(error)) from error
+
+
+def resolved(config: DictConfig) -> RunConfig:
+    """Returns what Hydra composed as a frozen, checked configuration.
+
+    Raises:
+        UserError: If an option has a value that it cannot have.
+        OmegaConfBaseException: If a reference leads nowhere.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return RunConfig.from_plain(plain)
+
+
+def prepare_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides as Hydra takes them, and registers the configs they ask for with Hydra.
+
+    Raises:
+        UserError: If they name a stream, editor, paper or preset that does not exist.
+    """
+    overrides = _with_consequences(register_presets(overrides))
+    _register_configs(overrides)
+    return overrides
+
+
+def given_options(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns the options that overrides give, with their values as typed.
+
+    Raises:
+        UserError: If one is not of the form `option=value`.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        if override.startswith("-"):
+            raise UserError(f"run has no option {override} (settings are given as option=value, a sweep as -m)")
+        name, _, given[name] = override.partition("=")
+        if not name or name.startswith(("~", "+")) or "=" not in override:
+            raise UserError(f"{override!r} should be option=value")
+    return given
+
+
+def default_component(group: str) -> str:
+    """Returns the stream or editor of a run that names none, from the defaults in `conf/run.yaml`."""
+    (name,) = (entry[group] for entry in OmegaConf.load(CONFIG_FOLDER / "run.yaml").defaults if group in entry)
+    return str(name)
+
+
+def one_line(error: Exception) -> str:
+    """Returns a message that Hydra or OmegaConf spread over several lines as one."""
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        return f"there is no option {unknown[1]}"
+    if isinstance(error, RecursionError):
+        return "the settings are nested too deeply"
+    # Hydra names the override, OmegaConf beneath it the mistake.
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), None)
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https"))]
+    text = " ".join(kept) or type(error).__name__
+    key = error.override if isinstance(error, OverrideParseException) else key
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def _register_configs(overrides: Sequence[str]) -> None:
+    """Registers the run's options, and a config for every stream and editor that can be imported, with Hydra.
+
+    A stream or editor that cannot be imported concerns only those who ask for it.
+
+    Raises:
+        UserError: If the overrides name a stream or editor that does not exist or cannot be imported.
+    """
+    store, given = ConfigStore.instance(), given_options(overrides)
+    store.store(name="options", node=default_options(), provider="grace-bench")
+    for group, registry in _COMPONENTS:
+        asked = _names_of(group, given)
+        for name in asked:
+            registry.check(name)
+        for name in registry.entries():
+            try:
+                node = _node_of(registry, name)
+            except UserError:
+                if name in asked:
+                    raise
+                continue
+            store.store(group=group, name=name, node=node, provider="grace-bench")
+
+
+def _names_of(group: str, given: Mapping[str, str]) -> list[str]:
+    return given[group].split(",") if group in given else []
+
+
+def _node_of(registry: Registry[Any], name: str) -> Any:
+    """The config of a stream or editor, derived from the constructor's signature."""
+    cls, is_editor = registry.get(name), registry is EDITORS
+    parameters = inspect.signature(cls).parameters
+    return builds(
+        cls,
+        populate_full_signature=True,
+        zen_partial=is_editor,
+        zen_exclude=[parameter for parameter in _GIVEN_BY_THE_RUN if parameter in parameters],
+        # The editor takes the run's seed unless the command line gives it another.
+        **({"seed": "${seed}"} if is_editor and "seed" in parameters else {}),
+    )
+
+
+def _with_consequences(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides, with what follows from them for the tuned and the published settings.
+
+    Tuned settings hold only for the model they were chosen on, a published layer only for the published model, and the
+    tuning budget of either only where nothing of them is set by hand.
+    """
+    given = given_options(overrides)
+    for group in ("paper", "tuned"):
+        known = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+        for name in _names_of(group, given):
+            if name not in known:
+                raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    models = [] if given.get("model", "null") == "null" else given["model"].split(",")
+    is_other_model = any(resolve_model(model).stream is None for model in models)
+    added = ["tuned=none"] if is_other_model and "tuned" not in given else []
+    papers = [
+        OmegaConf.load(CONFIG_FOLDER / "paper" / f"{name}.yaml") for name in given.get("paper", "none").split(",")
+    ]
+    if models and "layer" not in given and any("layer" in paper for paper in papers):
+        added.append("layer=null")
+    # A value set by hand was not chosen by the tuning.
+    if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
+        added.append("tuning_budget=null")
+    return [*overrides, *added]

@@ -1,0 +1,394 @@
+"""The options of a run, each declared once, and the frozen configuration that they make.
+
+Hydra's defaults, `run --help`, the checks, the hash in a run folder's name, the name of a sweep and what `check`
+compares with a result are all derived from the fields below. To add an option, add a field; if the run needs the value,
+add a field of the same name to `RunSettings` too.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
+from typing import Any, Self
+
+from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
+from grace_bench.errors import UserError
+from grace_bench.registry import EDITORS, STREAMS, Registry
+
+_HASH_DIGITS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is declared of an option beside its name, type and default.
+
+    Attributes:
+        help: One line for `run --help`.
+        check: Raises `UserError` for a value that the option cannot have, given the option's name and the value.
+        in_hash: Whether the value may change an answer, and so tells run folders apart.
+        in_sweep_name: Whether the value tells sweeps apart.
+        in_protocol: Whether a result records the value in its `protocol`.
+    """
+
+    help: str
+    check: Callable[[str, Any], None]
+    in_hash: bool = True
+    in_sweep_name: bool = True
+    in_protocol: bool = False
+
+
+def _option(default: Any, help: str, check: Callable[[str, Any], None], **declared: bool) -> Any:
+    return field(default=default, metadata={"option": Option(help=help, check=check, **declared)})
+
+
+def _whole(least: int, *, unless: Any = ...) -> Callable[[str, Any], None]:
+    """Checks for a whole number, or for the one value that stands for none."""
+
+    def check(name: str, value: Any) -> None:
+        if value is None if unless is None else value == unless:
+            return
+        check_whole(name, value, least=least)
+
+    return check
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], None]:
+    return partial(check_choice, choices=choices)
+
+
+_text_or_null = partial(check_text, optional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOptions:
+    """The options under `protocol.`."""
+
+    query: str = _option(
+        "prefix",
+        "where running text is queried: prefix, or last_token as in the official code",
+        _one_of("prefix", "last_token"),
+        in_protocol=True,
+    )
+    prefix_length: int = _option(8, "tokens of running text that are read but not scored", _whole(1), in_protocol=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbOptions:
+    """The options under `wandb.`."""
+
+    mode: str = _option(
+        "auto",
+        "auto (online if logged in, else offline), online, offline or disabled",
+        _one_of("auto", "online", "offline", "disabled"),
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    project: str = _option("grace-bench", "the W&B project", check_text, in_hash=False, in_sweep_name=False)
+    group: str | None = _option(
+        None,
+        "the W&B group; null for stream and model, or the sweep",
+        _text_or_null,
+        in_hash=False,
+        in_sweep_name=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A registered stream or editor with the settings for its constructor.
+
+    Attributes:
+        name: The registered name.
+        node: The component as a configuration file records it: the class under `_target_`, `_partial_`, and the
+            settings.
+    """
+
+    name: str
+    node: Mapping[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {name: value for name, value in self.node.items() if not str(name).startswith("_")}
+
+    @classmethod
+    def from_node(cls, group: str, node: Any, registry: Registry[Any]) -> Self:
+        """Reads a component from a configuration, which a stranger may have written.
+
+        Args:
+            group: `stream` or `editor`.
+            node: What the configuration holds there.
+            registry: The registry that the class must be in.
+
+        Raises:
+            UserError: If the class is not registered, or the settings hold what Hydra would act on.
+        """
+        if not isinstance(node, Mapping):
+            raise UserError(f"{group}={node} should be the settings of a {group}")
+        name = registry.name_of(node.get("_target_"))
+        if name is None:
+            raise UserError(f"{group}._target_={node.get('_target_')} is no registered {group}")
+        # The editor is made later, on its model.
+        if bool(node.get("_partial_", False)) != (registry is EDITORS):
+            raise UserError(f"{group}._partial_={node.get('_partial_')}: is no setting")
+        _refuse_directives(group, {key: value for key, value in node.items() if key not in ("_target_", "_partial_")})
+        return cls(name=name, node=node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The configuration of a run: resolved, checked and frozen.
+
+    Attributes:
+        stream: The stream.
+        editor: The editor.
+    """
+
+    model: str | None = _option(None, "a short name, a hub id or a folder; null for the stream's own", _text_or_null)
+    layer: str | None = _option(None, "dotted path of the module to edit; null for the model's own", _text_or_null)
+    dtype: str = _option("float32", "float32, bfloat16 or float16", check_text)
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", check_text, in_hash=False, in_sweep_name=False)
+    device_map: str | None = _option(
+        None,
+        "spreads the weights over devices instead: auto, balanced, ... (needs accelerate); null for one device",
+        _text_or_null,
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    seed: int = _option(0, "orders the edits and seeds every random generator", _whole(0), in_hash=False)
+    split: str = _option("edits", "edits, or validation for tuning", _one_of("edits", "validation"), in_protocol=True)
+    max_edits: int | None = _option(
+        None,
+        "stop at exactly this many edits; null for the whole stream",
+        _whole(1, unless=None),
+        in_protocol=True,
+    )
+    eval_every: int = _option(50, "evaluate after every so many edits", _whole(1), in_protocol=True)
+    max_upstream: int | None = _option(
+        500, "score at most so many upstream requests; null for all", _whole(1, unless=None), in_protocol=True
+    )
+    batch_size: int = _option(64, "score at most so many inputs in one forward pass", _whole(1))
+    batch_tokens: int = _option(
+        16384,
+        "and at most so many tokens with padding, a longer text alone; on a CPU 1,024 unless it generates",
+        _whole(1),
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    engine: str = _option(
+        "exact",
+        "exact, or plain: every pass whole, one input at a time, as in the official code",
+        _one_of("exact", "plain"),
+    )
+    engine_memory_mb: int | None = _option(
+        None,
+        "memory for the cache between evaluations; null for a quarter of the free memory",
+        _whole(0, unless=None),
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    threads: int | str = _option(
+        "auto",
+        "torch threads; auto takes one for tiny models",
+        _whole(1, unless="auto"),
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    checkpoint_every: int = _option(
+        50,
+        "write a checkpoint to resume from after every so many edits; the result is the same",
+        _whole(1),
+        in_hash=False,
+    )
+    strict: bool = _option(
+        False, "stop at the first edit that fails instead of recording it and going on", check_flag, in_hash=False
+    )
+    tuning_budget: str | None = _option(
+        None, "how the hyperparameters were chosen, as the leaderboard shows it", _text_or_null, in_protocol=True
+    )
+    protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
+    out: str = _option("runs", "where run folders are made", check_text, in_hash=False, in_sweep_name=False)
+    existing: str = _option(
+        "reuse",
+        "a run folder that exists: reuse, resume what is not finished, or rerun to set the old one aside",
+        _one_of("reuse", "resume", "rerun"),
+        in_hash=False,
+        in_sweep_name=False,
+    )
+    wandb: WandbOptions = field(default_factory=WandbOptions)
+    stream: Component
+    editor: Component
+
+    def __post_init__(self) -> None:
+        values = dict(self.options())
+        for name, option in OPTIONS.items():
+            option.check(name, values[name])
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        """Makes a configuration of plain, resolved values, as a run folder's `config.yaml` holds them.
+
+        An option that does not change answers may be missing from a file that an earlier version wrote; the default
+        then applies.
+
+        Raises:
+            UserError: If an option is unknown or missing, has a value that it cannot have, or the stream or editor is
+                not registered.
+        """
+        given = dict(plain)
+        components = {
+            group: Component.from_node(group, given.pop(group, None), registry)
+            for group, registry in (("stream", STREAMS), ("editor", EDITORS))
+        }
+        groups = {
+            name: _group_from(name, kind, given.pop(name, {}))
+            for name, kind in (("protocol", ProtocolOptions), ("wandb", WandbOptions))
+        }
+        return _from_values(cls, "", given, **groups, **components)
+
+    def options(self) -> Iterator[tuple[str, Any]]:
+        """Yields every option with its value, by the name that is typed (`protocol.query`); not stream and editor."""
+        for name in OPTIONS:
+            value: Any = self
+            for part in name.split("."):
+                value = getattr(value, part)
+            yield name, value
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the configuration as plain values, in the order in which `config.yaml` holds them."""
+        plain = _nested(self.options())
+        return {**plain, "stream": dict(self.stream.node), "editor": dict(self.editor.node)}
+
+    def flat(self) -> list[str]:
+        """Returns every setting as `option=value`, those of stream and editor included."""
+        return list(_leaves("", self.plain()))
+
+    @property
+    def digits(self) -> str:
+        """The hex digits of the configuration's hash that stand in the name of a run folder."""
+        return hash_config(self.plain())[:_HASH_DIGITS]
+
+
+def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Option]]:
+    """Yields the name, default and declaration of every option of a class of options."""
+    for declared in fields(kind):
+        if "option" in declared.metadata:
+            yield f"{prefix}{declared.name}", declared.default, declared.metadata["option"]
+        elif is_dataclass(declared.type) and declared.type is not Component:
+            yield from _declared(declared.type, f"{declared.name}.")  # type: ignore[arg-type]
+
+
+OPTIONS: dict[str, Option] = {name: option for name, _, option in _declared(RunConfig)}
+"""Every option of a run by the name that is typed, in the order of `config.yaml`."""
+
+
+def default_options() -> dict[str, Any]:
+    """Returns the defaults of all options, nested as Hydra composes them."""
+    return _nested((name, default) for name, default, _ in _declared(RunConfig))
+
+
+def option_lines() -> list[str]:
+    """Returns a line of `run --help` for every option: the option with its default, and what it does."""
+    shown = [(f"{name}={_typed(default)}", option.help) for name, default, option in _declared(RunConfig)]
+    width = max(len(option) for option, _ in shown)
+    return [f"{option:<{width}}  {text}" for option, text in shown]
+
+
+def hash_config(plain: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a resolved configuration, without the options that do not change answers.
+
+    It is the same for all seeds: an editor's seed that equals the run's seed does not count.
+
+    Args:
+        plain: The configuration, as `RunConfig.plain` returns it or a run folder's `config.yaml` holds it.
+    """
+    hashed = {name.partition(".")[0] for name, option in OPTIONS.items() if option.in_hash}
+    left_out = {name.partition(".")[0] for name in OPTIONS} - hashed
+    counted = {key: value for key, value in plain.items() if key not in left_out}
+    editor = plain.get("editor")
+    if isinstance(editor, Mapping) and "seed" in editor:
+        own = editor["seed"] != plain.get("seed")
+        counted["editor"] = {**editor, "seed": [editor["seed"]] if own else 0}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def make_stream(config: RunConfig) -> Any:
+    """Returns the stream that a configuration describes.
+
+    Raises:
+        UserError: If an option has a value that it cannot have.
+    """
+    return _constructor("stream", config.stream, STREAMS)()
+
+
+def make_editor(config: RunConfig) -> Callable[..., Any]:
+    """Returns the constructor of the editor that a configuration describes; it takes `model=` and what a run adds.
+
+    Raises:
+        UserError: If the editor has no such option.
+    """
+    return _constructor("editor", config.editor, EDITORS)
+
+
+def _constructor(group: str, component: Component, registry: Registry[Any]) -> Callable[..., Any]:
+    cls = registry.get(component.name)
+    parameters = inspect.signature(cls).parameters
+    unknown = next((name for name in component.settings if name not in parameters), None)
+    if unknown is not None:
+        raise UserError(f"{group} {component.name!r} has no option {group}.{unknown}")
+    return partial(cls, **component.settings)
+
+
+def _group_from(group: str, kind: type, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        raise UserError(f"{group}={given} should be options")
+    return _from_values(kind, f"{group}.", dict(given))
+
+
+def _from_values(kind: type, prefix: str, given: dict[str, Any], **others: Any) -> Any:
+    known = {declared.name: declared for declared in fields(kind) if "option" in declared.metadata}
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"there is no option {prefix}{unknown}")
+    missing = next((name for name in known if name not in given and known[name].metadata["option"].in_hash), None)
+    if missing is not None:
+        raise UserError(f"field '{prefix}{missing}': is missing")
+    return kind(**given, **others)
+
+
+def _nested(values: Any) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in values:
+        group, _, option = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[option] = value
+    return nested
+
+
+def _leaves(path: str, value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(path, inner)
+    else:
+        yield f"{path}={'null' if value is None else value}"
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _refuse_directives(place: str, value: Any) -> None:
+    """Raises if settings hold, at any depth, a key that Hydra would act on; each of those begins with `_`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if str(key).startswith("_"):
+                raise UserError(f"{place}.{key}: is no setting")
+            _refuse_directives(f"{place}.{key}", inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_directives(place, inner)
