@@ -90,9 +90,9 @@ def series_of(evaluations: Sequence[Evaluation], metric: str) -> Series:
 def mean_curve(runs: Sequence[Series]) -> list[Point]:
     """Averages the curves of runs that differ in the seed.
 
-    Runs are averaged at the numbers of edits at which all of them were evaluated, so that every point is a mean over the
-    same seeds. If runs end after different numbers of edits, the last point is the mean of their last evaluations, at the
-    mean of their ends, as in the leaderboard.
+    Runs are averaged at the numbers of edits at which all of them were evaluated, so that every point is a mean over
+    the same seeds. If runs end after different numbers of edits, the last point is the mean of their last evaluations,
+    at the mean of their ends, as in the leaderboard.
 
     Args:
         runs: A series for each run; empty ones are left out.
