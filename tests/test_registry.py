@@ -192,6 +192,7 @@ class Mixed:
         ("odd_twice", "class Odd(Base):\n    flag = False\n    flag = True"),
         ("odd_condition", "class Odd(Base):\n    if True:\n        flag = True"),
         ("odd_bases", "class Odd(Mixed, Base):"),
+        ("odd_variable", "class Odd(Mixed):\n    def method(self) -> None:\n        flag = False"),
     ],
 )
 def test_what_source_does_not_say_plainly_is_asked_of_the_class(
@@ -204,3 +205,14 @@ def test_what_source_does_not_say_plainly_is_asked_of_the_class(
     monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
     registry = Registry[Any]("odd", f"grace_bench.{package}", f"grace_bench.{package}.odd:Base")
     assert registry.declares("odd", "flag") is True
+
+
+def test_the_source_says_what_is_declared_in_any_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_literal").mkdir()
+    (tmp_path / "odd_literal" / "__init__.py").touch()
+    source = 'class Odd(Base):\n    flag = {"kind": ("a " "b", None)}\n    raise_if_imported = 1 / 0'
+    (tmp_path / "odd_literal" / "odd.py").write_text(ODD.format(source=source), encoding="utf-8")
+    grace_bench = importlib.import_module("grace_bench")
+    monkeypatch.setattr(grace_bench, "__path__", [*grace_bench.__path__, str(tmp_path)])
+    registry = Registry[Any]("odd", "grace_bench.odd_literal", "grace_bench.odd_literal.odd:Base")
+    assert registry.declared("odd", "flag") == {"kind": ("a b", None)}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -145,7 +146,7 @@ def _editing(model: EditableModel, record: Record) -> Iterator["_Replay"]:
 class _Replay:
     """Our editor on the edits and probes of a record."""
 
-    def __init__(self, model: EditableModel, record: Record, editor: Grace) -> None:
+    def __init__(self, model: EditableModel, record: Record, editor: Any) -> None:
         self._model = model
         self._record = record
         self._editor = editor
