@@ -108,7 +108,7 @@ class MetaTraining:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns all that is needed to go on to the same bits."""
+        """Returns the state from which training resumes to the same bits."""
         return {
             **{f"networks.{name}": tensor for name, tensor in self.networks.state_dict().items()},
             **{
@@ -121,7 +121,7 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up a state from `state_dict`."""
+        """Restores a state from `state_dict`."""
         moments: dict[int, dict[str, Any]] = defaultdict(dict)
         networks = {}
         for name, tensor in state.items():

@@ -21,7 +21,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
 
 _VERSION = 1
-"""Of what meta-training computes: networks trained under another one are not used."""
+"""The version of meta-training: networks of another version are not used."""
 _CHECKPOINT_EVERY = 50
 
 
@@ -103,7 +103,7 @@ class Mend(EditorStrategy):
         self._adopt(found[0])
 
     def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
-        """Trains the editor networks on single edits of the unedited model and keeps them as an artifact.
+        """Trains the editor networks on single edits of the unedited model and saves them as an artifact.
 
         An edit's equivalent is one of its rephrases or another request of its fact, else the edit itself. Locality is
         the KL divergence from the unedited model's predictions to the edited one's, at the labelled positions of a
@@ -165,7 +165,7 @@ class Mend(EditorStrategy):
         self.networks = networks.requires_grad_(False)
 
     def _key(self, train: Sequence[EditRequest]) -> str:
-        """What meta-training depends on; the model must be unedited."""
+        """Returns a digest of all that decides meta-training; the model must be unedited."""
         task = self.model.task
         # Named only where there are any, so that networks trained without them stay known.
         limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
@@ -185,7 +185,7 @@ class Mend(EditorStrategy):
         )
 
     def _meta_train(self, key: str, train: Sequence[EditRequest], progress: Progress | None) -> None:
-        """Trains networks, going on where an interrupted training left them, and keeps them."""
+        """Trains networks, resuming an interrupted training, and saves them."""
         name, partial = self.registered_name, f"{key}-partial"
         generator = torch.Generator().manual_seed(self.meta_seed)
         networks = self._new_networks(generator)
