@@ -1,4 +1,4 @@
-"""What editors share that train a small network of their own in front of one layer."""
+"""The base class of editors that train a small network in front of one layer."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from grace_bench.models.editable import EditableModel, LayerCall
 
 
 class AdaptorStrategy(EditorStrategy):
-    """An adaptor that is trained on each edit and changes what the layer gives; the model's weights never change.
+    """An adaptor that is trained on each edit and changes the layer's output; the model's weights never change.
 
     The adaptor is built at the first edit, in float32, from a generator seeded by `seed`. Until then, and after a
     rollback, the layer answers by itself.
@@ -69,10 +69,10 @@ class AdaptorStrategy(EditorStrategy):
 
     @abstractmethod
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
-        """Returns the (B, T, D_out) output that the adaptor makes of a call of the layer."""
+        """Returns the (B, T, D_out) output of the layer with the adaptor."""
 
     def penalty(self) -> Tensor | float:
-        """Returns what training adds to the loss of the step at hand."""
+        """Returns the penalty added to the loss of the current step."""
         return 0.0
 
     def edit(self, batch: EditBatch) -> EditOutcome:

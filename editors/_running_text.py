@@ -1,4 +1,4 @@
-"""Running text, read or sampled from a model, and the covariance of what it makes enter the edited layer."""
+"""Running text, read from a file or sampled from a model, and the covariance of the edited layer's inputs on it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -73,7 +73,7 @@ def sample_texts(model: EditableModel, *, n_texts: int, lengths: Sequence[int], 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.
         n_texts: How many of each length.
-        lengths: In tokens, none of them special.
+        lengths: In tokens; special tokens are never drawn.
         seed: Decides every text.
     """
     tokenizer = model.tokenizer
@@ -94,10 +94,9 @@ def sample_texts(model: EditableModel, *, n_texts: int, lengths: Sequence[int], 
 
 
 def key_covariance(model: EditableModel, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
-    """Returns E[k kᵀ] of what enters the edited layer, over every token of the texts.
+    """Returns E[k kᵀ] of the inputs k of the edited layer, over every token of the texts.
 
-    It is uncentred, as in Meng et al. 2022, section 3.1. What was computed before for the same weights, layer and
-    tokens is taken from the cache.
+    It is uncentred, as in Meng et al. 2022, section 3.1. It is cached by weights, layer and tokens.
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.

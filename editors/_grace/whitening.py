@@ -8,8 +8,8 @@ from torch import Tensor
 
 from grace_bench.errors import UserError
 
-# Of the mean variance, at least this is added to every direction: one that never varied would else count infinitely,
-# and a query's rounding along it with it.
+# At least this share of the mean variance is added to every direction: one that never varied would count infinitely,
+# and with it the rounding of a query along it.
 _LEAST_SHRINKAGE = 1e-4
 
 

@@ -81,7 +81,7 @@ class Separability:
         auc: Area under the ROC curve: how often a pair that wants the same lies nearer than one that does not.
         auc_low, auc_high: 95 % interval, bootstrapped over facts.
         strict_rate: Share of the pairs that want the same within the greatest radius that holds at most one in a
-            thousand of those that do not: what is left to generalise with when next to nothing else may change.
+            thousand of the others: the share that still generalises when next to nothing else may change.
         n_positive, n_negative: Pairs of either kind.
         false_positive_rate, true_positive_rate: The ROC curve, from (0, 0) to (1, 1).
     """
@@ -104,10 +104,10 @@ class Study:
     """All layers and distance functions of one model on one stream.
 
     Attributes:
-        stream, model, split: What was looked at.
-        seed: Chose the inputs.
-        n_inputs: How many inputs were chosen of each role.
-        curves: What was found.
+        stream, model, split: The stream, the model and the split that were studied.
+        seed: The seed by which the inputs were drawn.
+        n_inputs: The number of inputs drawn, by role.
+        curves: The result for each layer, distance and question.
     """
 
     stream: str
@@ -154,7 +154,7 @@ def draw_separability(overrides: Sequence[str], out: Path, open_trial: OpenTrial
 
 
 def study(overrides: Sequence[str], open_trial: OpenTrial) -> Study:
-    """Takes the activations of a stream's inputs at each layer, and asks what their distances predict.
+    """Computes the activations of a stream's inputs at each layer, and how well their distances predict answers.
 
     Args:
         overrides: As for `draw_separability`.
@@ -265,11 +265,11 @@ def separability(
     Args:
         distances: (P,) the distance of each pair.
         pairs: The pairs.
-        layer, distance, question: What the distances are.
+        layer, distance, question: The names for the result.
         seed: Seeds the bootstrap, which draws facts with all their inputs: pairs that share one are not independent.
     """
     order = np.argsort(distances, kind="stable")
-    # Pairs at one distance are told apart by no radius.
+    # No radius separates pairs at the same distance.
     starts = np.flatnonzero(np.diff(distances[order], prepend=-np.inf))
     positive = pairs.positive[order]
     first, second = pairs.group[pairs.first[order]], pairs.group[pairs.second[order]]
