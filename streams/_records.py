@@ -323,8 +323,8 @@ def recognised(place: str, item: Any, formats: Sequence[Format[Any]]) -> Format[
     """Returns the format whose signature fields best match a record's fields.
 
     Raises:
-        UserError: If the record has no field of any format, or matches several formats equally well but none completely;
-            the one-line message names the place.
+        UserError: If the record has no field of any format, or matches several formats equally well and none
+            completely; the one-line message names the place.
     """
     if len(formats) == 1:
         return formats[0]

@@ -91,7 +91,7 @@ class AtlasDrift(EditStream):
     }
 
     def load(self) -> StreamData:
-        """Returns the questions; places whose currency changed are split 60:20:20 (edits, validation, train) by hash."""
+        """Returns the questions; places that changed currency are split 60:20:20 in an order that no seed changes."""
         places = read_places()
         codes, names = currencies(places)
         label = {code: index for index, code in enumerate(codes)}
