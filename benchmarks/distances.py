@@ -1,11 +1,11 @@
-"""Runs GRACE with every distance and overlap policy on the embedded streams, and prints what they change.
+"""Runs GRACE with every distance and overlap policy on the embedded streams and prints a table of the results.
 
     python benchmarks/distances.py
 
-A radius means something else in each distance, so `eps_init` is chosen for each on the stream's validation split, with
-the published overlap and the same number of runs, as `sweep=tune` chooses; both policies then get that radius,
-and the third of those tried, at which balls meet. Everything else is the stream's tuned setting. Finished runs are
-reused; those that a radius was chosen by lie apart from the others, in `OUT/tuning` and `OUT/runs`.
+The scale of a radius depends on the distance, so `eps_init` is tuned for each distance on the stream's validation
+split, with the published overlap policy, the same number of runs per distance, and the criterion of `sweep=tune`. Both
+policies then run with the chosen radius and with the third radius tried, at which balls meet. All other settings are
+the stream's tuned ones. Finished runs are reused. The tuning runs are in `OUT/tuning`, the others in `OUT/runs`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RADII = {
     "cosine": [0.003, 0.01, 0.03, 0.1],
     "mahalanobis": [0.5, 1.0, 3.0, 6.0],
 }
-"""As many for each distance; from a fraction of what edits are apart to about all of it."""
+"""The same number for each distance; from a fraction of the distance between edits to about all of it."""
 POLICIES = ["allow", "shrink"]
 COLUMNS = {
     "TRR": "TRR",
@@ -41,13 +41,13 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Runs the table."""
+    """Makes the runs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="+", default=["atlas-qa", "atlas-drift", "atlas-text"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--edits", type=int, default=300)
     parser.add_argument("--validation-edits", type=int, default=100)
-    parser.add_argument("--jobs", type=int, help="runs at once (default: the cores there are)")
+    parser.add_argument("--jobs", type=int, help="parallel runs (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/distances"))
     options = parser.parse_args()
     trials = [
@@ -61,7 +61,7 @@ def main() -> None:
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for (stream, distance, _, radius, *_), result in zip(trials, tried, strict=True):
         found = quality(result), radius
-        # Of equals the smallest radius stays.
+        # On ties the smallest radius wins.
         if (stream, distance) not in best or found[0] > best[stream, distance][0]:
             best[stream, distance] = found
     settings = [
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int) -> RunResult:
-    """Carries out one run, or reuses it."""
+    """Makes one run, or reuses a finished one."""
     stream, distance, policy, radius, seed, split = which
     config = compose(
         [
@@ -105,7 +105,7 @@ def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int
 
 
 def spread(results: list[RunResult], name: str) -> str:
-    """Returns the mean of a metric over seeds, with the sample standard deviation where there are several."""
+    """Returns the mean of a metric over seeds, with the sample standard deviation if there are several."""
     values = [value for result in results if (value := result.metrics.get(name)) is not None]
     if not values:
         return "–"
