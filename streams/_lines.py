@@ -265,7 +265,7 @@ class _Text:
         position = self._content.find("\0")
         if position >= 0:
             self._cursor.move(position)
-            raise UserError(f"{self._path}:{self._cursor.line}: holds a NUL character, so it is no JSON text")
+            raise UserError(f"{self._path}:{self._cursor.line}: holds a NUL character, so it is not JSON")
 
     def _no_json(self, message: str, start: int, position: int) -> UserError:
         """Returns a syntax error, or an encoding error if a byte up to the end of the faulty line is not UTF-8."""

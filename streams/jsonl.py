@@ -56,7 +56,7 @@ class Jsonl(RecordStream):
         tasks = {name: name for name in get_args(TaskName)}
         if task not in tasks:
             hint = did_you_mean(task, tasks)
-            raise UserError(f"stream.task={task!r} is no task{hint} (there are: {', '.join(tasks)})")
+            raise UserError(f"stream.task={task!r} is not a task{hint} (there are: {', '.join(tasks)})")
         if label_names and task != "classification":
             raise UserError(f"stream.label_names= is for classification, not for {task}")
         check_whole("stream.max_new_tokens", max_new_tokens, least=1)

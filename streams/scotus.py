@@ -189,7 +189,7 @@ class Scotus(RecordStream):
             )
             layers = last_projections(model)
             if not layers:
-                raise UserError(f"model={base}: has no numbered blocks, of which one could be edited")
+                raise UserError(f"model={base}: has no numbered blocks to edit")
             _freeze_below(model, layers[len(layers) // 2])
             encoded = tokenizer(
                 [request.prompt for request in data.upstream],
@@ -231,7 +231,7 @@ def _case(
     if n_labels is not None and given - first >= n_labels:
         record.fail(numbering, f"is {given}, but the model has labels for {first} to {first + n_labels - 1} alone")
     if value.term is None and default_era is None:
-        record.fail("term", "is missing, and nothing else tells the eras apart without stream.upstream_path=")
+        record.fail("term", "is missing; without stream.upstream_path= a case needs a term to decide its era")
     era = default_era if value.term is None else _era(value.term)
     if era is None:
         reader.leave_out("a term outside 1946 to 2009")

@@ -282,7 +282,7 @@ def _request(
 ) -> EditRequest | None:
     if is_annotated not in (None, isinstance(record.value, _Annotated)):
         raise UserError(
-            f"{record.place}: {_ANNOTATED.name} are split as a whole, so no records of another format lie beside them"
+            f"{record.place}: {_ANNOTATED.name} are split as a whole and cannot be mixed with records of another format"
         )
     if isinstance(record.value, _Annotated):
         return _from_annotated(record)
