@@ -334,7 +334,7 @@ def make_editor(config: RunConfig) -> Callable[..., Any]:
 
 
 def _constructor(group: str, component: Component, registry: Registry[Any]) -> Callable[..., Any]:
-    cls = registry.get(component.name)
+    cls: Callable[..., Any] = registry.get(component.name)
     parameters = inspect.signature(cls).parameters
     unknown = next((name for name in component.settings if name not in parameters), None)
     if unknown is not None:
