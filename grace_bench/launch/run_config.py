@@ -11,13 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
-WandbMode = Literal["auto", "online", "offline", "disabled"]
 _HASH_DIGITS = 8
 
 
@@ -79,10 +78,10 @@ class ProtocolOptions:
 class WandbOptions:
     """The options under `wandb.`."""
 
-    mode: WandbMode = _option(
+    mode: Literal["auto", "online", "offline", "disabled"] = _option(
         "auto",
         "auto (online if logged in, else offline), online, offline or disabled",
-        _one_of(*get_args(WandbMode)),
+        _one_of("auto", "online", "offline", "disabled"),
         in_hash=False,
         in_sweep_name=False,
     )

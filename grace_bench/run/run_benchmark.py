@@ -99,7 +99,7 @@ def run_benchmark(
     folder: Path | None = None,
     run_id: str | None = None,
     config: Mapping[str, Any] | None = None,
-    config_hash: str | None = None,
+    configuration: str | None = None,
     loggers: Sequence[BaseLogger] = (),
     plugins: Sequence[BasePlugin] = (),
     progress: Progress | None = None,
@@ -124,7 +124,7 @@ def run_benchmark(
         folder: Receives the run's files, `config.yaml` aside; None leaves none.
         run_id: The name of the run; None makes one from what is run.
         config: The resolved configuration, for loggers.
-        config_hash: The hash of the configuration, for the result.
+        configuration: SHA-256 of that configuration, for the result.
         loggers: Avalanche loggers; those of `grace_bench.run.loggers` also hear of the run's start and end.
         plugins: Avalanche plugins that live on experience-level callbacks.
         progress: Called as a long stream is read, the unedited model is asked, and an editor prepares.
@@ -235,7 +235,7 @@ def run_benchmark(
             before={**_ALWAYS_NAMED, **run.before},
             metrics={**_ALWAYS_NAMED, **run.metrics()},
             cost=run.cost(),
-            configuration=config_hash,
+            configuration=configuration,
             environment=environment if kept is None else kept.environment(),
         )
         if folder is not None and kept is not None:
