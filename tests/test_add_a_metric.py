@@ -52,7 +52,9 @@ def block(language: str) -> str:
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     (folder / "perfect.py").write_text(block("python"), encoding="utf-8")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "offline"}
+    # With W&B's variables it would hand its records to the process of an earlier test.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**own, "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
