@@ -1,4 +1,4 @@
-"""What editors share that train a small network of their own in front of one layer."""
+"""The base class of editors that train a small network of their own at one layer."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from grace_bench.models.editable import EditableModel, LayerCall
 
 
 class AdaptorStrategy(EditorStrategy):
-    """An adaptor that is trained on each edit and changes what the layer gives; the model's weights never change.
+    """An adaptor that is trained on each edit and changes the layer's output; the model's weights never change.
 
     The adaptor is built at the first edit, in float32, from a generator seeded by `seed`. Until then, and after a
-    rollback, the layer answers by itself.
+    rollback, the layer's own output is used.
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam.
         seed: Seeds the adaptor's first weights.
         plugins: Avalanche plugins.
@@ -59,7 +59,7 @@ class AdaptorStrategy(EditorStrategy):
         self.step: int | None = None
         """The step of the training in progress, from 0; None outside training."""
         self.is_trained = False
-        """Whether an edit was finished."""
+        """Whether at least one edit is finished."""
         self._size: tuple[int, ...] = (0, 0)
         self.intercept(self._answer)
 
@@ -69,10 +69,10 @@ class AdaptorStrategy(EditorStrategy):
 
     @abstractmethod
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
-        """Returns the (B, T, D_out) output that the adaptor makes of a call of the layer."""
+        """Returns the (B, T, D_out) output with which the adaptor replaces that of a call of the layer."""
 
     def penalty(self) -> Tensor | float:
-        """Returns what training adds to the loss of the step at hand."""
+        """Returns the term that training adds to the loss of the current step."""
         return 0.0
 
     def edit(self, batch: EditBatch) -> EditOutcome:

@@ -1,4 +1,4 @@
-"""The edits of late: what each changed in a codebook."""
+"""The most recent edits: what each changed in a codebook, so that they can be undone or looked back on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from grace_bench.editors._grace.codebook import Before, Codebook
 
 @dataclass
 class _Made:
-    """An edit: the clock before it, what it changed, its entry, and that one's (D_out,) value before it was trained."""
+    """An edit: `n_edits` before it, what it changed, its entry, and the entry's (D_out,) value before training."""
 
     clock: int
     before: Before
@@ -21,10 +21,10 @@ class _Made:
 
 
 class History:
-    """What edits changed in a codebook since `clear`, so that it can be put back, and read as it was.
+    """The changes that edits made to a codebook since `clear`, so that it can be restored, and read as it was.
 
-    An edit adds an entry at most, and changes radii and labels of few. Keys never change. A value does when it is
-    trained, which may be later than the edit it is trained for.
+    An edit adds at most one entry, and changes the radii and labels of few. Keys never change. A value changes when it
+    is trained, which may be later than the edit it is trained for.
 
     Args:
         codebook: The codebook.
@@ -38,26 +38,26 @@ class History:
         return len(self._made)
 
     def clear(self) -> None:
-        """Begins with the codebook as it is now."""
+        """Restarts the history at the current state of the codebook."""
         self._made = []
 
     def record(self, clock: int, before: Before, entry: int) -> None:
-        """Notes an edit.
+        """Records an edit.
 
         Args:
             clock: Edits made before it.
-            before: Of its settlement.
+            before: What it changed (`Settlement.before`).
             entry: The entry whose value is to be trained for it.
         """
         self._made.append(_Made(clock, before, entry))
 
     def record_value(self, place: int) -> None:
-        """Notes the value that is about to be trained for the edit at a place."""
+        """Records the value that is about to be trained for the edit at an index."""
         made = self._made[place]
         made.value = self._codebook.values[made.entry].clone()
 
     def undo(self, n: int) -> set[int]:
-        """Puts the codebook back to where it was after the first n edits; returns the entries with another value."""
+        """Restores the codebook as it was after the first n edits; returns the entries whose values changed."""
         entries = set()
         for made in reversed(self._made[n:]):
             if made.value is not None:
@@ -68,9 +68,9 @@ class History:
         return entries
 
     def as_of(self, clock: int) -> tuple[Codebook, set[int]]:
-        """Returns the codebook as it was when the clock stood there, and the entries whose values were others then.
+        """Returns the codebook as it was after `clock` edits, and the entries whose values were different then.
 
-        A value that was still to be trained then, and is by now, is the trained one.
+        A value that was pending then and has been trained since is the trained one.
         """
         undone = [made for made in self._made if made.clock >= clock]
         n = undone[0].before.n_entries if undone else len(self._codebook)
@@ -87,7 +87,7 @@ class History:
         return self._codebook.as_it_was(before, values), set(others)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the edits: JSON values, and the (M, D_out) values of those that were trained."""
+        """Returns the edits: JSON values, and the (M, D_out) earlier values of the entries that were trained."""
         values = [made.value for made in self._made if made.value is not None]
         edits = [
             [
@@ -103,7 +103,7 @@ class History:
         return {"history": edits, **({"history_values": torch.stack(values)} if values else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state from `state_dict`, or one without a history."""
+        """Restores a state from `state_dict`, with or without a history."""
         values = iter(state.get("history_values", ()))
         self._made = [
             _Made(

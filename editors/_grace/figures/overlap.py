@@ -1,4 +1,4 @@
-"""How the balls of a codebook come to overlap, over the edits of finished runs."""
+"""The overlap of a codebook's balls over the edits of finished runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +28,10 @@ _OVERLAP = {
 
 
 def draw_overlap(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Draws how the balls of codebooks come to overlap, a figure for each stream and model that has any.
+    """Draws the overlap of codebooks' balls, one figure for each stream and model that has a codebook.
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: Run folders, or folders that contain some.
         out: Receives the figures.
 
     Returns:
