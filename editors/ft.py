@@ -23,7 +23,7 @@ class FineTune(EditorStrategy):
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam (paper: 1e-2).
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
@@ -60,21 +60,21 @@ class FineTune(EditorStrategy):
             return training.outcome()
 
     def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
-        """Returns what training adds to the loss, given the layer's weights in the order of its parameters."""
+        """Returns the term that training adds to the loss, given the layer's weights in the order of its parameters."""
         return 0.0
 
 
 class WeightAdam:
-    """Adam on a model's weights, of which those in bfloat16 or float16 are kept as float32 copies.
+    """Adam on a model's weights; those in bfloat16 or float16 are optimised as float32 copies.
 
-    Steps smaller than the rounding of such a weight would otherwise not move it at all.
+    Otherwise steps smaller than the rounding of such a weight would not move it at all.
 
     Args:
         parameters: The weights, which take the rounded values after every step.
         lr: Learning rate.
 
     Attributes:
-        masters: What is optimised: float32 copies, or the parameter itself if it is that precise.
+        masters: The optimised tensors: float32 copies, or the parameter itself where it is precise enough.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, lr: float) -> None:

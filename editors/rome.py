@@ -23,9 +23,9 @@ from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch, subject_position
 from grace_bench.registry import register_editor
 
-# Of the mean of the covariance's diagonal. Only directions that the text never takes are as small as this.
+# A share of the mean of the covariance's diagonal. Only directions that never occur in the text are this small.
 _RIDGE = 1e-6
-# Where the authors stop optimising a value.
+# The loss at which the authors stop optimising a value.
 _GOOD_ENOUGH = 5e-2
 
 
@@ -38,22 +38,23 @@ class Rome(EditorStrategy):
     model give the target, and inserts it at the key k* so that other keys move least:
     W += (v* - W k*) (C⁻¹ k*)ᵀ / (k*ᵀ C⁻¹ k*).
 
-    Numbers are those of the authors' code for GPT-2 XL unless the paper is named. A ridge of 1e-6 of its mean
-    diagonal keeps C solvable where the text is too short to take every direction.
+    The defaults are those of the authors' code for GPT-2 XL unless the paper is named. A ridge of 1e-6 of its mean
+    diagonal keeps C invertible if the text is too short to cover every direction.
 
     Args:
         model: The model to edit; the layer must be `nn.Linear` or transformers' `Conv1D`.
-        n_iter: The most steps of Adam on a value.
+        n_iter: Maximum number of Adam steps on a value.
         lr: Learning rate of Adam.
-        kl_weight: Of KL(edited || unedited) of what follows "{subject} is a", which keeps the subject what it is.
-        weight_decay: Of |v* - v| / |v|², where v is the layer's own output.
+        kl_weight: Weight of KL(edited || unedited) of the token after "{subject} is a", which keeps the model's notion
+            of the subject.
+        weight_decay: Weight of |v* - v| / |v|², where v is the layer's own output.
         clamp: The largest |v* - v|, in units of |v|.
-        n_prefixes: Texts sampled from the model, of each length, that prompts are put behind; a key is the mean over
-            them and the bare prompt, and a value is optimised for all of these together.
+        n_prefixes: Number of prefixes of each length, sampled from the model and put before prompts; a key is the mean
+            over all of them and the bare prompt, and a value is optimised for all of these together.
         prefix_lengths: Their lengths in tokens.
-        text_path: A file of running text, one text a line, or `.jsonl` with the field `Text` or `text`; None takes
-            the requests that the stream marks for training.
-        n_texts: The most texts that the covariance is computed from (paper: 100,000).
+        text_path: A file of running text, one text a line, or `.jsonl` with the field `Text` or `text`; None uses the
+            requests that the stream marks for training.
+        n_texts: Maximum number of texts for the covariance (paper: 100,000).
         seed: Seeds the prefixes.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
@@ -119,7 +120,7 @@ class Rome(EditorStrategy):
         self.covariance: Tensor | None = None
         """(D_in, D_in) float64, on the CPU; None before `prepare`."""
         self.prefixes: list[str] = []
-        """What prompts are put behind; the first is empty."""
+        """The prefixes put before prompts; the first is empty."""
         self._factor = torch.empty(0, 0)
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
@@ -176,7 +177,7 @@ class Rome(EditorStrategy):
         """Encodes prompts with the query at the subject's last token rather than the prompt's."""
         encoded = self.model.encode_batch(prompts, targets)
         tokenizer, stems = self.model.tokenizer, [prompt.rstrip(" ") for prompt in prompts]
-        # Counted back from the prompt's last token, because padding and cutting move what is in front.
+        # Counted back from the prompt's last token, because padding and cutting shift the positions before it.
         back = [subject_position(tokenizer, stem, stem) - subject_position(tokenizer, stem, subject) for stem in stems]
         query = encoded.query - torch.tensor(back, device=encoded.query.device)
         mask = encoded.inputs["attention_mask"]
@@ -197,7 +198,7 @@ class Rome(EditorStrategy):
         Args:
             batch: The prompts with their target, queried at the subject.
             described: "{subject} is a", queried at the subject.
-            value: (D_out,) v, what the layer gives at the subject.
+            value: (D_out,) v, the layer's output at the subject.
 
         Returns:
             (D_out,) v* - v, the loss of the target at every step, and the number of steps.

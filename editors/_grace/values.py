@@ -14,7 +14,7 @@ from grace_bench.models.encoding import EncodedBatch
 
 @dataclass(frozen=True)
 class _Trained:
-    """The values in training, what answers the rows that they do not answer, and which rows are answered at all."""
+    """The values in training, the answers of the rows that they do not answer, and which rows are answered at all."""
 
     values: Tensor
     others: Tensor
@@ -24,11 +24,11 @@ class _Trained:
 
 @dataclass(frozen=True)
 class Training:
-    """How the training of one value went.
+    """The result of training one value.
 
     Attributes:
         losses: The loss at every step.
-        failed: What went wrong, so that the value was left as it was; None if nothing did.
+        failed: Why training failed and left the value unchanged; None if it succeeded.
     """
 
     losses: Sequence[float]
@@ -36,7 +36,7 @@ class Training:
 
 
 class ValueTraining:
-    """Trains values of a codebook on what the model answers with them in place (GRACE, section 3.2, Equation 3).
+    """Trains values of a codebook on the loss with them in place (GRACE, section 3.2, Equation 3).
 
     Args:
         model: The model to edit.
@@ -58,24 +58,24 @@ class ValueTraining:
 
     @property
     def is_training(self) -> bool:
-        """Whether values are being trained, so that the layer's calls are to be answered by `answer`."""
+        """Whether values are being trained, so that `answer` must answer the layer's calls."""
         return self._trained is not None
 
-    @torch.enable_grad()  # Evaluation asks for values that wait, and does so without gradients.
+    @torch.enable_grad()  # An evaluation may need pending values, and runs without gradients.
     def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[Training]:
-        """Trains the values of B different entries, each on its own row of the batch, as if alone.
+        """Trains the values of B different entries, each on its own row of the batch, as if it were alone.
 
-        Adam works element by element, so values that share an optimiser have moments of their own. A row that its
-        entry does not answer leaves the value as it is, and so does one whose loss is at any step no finite number, the
-        loss after the last step included, and one whose value is none or has exploded.
+        Adam works element by element, so values that share an optimiser still have separate moments. A value stays
+        unchanged if its entry does not answer its row, if a loss is not finite at any step or after the last one, or if
+        the trained value is not finite or has exploded.
 
         Args:
             entries: The entries.
-            answering: The entry that answers each row as the codebook was when it was edited, -1 for none.
+            answering: The entry that answered each row when its edit was made, -1 for none.
             encoded: The rows.
 
         Returns:
-            For each entry how it went.
+            The result for each entry.
         """
         assert encoded.labels is not None
         values = self._codebook.values[list(entries)].clone().requires_grad_()
@@ -86,7 +86,7 @@ class ValueTraining:
         is_own = answered == torch.tensor(entries, device=values.device)
         self._trained = _Trained(values, self._codebook.values[answered], is_own[:, None], answered >= 0)
         try:
-            # Positions before the only one that is overwritten stay as they are.
+            # Only one position is overwritten; those before it do not change.
             first_changed = max(0, int(encoded.query.min())) if self._replacement == "replace_last" else 0
             repeated = self._model.repeated(encoded, first_changed=first_changed)
             for _ in range(self._n_iter):
@@ -115,7 +115,7 @@ class ValueTraining:
 
 
 def _training(losses: Sequence[float], before: float, after: float) -> Training:
-    """What became of a value with these losses, the last of them taken after the last step, and largest entries."""
+    """Judges a trained value by its losses, the last of them taken after the last step, and its largest entries."""
     failures = (loss_failure(loss, n_steps) for n_steps, loss in enumerate(losses))
     failed = next((failure for failure in failures if failure is not None), None)
     return Training(losses[:-1], failed or size_failure("the value", before, after))
