@@ -1,4 +1,4 @@
-"""The command line. Imports what a command needs only when it is carried out."""
+"""The command line. A command's imports happen when it runs."""
 
 import argparse
 import os
@@ -66,19 +66,20 @@ Draws a figure as SVG and PNG.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Carries out a command.
+    """Runs a command.
 
     Args:
         arguments: The command line without the program's name.
 
     Returns:
-        0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
+        The exit code: 0 for success, 2 for a mistake of the user (one line on standard error), 1 for a failure, 130 if
+        interrupted.
     """
     if arguments is None:
         sys.excepthook = _show_traceback
         sys.stderr = BestEffortStream(sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Loading reports and download bars would drown the one line that says what is wrong.
+    # Loading reports and download bars would hide the one line with the error.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints a traceback, in which texts of a data set may stand, with what steers a terminal shown."""
+    """Prints a traceback with control characters escaped, since it may contain text of a data set."""
     text = without_secrets("".join(traceback.format_exception(kind, error, trace)))
     print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, end="")
 

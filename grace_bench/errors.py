@@ -1,4 +1,4 @@
-"""The errors a user can cause, each told in one line."""
+"""The errors that the command line reports in one line."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 class UserError(Exception):
     """A mistake of the user's: the command line prints it as one line and exits with code 2.
 
-    The message names what is wrong and where (file, line and field, or the option), and what would be right.
+    The message says what is wrong and where (file, line and field, or the option), and what would be right.
     """
 
 
@@ -24,11 +24,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, not a defect
-    """An editor could not carry out one edit; the run records the reason and goes on."""
+    """An editor could not make one edit; the run records the reason and continues."""
 
 
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What taking up a state, or a file of settings, raises that is of another shape or type than it should be."""
+"""The errors raised when a loaded state, or a file of settings, has the wrong shape or types."""
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -428,8 +428,7 @@ class Codebook:
         return _Others(entry, length, self._index.lengths(self.radii[entry].double()), noise / 3 + _GAP * length)
 
     def _push_back(self, others: _Others, needed: float, noise: float) -> _Others:
-        """Shrinks the balls that are in the way: to half their distance, or further where the needed length requires
-        it."""
+        """Shrinks the balls that are in the way: to half their distance, or further if `needed` requires it."""
         crowding = others.distance - others.radius - others.gap < needed
         most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
         radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)

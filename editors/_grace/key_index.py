@@ -143,8 +143,7 @@ class KeyIndex(ABC):
     def _reached(
         self, queries: Tensor, radii: Tensor, own_radii: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields, block by block: some of the first entries, and which of their balls contain a query or meet its
-        ball."""
+        """Yields, block by block: some of the first entries, and which balls contain a query or meet its ball."""
         if self._is_plain(queries):
             reach = radii if own_radii is None else self.reach(radii, own_radii)
             yield slice(0, len(radii)), self.distances(queries)[:, : len(radii)] <= reach
@@ -240,8 +239,7 @@ class EuclideanIndex(KeyIndex):
 
 
 class CosineIndex(KeyIndex):
-    """Keys under cosine distance: half the squared distance of unit vectors, which is exact near 0, unlike their
-    product.
+    """Keys under cosine distance: half the squared distance of unit vectors; exact near 0, unlike their product.
 
     A vector too short for a direction is at distance 1 from everything. Lengths are angles.
     """

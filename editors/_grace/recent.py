@@ -164,8 +164,7 @@ class RecentEdits:
         return outcomes
 
     def as_of(self, n_edits: int) -> tuple[Codebook, set[int]]:
-        """Returns the codebook after `n_edits` edits, and the entries whose values were different (see
-        `History.as_of`)."""
+        """Returns the codebook after `n_edits` edits, and the entries with other values (see `History.as_of`)."""
         return self._history.as_of(n_edits)
 
     def clear(self) -> None:

@@ -175,7 +175,7 @@ class ModelSource:
             raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason_of(error)})") from error
 
     def _out_of_reach(self) -> str:
-        """The error that says what to download, where to put it, and which option points to it."""
+        """The error for a missing model: names what to download, where to put it, and which option points to it."""
         known, place = _HUB_MODELS.get(self.name), MODELS_FOLDER / self.name
         what = self.path if self.tokenizer is None else f"{self.path} with the tokenizer of {self.tokenizer}"
         message = f"model={self.name}: the Hugging Face hub cannot be reached for {what}"
