@@ -1,4 +1,4 @@
-"""What the benchmarks share: both sides in one run, warm-up apart, and what the machine was doing."""
+"""Helpers of the benchmarks: sides timed in turns after a warm-up, and the state of the machine."""
 
 import os
 import platform

@@ -60,7 +60,7 @@ def measure(n: int, width: int, repeats: int, seconds: float) -> dict[str, Any]:
     """Measures a codebook of n keys.
 
     Returns:
-        The seconds a query or an add, by side and what was done; and the bytes a key.
+        The seconds per query or add, by side and operation; and the bytes per key.
     """
     torch.manual_seed(0)
     # What libraries take at their first use is no part of a codebook.

@@ -1,11 +1,11 @@
-"""Runs GRACE with every distance and overlap policy on the embedded streams, and prints what they change.
+"""Runs GRACE with every distance and overlap policy on the embedded streams, and prints the scores.
 
     python benchmarks/distances.py
 
 A radius means something else in each distance, so `eps_init` is chosen for each on the stream's validation split, with
 the published overlap and the same number of runs, as `sweep=tune` chooses; both policies then get that radius,
 and the third of those tried, at which balls meet. Everything else is the stream's tuned setting. Finished runs are
-reused; those that a radius was chosen by lie apart from the others, in `OUT/tuning` and `OUT/runs`.
+reused; the runs by which a radius was chosen are in `OUT/tuning`, the others in `OUT/runs`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RADII = {
     "cosine": [0.003, 0.01, 0.03, 0.1],
     "mahalanobis": [0.5, 1.0, 3.0, 6.0],
 }
-"""As many for each distance; from a fraction of what edits are apart to about all of it."""
+"""The same number for each distance, from a fraction of the distance between edits to about all of it."""
 POLICIES = ["allow", "shrink"]
 COLUMNS = {
     "TRR": "TRR",

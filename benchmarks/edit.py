@@ -7,7 +7,7 @@ T5-small v1.1 with questions of 12 tokens, BERT-base with 512 tokens, GPT-2 smal
 The exact engine is given as many requests as `--at-hand` says and trains their values together; the plain one makes
 the first of these edits, one at a time. Both start from the same weights; rounds are interleaved, and a short one goes
 before them. Beside the measured seconds stands the limit: the floating-point operations that each engine needs for an
-edit, counted, over those that a large matrix product reaches in the same run.
+edit, counted, over the rate that a large matrix product reaches in the same run.
 """
 
 import argparse
@@ -40,8 +40,8 @@ class Side:
         engine: Its name.
         size: The model's size.
         module: The network.
-        requests: What is edited.
-        replacement: What GRACE's values overwrite.
+        requests: The requests to edit.
+        replacement: The positions that GRACE's values overwrite.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
     python benchmarks/table.py
 
-Editors are meta-trained first where they need it. Finished runs are reused, so that an interrupted table goes on.
+Editors are meta-trained first where they need it. Finished runs are reused, so an interrupted table can be resumed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The base class of editors that train a small network of their own at one layer."""
+"""The base class of editors that train a small network in front of one layer."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,10 +69,10 @@ class AdaptorStrategy(EditorStrategy):
 
     @abstractmethod
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
-        """Returns the (B, T, D_out) output with which the adaptor replaces that of a call of the layer."""
+        """Returns the (B, T, D_out) output of the layer with the adaptor."""
 
     def penalty(self) -> Tensor | float:
-        """Returns the term that training adds to the loss of the current step."""
+        """Returns the penalty added to the loss of the current step."""
         return 0.0
 
     def edit(self, batch: EditBatch) -> EditOutcome:

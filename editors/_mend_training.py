@@ -1,5 +1,6 @@
 """The meta-training of MEND's editor networks, step by step."""
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grace_bench.common.progress import Progress
+from grace_bench.data.artifacts import drop_artifact, load_artifact, save_artifact
 from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors._mend_networks import EditorNetworks, edit_gradients, updated
@@ -15,6 +18,7 @@ from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
 
+_CHECKPOINT_EVERY = 50
 _WINDOW = 50
 """Steps over which figures are averaged."""
 
@@ -71,6 +75,39 @@ class MetaTraining:
         if len(self._of_fact) < 2:
             raise UserError("meta-training needs requests for training about at least two facts")
 
+    def run(self, n_steps: int, *, name: str, key: str, progress: Progress | None = None) -> float:
+        """Trains up to a number of steps, from where an interrupted run of the same key stopped.
+
+        Args:
+            n_steps: The number of steps, those before the interruption included.
+            name: Of the editor, under which checkpoints are saved.
+            key: Of what is trained.
+            progress: Called after every step.
+
+        Returns:
+            The seconds that all steps took.
+
+        Raises:
+            UserError: If the loss is no longer finite.
+        """
+        partial, seconds = _partial(key), 0.0
+        interrupted = load_artifact(name, partial)
+        if interrupted is not None:
+            self.load_state_dict(interrupted[0])
+            seconds = float(interrupted[1]["seconds"])
+        started = time.perf_counter() - seconds
+        for done in range(len(self.history) + 1, n_steps + 1):
+            self.step()
+            if done % _CHECKPOINT_EVERY == 0:
+                save_artifact(name, partial, self.state_dict(), {"seconds": str(time.perf_counter() - started)})
+            if progress is not None:
+                progress(f"meta-training {name}", done, n_steps)
+        return time.perf_counter() - started
+
+    def forget(self, *, name: str, key: str) -> None:
+        """Removes the checkpoint of a run that is saved whole."""
+        drop_artifact(name, _partial(key))
+
     def step(self) -> None:
         """Takes one step of the meta-optimiser.
 
@@ -108,7 +145,7 @@ class MetaTraining:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns everything needed to resume training bit for bit."""
+        """Returns the state from which training resumes to the same bits."""
         return {
             **{f"networks.{name}": tensor for name, tensor in self.networks.state_dict().items()},
             **{
@@ -150,6 +187,10 @@ class MetaTraining:
 
     def _encoded(self, requests: Sequence[EditRequest]) -> EncodedBatch:
         return self.model.encode_batch([r.prompt for r in requests], [r.target for r in requests])
+
+
+def _partial(key: str) -> str:
+    return f"{key}-partial"
 
 
 def _divergence(unedited: Tensor, edited: Tensor, batch: EncodedBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running text, from a file or sampled from a model, and the covariance of the edited layer's inputs on it."""
+"""Running text, read from a file or sampled from a model, and the covariance of the edited layer's inputs on it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -71,8 +71,8 @@ def sample_texts(model: EditableModel, *, n_texts: int, lengths: Sequence[int], 
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.
-        n_texts: Number of texts of each length.
-        lengths: Lengths in tokens, not counting special tokens.
+        n_texts: How many of each length.
+        lengths: In tokens; special tokens are never drawn.
         seed: Decides every text.
     """
     tokenizer = model.tokenizer
@@ -93,9 +93,9 @@ def sample_texts(model: EditableModel, *, n_texts: int, lengths: Sequence[int], 
 
 
 def key_covariance(model: EditableModel, texts: Sequence[str], *, progress: Progress | None = None) -> Tensor:
-    """Returns E[k kᵀ] of the edited layer's inputs k, over every token of the texts.
+    """Returns E[k kᵀ] of the inputs k of the edited layer, over every token of the texts.
 
-    It is uncentred, as in Meng et al. 2022, section 3.1. The result is cached under weights, layer and tokens.
+    It is uncentred, as in Meng et al. 2022, section 3.1. It is cached by weights, layer and tokens.
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.

@@ -60,21 +60,21 @@ class FineTune(EditorStrategy):
             return training.outcome()
 
     def penalty(self, weights: Sequence[Tensor]) -> Tensor | float:
-        """Returns the term that training adds to the loss, given the layer's weights in the order of its parameters."""
+        """Returns the penalty added to the loss, given the layer's weights in the order of its parameters."""
         return 0.0
 
 
 class WeightAdam:
-    """Adam on a model's weights; those in bfloat16 or float16 are optimised as float32 copies.
+    """Adam on a model's weights, with float32 copies of those in bfloat16 or float16.
 
-    Otherwise steps smaller than the rounding of such a weight would not move it at all.
+    Without the copies, a step smaller than the rounding of such a weight would not move it at all.
 
     Args:
         parameters: The weights, which take the rounded values after every step.
         lr: Learning rate.
 
     Attributes:
-        masters: The optimised tensors: float32 copies, or the parameter itself where it is precise enough.
+        masters: The optimised tensors: float32 copies, or the parameters themselves where they are that precise.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, lr: float) -> None:

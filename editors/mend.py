@@ -1,7 +1,6 @@
 """MEND: Fast Model Editing at Scale (Mitchell et al., ICLR 2022)."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.common.progress import Progress
-from grace_bench.data.artifacts import content_key, drop_artifact, load_artifact, requests_key, save_artifact
+from grace_bench.data.artifacts import content_key, load_artifact, requests_key, save_artifact
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
@@ -22,8 +21,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
 
 _VERSION = 1
-"""The version of meta-training: networks trained by another version are not used."""
-_CHECKPOINT_EVERY = 50
+"""The version of meta-training: networks of another version are not used."""
 
 
 @register_editor("mend")
@@ -107,7 +105,7 @@ class Mend(EditorStrategy):
         self._adopt(found[0])
 
     def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
-        """Trains the editor networks on single edits of the unedited model and caches them as an artifact.
+        """Trains the editor networks on single edits of the unedited model and saves them as an artifact.
 
         An edit's equivalent is one of its rephrases or another request about the same fact, or else the edit itself.
         Locality is the KL divergence from the unedited model's predictions to the edited model's, at the labelled
@@ -170,7 +168,7 @@ class Mend(EditorStrategy):
         self.networks = networks.requires_grad_(False)
 
     def _key(self, train: Sequence[EditRequest]) -> str:
-        """Everything meta-training depends on; the model must be unedited."""
+        """Returns a digest of all that decides meta-training; the model must be unedited."""
         task = self.model.task
         # Included only if there are any, so that networks trained without them keep their cache key.
         limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
@@ -190,8 +188,7 @@ class Mend(EditorStrategy):
         )
 
     def _meta_train(self, key: str, train: Sequence[EditRequest], progress: Progress | None) -> None:
-        """Trains networks, resuming an interrupted training, and caches them."""
-        name, partial = self.registered_name, f"{key}-partial"
+        """Trains networks, resuming an interrupted training, and saves them."""
         generator = torch.Generator().manual_seed(self.meta_seed)
         networks = self._new_networks(generator)
         training = MetaTraining(
@@ -205,19 +202,8 @@ class Mend(EditorStrategy):
             c_loc=self.c_loc,
             generator=generator,
         )
-        seconds = 0.0
-        interrupted = load_artifact(name, partial)
-        if interrupted is not None:
-            training.load_state_dict(interrupted[0])
-            seconds = float(interrupted[1]["seconds"])
-        started = time.perf_counter() - seconds
-        for done in range(len(training.history) + 1, self.n_steps + 1):
-            training.step()
-            if done % _CHECKPOINT_EVERY == 0:
-                save_artifact(name, partial, training.state_dict(), {"seconds": str(time.perf_counter() - started)})
-            if progress is not None:
-                progress(f"meta-training {name}", done, self.n_steps)
-        figures = {**training.figures(), "n_steps": self.n_steps, "seconds": time.perf_counter() - started}
+        seconds = training.run(self.n_steps, name=self.registered_name, key=key, progress=progress)
+        figures = {**training.figures(), "n_steps": self.n_steps, "seconds": seconds}
         notes = {"figures": json.dumps(figures), "settings": json.dumps(self.settings()), "model": self.model.name}
-        save_artifact(name, key, networks.state_dict(), notes)
-        drop_artifact(name, partial)
+        save_artifact(self.registered_name, key, networks.state_dict(), notes)
+        training.forget(name=self.registered_name, key=key)

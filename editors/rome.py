@@ -1,13 +1,11 @@
 """ROME: Rank-One Model Editing (Meng et al., NeurIPS 2022)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_not_negative, check_positive, check_text, check_whole
@@ -15,18 +13,16 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
-from grace_bench.editing.guard import check_loss
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.editors._rome_value import encode_at_subject, optimise_value
 from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts
 from grace_bench.errors import EditFailure, UserError
-from grace_bench.models.editable import EditableModel, LayerCall
-from grace_bench.models.encoding import EncodedBatch, subject_position
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
 from grace_bench.registry import register_editor
 
-# A share of the mean of the covariance's diagonal. Only directions that never occur in the text are this small.
+# As a share of the mean of the covariance's diagonal. Only directions that the text never takes are this small.
 _RIDGE = 1e-6
-# The loss at which the authors stop optimising a value.
-_GOOD_ENOUGH = 5e-2
 
 
 @register_editor("rome")
@@ -38,19 +34,18 @@ class Rome(EditorStrategy):
     model give the target, and inserts it at the key k* so that other keys move least:
     W += (v* - W k*) (C⁻¹ k*)ᵀ / (k*ᵀ C⁻¹ k*).
 
-    The defaults are those of the authors' code for GPT-2 XL unless the paper is named. A ridge of 1e-6 of its mean
-    diagonal keeps C invertible if the text is too short to cover every direction.
+    Defaults are those of the authors' code for GPT-2 XL unless the paper is named. A ridge of 1e-6 of its mean
+    diagonal keeps C solvable where the text is too short to take every direction.
 
     Args:
         model: The model to edit; the layer must be `nn.Linear` or transformers' `Conv1D`.
         n_iter: Maximum number of Adam steps on a value.
         lr: Learning rate of Adam.
-        kl_weight: Weight of KL(edited || unedited) of the token after "{subject} is a", which keeps the model's notion
-            of the subject.
+        kl_weight: Weight of KL(edited || unedited) of the token after "{subject} is a", which preserves the subject.
         weight_decay: Weight of |v* - v| / |v|², where v is the layer's own output.
         clamp: The largest |v* - v|, in units of |v|.
-        n_prefixes: Number of prefixes of each length, sampled from the model and put before prompts; a key is the mean
-            over all of them and the bare prompt, and a value is optimised for all of these together.
+        n_prefixes: The number of texts of each length, sampled from the model, to put before a prompt; a key is the
+            mean over them and the bare prompt, and a value is optimised for all of these together.
         prefix_lengths: Their lengths in tokens.
         text_path: A file of running text, one text a line, or `.jsonl` with the field `Text` or `text`; None uses the
             requests that the stream marks for training.
@@ -120,7 +115,7 @@ class Rome(EditorStrategy):
         self.covariance: Tensor | None = None
         """(D_in, D_in) float64, on the CPU; None before `prepare`."""
         self.prefixes: list[str] = []
-        """The prefixes put before prompts; the first is empty."""
+        """Texts to put before a prompt; the first is empty."""
         self._factor = torch.empty(0, 0)
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
@@ -144,8 +139,8 @@ class Rome(EditorStrategy):
             if not subject or subject not in prompt:
                 raise EditFailure(f"the subject {subject!r} does not occur in the prompt")
             prompts = [f"{prefix}. {prompt}" if prefix else prompt for prefix in self.prefixes]
-            encoded = self._at_subject(prompts, subject, [target] * len(prompts))
-            requests.append((encoded, self._at_subject([f"{subject} is a"], subject)))
+            encoded = encode_at_subject(self.model, prompts, subject, [target] * len(prompts))
+            requests.append((encoded, encode_at_subject(self.model, [f"{subject} is a"], subject)))
         losses, steps = zip(*(self._edit_one(*request) for request in requests), strict=True)
         return EditOutcome(
             loss_first=fmean(loss[0] for loss in losses), loss=fmean(loss[-1] for loss in losses), steps=sum(steps)
@@ -171,72 +166,22 @@ class Rome(EditorStrategy):
         ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
         self._factor = torch.linalg.cholesky(covariance + ridge)
 
-    def _at_subject(
-        self, prompts: Sequence[str], subject: str, targets: Sequence[str | int] | None = None
-    ) -> EncodedBatch:
-        """Encodes prompts with the query at the subject's last token rather than the prompt's."""
-        encoded = self.model.encode_batch(prompts, targets)
-        tokenizer, stems = self.model.tokenizer, [prompt.rstrip(" ") for prompt in prompts]
-        # Counted back from the prompt's last token, because padding and cutting shift the positions before it.
-        back = [subject_position(tokenizer, stem, stem) - subject_position(tokenizer, stem, subject) for stem in stems]
-        query = encoded.query - torch.tensor(back, device=encoded.query.device)
-        mask = encoded.inputs["attention_mask"]
-        if not bool(((query >= 0) & mask.gather(1, query.clamp(min=0)[:, None])[:, 0].bool()).all()):
-            raise EditFailure(f"the prompt is too long: the subject {subject!r} was cut off")
-        return replace(encoded, query=query)
-
     def _edit_one(self, batch: EncodedBatch, described: EncodedBatch) -> tuple[list[float], int]:
         call = self.model.layer_call(batch)
         key, value = call.query.double().mean(dim=0).cpu(), call.output_at_query.float().mean(dim=0)
-        delta, losses, steps = self._optimise(batch, described, value)
+        delta, losses, steps = optimise_value(
+            self.model,
+            batch,
+            described,
+            value,
+            n_iter=self.n_iter,
+            lr=self.lr,
+            kl_weight=self.kl_weight,
+            weight_decay=self.weight_decay,
+            clamp=self.clamp,
+        )
         self._insert(key, delta.double().cpu())
         return losses, steps
-
-    def _optimise(self, batch: EncodedBatch, described: EncodedBatch, value: Tensor) -> tuple[Tensor, list[float], int]:
-        """Finds v* - v (section 3.1, equation 4).
-
-        Args:
-            batch: The prompts with their target, queried at the subject.
-            described: "{subject} is a", queried at the subject.
-            value: (D_out,) v, the layer's output at the subject.
-
-        Returns:
-            (D_out,) v* - v, the loss of the target at every step, and the number of steps.
-        """
-        delta = torch.zeros_like(value, requires_grad=True)
-        largest = self.clamp * value.norm()
-
-        def add(call: LayerCall) -> Tensor:
-            rows = torch.ones(len(call.position), dtype=torch.bool, device=call.position.device)
-            return call.replace(call.output_at_query + delta, rows, "replace_last")
-
-        losses: list[float] = []
-        steps = 0
-        optimizer = torch.optim.Adam([delta], lr=self.lr)
-        handle = self.model.intercept(add)
-        try:
-            repeated, describe = self.model.repeated(batch), self.model.repeated(described)
-            unedited: Tensor | None = None
-            for _ in range(self.n_iter):
-                loss = self.model.task.loss(repeated(), repeated.batch)
-                essence = describe()[:, -1].float().log_softmax(dim=-1)
-                unedited = essence.detach() if unedited is None else unedited
-                drift = functional.kl_div(unedited, essence, log_target=True, reduction="sum")
-                decay = (delta.norm() / value.norm() ** 2).to(loss.device)
-                total = loss + self.kl_weight * drift + self.weight_decay * decay
-                losses.append(float(loss.detach()))
-                check_loss(losses[-1], steps)
-                if float(total.detach()) < _GOOD_ENOUGH:
-                    break
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                steps += 1
-                with torch.no_grad():
-                    delta.mul_((largest / delta.norm()).clamp(max=1.0))
-        finally:
-            handle.remove()
-        return delta.detach(), losses, steps
 
     def _insert(self, key: Tensor, delta: Tensor) -> None:
         """Adds (v* - v) (C⁻¹ k*)ᵀ / (k*ᵀ C⁻¹ k*) to the weight (section 3.1, equation 2)."""

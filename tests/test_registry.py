@@ -193,6 +193,7 @@ class Mixed:
         ("odd_twice", "class Odd(Base):\n    flag = False\n    flag = True"),
         ("odd_condition", "class Odd(Base):\n    if True:\n        flag = True"),
         ("odd_bases", "class Odd(Mixed, Base):"),
+        ("odd_variable", "class Odd(Mixed):\n    def method(self) -> None:\n        flag = False"),
     ],
 )
 def test_what_source_does_not_say_plainly_is_asked_of_the_class(

@@ -22,12 +22,12 @@ Distance = Literal["euclidean", "cosine", "mahalanobis"]
 Fidelity = Literal["strict", "reference"]
 Overlap = Literal["allow", "shrink"]
 
-# Rounding in another batch may move a query by 1e-5, and so the difference of two distances by twice that; the rest is
-# for the rounding of the distances themselves.
+# Rounding in another batch may move a query by 1e-5, and so the difference of two distances by twice that; the rest
+# covers the rounding of the distances themselves.
 _JITTER = 3e-5
 _RADIUS_MARGIN = 1e-4
 _SAME_KEY = 1e-4
-# The gap between balls of different labels, as a share of the distance of their keys: radii are summed in float32.
+# The gap between balls of two labels, as a share of the distance of their keys: radii are added in float32.
 _GAP = 1e-6
 # torch.cdist's own threshold: with more rows than this it multiplies matrices.
 _MAX_EXACT_ROWS = 25
@@ -35,12 +35,12 @@ _MAX_EXACT_ROWS = 25
 
 @dataclass(frozen=True)
 class Before:
-    """The parts of the codebook that an edit changed, as they were before it: enough to undo the edit.
+    """The part of the codebook that an edit changed, as it was before: enough to undo the edit.
 
     Attributes:
-        n_entries: The number of entries before the edit.
-        radii: The previous radii of entries whose radius changed.
-        labels: The previous labels, with their label means, of entries whose label changed.
+        n_entries: The number of entries.
+        radii: The radii of entries whose radius changed.
+        labels: The labels and label means of entries whose label changed.
     """
 
     n_entries: int
@@ -55,10 +55,10 @@ class Settlement:
     Attributes:
         op: `add`, `expand`, `split`, `hit` or `relabel`.
         entry: The entry that holds the edit.
-        is_new: Whether the edit created that entry.
-        distance: Distance to the nearest entry before the edit; None if there was none.
-        is_close: Whether rounding in another batch could have changed the decision.
-        before: The argument of `Codebook.undo` that undoes the edit.
+        is_new: Whether that entry was made by it.
+        distance: Distance to the nearest entry beforehand, None if there was none.
+        is_close: Whether rounding in another batch could have decided otherwise.
+        before: The argument of `Codebook.undo`.
     """
 
     op: Op
@@ -92,7 +92,7 @@ class _Others:
         entry: (M,) long.
         distance: (M,) float64, from the centre.
         radius: (M,) float64.
-        gap: (M,) float64, the minimum gap between the balls.
+        gap: (M,) float64, the least gap between the balls.
     """
 
     entry: Tensor
@@ -114,8 +114,8 @@ class _Others:
 class Codebook:
     """Keys, values, radii and labels, growing in amortised constant time.
 
-    `settle` decides what an edit does to keys, radii and labels; it never looks at values. `retrieve` finds the entries
-    that answer queries; it never changes anything.
+    `settle` decides what an edit does to keys, radii and labels; it never reads values. `retrieve` finds the entries
+    that answer queries; it changes nothing.
 
     In `strict` fidelity an edited input is answered by its own entry even if its query moves by 1e-5, as float32
     activations do in another batch. With euclidean distance this holds for `eps_init` above 2e-5, unless two entries of
@@ -141,8 +141,8 @@ class Codebook:
             third of the dtype's epsilon times the query's norm, and every margin of `strict` grows with them.
 
     Raises:
-        UserError: If `eps_init` is not a positive, finite number, or `reference` is combined with an option that the
-            official code lacks.
+        UserError: If `eps_init` is not a positive, finite number, or an option does not exist in the official code
+            and `fidelity` is `reference`.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Codebook:
         self.overlap_policy = overlap
         self.precision = precision
         self.whitening: Whitening | None = None
-        """The map applied to keys and queries before their distance is taken; None unless `whiten` was called."""
+        """Maps keys and queries before their distance is computed; None unless `whiten` was called."""
         self.labels: list[Label] = []
         self.label_means: list[float] = []
         self._device = torch.device(device)
@@ -277,7 +277,7 @@ class Codebook:
             label_mean: Mean over the padded labels, which the official code compares instead of the ids.
 
         Returns:
-            What the edit did to the codebook, and the entry that holds it.
+            The operation, and the entry that holds the edit.
         """
         self._before = Before(len(self))
         try:
@@ -291,9 +291,9 @@ class Codebook:
         """Undoes the newest edit: restores keys, radii and labels, but not a value that was trained on it.
 
         Args:
-            before: The `before` of the newest edit that is not undone yet.
+            before: Of the newest edit that has not been undone.
         """
-        self._put_back(before)
+        self._restore(before)
         del self.labels[before.n_entries :], self.label_means[before.n_entries :]
         for rows in (self._index, self._values, self._radii, self._label_ids):
             rows.truncate(before.n_entries)
@@ -393,11 +393,11 @@ class Codebook:
 
         Args:
             entry: The entry.
-            label: Its new label.
-            distance: The distance of the edited input.
+            label: Its label from now on.
+            distance: Of the edited input.
             covering: The radius that covers it.
-            radius: The desired radius, at least `covering`.
-            noise: The query's numerical noise.
+            radius: The wanted radius, at least `covering`.
+            noise: Of the query.
 
         Returns:
             Whether it grew, and whether rounding could have changed that.
@@ -443,7 +443,7 @@ class Codebook:
         self._before.radii.setdefault(entry, float(self.radii[entry]))
         self.radii[entry] = radius
 
-    def _put_back(self, before: Before) -> None:
+    def _restore(self, before: Before) -> None:
         for entry, radius in before.radii.items():
             self.radii[entry] = radius
         for entry, (label, label_mean) in before.labels.items():
@@ -468,7 +468,7 @@ class Codebook:
         return float(self._index.distances_of(torch.tensor(length, dtype=torch.float64)))
 
     def _mapped(self, queries: Tensor) -> Tensor:
-        """Queries in the form in which keys are stored: float32, whitened for Mahalanobis distance."""
+        """Queries in the space of the keys: float32, and whitened if the distance is."""
         queries = queries.detach()
         return queries.float() if self.whitening is None else self.whitening(queries)
 
@@ -486,7 +486,7 @@ class Codebook:
         return _SAME_KEY * max(1.0, norm)
 
     def _id(self, label: Label) -> int:
-        """Returns the number of a label; each label ever seen has its own."""
+        """Returns a number for a label, the same whenever the label occurs."""
         return self._id_of_label.setdefault(label, len(self._id_of_label))
 
     def _inside(self, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -540,23 +540,23 @@ class Codebook:
         return Settlement(op, entry, True, distance, is_close)
 
     def clear(self) -> None:
-        """Removes every entry; the distance function does not change."""
+        """Removes every entry; the distance stays the same."""
         self.labels, self.label_means, self._id_of_label = [], [], {}
         for rows in (self._index, self._values, self._radii, self._label_ids):
             rows.clear()
 
     def as_it_was(self, before: Before, values: Tensor) -> "Codebook":
-        """Returns a read-only view of the codebook as it was before some edits; keys never change.
+        """Returns a read-only view of the codebook before some edits; keys never change.
 
         Args:
-            before: The `before` of these edits combined; for each entry the oldest one.
-            values: (n, D_out) the values at that time.
+            before: `before` of these edits merged, the oldest for each entry.
+            values: (n, D_out) the values then.
         """
         past, n = copy(self), before.n_entries
         past.labels, past.label_means = self.labels[:n], self.label_means[:n]
         past._index, past._values = self._index.first(n), Rows.of(values)
         past._radii, past._label_ids = (Rows.of(rows.tensor[:n].clone()) for rows in (self._radii, self._label_ids))
-        past._put_back(before)
+        past._restore(before)
         return past
 
     def state_dict(self) -> dict[str, Any]:

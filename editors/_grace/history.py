@@ -1,4 +1,4 @@
-"""The most recent edits: what each changed in a codebook, so that they can be undone or looked back on."""
+"""The most recent edits, so that they can be undone or looked back on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from grace_bench.editors._grace.codebook import Before, Codebook
 
 @dataclass
 class _Made:
-    """An edit: `n_edits` before it, what it changed, its entry, and the entry's (D_out,) value before training."""
+    """An edit: how many edits came before, its changes, its entry, and the entry's (D_out,) value before training."""
 
-    clock: int
+    n_edits: int
     before: Before
     entry: int
     value: Tensor | None = None
 
 
 class History:
-    """The changes that edits made to a codebook since `clear`, so that it can be restored, and read as it was.
+    """The changes that edits made to a codebook since `clear`, so that they can be undone, or the past be read.
 
     An edit adds at most one entry, and changes the radii and labels of few. Keys never change. A value changes when it
     is trained, which may be later than the edit it is trained for.
@@ -38,26 +38,26 @@ class History:
         return len(self._made)
 
     def clear(self) -> None:
-        """Restarts the history at the current state of the codebook."""
+        """Forgets every edit; the codebook stays as it is."""
         self._made = []
 
-    def record(self, clock: int, before: Before, entry: int) -> None:
+    def record(self, n_edits: int, before: Before, entry: int) -> None:
         """Records an edit.
 
         Args:
-            clock: Edits made before it.
-            before: What it changed (`Settlement.before`).
+            n_edits: The number of edits before it.
+            before: `before` of its settlement.
             entry: The entry whose value is to be trained for it.
         """
-        self._made.append(_Made(clock, before, entry))
+        self._made.append(_Made(n_edits, before, entry))
 
     def record_value(self, place: int) -> None:
-        """Records the value that is about to be trained for the edit at an index."""
+        """Records the value that is about to be trained for the edit at a place."""
         made = self._made[place]
         made.value = self._codebook.values[made.entry].clone()
 
     def undo(self, n: int) -> set[int]:
-        """Restores the codebook as it was after the first n edits; returns the entries whose values changed."""
+        """Undoes all but the first n edits; returns the entries whose values may have changed."""
         entries = set()
         for made in reversed(self._made[n:]):
             if made.value is not None:
@@ -67,12 +67,12 @@ class History:
         del self._made[n:]
         return entries
 
-    def as_of(self, clock: int) -> tuple[Codebook, set[int]]:
-        """Returns the codebook as it was after `clock` edits, and the entries whose values were different then.
+    def as_of(self, n_edits: int) -> tuple[Codebook, set[int]]:
+        """Returns the codebook as it was after `n_edits` edits, and the entries whose values differ from today's.
 
         A value that was pending then and has been trained since is the trained one.
         """
-        undone = [made for made in self._made if made.clock >= clock]
+        undone = [made for made in self._made if made.n_edits >= n_edits]
         n = undone[0].before.n_entries if undone else len(self._codebook)
         before, others = Before(n), {}
         for made in reversed(undone):
@@ -91,7 +91,7 @@ class History:
         values = [made.value for made in self._made if made.value is not None]
         edits = [
             [
-                made.clock,
+                made.n_edits,
                 made.before.n_entries,
                 [[entry, radius] for entry, radius in made.before.radii.items()],
                 [[entry, [*label], mean] for entry, (label, mean) in made.before.labels.items()],
@@ -103,14 +103,14 @@ class History:
         return {"history": edits, **({"history_values": torch.stack(values)} if values else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a state from `state_dict`, with or without a history."""
+        """Restores a state from `state_dict`, or one without a history."""
         values = iter(state.get("history_values", ()))
         self._made = [
             _Made(
-                clock,
+                n_edits,
                 Before(n_entries, dict(radii), {one: (tuple(label), mean) for one, label, mean in labels}),
                 entry,
                 next(values).to(self._codebook.values.device) if is_trained else None,
             )
-            for clock, n_entries, radii, labels, entry, is_trained in state.get("history", ())
+            for n_edits, n_entries, radii, labels, entry, is_trained in state.get("history", ())
         ]

@@ -37,7 +37,7 @@ class RecentEdits:
         model: The model to edit.
         codebook: Its entries.
         values: Trains values of the codebook.
-        versions: The digests of values; those of values that change are dropped.
+        versions: The digests of values; those of changed values are dropped.
     """
 
     def __init__(self, model: EditableModel, codebook: Codebook, values: ValueTraining, versions: Versions) -> None:

@@ -118,7 +118,7 @@ def _encode(
 
 @dataclass(frozen=True)
 class _Step:
-    """Our editor's behaviour on one edit, and the inputs for training its value again."""
+    """What our editor did on one edit, and the inputs to train its value again."""
 
     op: str
     n_keys: int
@@ -182,7 +182,7 @@ class _Replay:
         ]
         try:
             self._model.layer_call(edits[0])
-        # Any module can be named; one outside the forward pass raises errors of its own.
+        # Any module can be named, and each that is not a layer of the forward pass fails in its own way.
         except Exception as error:
             raise _Unusable(f"field 'layer': an entry cannot replace what {record.layer} gives") from error
         previous: list[float] = []

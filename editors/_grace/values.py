@@ -14,7 +14,7 @@ from grace_bench.models.encoding import EncodedBatch
 
 @dataclass(frozen=True)
 class _Trained:
-    """The values in training, the answers of the rows that they do not answer, and which rows are answered at all."""
+    """The values in training, the values that answer the other rows, and which rows are answered at all."""
 
     values: Tensor
     others: Tensor
@@ -24,11 +24,11 @@ class _Trained:
 
 @dataclass(frozen=True)
 class Training:
-    """The result of training one value.
+    """The training of one value.
 
     Attributes:
         losses: The loss at every step.
-        failed: Why training failed and left the value unchanged; None if it succeeded.
+        failed: Why the value was left as it was; None if it was trained.
     """
 
     losses: Sequence[float]
@@ -36,7 +36,7 @@ class Training:
 
 
 class ValueTraining:
-    """Trains values of a codebook on the loss with them in place (GRACE, section 3.2, Equation 3).
+    """Trains values of a codebook on the answers of the model with them in place (GRACE, section 3.2, Equation 3).
 
     Args:
         model: The model to edit.
@@ -61,13 +61,13 @@ class ValueTraining:
         """Whether values are being trained, so that `answer` must answer the layer's calls."""
         return self._trained is not None
 
-    @torch.enable_grad()  # An evaluation may need pending values, and runs without gradients.
+    @torch.enable_grad()  # Evaluation, which runs without gradients, has pending values trained.
     def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[Training]:
         """Trains the values of B different entries, each on its own row of the batch, as if it were alone.
 
-        Adam works element by element, so values that share an optimiser still have separate moments. A value stays
-        unchanged if its entry does not answer its row, if a loss is not finite at any step or after the last one, or if
-        the trained value is not finite or has exploded.
+        Adam works element by element, so values that share an optimiser have moments of their own. A row that its
+        entry does not answer leaves the value as it is, and so does one whose loss is not finite at any step, the
+        loss after the last step included, and one whose value is none or has exploded.
 
         Args:
             entries: The entries.
@@ -75,7 +75,7 @@ class ValueTraining:
             encoded: The rows.
 
         Returns:
-            The result for each entry.
+            The training of each entry.
         """
         assert encoded.labels is not None
         values = self._codebook.values[list(entries)].clone().requires_grad_()
@@ -86,7 +86,7 @@ class ValueTraining:
         is_own = answered == torch.tensor(entries, device=values.device)
         self._trained = _Trained(values, self._codebook.values[answered], is_own[:, None], answered >= 0)
         try:
-            # Only one position is overwritten; those before it do not change.
+            # Positions before the overwritten one stay as they are.
             first_changed = max(0, int(encoded.query.min())) if self._replacement == "replace_last" else 0
             repeated = self._model.repeated(encoded, first_changed=first_changed)
             for _ in range(self._n_iter):
@@ -115,7 +115,7 @@ class ValueTraining:
 
 
 def _training(losses: Sequence[float], before: float, after: float) -> Training:
-    """Judges a trained value by its losses, the last of them taken after the last step, and its largest entries."""
+    """Judges a value by its losses, the last of them taken after the last step, and its largest entries."""
     failures = (loss_failure(loss, n_steps) for n_steps, loss in enumerate(losses))
     failed = next((failure for failure in failures if failure is not None), None)
     return Training(losses[:-1], failed or size_failure("the value", before, after))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from grace_bench.errors import UserError
 
-# At least this share of the mean variance is added to every direction. Otherwise a direction that never varied would
-# count infinitely, and so would a query's rounding error along it.
+# At least this share of the mean variance is added to every direction: one that never varied would count infinitely,
+# and with it the rounding of a query along it.
 _LEAST_SHRINKAGE = 1e-4
 
 

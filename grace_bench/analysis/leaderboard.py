@@ -129,7 +129,7 @@ class Row:
 
     @property
     def mark(self) -> str:
-        """The mark of the ranking score: `≈` if not significantly different from the first row's, `?` if unknown."""
+        """The mark of the ranking score: `≈` if not significantly off the first row's, `?` if that is unknown."""
         if self.not_compared is not None:
             return UNCOMPARED
         return TIED if self.p_holm is not None and self.p_holm >= SIGNIFICANCE_LEVEL else ""

@@ -128,13 +128,18 @@ def fitted(
     """
     asked = _requests_with_targets(benchmark)
     n_labels = model.count_labels(asked[0].prompt) if asked else None
-    if n_labels is None or all(0 <= int(request.target) < n_labels for request in asked):
+    if n_labels is None or all(_is_label(request.target, n_labels) for request in asked):
         return benchmark
     stream.n_model_labels = n_labels
     try:
         return benchmark.with_data(**vars(EditBenchmark.from_stream(stream, seed=seed, split=split).data))
     finally:
         stream.n_model_labels = None
+
+
+def _is_label(target: str | int, n_labels: int) -> bool:
+    """Whether a target is a label id below `n_labels`; what is no number at all, `check_fit` reports."""
+    return not str(target).lstrip("-").isdecimal() or 0 <= int(target) < n_labels
 
 
 def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:

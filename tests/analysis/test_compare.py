@@ -247,6 +247,23 @@ def test_every_format_tells_difference_interval_p_value_and_n_on_every_shared_st
     assert re.search(rf"\b{found.n_items}\b.*\b2\b", line)
 
 
+def test_a_run_that_was_measured_otherwise_is_left_to_a_comparison_of_its_own(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (before, *_) = compare_editors(Leaderboard.read([runs]), "ft", "grace")
+    for seed in (0, 1):
+        path = runs / f"none-s{seed}" / "result.json"
+        record = json.loads(path.read_bytes())
+        record["protocol"]["eval_every"] = 99
+        path.write_text(json.dumps(record), encoding="utf-8")
+    (after, *_) = compare_editors(Leaderboard.read([runs]), "ft", "grace")
+    assert after.comparison == before.comparison
+    assert after.conditions.startswith("protocol.eval_every=")
+    assert f"toy ({after.conditions})" in cli(capsys, str(runs), "--compare", "ft,grace", "--format", "table")[1]
+    (record, *_) = json.loads(cli(capsys, str(runs), "--compare", "ft,grace", "--format", "json")[1])
+    assert record["conditions"] == after.conditions
+
+
 def test_what_cannot_be_compared_is_missing_with_its_reason(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in runs.glob("ft-*"):
         table = pq.read_table(folder / "predictions.parquet")

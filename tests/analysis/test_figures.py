@@ -16,6 +16,7 @@ from grace_bench.analysis.figures.drawing import save, styled
 from grace_bench.analysis.figures.of_runs import (
     Group,
     curves_figure,
+    draw_curves,
     read_groups,
 )
 from grace_bench.cli import main
@@ -58,6 +59,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def group(runs: Path) -> Group:
     (found,) = read_groups([runs])
     return found
+
+
+def test_runs_under_two_protocols_have_figures_of_their_own(runs: Path, tmp_path: Path) -> None:
+    for name in ("none", "ft"):
+        shutil.copytree(runs / "toy" / "toy" / name, tmp_path / "runs" / name)
+    (odd, *_) = (tmp_path / "runs" / "ft").glob("*/result.json")
+    record = json.loads(odd.read_bytes())
+    record["protocol"]["eval_every"] = 7
+    odd.write_text(json.dumps(record), encoding="utf-8")
+    drawn = draw_curves([tmp_path / "runs"], tmp_path / "figures")
+    names = sorted(path.name for path in drawn if path.suffix == ".svg")
+    assert names == ["curves-toy-protocol.eval-every-2.svg", "curves-toy-protocol.eval-every-7.svg"]
+    assert "protocol.eval_every=7" in texts(tmp_path / "figures" / names[1])
 
 
 def test_curves_show_the_mean_over_seeds_of_what_the_runs_say(runs: Path, group: Group) -> None:

@@ -638,12 +638,19 @@ def test_out_is_no_file(runs: Path, tmp_path: Path) -> None:
     assert (code, err) == (2, f"grace-bench: --out {tmp_path / 'file'}: is a file, not a folder\n")
 
 
-def test_two_protocols_share_no_page(runs: Path, tmp_path: Path) -> None:
+def test_runs_under_two_protocols_have_sections_of_their_own_that_name_the_difference(
+    runs: Path, tmp_path: Path
+) -> None:
     copy_run(runs / "ft-s0", tmp_path / "one")
-    copy_run(runs / "ft-s1", tmp_path / "two", lambda record: record["protocol"].update(eval_every=7))
-    code, _, err = cli("report", tmp_path, "--out", tmp_path)
-    assert code == 2
-    assert "protocol.eval_every is 5 in the first and 7 in the second" in err
+    copy_run(runs / "grace-s0", tmp_path / "two")
+    copy_run(runs / "ft-s1", tmp_path / "odd", lambda record: record["protocol"].update(eval_every=7))
+    html = render_report(read_runs([tmp_path]))
+    headings = [_text(heading) for heading in re.findall(r"<h2>(.*?)</h2>", html)]
+    assert headings == ["At a glance", "toy · protocol.eval_every=5", "toy · protocol.eval_every=7"]
+    tables = re.findall(r'(?s)<table class="sortable leaderboard">.*?</table>', html)
+    editors = [{name for name in EDITORS if f"</svg> {name}</th>" in table} for table in tables]
+    assert editors == [{"ft", "grace"}, {"ft"}]
+    assert "runs that differ in protocol.eval_every stand in tables of their own" in _notes(html)
 
 
 def test_an_editor_that_is_not_installed_has_unknown_traits(runs: Path, tmp_path: Path) -> None:

@@ -54,7 +54,9 @@ def test_a_metadata_key_edit_leaves_the_ids_of_requests_as_they_are(tmp_path: Pa
         run(Points(edits=edits, upstream=(point(5),)), tmp_path / name, editor)
     rows = pq.read_table(tmp_path / "none" / "predictions.parquet").to_pylist()
     assert {row["request_id"] for row in rows if row["stream"] == "edited"} == {"p0", "p1", "p2", "p3"}
-    comparison = compare([tmp_path / "none"], [tmp_path / "grace"], names=("none", "grace"))
+    comparison = compare(
+        [tmp_path / "none"], [tmp_path / "grace"], streams=("edited",), metric="ERR", names=("none", "grace")
+    )
     assert comparison.n_items == 4
     assert comparison.difference == -1.0
 
@@ -122,3 +124,8 @@ def test_the_fields_of_derived_requests_are_not_read_from_files(make_requests: C
     for name in ("probe_of", "target_from_model"):
         with pytest.raises(ValidationError, match="Extra inputs"):
             EditRequest.model_validate({"id": "1", "prompt": "q", "target": "t", name: True})
+
+
+def test_a_target_that_is_no_label_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"request 'p1': field 'target': label 'below' should be a whole number"):
+        run(Points(edits=(point(0), point(1, target="below"))), tmp_path / "run")

@@ -80,9 +80,9 @@ class Separability:
             with equal targets, only those about one fact in different wordings.
         auc: Area under the ROC curve: how often a positive pair lies nearer than a negative one.
         auc_low, auc_high: 95 % interval, bootstrapped over facts.
-        strict_rate: Share of the positive pairs within the largest radius that contains at most one in a thousand
-            negative pairs: how far GRACE can generalise while changing almost nothing else.
-        n_positive, n_negative: Number of pairs of each kind.
+        strict_rate: Share of the pairs that want the same within the greatest radius that holds at most one in a
+            thousand of the others: the share that still generalises when next to nothing else may change.
+        n_positive, n_negative: Pairs of either kind.
         false_positive_rate, true_positive_rate: The ROC curve, from (0, 0) to (1, 1).
     """
 
@@ -104,10 +104,10 @@ class Study:
     """All layers and distance functions of one model on one stream.
 
     Attributes:
-        stream, model, split: Names of what was studied.
-        seed: The seed with which the inputs were drawn.
-        n_inputs: Number of inputs drawn from each role.
-        curves: The ROC curves.
+        stream, model, split: The stream, the model and the split that were studied.
+        seed: The seed by which the inputs were drawn.
+        n_inputs: The number of inputs drawn, by role.
+        curves: The result for each layer, distance and question.
     """
 
     stream: str
@@ -153,7 +153,7 @@ def draw_separability(overrides: Sequence[str], out: Path, open_trial: OpenTrial
 
 
 def study(overrides: Sequence[str], open_trial: OpenTrial) -> Study:
-    """Collects the activations of a stream's inputs at each layer, and measures what their distances predict.
+    """Computes the activations of a stream's inputs at each layer, and how well their distances predict answers.
 
     Args:
         overrides: As for `draw_separability`.
@@ -264,12 +264,11 @@ def separability(
     Args:
         distances: (P,) the distance of each pair.
         pairs: The pairs.
-        layer, distance, question: Labels of the curve.
-        seed: Seeds the bootstrap, which draws facts with all their inputs, because pairs that share an input are not
-            independent.
+        layer, distance, question: The names for the result.
+        seed: Seeds the bootstrap, which draws facts with all their inputs: pairs that share one are not independent.
     """
     order = np.argsort(distances, kind="stable")
-    # No radius separates pairs at equal distance.
+    # No radius separates pairs at the same distance.
     starts = np.flatnonzero(np.diff(distances[order], prepend=-np.inf))
     positive = pairs.positive[order]
     first, second = pairs.group[pairs.first[order]], pairs.group[pairs.second[order]]
