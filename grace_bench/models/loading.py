@@ -110,8 +110,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
-    """Returns the number of torch threads; `auto` is one for tiny models, where distributing work costs more than it
-    saves.
+    """Returns the number of torch threads; `auto` is one for tiny models, where distributing work does not pay.
 
     Raises:
         UserError: If the machine does not have as many cores.
