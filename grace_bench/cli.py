@@ -46,7 +46,7 @@ data and a model to start from. Takes the stream's options and model=, a short n
 _META_TRAIN_HELP = """usage: grace-bench meta-train [option=value ...]
 
 Meta-trains an editor on the requests that a stream marks for training, for a model and a layer. Takes the options of
-the run it is for; what was trained before is reused, what was interrupted goes on.
+the run it is for. A finished training is reused, an interrupted one is resumed.
 
   grace-bench meta-train editor=mend stream=atlas-qa
   grace-bench run editor=mend stream=atlas-qa max_edits=100
@@ -60,7 +60,7 @@ Draws a figure as SVG and PNG.
   grace-bench figure curves runs --out figures
   grace-bench figure separability stream=atlas-qa distance=euclidean,cosine --out figures
 
-  RUNS        run folders, or folders that hold some; a figure for each stream and model in them
+  RUNS        run folders, or folders that contain some; a figure for each stream and model in them
   --out DIR   the folder to write; figures of the same names in it are replaced
 """
 
@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="grace-bench", description="Compares lifelong model editors: what is kept after hundreds of edits?"
+        prog="grace-bench", description="Compares lifelong model editors: how much survives hundreds of edits?"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
 
-    resume = commands.add_parser("resume", help="go on with runs that were interrupted or failed")
+    resume = commands.add_parser("resume", help="resume runs that were interrupted or failed")
     resume.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     resume.set_defaults(command=_resume)
 
@@ -158,15 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("id", help="the request's id, as in the run's edits.jsonl")
     show.set_defaults(command=_show)
 
-    board = commands.add_parser("leaderboard", help="runs compared: mean and standard deviation over seeds")
-    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    board = commands.add_parser("leaderboard", help="compare runs: mean and standard deviation over seeds")
+    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that contain some")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.set_defaults(command=_leaderboard)
 
-    report = commands.add_parser("report", help="runs compared on one page: curves, forgetting, cost, leaderboard")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
+    report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that contain some")
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
     report.set_defaults(command=_report)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
@@ -181,14 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     check = commands.add_parser("check", help="whether finished runs still are what their results say")
-    check.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold some")
+    check.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that contain some")
     check.set_defaults(command=_check)
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
 
-    commands.add_parser("pretrain", help="make the model that a stream's edits are made to", add_help=False)
+    commands.add_parser("pretrain", help="train the model whose errors a stream edits", add_help=False)
     return parser
 
 
@@ -219,9 +219,9 @@ def _run_help() -> str:
             "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
             "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
             "tuned=FOLDER takes your own, as sweep=tune writes them.",
-            f"paper=NAME takes a published setting whole: {papers}.",
+            f"paper=NAME applies a published setting: {papers}.",
             f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
-            "hydra/launcher=ray, submitit_slurm or submitit_local carries out a sweep on other machines or processes.",
+            "hydra/launcher=ray, submitit_slurm or submitit_local runs a sweep on other machines or processes.",
         ]
     )
 

@@ -98,7 +98,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
         Raises:
             EditFailure: If the edit fails. Any other error fails it too, as does a loss or state that is not finite:
-                the edit is undone, the reason recorded, and the run goes on. Errors that no single edit is to blame
+                the edit is undone, the reason recorded, and the run continues. Errors that no single edit is to blame
                 for, such as lack of memory, end the run.
         """
 

@@ -210,7 +210,7 @@ def resolve_model(name_or_path: str) -> ModelSource:
     short name of a hub model, as a folder in the working directory, and as a hub id.
 
     Raises:
-        UserError: If the name looks like a folder and there is none, or the folder holds no model.
+        UserError: If the name looks like a folder and there is none, or the folder contains no model.
     """
     if name_or_path and "/" not in name_or_path:
         for folder in (_checkpoints() / name_or_path, MODELS_FOLDER / name_or_path):

@@ -166,7 +166,7 @@ class Checkpoints:
         if damaged is not None:
             raise UserError(
                 f"{self._run / damaged}: was cut or changed since the run's checkpoints; put the file back as it was, "
-                f"or existing=rerun sets the run aside and starts anew"
+                f"or existing=rerun sets the run aside and starts over"
             )
         return Loaded(dropped=dropped)
 
@@ -194,7 +194,7 @@ class Checkpoints:
             if version != SCHEMA_VERSION:
                 raise UserError(
                     f"{path}: checkpoint of schema version {version}, this grace-bench reads {SCHEMA_VERSION}; "
-                    f"existing=rerun sets the run aside and starts anew"
+                    f"existing=rerun sets the run aside and starts over"
                 )
             manifest = _Manifest.model_validate_json(text)
         except ValidationError as error:

@@ -135,7 +135,7 @@ class ResumableRun:
         except MISFITS as error:
             raise UserError(
                 f"{self._folder}: the newest checkpoint is whole but does not fit the run ({type(error).__name__}: "
-                f"{reason_of(error)}); existing=rerun sets the run aside and starts anew"
+                f"{reason_of(error)}); existing=rerun sets the run aside and starts over"
             ) from error
 
     def _compare_environment(self, earlier: Mapping[str, Any]) -> None:

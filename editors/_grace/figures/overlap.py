@@ -38,7 +38,7 @@ def draw_overlap(paths: Sequence[Path], out: Path) -> list[Path]:
         The files.
 
     Raises:
-        UserError: If no run has a codebook, or runs were not measured alike.
+        UserError: If no run has a codebook, or runs were measured differently.
     """
     groups = [group for group in read_groups(paths) if rows_with(group, _OVERLAP)]
     if not groups:

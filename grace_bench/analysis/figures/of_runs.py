@@ -51,7 +51,7 @@ def draw_curves(paths: Sequence[Path], out: Path) -> list[Path]:
     """Draws the scores over a stream of edits, a figure for each stream and model (Hartvigsen et al. 2023, Figure 3).
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: Run folders, or folders that contain some.
         out: Receives the figures.
 
     Returns:
