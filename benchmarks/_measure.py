@@ -13,13 +13,13 @@ import torch
 def interleave(
     sides: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, seconds: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Times each side in turn, again and again, so that whatever else the machine does falls on all of them.
+    """Times the sides in turn, round after round, so that other load on the machine affects all of them alike.
 
     Args:
-        sides: What to time, by name.
-        repeats: How often at most.
-        warmup: Rounds beforehand that do not count.
-        seconds: After this long no round begins, once there were three.
+        sides: The calls to time, by name.
+        repeats: The largest number of rounds.
+        warmup: The number of untimed rounds before the timed ones.
+        seconds: No further round starts after this many seconds, once three rounds are done.
 
     Returns:
         The seconds of each call, by side.
@@ -40,13 +40,13 @@ def interleave(
 
 
 def spread(seconds: list[float], *, unit: float = 1.0) -> str:
-    """Returns the median, and in brackets the least and the greatest, in units of so many seconds."""
+    """Returns the median, with minimum and maximum in brackets, in multiples of `unit` seconds."""
     least, middle, greatest = (f"{which(seconds) / unit:.4g}" for which in (min, median, max))
     return f"{middle} ({least}-{greatest})"
 
 
 def machine() -> str:
-    """Returns one line: processor, threads, load average, PyTorch, date."""
+    """Returns one line with processor, threads, load average, PyTorch version and date."""
     load = " ".join(f"{average:.2f}" for average in os.getloadavg())
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     today = time.strftime("%Y-%m-%d")

@@ -1,4 +1,4 @@
-"""Models at the sizes that papers use, with random weights, and requests of the lengths they meet."""
+"""Models of the sizes used in papers, with random weights, and requests of typical lengths."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tasks.lookup import get_task
 
 ANSWER_TOKENS = 8
-"""The longest free answer; with random weights nearly every answer is that long."""
+"""The largest number of generated tokens; with random weights nearly every answer reaches it."""
 _N_LABELS = 11
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model, the layer that is edited, and the lengths of its requests.
+    """A model, the layer to edit, and the lengths of its requests.
 
     Attributes:
-        make: Makes the network; its weights follow from PyTorch's seed.
+        make: Makes the network, with weights determined by PyTorch's seed.
         layer: The layer to edit.
-        task: What the model is used for.
-        n_prompt: Tokens of a prompt.
-        n_target: Tokens of a target.
-        says: The size in words.
+        task: The task of the model.
+        n_prompt: Tokens per prompt.
+        n_target: Tokens per target.
+        says: A description of the size.
     """
 
     make: Callable[[], nn.Module]
@@ -48,21 +48,21 @@ class Size:
     says: str
 
     def module(self) -> nn.Module:
-        """Returns the network, the same every time."""
+        """Returns the network, with the same weights every time."""
         torch.manual_seed(0)
         return self.make().eval()
 
     def editable(self, module: nn.Module, engine: EngineName) -> EditableModel:
-        """Returns a network as an engine runs it."""
+        """Returns an editable model of a network on the given engine."""
         tokenizer = _word_tokenizer(int(module.config.vocab_size), ends=self.task == "qa")  # type: ignore[union-attr, arg-type]
-        # As a run does: the plain engine takes one input at a time.
+        # As in a run, the plain engine takes one input at a time.
         task = get_task(self.task, max_new_tokens=ANSWER_TOKENS, batch_size=1 if engine == "plain" else 64)
         return EditableModel(module, layer=self.layer, task=task, tokenizer=tokenizer, engine=engine)
 
     def requests(self, n: int, *, seed: int = 0) -> list[EditRequest]:
-        """Returns n requests of random words."""
+        """Returns n requests with random words."""
         generator = torch.Generator().manual_seed(seed)
-        # The end of the question, or of the answer, is a token too.
+        # The end token of a question or an answer counts towards its length.
         n_ends = int(self.task == "qa")
         n_words = [self.n_prompt - n_ends, self.n_target - n_ends]
         requests = []
@@ -121,7 +121,7 @@ SIZES = {
 
 
 def _word_tokenizer(vocabulary: int, *, ends: bool) -> Any:
-    """One token a word; with `ends`, an end token behind each text."""
+    """Returns a tokenizer with one token per word; with `ends` it appends an end token to each text."""
     tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(vocabulary - 3))]
     tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Adds to and looks up in codebooks of growing size, beside plain distances to every key, and prints the table.
+"""Times adds and lookups in codebooks of growing size, against plain distances to every key.
 
 python benchmarks/codebook.py [--plot growth.png]
 """
@@ -33,17 +33,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), default=[10**3, 10**4, 10**5, 10**6])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=60.0, help="a measurement, after which no round begins")
-    parser.add_argument("--plot", type=Path, help="where to draw the growth, on logarithmic axes")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time per measurement, after which no round starts")
+    parser.add_argument("--plot", type=Path, help="file for a plot of the growth, on logarithmic axes")
     options = parser.parse_args()
     print(f"before: {machine()}")
     rows: dict[int, dict[str, Any]] = {}
     for n in options.sizes:
-        # Keys and the state they come from, or before and after they grow; and the distances of the plain side.
+        # Two copies of the keys (loading the state, or growing the storage) and the distances of the plain side.
         needed = n * (2.2 * options.width + 3 * BATCH) * 4
         available = psutil.virtual_memory().available
         if needed > available:
-            print(f"{n} keys: left out, {needed / 2**30:.1f} GiB are needed, {available / 2**30:.1f} available")
+            print(f"{n} keys: skipped, needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB available")
             continue
         rows[n] = measure(n, options.width, options.repeats, options.seconds)
         rows[n]["append"] = [append(n, options.width)]
@@ -63,10 +63,10 @@ def measure(n: int, width: int, repeats: int, seconds: float) -> dict[str, Any]:
         The seconds per query or add, by side and operation; and the bytes per key.
     """
     torch.manual_seed(0)
-    # What libraries take at their first use is no part of a codebook.
+    # Memory that libraries allocate at first use should not count as the codebook's.
     filled(1000, width)
     codebook, n_bytes = filled(n, width)
-    # Half of them near a key, as queries that hit are; the other half near none.
+    # Half of the queries are near a key, as hits are; the other half are near none.
     queries = codebook.keys[torch.randint(n, (BATCH,))] + 0.01 * torch.randn(BATCH, width)
     queries[::2] = torch.randn(BATCH // 2, width)
     results: dict[str, Any] = {"bytes a key": n_bytes}
@@ -89,7 +89,7 @@ def measure(n: int, width: int, repeats: int, seconds: float) -> dict[str, Any]:
 
 
 def filled(n: int, width: int) -> tuple[Codebook, float]:
-    """Makes a codebook of n random keys, and returns the bytes it holds for each besides its value."""
+    """Returns a codebook of n random keys, and the bytes of memory per key without its value."""
     codebook = Codebook(eps_init=EPS_INIT)
     state: dict[str, Any] = {
         "keys": torch.randn(n, width),
@@ -105,20 +105,20 @@ def filled(n: int, width: int) -> tuple[Codebook, float]:
 
 
 def plain(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Looks up the newest of the nearest keys by the distances of every pair."""
+    """Looks up the newest of the nearest keys from the distances of all pairs."""
     distances = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist").T
     entry = len(keys) - 1 - distances.flip(1).argmin(dim=1)
     return entry, distances.gather(1, entry[:, None])[:, 0]
 
 
 def unheard(width: int) -> Iterator[Tensor]:
-    """Yields queries that are near no key."""
+    """Yields random queries that are near no key."""
     for seed in count(1):
         yield torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
 def append(n: int, width: int) -> float:
-    """Returns the seconds that one key takes to store, averaged over the growth from none to n."""
+    """Returns the seconds to store one key, averaged over growth from none to n keys."""
     index = EuclideanIndex(device=torch.device("cpu"))
     keys = torch.randn(64, 1, width)
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def append(n: int, width: int) -> float:
 
 
 def report(rows: dict[int, dict[str, Any]], width: int) -> None:
-    """Prints the table, ratios last."""
+    """Prints the table, with the ratio after each operation."""
     table = Table(title=f"Microseconds, median; keys of width {width}; ratio: plain / codebook")
     for name in ("keys", "1 query", "ratio", f"a query of {BATCH}", "ratio", "add", "ratio", "append", "bytes a key"):
         table.add_column(name, justify="right")

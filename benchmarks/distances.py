@@ -41,13 +41,13 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Runs the table."""
+    """Makes the runs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="+", default=["atlas-qa", "atlas-drift", "atlas-text"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--edits", type=int, default=300)
     parser.add_argument("--validation-edits", type=int, default=100)
-    parser.add_argument("--jobs", type=int, help="runs at once (default: the cores there are)")
+    parser.add_argument("--jobs", type=int, help="parallel runs (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs/distances"))
     options = parser.parse_args()
     trials = [
@@ -61,7 +61,7 @@ def main() -> None:
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for (stream, distance, _, radius, *_), result in zip(trials, tried, strict=True):
         found = quality(result), radius
-        # Of equals the smallest radius stays.
+        # On ties the smallest radius wins.
         if (stream, distance) not in best or found[0] > best[stream, distance][0]:
             best[stream, distance] = found
     settings = [
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int) -> RunResult:
-    """Carries out one run, or reuses it."""
+    """Makes one run, or reuses a finished one."""
     stream, distance, policy, radius, seed, split = which
     config = compose(
         [
@@ -105,7 +105,7 @@ def run(which: tuple[str, str, str, float, int, str], *, out: Path, n_edits: int
 
 
 def spread(results: list[RunResult], name: str) -> str:
-    """Returns the mean of a metric over seeds, with the sample standard deviation where there are several."""
+    """Returns the mean of a metric over seeds, with the sample standard deviation if there are several."""
     values = [value for result in results if (value := result.metrics.get(name)) is not None]
     if not values:
         return "–"

@@ -1,4 +1,4 @@
-"""Seconds an edit takes GRACE: the exact engine against the plain one, on random weights at real sizes.
+"""Seconds per edit of GRACE: the exact engine against the plain one, on models of real sizes with random weights.
 
     OMP_NUM_THREADS=2 python benchmarks/edit.py
     OMP_NUM_THREADS=2 python benchmarks/edit.py --models gpt2 --replacement replace_last
@@ -37,7 +37,7 @@ class Side:
     """One engine with its requests.
 
     Args:
-        engine: Its name.
+        engine: The engine's name.
         size: The model's size.
         module: The network.
         requests: The requests to edit.
@@ -66,7 +66,7 @@ class Side:
             self.losses = [(outcome.loss_first, outcome.loss) for outcome in editor.flush()]
 
     def operations(self, n_iter: int) -> float:
-        """Returns the floating-point operations of one edit, from those of one and of two steps."""
+        """Returns the floating-point operations per edit, extrapolated from counts for one and two steps."""
         counts = []
         for steps in (1, 2):
             with FlopCounterMode(display=False) as counter:
@@ -76,7 +76,7 @@ class Side:
 
 
 def peak() -> float:
-    """Returns the floating-point operations a second that a product of two large matrices reaches."""
+    """Returns the floating-point operations per second that a product of two large matrices reaches."""
     left, right = torch.randn(2, 2048, 2048).unbind()
     seconds = []
     for _ in range(8):
@@ -87,7 +87,7 @@ def peak() -> float:
 
 
 def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement: Replacement) -> dict[str, Any]:
-    """Returns what one model's row of the table shows."""
+    """Returns the figures for one model's row of the table."""
     module, requests = size.module(), size.requests(at_hand)
     exact = Side("exact", size, module, requests, replacement)
     plain = Side("plain", size, module, requests[:N_PLAIN], replacement)
@@ -121,16 +121,16 @@ def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement:
 
 
 def main() -> None:
-    """Measures the models that are asked for."""
+    """Measures the selected models and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--at-hand", type=int, help="requests at hand; 32 for T5, 1 for the others, unless given")
+    parser.add_argument("--at-hand", type=int, help="requests edited together (32 for T5, 1 for the others)")
     parser.add_argument("--replacement", default="replace_prompt", choices=["replace_prompt", "replace_last"])
-    parser.add_argument("--steps", type=int, default=100, help="steps of Adam an edit (100)")
+    parser.add_argument("--steps", type=int, default=100, help="Adam steps per edit (100)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     options = parser.parse_args()
     print(f"before: {machine()}")
-    table = Table(title=f"Seconds an edit of {options.steps} steps, {options.replacement}: median (least-greatest)")
+    table = Table(title=f"Seconds per edit of {options.steps} steps, {options.replacement}: median (min-max)")
     for heading in ("model", "at hand", "plain", "exact", "ratio", "limit", "counted", "of peak", "losses apart"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name in options.models:
@@ -157,8 +157,8 @@ def main() -> None:
     console = Console(width=110)
     console.print(table)
     console.print(
-        "ratio: plain / exact; limit: what it would be at the peak, with the exact engine's operations; counted: the "
-        "ratio of operations; of peak: the share of the peak that plain and exact reach",
+        "ratio: plain / exact; limit: the ratio if the exact engine ran its operations at the peak rate; counted: the "
+        "ratio of operations; of peak: the share of the peak rate that plain and exact reach",
         highlight=False,
     )
 

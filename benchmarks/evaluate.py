@@ -1,17 +1,19 @@
-"""Seconds that scoring inputs takes: the exact engine against the plain one, on random weights at real sizes.
+"""Seconds per scoring pass: the exact engine against the plain one, on models of real sizes with random weights.
 
     OMP_NUM_THREADS=2 python benchmarks/evaluate.py
 
-The sizes are those of `edit.py`; T5 generates its answers. In each round the exact engine scores the inputs
+The sizes are those of `edit.py`; T5 generates its answers. In each round the exact engine scores the inputs in four
+cases:
 
-- anew: nothing is known of them;
-- full: again, after the edited layer's weights changed, so that every answer may have changed;
-- one edit: again, after GRACE edited one of them;
-- a tenth: again, after GRACE edited every tenth of them.
+- anew: for the first time, with nothing cached;
+- full: again, after the edited layer's weights changed, so every answer may have changed;
+- one edit: again, after GRACE edited one of the inputs;
+- a tenth: again, after GRACE edited every tenth input.
 
-The plain engine scores all inputs in all four cases, one at a time; one such pass a round stands for them. A small
-round goes before. The table's last column is the largest difference of a score from that of the plain engine with the
-same weights and codebook: of all inputs for `anew`, of the edited tenth and as many others for the edited models.
+The plain engine scores all inputs one at a time in every case, so one pass per round stands for all four cases. A small
+warm-up round goes first. The last column of the table is the largest difference between a score and the plain engine's
+score with the same weights and codebook: over all inputs for `anew`, and for the edited models over the edited tenth
+and as many others.
 """
 
 import argparse
@@ -46,7 +48,7 @@ def score(rescorer: Rescorer, requests: Sequence[EditRequest]) -> list[ItemScore
 
 
 def edit(editor: EditorStrategy, requests: Sequence[EditRequest]) -> None:
-    """Edits requests and finishes them."""
+    """Edits requests and completes all pending edits."""
     for request in requests:
         encoded = editor.model.encode_batch([request.prompt], [request.target])
         editor.edit(EditBatch(prompts=(request.prompt,), targets=(request.target,), encoded=encoded))
@@ -54,14 +56,14 @@ def edit(editor: EditorStrategy, requests: Sequence[EditRequest]) -> None:
 
 
 def change_weights(editor: EditorStrategy) -> None:
-    """Changes the layer's weights a little, as fine-tuning would."""
+    """Changes the layer's weights slightly, as fine-tuning would."""
     with torch.no_grad():
         for weight in editor.model.layer.parameters():
             weight.mul_(1.01)
 
 
 def apart(given: Sequence[ItemScore], expected: Sequence[ItemScore]) -> float:
-    """Returns the largest difference of two lists of scores; of perplexities, that of their logarithms."""
+    """Returns the largest difference between two lists of scores; perplexities are compared by their logarithms."""
 
     def number(item: ItemScore) -> float:
         return math.log(item.score) if item.score > 1 else item.score
@@ -70,7 +72,7 @@ def apart(given: Sequence[ItemScore], expected: Sequence[ItemScore]) -> float:
 
 
 def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
-    """Returns what one model's rows of the table show."""
+    """Returns the figures for one model's rows of the table."""
     frozen, rewritten, plain, plain_rewritten = (
         size.editable(size.module(), "plain" if is_plain else "exact") for is_plain in (False, False, True, True)
     )
@@ -119,14 +121,14 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures the models that are asked for."""
+    """Measures the selected models and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--inputs", type=int, default=1000, help="how many inputs are scored (1000)")
+    parser.add_argument("--inputs", type=int, default=1000, help="inputs to score (1000)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     options = parser.parse_args()
     print(f"before: {machine()}")
-    table = Table(title=f"Seconds a scoring of {options.inputs} inputs takes: median (least-greatest)")
+    table = Table(title=f"Seconds to score {options.inputs} inputs: median (min-max)")
     for heading in ("model", "case", "plain", "exact", "ratio", "scores apart"):
         table.add_column(heading, justify="left" if heading in {"model", "case"} else "right")
     for name in options.models:

@@ -1,10 +1,10 @@
-"""What a whole benchmark costs: `grace-bench run` with the exact engine and with the plain one, start to end.
+"""The cost of a whole benchmark: `grace-bench run` from start to end, with the exact and the plain engine.
 
     OMP_NUM_THREADS=2 python benchmarks/protocol.py
 
-500 edits of atlas-qa, evaluated every 50 edits, by GRACE and by fine-tuning; then GRACE evaluated after every edit.
-Each command is a process of its own, in turn, without W&B. Prints the seconds with their ratios, and whether both
-engines decided alike and how far their metrics differ.
+GRACE and fine-tuning make 500 edits of atlas-qa and are evaluated every 50 edits; then GRACE is evaluated after every
+edit. The commands run one after another, each in its own process, without W&B. Prints the seconds and their ratios, the
+number of candidates on which the engines decided differently, and the largest difference between their metrics.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def run(out: Path, settings: Mapping[str, Any]) -> tuple[float, Path]:
     """Runs the command.
 
     Returns:
-        Its seconds and the run folder.
+        The seconds it took, and the run folder.
     """
     arguments = [f"{name}={value}" for name, value in settings.items()]
     environment = {**os.environ, "WANDB_MODE": "disabled"}
@@ -53,12 +53,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def decisions(folder: Path) -> list[tuple[Any, ...]]:
-    """Returns what a run decided at each candidate."""
+    """Returns the decisions of a run for each candidate."""
     return [tuple(record.get(name) for name in DECISIONS) for record in lines(folder / "edits.jsonl")]
 
 
 def apart(first: Path, second: Path) -> float:
-    """Returns the largest difference of any metric of two runs."""
+    """Returns the largest difference between the metrics of two runs."""
     differences = [
         abs(a[name] - b[name])
         for a, b in zip(*(lines(folder / "metrics.jsonl") for folder in (first, second)), strict=True)
@@ -69,18 +69,18 @@ def apart(first: Path, second: Path) -> float:
 
 
 def compare(folders: Sequence[Path]) -> str:
-    """Returns in words how two runs agree."""
+    """Returns a line that says how far two runs agree."""
     pairs = list(zip(*map(decisions, folders), strict=True))
     differing = sum(a != b for a, b in pairs)
     return f"{len(pairs)} candidates, {differing} decided differently; metrics apart by at most {apart(*folders):.1e}"
 
 
 def main() -> None:
-    """Runs the commands."""
+    """Runs the commands and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--editors", nargs="+", default=["grace", "ft"])
     parser.add_argument("--edits", type=int, default=500)
-    parser.add_argument("--repeats", type=int, default=1, help="how often each command runs (1)")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per command (1)")
     options = parser.parse_args()
     base = {"stream": "atlas-qa", "max_edits": options.edits}
     cases: dict[str, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def main() -> None:
                 seconds[name].append(taken)
                 print(f"{name}: {taken:.1f} s", flush=True)
         print(f"after: {machine()}")
-        table = Table(title=f"Seconds of grace-bench run, atlas-qa, {options.edits} edits: median (least-greatest)")
+        table = Table(title=f"Seconds of grace-bench run, atlas-qa, {options.edits} edits: median (min-max)")
         for heading in ("editor", "engine", "eval_every", "seconds", "ratio to exact, every 50"):
             table.add_column(heading, justify="left" if heading in {"editor", "engine"} else "right")
         for name, settings in cases.items():

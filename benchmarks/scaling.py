@@ -1,11 +1,12 @@
-"""What an edit costs as a stream grows long: around the 100th and around the 10,000th edit of one run of GRACE.
+"""The cost of an edit in a long stream: around the 100th and around the 10,000th edit of one run of GRACE.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 
-A run on 10,000 different questions with the T5 that ships with atlas-qa, five steps an edit, so that what the harness
-does weighs more than training; evaluated at the start and at the end alone. The cost of an edit is all the time from
-one record to the next: scoring before and after, editing, metrics and files. Edits are finished up to 32 at a time, so
-it is taken over windows of 160 records; lookups, the part that may grow, are what is spent inside the codebook.
+The run edits the T5 that ships with atlas-qa on 10,000 different questions, with five steps per edit, so that the
+harness takes more of the time than training; it is evaluated only at the start and at the end. The cost of an edit is
+the time from one record to the next: scoring before and after, editing, metrics and files. Up to 32 pending edits are
+completed together, so the cost is averaged over windows of 160 records. Lookups, the part that may grow, are the time
+spent inside the codebook.
 """
 
 import argparse
@@ -36,7 +37,7 @@ PLACES = ("river", "lake", "tower", "bridge", "garden", "square", "museum", "sta
 
 
 class Clock(BasePlugin[Any]):
-    """Notes when each candidate's record was complete, and how long the codebook was asked until then."""
+    """Records when each candidate's record was complete, and the total time spent in the codebook by then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +47,12 @@ class Clock(BasePlugin[Any]):
         self._depth = 0
 
     def after_candidate(self, strategy: Any, **_: Any) -> None:
-        """Takes both."""
+        """Records both times."""
         self.times.append(time.perf_counter())
         self.lookups.append(self.spent)
 
     def timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function whose calls are counted as lookups."""
+        """Wraps a function so that its time counts as lookups."""
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -67,14 +68,14 @@ class Clock(BasePlugin[Any]):
         return timed
 
     def window(self, end: int) -> tuple[float, float]:
-        """Returns the seconds of an edit, and those of its lookups, over the window that ends with a record."""
+        """Returns seconds per edit, and per edit's lookups, averaged over the window that ends at record `end`."""
         first, last = max(0, end - WINDOW), end - 1
         n = last - first
         return (self.times[last] - self.times[first]) / n, (self.lookups[last] - self.lookups[first]) / n
 
 
 def write_requests(path: Path, n: int) -> None:
-    """Writes n different questions."""
+    """Writes n distinct questions to a JSONL file."""
     generator = random.Random(0)
     prompts: dict[str, None] = {}
     while len(prompts) < n:
@@ -90,7 +91,7 @@ def main() -> None:
     """Runs the stream and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=3, help="windows a row (3)")
+    parser.add_argument("--repeats", type=int, default=3, help="windows per row (3)")
     options = parser.parse_args()
     print(f"before: {machine()}")
     clock = Clock()
@@ -109,8 +110,8 @@ def main() -> None:
             plugins=[clock],
         )
     print(f"after: {machine()}")
-    table = Table(title="Milliseconds an edit, median of windows (least-greatest)")
-    for heading in ("edits", "an edit", "of it lookups", "the rest"):
+    table = Table(title="Milliseconds per edit, median of windows (min-max)")
+    for heading in ("edits", "per edit", "lookups", "other"):
         table.add_column(heading, justify="right")
     ends = [100, 1_000, options.edits // 2, options.edits - (options.repeats - 1) * WINDOW]
     for end in sorted({end for end in ends if end <= options.edits}):

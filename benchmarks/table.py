@@ -1,4 +1,4 @@
-"""Runs every editor on the embedded streams with several seeds, side by side, and prints the tables.
+"""Runs every editor on the embedded streams with several seeds, in parallel, and prints the tables.
 
     python benchmarks/table.py
 
@@ -22,13 +22,13 @@ from grace_bench.registry import EDITORS, STREAMS
 
 
 def main() -> None:
-    """Runs the table."""
+    """Makes the runs and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", nargs="+", default=["atlas-qa", "atlas-drift", "atlas-text"])
     parser.add_argument("--editors", nargs="+", default=list(EDITORS.entries()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--edits", type=int, default=300)
-    parser.add_argument("--jobs", type=int, help="runs at once (default: the cores there are)")
+    parser.add_argument("--jobs", type=int, help="parallel runs (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
     pairs = [
@@ -44,13 +44,13 @@ def main() -> None:
 
 
 def meta_train(pair: tuple[str, str]) -> None:
-    """Meta-trains an editor for a stream, unless that was done before."""
+    """Meta-trains an editor for a stream, unless it already is."""
     stream, editor = pair
     meta_train_editor(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
 
 
 def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> Path:
-    """Carries out one run, or reuses it, and returns its folder."""
+    """Makes one run, or reuses a finished one, and returns its folder."""
     stream, editor, seed = which
     config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}"])
     config = replace(config, out=out)

@@ -1,4 +1,4 @@
-"""The command line. A command's imports happen when it runs."""
+"""The command line. Each command imports what it needs when it is carried out."""
 
 import argparse
 import os
@@ -27,15 +27,15 @@ Options of a run, with their defaults:
 """
 _PLAN_HELP = """usage: grace-bench plan [-m] [option=value ...]
 
-Says how long a run will take, how much memory and how much disk, from a few of its steps; leaves no run folder. Takes
-the options of grace-bench run; with -m, every combination and their sum.
+Forecasts the time, memory and disk space of a run from a few of its steps; leaves no run folder. Takes the options of
+grace-bench run; with -m, forecasts every combination and the sum.
 
   grace-bench plan stream=atlas-qa editor=grace max_edits=500
 """
 _PRETRAIN_HELP = """usage: grace-bench pretrain STREAM [option=value ...] [--out DIR] [--seed N]
 
-Makes the model that a stream's edits are made to: an embedded stream's again from nothing, others from the stream's
-data and a model to start from. Takes the stream's options and model=, a short name, a hub id or a folder.
+Trains the model that a stream edits: from nothing for an embedded stream, for the others from the stream's data and a
+model to start from. Takes the stream's options and model=, a short name, a hub id or a folder.
 
   grace-bench pretrain atlas-qa
   grace-bench pretrain scotus stream.path=decisions.jsonl model=minilm --out models/scotus
@@ -45,8 +45,8 @@ data and a model to start from. Takes the stream's options and model=, a short n
 """
 _META_TRAIN_HELP = """usage: grace-bench meta-train [option=value ...]
 
-Meta-trains an editor on the requests that a stream marks for training, for a model and a layer. Takes the options of
-the run it is for. A finished training is reused, an interrupted one is resumed.
+Meta-trains an editor for a model and a layer on the requests that a stream marks for training. Takes the options of
+the run it is for; a finished training is reused, an interrupted one resumed.
 
   grace-bench meta-train editor=mend stream=atlas-qa
   grace-bench run editor=mend stream=atlas-qa max_edits=100
@@ -118,55 +118,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints a traceback with control characters escaped, since it may contain text of a data set."""
+    """Prints a traceback, which may quote a data set, with terminal control characters made visible."""
     text = without_secrets("".join(traceback.format_exception(kind, error, trace)))
     print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, end="")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help says more)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="grace-bench", description="Compares lifelong model editors: how much survives hundreds of edits?"
+        prog="grace-bench",
+        description="Compares lifelong model editors: what does the model still know after hundreds of edits?",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="every editor on an embedded stream, and a table")
-    demo.add_argument("--edits", type=_positive, default=50, help="edits an editor makes (default 50)")
+    demo = commands.add_parser("demo", help="run every editor on an embedded stream and print a table")
+    demo.add_argument("--edits", type=_positive, default=50, help="edits per editor (default 50)")
     demo.add_argument("--out", type=Path, default=Path("demo-runs"), help="where run folders are made")
     demo.set_defaults(command=_demo)
 
-    commands.add_parser("run", help="one editor on one stream, or a sweep", add_help=False)
+    commands.add_parser("run", help="run one editor on one stream, or a sweep", add_help=False)
 
     resume = commands.add_parser("resume", help="resume runs that were interrupted or failed")
     resume.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     resume.set_defaults(command=_resume)
 
-    commands.add_parser("plan", help="how long a run will take, and how much memory", add_help=False)
+    commands.add_parser("plan", help="the time and memory that a run will take", add_help=False)
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
-    list_ = commands.add_parser("list", help="editors, streams, models and metrics")
+    list_ = commands.add_parser("list", help="list editors, streams, models and metrics")
     list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics"])
     list_.set_defaults(command=_list)
 
-    show = commands.add_parser("show", help="one request of a run: before, after its edit, now")
+    show = commands.add_parser("show", help="one request of a run: before its edit, after it, and at the end")
     show.add_argument("run", type=Path, help="the run folder")
     show.add_argument("id", help="the request's id, as in the run's edits.jsonl")
     show.set_defaults(command=_show)
 
     board = commands.add_parser("leaderboard", help="compare runs: mean and standard deviation over seeds")
-    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that contain some")
+    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.set_defaults(command=_leaderboard)
 
     report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that contain some")
+    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
     report.set_defaults(command=_report)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
@@ -180,15 +181,17 @@ def _parser() -> argparse.ArgumentParser:
         "figure", help="curves, sweeps, balls and their overlap, and what distance predicts", add_help=False
     )
 
-    check = commands.add_parser("check", help="whether finished runs still are what their results say")
-    check.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that contain some")
+    check = commands.add_parser("check", help="check that finished runs still match their results")
+    check.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold run folders"
+    )
     check.set_defaults(command=_check)
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
 
-    commands.add_parser("pretrain", help="train the model whose errors a stream edits", add_help=False)
+    commands.add_parser("pretrain", help="train the model that a stream edits", add_help=False)
     return parser
 
 
@@ -385,7 +388,7 @@ def _pretrain(arguments: list[str]) -> int:
 def _pair(text: str) -> tuple[str, str]:
     names = tuple(name.strip() for name in text.split(","))
     if len(names) != 2 or not all(names):
-        raise argparse.ArgumentTypeError(f"'{text}' is not two editors with a comma between")
+        raise argparse.ArgumentTypeError(f"'{text}' should be two editors, separated by a comma")
     return names
 
 

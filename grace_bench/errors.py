@@ -1,4 +1,4 @@
-"""The errors that the command line reports in one line."""
+"""The errors that end a run or an edit with a one-line message, and helpers for such messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """A mistake of the user's: the command line prints it as one line and exits with code 2.
+    """A mistake by the user: the command line prints the message as one line and exits with code 2.
 
-    The message says what is wrong and where (file, line and field, or the option), and what would be right.
+    The message says what is wrong, where (file, line and field, or the option), and what would be correct.
     """
 
 
-class RunFailure(Exception):  # noqa: N818 - the counterpart of `UserError`, for what is nobody's mistake
+class RunFailure(Exception):  # noqa: N818 - the counterpart of `UserError` for failures that are not the user's mistake
     """A run failed for a known reason, such as a full disk: the command line prints one line and exits with code 1."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was ended by a signal, after a checkpoint: the command line exits with code 130."""
+    """A signal ended a run, after a checkpoint was written: the command line exits with code 130."""
 
 
 class EditFailure(Exception):  # noqa: N818 - an edit that failed is a result, not a defect
-    """An editor could not make one edit; the run records the reason and continues."""
+    """An editor could not carry out one edit; the run records the reason and continues."""
 
 
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""The errors raised when a loaded state, or a file of settings, has the wrong shape or types."""
+"""The exceptions that loading a state or a settings file raises if its shapes or types are wrong."""
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
@@ -55,7 +55,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def first_error(error: "ValidationError") -> str:
-    """Returns pydantic's first complaint as `field 'x.y': message`."""
+    """Returns the first error that pydantic reports, as `field 'x.y': message`."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"field '{where}': {first['msg']}" if where else first["msg"]

@@ -98,15 +98,12 @@ class Registry(Generic[T]):
             problem = self._problem_of(cls)
             if problem is not None:
                 raise TypeError(f"{self.kind} {name!r} ({_file_of(cls)}): {problem}")
-            known = self._classes.get(name)
-            entry = self._scan().entries.get(name)
-            place = (cls.__module__, cls.__qualname__)
-            for other in (
-                known and (known.__module__, known.__qualname__),
-                entry and (entry.module, entry.class_name),
-            ):
-                if other is not None and other != place:
-                    raise ValueError(f"{self.kind} {name!r} is already registered by {other[0]}")
+            known, entry = self._classes.get(name), self._scan().entries.get(name)
+            places = [(known.__module__, known.__qualname__)] if known is not None else []
+            places += [(entry.module, entry.class_name)] if entry is not None else []
+            for module, class_name in places:
+                if (module, class_name) != (cls.__module__, cls.__qualname__):
+                    raise ValueError(f"{self.kind} {name!r} is already registered by {module}")
             cls.registered_name = name  # type: ignore[attr-defined]
             self._classes[name] = cls
             return cls
@@ -154,7 +151,7 @@ class Registry(Generic[T]):
         if name in names:
             return
         problems = self._scan().problems
-        own = problems.get(name.replace("-", "_"))
+        own = problems.get(_stem_of(name))
         if own is not None:
             raise UserError(f"{self.kind} {name!r}: {own}")
         unread = "".join(f"; {problem}" for problem in problems.values())
@@ -276,7 +273,8 @@ def _scan_package(package: str, decorator: str) -> _Scan:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return _Scan({}, {})
-    found, problems = {}, {}
+    registered: list[tuple[Path, Entry]] = []
+    problems: dict[str, str] = {}
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.py")):
             try:
@@ -296,8 +294,18 @@ def _scan_package(package: str, decorator: str) -> _Scan:
                         continue
                     assert isinstance(node, ast.ClassDef)
                     summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                    found[name] = Entry(name, f"{package}.{path.stem}", node.name, summary, _OWN)
-    return _Scan(dict(sorted(found.items())), problems)
+                    registered.append((path, Entry(name, f"{package}.{path.stem}", node.name, summary, _OWN)))
+    found: dict[str, Entry] = {}
+    # A module is named after the class it registers: of two that register a name, that module keeps it.
+    for path, entry in sorted(registered, key=lambda pair: (pair[1].name, pair[0].stem != _stem_of(pair[1].name))):
+        first = found.setdefault(entry.name, entry)
+        if first is not entry:
+            problems[path.stem] = f"{path}: registers {entry.name!r}, as {first.module} does: choose another name"
+    return _Scan(found, problems)
+
+
+def _stem_of(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -1,10 +1,10 @@
-"""Asks whether anything that is installed has a known vulnerability: `make audit`.
+"""Checks the installed packages for known vulnerabilities: `make audit`.
 
     python scripts/audit.py [VENV]
 
-pip-audit does the asking, from an environment of its own (`VENV`, default `.venv-audit`), so that what it needs is not
-audited along. Ends with 1 if something is found. Where no service of vulnerabilities answers, nothing was audited: says
-so in one line and ends with 0.
+Runs pip-audit from a separate environment (`VENV`, default `.venv-audit`), so that pip-audit's own dependencies are not
+audited too. Exits with 1 if a vulnerability is found. If no vulnerability service answers, prints one line that nothing
+was audited and exits with 0.
 """
 
 import json
@@ -24,10 +24,10 @@ _UNREACHED = re.compile(r"connect|resolve|timed? ?out|proxy|ssl|certificate|unre
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of asking one service.
+    """The answer of one vulnerability service.
 
     Attributes:
-        lines: What to say.
+        lines: The lines to print.
         code: The exit code; None if the service did not answer.
     """
 
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def main() -> int:
-    """Audits what is installed beside this interpreter and says what was found."""
+    """Audits the packages installed for this interpreter and prints the result."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv-audit")
     packages = installed()
     try:
@@ -51,22 +51,22 @@ def main() -> int:
             print("\n".join(f"audit: {line}" for line in found.lines))
             return found.code
         reasons.append(f"{service}: {' '.join(found.lines)}")
-    print(f"audit: nothing was audited: no service of vulnerabilities answers here ({'; '.join(reasons)})")
+    print(f"audit: nothing was audited: no service that lists vulnerabilities answers here ({'; '.join(reasons)})")
     return 0
 
 
 def installed() -> dict[str, str]:
-    """Returns the versions of what is installed, this project aside, as the package index knows them."""
+    """Returns the installed packages with their versions on the package index, without this project."""
     found = {package.metadata["Name"]: package.version for package in distributions()}
-    # The index has one version of what is built for several devices.
+    # Builds for different devices (`2.6.0+cu124`) share one version on the index.
     return {name: version.partition("+")[0] for name, version in sorted(found.items()) if name != "grace-bench"}
 
 
 def install(folder: Path) -> Path:
-    """Returns pip-audit in an environment of its own, made if it is not there.
+    """Returns the path of pip-audit in a separate environment, and installs it there if it is missing.
 
     Raises:
-        subprocess.CalledProcessError: If it cannot be installed.
+        subprocess.CalledProcessError: If pip-audit cannot be installed.
     """
     scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
     if not (scripts / "pip-audit").exists():
@@ -77,7 +77,7 @@ def install(folder: Path) -> Path:
 
 
 def ask(pip_audit: Path, service: str, packages: dict[str, str]) -> Verdict:
-    """Returns what a service says of packages."""
+    """Returns the verdict of one service on the packages."""
     with tempfile.TemporaryDirectory() as scratch:
         requirements = Path(scratch) / "requirements.txt"
         requirements.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
@@ -88,14 +88,14 @@ def ask(pip_audit: Path, service: str, packages: dict[str, str]) -> Verdict:
 
 
 def judge(report: str, errors: str) -> Verdict:
-    """Returns what pip-audit's JSON report comes to.
+    """Returns the verdict in pip-audit's JSON report.
 
-    Its own exit code does not tell a vulnerability from a service that is away, nor a package index without
-    vulnerabilities, which knows no package, from one that knows of none.
+    The exit code of pip-audit is not enough: it is the same for a vulnerability and for an unreachable service, and the
+    same for an index that found no vulnerability and for one that has no vulnerability data and so knows no package.
 
     Args:
-        report: What it wrote on standard output.
-        errors: What it wrote on standard error.
+        report: The standard output of pip-audit.
+        errors: The standard error of pip-audit.
     """
     try:
         packages = json.loads(report)["dependencies"]
@@ -121,7 +121,7 @@ def judge(report: str, errors: str) -> Verdict:
 
 
 def last_line(text: str) -> str:
-    """Returns the last line that is not empty, shortened."""
+    """Returns the last non-empty line, truncated to 200 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or ["no reason given"])[-1][:200]
 

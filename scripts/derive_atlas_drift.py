@@ -1,11 +1,11 @@
 """Derives `streams/data/atlas_drift.csv` from the Unicode CLDR, as packaged by Babel.
 
-The table holds which currency was legal tender where and from when to when: territory, its English name,
-currency, its English name, first and last day (ISO dates, empty if CLDR gives none). Needs the `dev` extra:
+The table lists which currency was legal tender in which territory and when: territory, its English name, currency, its
+English name, first and last day (ISO dates, empty if CLDR gives none). Needs the `dev` extra:
 
     python scripts/derive_atlas_drift.py [OUT.csv]
 
-The same release of Babel gives the same bytes.
+The output is byte-identical for the same release of Babel.
 """
 
 import csv
@@ -20,20 +20,20 @@ from babel.numbers import get_territory_currencies
 
 DEFAULT_OUT = Path(__file__).parents[1] / "streams" / "data" / "atlas_drift.csv"
 HEADER = ("territory", "territory_name", "currency", "currency_name", "valid_from", "valid_to")
-# Codes that name no place people could ask about: the European Union, the United Nations, the euro area,
-# outlying Oceania, the unknown region, and Antarctica, which has no currency.
+# Codes that do not stand for a place with a currency: the European Union, the United Nations, the euro area,
+# outlying Oceania, the unknown region, and Antarctica.
 NOT_PLACES = frozenset({"EU", "UN", "EZ", "QO", "ZZ", "AQ"})
 
 
 def rows() -> list[tuple[str, ...]]:
-    """Returns the table without its header, ordered by territory code, then by first day."""
+    """Returns the rows of the table, ordered by territory code, then by first day."""
     english = Locale("en")
     table = []
     for territory in get_global("territory_currencies"):
         name = english.territories.get(territory)
         if name is None or territory in NOT_PLACES:
             continue
-        # Without dates Babel would give only what is valid on the day the script runs.
+        # Without dates, Babel returns only the currencies valid on the day the script runs.
         entries = get_territory_currencies(territory, date.min, date.max, tender=True, include_details=True)
         for entry in entries:
             currency = entry["currency"]
@@ -43,7 +43,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Writes the table to the path given, or to its place in the package."""
+    """Writes the table to the given path, or to its place in the package."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_OUT
     table = rows()
     with out.open("w", encoding="utf-8", newline="") as file:

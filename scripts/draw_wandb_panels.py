@@ -1,6 +1,6 @@
 """Draws the panels of the W&B dashboard from finished run folders: python scripts/draw_wandb_panels.py RUNS OUT.
 
-The pictures of docs/wandb.md show what the panels show of the same runs; they are not screenshots of the web app.
+The pictures in docs/wandb.md show the same data as the panels for the same runs; they are not screenshots.
 """
 
 import sys
@@ -26,8 +26,8 @@ def main(runs: Path, out: Path) -> None:
     """Writes `wandb-curves.png` and `wandb-panels.png`.
 
     Args:
-        runs: The folder of one stream and model, with an editor a folder.
-        out: Where the pictures go.
+        runs: The folder of one stream and model, with one folder per editor.
+        out: The folder for the pictures.
     """
     editors: dict[str, list[tuple[Path, RunResult]]] = defaultdict(list)
     for path in sorted(runs.glob("*/*/result.json")):
@@ -66,7 +66,7 @@ def main(runs: Path, out: Path) -> None:
 
 
 def _band(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, name: str, colour: str) -> None:
-    """Draws the mean over seeds with one standard deviation either side."""
+    """Draws the mean over seeds with a band of one standard deviation on either side."""
     if y not in table:
         return
     over_seeds = table.dropna(subset=[y]).groupby(x)[y]

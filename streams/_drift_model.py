@@ -1,4 +1,4 @@
-"""How the classifier of atlas-drift is trained, apart from the stream so that reading it imports no torch."""
+"""The training loss of the atlas-drift classifier, in a module of its own so that loading the stream needs no torch."""
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ YEAR_CENTRE, YEAR_SCALE = 1987.0, 15.0
 class ReadAtBothEnds(nn.Module):
     """A BERT classifier whose `[SEP]` is trained along with its `[CLS]`.
 
-    A BERT pretrained on text carries what it read in `[SEP]` as well, and codebook editors take their query
-    there. In one trained for nothing but its class, `[SEP]` keeps the place and forgets the year: an edit of
-    one year answers for all. So `[SEP]` is asked for the class too and, by a head dropped afterwards, for the
-    year.
+    Codebook editors take their query from the state at `[SEP]`. A BERT pretrained on text encodes its whole input
+    there. A BERT trained only to classify from `[CLS]` encodes the place in `[SEP]` but not the year, so an edit for
+    one year would change the answer for every year. `[SEP]` is therefore also trained to predict the class and the
+    year; the head that predicts the year is discarded after training.
 
     Args:
         model: The classifier; trained in place.
@@ -35,7 +35,7 @@ class ReadAtBothEnds(nn.Module):
         Args:
             input_ids: (B, T) tokens, padded on the right.
             attention_mask: (B, T) 1 for tokens, 0 for padding.
-            labels: (B, 2) class and year; `IGNORED` where one is not asked.
+            labels: (B, 2) class and year; `IGNORED` where an example has no class or no year to learn.
         """
         states = self.model.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         first = states[:, 0]

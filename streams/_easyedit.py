@@ -1,4 +1,4 @@
-"""What several data sets have in common in EasyEdit's format."""
+"""Parts of EasyEdit's format that several data sets share."""
 
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ Texts = Filled | Annotated[tuple[Filled, ...], Field(min_length=1)]
 
 
 class Question(BaseModel):
-    """A question beside an edit, as KnowEdit has it."""
+    """A locality or portability question in KnowEdit's format."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,14 +21,14 @@ class Question(BaseModel):
 
 
 Questions = dict[str, tuple[Question, ...] | None]
-"""Lists of questions, by what they ask about."""
+"""Lists of questions, by kind."""
 
 
 def answered_probes(record: Record[Any], field: str, asked: Questions) -> list[Probe]:
-    """Returns questions as probes with their first answers, without those whose list of answers is empty.
+    """Returns a probe for each question, with the first answer as target; skips questions with no non-blank answer.
 
     Raises:
-        UserError: If a question has no list of answers, naming it.
+        UserError: If a question has no `ground_truth`; the message names the question.
     """
     probes = []
     for kind, questions in asked.items():
@@ -50,5 +50,5 @@ class OneHop(BaseModel):
     answer: Filled = Field(alias="New Answer")
 
     def probe(self) -> Probe:
-        """Returns it as a probe."""
+        """Returns the question as a probe."""
         return Probe(prompt=self.question, target=self.answer)

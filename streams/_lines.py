@@ -1,4 +1,4 @@
-"""Records that people wrote, as JSON lines or a JSON array; whatever is wrong with one is told in one line."""
+"""Reads hand-written records, from JSON lines or a JSON array, and reports any fault in one line."""
 
 import json
 import re
@@ -24,23 +24,23 @@ def _not_blank(text: str) -> str:
 
 
 Filled = Annotated[str, AfterValidator(_not_blank)]
-"""Text that is more than white space."""
+"""Text with at least one character that is not white space."""
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NO_UTF8 = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of a byte that is no UTF-8; no UTF-8 holds it."""
+"""The characters that `surrogateescape` puts in place of invalid bytes; valid UTF-8 never decodes to them."""
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Record(Generic[M]):
-    """One record and its place.
+    """A validated record and where it was found.
 
     Attributes:
-        place: `file:LINE` for JSON lines, `file:LINE: record N` for an array, `file: record N` for a table; counted
-            from one.
-        number: Its number among the records of the source, counted from one.
+        place: `file:LINE` for JSON lines, `file:LINE: record N` for an array, `file: record N` for a table; lines and
+            records are counted from one.
+        number: The position of the record in its source, counted from one.
         value: The validated record.
     """
 
@@ -54,23 +54,23 @@ class Record(Generic[M]):
 
 
 Parse = Callable[[], Any]
-"""Gives a record's JSON value, or raises the one-line error of what is wrong with it."""
+"""Returns a record's JSON value, or raises a one-line `UserError` that says what is wrong with it."""
 
 
 def read_lines(path: str) -> Iterator[tuple[str, int, Parse]]:
-    """Yields the place of every record of a file, the byte where it ends and what parses it.
+    """Yields for every record of a file its place, the byte offset of its end, and a function that parses it.
 
-    A byte-order mark, Windows line ends and blank lines do no harm. A file may hold one JSON array,
-    or one object over several lines, instead of an object a line.
+    A byte-order mark, Windows line endings and blank lines are accepted. Instead of one object per line, a file may
+    hold one JSON array, or one object that spans several lines.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, in UTF-8.
 
     Raises:
         UserError: If the file as a whole cannot be read.
     """
     try:
-        # Binary lines end at \n alone; text may hold U+2028 and more that str.splitlines breaks at.
+        # Binary mode splits at \n alone; str.splitlines would also split at U+2028 and other characters inside text.
         with readable(path).open("rb") as file:
             is_empty = True
             for number, line in enumerate(file, start=1):
@@ -81,7 +81,7 @@ def read_lines(path: str) -> Iterator[tuple[str, int, Parse]]:
                         yield place, file.tell(), parse
                     return
                 if opening == b"{" and _is_cut(content):
-                    # Either the file is one object over several lines, or its first line is broken.
+                    # Either the file is one object that spans several lines, or its first line is broken.
                     after = file.tell()
                     try:
                         parse = _Text(path, content + file.read(), number).value()
@@ -106,7 +106,7 @@ def _parse_line(path: str, content: bytes, number: int) -> Any:
 
 
 def _is_cut(line: bytes) -> bool:
-    """Whether a line is JSON as far as it goes."""
+    """Returns whether a line is valid JSON up to its end, where it breaks off."""
     text = line.decode(errors="surrogateescape").strip()
     try:
         _Decoder().decode(text)
@@ -118,10 +118,13 @@ def _is_cut(line: bytes) -> bool:
 
 
 class _Decoder(json.JSONDecoder):
-    """Reads on to the end of a value whose syntax is JSON's and whose content is not, so that the next one is found.
+    """A decoder that notes invalid content instead of stopping at it, so that the next record can still be found.
+
+    Invalid content means duplicate keys, numbers such as `NaN`, and integers that are too long. Broken syntax raises as
+    usual.
 
     Attributes:
-        wrong: What was wrong with the content of the last value; empty for nothing.
+        wrong: The first fault in the content of the last value; empty if there was none.
     """
 
     def __init__(self) -> None:
@@ -156,7 +159,7 @@ class _Decoder(json.JSONDecoder):
 
 @dataclass
 class _Cursor:
-    """A place in a text that goes forward only, so that naming any number of places takes one pass."""
+    """Tracks line and byte numbers in a text; it only moves forward, so naming many places takes one pass in all."""
 
     content: str
     line: int
@@ -164,7 +167,7 @@ class _Cursor:
     position: int = 0
 
     def move(self, position: int) -> None:
-        """Goes to a position that is not before this one."""
+        """Moves to a position at or after the current one."""
         n_lines = self.content.count("\n", self.position, position)
         if n_lines:
             self.line += n_lines
@@ -175,17 +178,17 @@ class _Cursor:
 
 
 class _Text:
-    """JSON text in a file: one value, or an array whose items are wanted one by one.
+    """JSON text from a file: either a single value, or an array that is read item by item.
 
     Args:
         path: The file.
         content: The text.
-        first_line: The number of its first line.
+        first_line: The line number in the file at which the text starts.
     """
 
     def __init__(self, path: str, content: bytes, first_line: int) -> None:
         self._path = path
-        # What is cut ends on its own line.
+        # An error at the end of truncated JSON should name the last line with text, not a blank line after it.
         content = content.rstrip(b" \t\r\n")
         try:
             self._content = content.decode()
@@ -197,10 +200,10 @@ class _Text:
         self._decoder = _Decoder()
 
     def value(self) -> Parse:
-        """Returns what gives the text's value.
+        """Returns a function that gives the value of the whole text.
 
         Raises:
-            UserError: If its syntax is not JSON's.
+            UserError: If the text is not valid JSON.
         """
         self._refuse_nul()
         parse, end = self._read(self._skip(0))
@@ -209,10 +212,10 @@ class _Text:
         return parse
 
     def items(self) -> Iterator[tuple[str, Parse]]:
-        """Yields the place of every item of the array and what gives it.
+        """Yields the place of every item of the array, and a function that gives its value.
 
         Raises:
-            UserError: If its syntax is not JSON's, once the items before are told.
+            UserError: If the text is not valid JSON, after the items before the error were yielded.
         """
         self._refuse_nul()
         content = self._content
@@ -238,7 +241,7 @@ class _Text:
             raise self._no_json("Extra data", end, end)
 
     def _read(self, start: int, record: str = "") -> tuple[Parse, int]:
-        """Returns what gives the value at a position, and where the next thing is."""
+        """Returns a function that gives the value at a position, and the position of the next token."""
         try:
             item, end = self._decoder.raw_decode(self._content, start)
         except json.JSONDecodeError as error:
@@ -253,7 +256,7 @@ class _Text:
         return partial(_given, item, wrong), self._skip(end)
 
     def _skip(self, position: int) -> int:
-        """Returns where white space ends."""
+        """Returns the first position, from `position` on, that is not white space."""
         space = _SPACE.match(self._content, position)
         assert space is not None
         return space.end()
@@ -262,10 +265,10 @@ class _Text:
         position = self._content.find("\0")
         if position >= 0:
             self._cursor.move(position)
-            raise UserError(f"{self._path}:{self._cursor.line}: holds a NUL character, so it is no JSON text")
+            raise UserError(f"{self._path}:{self._cursor.line}: holds a NUL character, so it is not JSON")
 
     def _no_json(self, message: str, start: int, position: int) -> UserError:
-        """Returns the error of broken syntax; that a byte before it, or on its line, is no UTF-8 says more."""
+        """Returns a syntax error, or an encoding error if a byte up to the end of the faulty line is not UTF-8."""
         line_end = self._content.find("\n", position)
         wrong = self._no_utf8(start, line_end if line_end >= 0 else len(self._content))
         if not wrong:
@@ -275,7 +278,7 @@ class _Text:
         return UserError(wrong)
 
     def _no_utf8(self, start: int, end: int, record: str = "", item: Any = None) -> str:
-        """Says which byte in a part of the text is no UTF-8, if one is."""
+        """Returns a message that names the first byte in a span that is not UTF-8; empty if all of them are."""
         found = None if self._is_utf8 else _NO_UTF8.search(self._content, start, end)
         if found is None:
             return ""
@@ -299,7 +302,7 @@ def _field_without_utf8(item: Any) -> str:
 
 
 def _texts(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Yields every text in a JSON value, keys too, with the path to it."""
+    """Yields every string in a JSON value, keys included, with the path to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield (*path, key), key
@@ -312,31 +315,31 @@ def _texts(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str 
 
 
 def validate(place: str, item: Any, schema: type[M]) -> M:
-    """Returns a parsed record as its schema has it. Nothing is converted: `"3"` is no number.
+    """Validates a parsed record against its schema. Types are not converted: `"3"` is not accepted as a number.
 
     Raises:
-        UserError: In one line with place and field: it is no JSON object, or a field is missing, unknown, empty or
-            of another type.
+        UserError: If the record is not a JSON object, or a field is missing, unknown, empty or of the wrong type; the
+            one-line message names the place and the field.
     """
     if not isinstance(item, dict):
         raise UserError(f"{place}: should be a JSON object, not {_kind(item)}")
     try:
         _check_text(place, item)
-        # Through JSON, where arrays are the tuples of a strict schema.
+        # Pydantic's strict mode accepts an array as a tuple only from JSON, not from a Python list.
         return schema.model_validate_json(json.dumps(item), strict=True)
     except RecursionError as error:
         raise UserError(f"{place}: is nested too deeply") from error
     except ValidationError as error:
         errors = error.errors(include_url=False)
     path = _resolve(item, errors[0])
-    # A field that may be of two types has one error a type.
+    # A field with a union type gives one error for each type.
     messages = [_explain(error, schema) for error in errors if _resolve(item, error) == path]
     where = f"field '{_dotted(path)}': " if path else ""
     raise UserError(f"{place}: {where}{' or '.join(dict.fromkeys(messages))}")
 
 
 def _check_text(place: str, item: Any) -> None:
-    """Refuses what no tokenizer takes: NUL, and half of a surrogate pair."""
+    """Rejects characters that no tokenizer accepts: NUL and unpaired surrogates."""
     for path, text in _texts(item, ()):
         if "\0" in text:
             raise UserError(f"{place}: field '{_dotted(path)}': holds a NUL character")
@@ -345,7 +348,7 @@ def _check_text(place: str, item: Any) -> None:
 
 
 def _resolve(item: Any, error: Any) -> tuple[str | int, ...]:
-    """Returns the part of an error's location that is in the record; the rest names branches of a union."""
+    """Returns the part of an error's location that exists in the record; pydantic appends names of union branches."""
     path: tuple[str | int, ...] = ()
     for step in error["loc"]:
         try:

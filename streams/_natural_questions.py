@@ -1,4 +1,4 @@
-"""Natural Questions as upstream: what a question-answering model was trained on and must keep."""
+"""Natural Questions as upstream data: what a question-answering model was trained on and must still answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from grace_bench.streams._records import Files, Format, Hub, Reader, Unread
 _N_PAIRS = 1_000
 
 Answers = str | tuple[str | tuple[str, ...], ...]
-"""One answer, several, or several each with its aliases."""
+"""One answer, a list of answers, or a list of answers each with its aliases."""
 
 
 class _Pair(BaseModel):
@@ -41,11 +41,12 @@ _FORMAT = Format("NQ-open", _Pair, frozenset({"question", "answer"}))
 class NaturalQuestions:
     """The first 1,000 pairs of Natural Questions, in one of two formats.
 
-    NQ-open holds a pair a record, `question answer`; MEND's `nq_train.json` holds all of them in one object, `questions
-    answers`. An answer is text, or a list of it: the first is the target, the others are accepted too.
+    NQ-open has one record per pair, with the fields `question` and `answer`. MEND's `nq_train.json` has all pairs in
+    one object, with the fields `questions` and `answers`. An answer is a text or a list of texts; the first is the
+    target, the others are accepted too.
 
     Attributes:
-        source: Where they are.
+        source: The files, or the data set on the hub.
     """
 
     source: Files | Hub
@@ -56,14 +57,14 @@ class NaturalQuestions:
 
     @property
     def digest(self) -> str:
-        # The same file in another role makes other requests.
+        # A file read in another role makes different requests, so the digest of the content is not enough.
         return f"pairs of {self.source.digest}"
 
     def records(self, progress: Progress | None) -> Iterator[Unread]:
         return islice(self._pairs(progress), _N_PAIRS)
 
     def read(self, reader: Reader) -> list[EditRequest]:
-        """Returns a request a pair."""
+        """Returns one request per pair."""
         return reader.read(self, [_FORMAT], _request)
 
     def _pairs(self, progress: Progress | None) -> Iterator[Unread]:
@@ -71,7 +72,7 @@ class NaturalQuestions:
             try:
                 item = unread.parse()
             except UserError:
-                # Who reads the records decides what becomes of a broken one.
+                # The reader parses the record again and handles the error as `on_error` says.
                 item = None
             if isinstance(item, dict) and "questions" in item:
                 yield from _zipped(unread, item)
@@ -80,7 +81,7 @@ class NaturalQuestions:
 
 
 def flat_texts(given: Answers | None) -> tuple[str, ...]:
-    """Returns answers of any shape in their order, each once, blank ones aside.
+    """Flattens answers of any shape, in order, without duplicates and blank texts.
 
     >>> flat_texts((("Europe", "Old Continent"), "Europe", ""))
     ('Europe', 'Old Continent')

@@ -1,7 +1,7 @@
-"""Training the models of streams: the small ones of the embedded streams from nothing, others from a base model.
+"""Trains the models of streams: the small models of the embedded streams from scratch, others from a base model.
 
-The three families share everything but how an example is made: `Example` holds token ids and either a label
-sequence (seq2seq, causal) or one class, so that one collation and one loop serve T5, BERT and GPT-2.
+T5, BERT and GPT-2 differ only in how an example is made. `Example` holds token ids and either a label sequence
+(seq2seq, causal) or one class, so all three share one collate function and one training loop.
 """
 
 import json
@@ -31,7 +31,7 @@ class Example:
 
     Attributes:
         input_ids: The tokens the model reads.
-        labels: The tokens it should give, or one class id.
+        labels: The tokens the model should produce, or one class id.
     """
 
     input_ids: list[int]
@@ -39,21 +39,21 @@ class Example:
 
 
 def refuse_base(stream: EditStream, base: str | None) -> None:
-    """Raises `UserError` if a stream whose model is trained from nothing is given one to start from."""
+    """Raises `UserError` if a base model is given to a stream that trains its model from scratch."""
     if base is not None:
         raise UserError(f"stream '{stream.registered_name}' trains its model from nothing, not from model={base}")
 
 
 def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedModel", "PreTrainedTokenizerFast"]:
-    """Loads a model to start from, as float32 on the fastest device that is there, and its tokenizer.
+    """Loads a base model, as float32 on the fastest available device, and its tokenizer.
 
     Args:
         base: A folder or a hub id.
-        auto_class: The transformers class that loads it; a head that the checkpoint lacks is made anew.
-        config: What the model's configuration should say otherwise.
+        auto_class: The transformers class that loads the model; a head that the checkpoint lacks is initialised.
+        config: Overrides for the model's configuration.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If the model cannot be loaded.
     """
     import torch
     import transformers
@@ -79,7 +79,7 @@ def load_base(base: str, auto_class: str, **config: Any) -> tuple["PreTrainedMod
 
 
 def longest_input(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Returns how many tokens fit into both the model's positions and the tokenizer's limit."""
+    """Returns the largest input length in tokens that both the model and the tokenizer allow."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
@@ -87,16 +87,16 @@ def longest_input(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
 def train_tokenizer(
     texts: Iterable[str], *, family: Literal["t5", "bert", "gpt2"], vocab_size: int
 ) -> "PreTrainedTokenizerFast":
-    """Trains a small tokenizer with the special tokens and the post-processing of its family.
+    """Trains a small tokenizer with the special tokens and the post-processing of a model family.
 
-    `t5` is BPE over words that carry a leading `▁`, and ends every sequence with `</s>`; `bert` is
-    lower-cased WordPiece between `[CLS]` and `[SEP]`; `gpt2` is byte-level BPE and adds nothing. Special
-    tokens come first, in the order in which their family has them (T5: pad 0, end 1, unknown 2).
+    `t5` is BPE over words with a leading `▁`, and ends every sequence with `</s>`. `bert` is lower-cased WordPiece
+    between `[CLS]` and `[SEP]`. `gpt2` is byte-level BPE without added tokens. Special tokens have the first ids, in
+    the family's usual order (T5: pad 0, end 1, unknown 2).
 
     Args:
-        texts: What to learn the vocabulary from.
-        family: The convention to follow.
-        vocab_size: The upper limit of the vocabulary, special tokens included.
+        texts: The texts to learn the vocabulary from.
+        family: The model family.
+        vocab_size: The largest size of the vocabulary, special tokens included.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -179,10 +179,10 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, "torch.Ten
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch inside the block, on at most two threads, and leaves both as they were.
+    """Seeds torch and sets two threads inside the block; restores the generator and the thread count afterwards.
 
-    More threads make models of this size several times slower, and a training repeats itself only on the
-    same number of threads.
+    More threads make models of this size several times slower, and training is reproducible only with the same number
+    of threads.
     """
     import torch
 
@@ -213,14 +213,14 @@ def train(
 
     Args:
         model: A Hugging Face model that returns a loss when given labels.
-        examples: What to learn.
-        pad_id: The padding token.
+        examples: The training examples.
+        pad_id: The id of the padding token.
         epochs: Passes over the examples.
-        batch_size: Examples a step.
-        learning_rate: The rate at the end of the warm-up.
-        seed: Seeds the order of the examples; torch is seeded by `seeded`.
-        weight_decay: AdamW's, on matrices only.
-        warmup: The share of the steps that warm up.
+        batch_size: Examples per step.
+        learning_rate: The learning rate at the end of the warm-up.
+        seed: Seeds the order of the examples; torch itself is seeded by `seeded`.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
+        warmup: The fraction of steps used for warm-up.
         progress: Called after every step as `progress("training", done, total)`.
     """
     import torch
@@ -258,7 +258,7 @@ def train(
 
 
 def _batches(examples: Sequence[Example], batch_size: int, order: random.Random) -> list[list[Example]]:
-    """Deals the examples into batches in random order, those of like lengths together to save padding."""
+    """Returns batches in random order; each holds examples of similar length, to save padding."""
     shuffled = order.sample(examples, len(examples))
     by_length = sorted(shuffled, key=lambda example: len(example.input_ids))
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
@@ -273,8 +273,8 @@ def save(
 ) -> None:
     """Saves a model with its tokenizer, so that `AutoModel….from_pretrained` loads it as float32.
 
-    The configuration says float32 where half precision is only how the weights are stored. The model is halved in
-    place.
+    The configuration says float32 even where the weights are stored in half precision. With `float16` the model itself
+    is converted to half precision in place.
     """
     import torch
 
@@ -295,13 +295,13 @@ def finish(
     *,
     stored_as: Literal["float16", "float32"] = "float16",
 ) -> dict[str, float]:
-    """Saves a trained model, loads it again as float32, measures that, and writes the figures beside it.
+    """Saves a trained model, loads it again as float32, measures the reloaded model and saves the figures.
 
     Args:
         model: The trained model.
         tokenizer: Its tokenizer.
-        out_dir: Where both go, and `figures.json`.
-        measure: Takes the reloaded model, in eval mode, and tokenizer, and returns figures by name.
+        out_dir: Receives the model, the tokenizer and `figures.json`.
+        measure: Takes the reloaded model, in eval mode, and the tokenizer; returns figures by name.
         stored_as: The precision of the saved weights.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Streams whose requests are made from the records of a data set: in files, or on the hub.
+"""Streams that make their requests from the records of a data set, in files or on the hub.
 
-A data set is found in several formats. The first whole record of a file decides which one it has; every record is
-validated and converted; what is wrong names its place, and ends the load or is left out and counted (`on_error`). What
-was made from the same content with the same settings is kept and found again.
+A data set may come in several formats; the first valid record of a file decides the format of the file. Every record is
+validated and converted. A broken record ends the load with an error that names its place, or is left out and counted
+(`on_error`). The requests are cached by the content of the sources and the settings of the stream.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ _REPORTED_ROWS = 1000
 
 @dataclass(frozen=True)
 class Format(Generic[M]):
-    """One shape in which the records of a data set are found.
+    """A format in which the records of a data set come.
 
     Attributes:
-        name: What people call it.
-        schema: What every record must be.
-        signature: The fields that tell it from the others.
+        name: The name of the format in messages.
+        schema: The pydantic model that validates every record.
+        signature: The fields that distinguish this format from the others.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Unread(NamedTuple):
     """A record that is not parsed yet.
 
     Attributes:
-        file: What it lies in; all in one file have one format.
-        place: What errors call it.
-        parse: Gives its JSON value.
+        file: The file or table that holds the record; all records of one file have the same format.
+        place: The place of the record, as error messages name it.
+        parse: Returns the record's JSON value.
     """
 
     file: str
@@ -67,16 +67,16 @@ class Unread(NamedTuple):
 
 
 class Source(Protocol):
-    """Where records come from."""
+    """A source of records."""
 
     @property
     def name(self) -> str:
-        """What errors and progress call it."""
+        """The name of the source in errors and progress."""
         ...
 
     @property
     def digest(self) -> str:
-        """Names the content: equal content, equal digest."""
+        """A digest of the content: sources with equal content have equal digests."""
         ...
 
     def records(self, progress: Progress | None) -> Iterator[Unread]:
@@ -86,7 +86,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """A file, or every file of records in a folder: JSON lines, a JSON array, or Parquet.
+    """A file, or all record files in a folder: JSON lines, JSON arrays or Parquet.
 
     Attributes:
         path: The file or folder.
@@ -100,11 +100,11 @@ class Files:
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """The files, in the order of their names."""
+        """The files, sorted by name."""
         try:
             path = readable(self.path)
         except OSError:
-            # Reading it says what is wrong.
+            # Reading the file will raise the error that the user should see.
             return (Path(self.path),)
         if not path.is_dir():
             return (path,)
@@ -121,7 +121,7 @@ class Files:
                 with readable(path).open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
             except OSError:
-                # Reading it says what is wrong.
+                # Reading the file will raise the error that the user should see.
                 return ""
         return total.hexdigest()
 
@@ -133,15 +133,15 @@ class Files:
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the Hugging Face hub, loaded and cached by `datasets`.
+    """A data set on the Hugging Face hub, loaded and cached by `datasets`.
 
     Attributes:
-        repo: Its id, such as `tomh/grace-scotus`.
-        split: The split that is read.
-        option: The stream's option that takes a downloaded copy instead.
-        beside: The other splits that are read with it, each with its option.
+        repo: The id of the data set, such as `tomh/grace-scotus`.
+        split: The split to read.
+        option: The option of the stream that takes a downloaded copy of the split instead.
+        beside: The other splits that the stream reads, each with its option; named in the error message.
         revision: The commit or tag; None for the newest.
-        config: The data set's configuration; None where it has one only.
+        config: The data set's configuration; None if it has only one.
     """
 
     repo: str
@@ -161,7 +161,7 @@ class Hub:
 
     def records(self, progress: Progress | None) -> Iterator[Unread]:
         for number, row in enumerate(self._rows, start=1):
-            # A table has every column in every row.
+            # A table has every column in every row, with None where a record lacks the field.
             given = {name: value for name, value in row.items() if value is not None}
             yield Unread(self.name, f"{self.name}: record {number}", partial(dict, given))
             if progress is not None and (number % _REPORTED_ROWS == 0 or number == len(self._rows)):
@@ -172,11 +172,11 @@ class Hub:
         import datasets
 
         was_offline = datasets.config.HF_HUB_OFFLINE
-        # Without a network the hub's own retries take half a minute; offline, what was loaded before is found at once.
+        # Without a network the hub's retries take half a minute; in offline mode, cached data is found at once.
         datasets.config.HF_HUB_OFFLINE = was_offline or not _hub_has_an_address()
         try:
             return datasets.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
-        except Exception as error:  # Network, hub, disk and format each fail in their own library's way.
+        except Exception as error:  # Network, hub, disk and format errors come from different libraries.
             place = f"https://huggingface.co/datasets/{self.repo}/tree/refs%2Fconvert%2Fparquet"
             more = "".join(f", those of split {split} as {option}=" for split, option in self.beside)
             raise UserError(
@@ -188,11 +188,11 @@ class Hub:
 
 
 class Reader:
-    """Reads sources and keeps count of what was left out.
+    """Reads sources and counts the records that are left out.
 
     Args:
-        on_error: `raise`, or `skip` to leave a broken record out.
-        progress: Called as a long read goes on.
+        on_error: `raise`, or `skip` to leave out broken records.
+        progress: Called during long reads.
 
     Attributes:
         left_out: How many records were left out, by reason.
@@ -211,18 +211,18 @@ class Reader:
         *,
         id_fields: Sequence[str] = (),
     ) -> list[T]:
-        """Returns what every record of a source becomes, in the order of the source.
+        """Returns the converted records of a source, in the order of the source.
 
         Args:
-            source: The records.
-            formats: The formats they may have; the first whole record of a file decides for the file.
-            convert: Makes something of a validated record, or None to pass over it (the caller counts it with
-                `leave_out`). What it finds wrong with the record it says with `Record.fail`.
-            id_fields: The fields each of which must differ from record to record, where one is given.
+            source: The source to read.
+            formats: The formats that the records may have; the first valid record of a file decides for the file.
+            convert: Converts a validated record. Returns None to skip the record, after counting it with `leave_out`,
+                and calls `Record.fail` to report a fault.
+            id_fields: Fields whose values must be unique within the source; records without such a field are allowed.
 
         Raises:
-            UserError: In one line: the source cannot be read or holds no records, or with `on_error="raise"` place
-                and field of the first broken one.
+            UserError: If the source cannot be read or holds no records or, with `on_error="raise"`, at the first broken
+                record; the one-line message names its place and field.
         """
         chosen: dict[str, Format[Any]] = {}
         first_seen: dict[tuple[str, str], str] = {}
@@ -254,29 +254,29 @@ class Reader:
         return made
 
     def leave_out(self, reason: str) -> None:
-        """Counts a record that is in no role, by the reason."""
+        """Counts a record that is left out of all roles, under its reason."""
         self.left_out[reason] += 1
 
 
 class RecordStream(EditStream):
-    """A stream made from records: a subclass names its sources and says what becomes of their records.
+    """A stream made from records; a subclass names its sources and converts their records to requests.
 
     Attributes:
-        on_error: `raise`, or `skip` to leave a broken record out and count it; an option of every such stream.
+        on_error: `raise`, or `skip` to leave broken records out and count them; an option of every such stream.
     """
 
     on_error: str = "raise"
 
     @abstractmethod
     def sources(self) -> tuple[Source, ...]:
-        """Returns everything that `read` reads."""
+        """Returns all sources that `read` reads."""
 
     @abstractmethod
     def read(self, reader: Reader) -> StreamData:
-        """Reads the sources and returns the requests, `left_out` aside."""
+        """Reads the sources and returns the requests; `load` fills in `left_out`."""
 
     def load(self) -> StreamData:
-        """Returns the requests, from the cache if the same content was read with the same settings before."""
+        """Returns the requests, from the cache if the same content was already read with the same settings."""
         check_choice("stream.on_error", self.on_error, ("raise", "skip"))
         path = self._cached()
         kept = _load(path)
@@ -296,7 +296,7 @@ class RecordStream(EditStream):
     def _cached(self) -> Path:
         from grace_bench.data.artifacts import cache_folder, content_key
 
-        # Of a path counts only that there is one: equal content is equal wherever it lies.
+        # A path enters the key only as given or not given: its content is in the digests, wherever the file is.
         settings = {
             name: getattr(self, name) is not None if name.endswith("path") else getattr(self, name)
             for name in (*inspect.signature(type(self)).parameters, "n_model_labels")
@@ -320,10 +320,11 @@ def _hub_has_an_address() -> bool:
 
 
 def recognised(place: str, item: Any, formats: Sequence[Format[Any]]) -> Format[Any]:
-    """Returns the format whose fields a record has.
+    """Returns the format whose signature fields best match a record's fields.
 
     Raises:
-        UserError: In one line with the place: it has those of none, or as many of one as of another and all of neither.
+        UserError: If the record has no field of any format, or matches several formats equally well and none
+            completely; the one-line message names the place.
     """
     if len(formats) == 1:
         return formats[0]
@@ -368,7 +369,7 @@ def _counts(left_out: Counter[str]) -> str:
 
 
 def _code() -> str:
-    """Names the code that makes requests from records, so that none made by another version is found."""
+    """Returns a digest of the code that makes requests from records, so that other versions do not share its cache."""
     digest = hashlib.sha256()
     for module in sorted(Path(str(files("grace_bench.streams"))).glob("*.py")):
         digest.update(module.read_bytes())
@@ -380,7 +381,7 @@ def _load(path: Path) -> StreamData | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         roles = {role: tuple(map(_request, kept[role])) for role in ROLES}
     except (OSError, ValueError, KeyError, TypeError):
-        # Not there, or not whole: made again.
+        # The file is missing or incomplete: the requests are made again.
         return None
     return StreamData(**roles, label_names=tuple(kept["label_names"]), left_out=kept["left_out"])
 
@@ -397,5 +398,5 @@ def _keep(path: Path, data: StreamData) -> None:
     try:
         write_atomically(path, json.dumps(content, ensure_ascii=False))
     except OSError:
-        # A cache that cannot be written costs the next run a read, and nothing else.
+        # A cache that cannot be written only means that the next run reads the sources again.
         return

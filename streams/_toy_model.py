@@ -1,10 +1,10 @@
-"""The classifier of points in the plane, apart from `toy.py` so that reading the stream imports no torch."""
+"""The classifier of points in the plane, in a module of its own so that loading the stream needs no torch."""
 
 from torch import Tensor, nn
 
 
 class PointClassifier(nn.Module):
-    """A perceptron of two hidden layers and two classes.
+    """A perceptron with two hidden layers and two classes.
 
     Args:
         hidden_size: The width of both hidden layers.

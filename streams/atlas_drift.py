@@ -1,4 +1,4 @@
-"""Currencies that changed: facts that were true when the model was trained, and are no longer."""
+"""Currencies that changed: facts that were true when the model was trained and no longer are."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -47,13 +47,13 @@ PHRASINGS = (
 
 @dataclass
 class Place:
-    """What CLDR says of one place.
+    """The currencies of one place, from CLDR.
 
     Attributes:
-        code: The territory's code.
-        name: Its English name.
-        era: Year to currency within the era; years with one legal tender from the first to the last day only.
-        changes: Currency to years after the era, for the currencies that came after it.
+        code: The territory code.
+        name: The English name.
+        era: Maps years of the era to the currency; only years with a single legal tender from first to last day.
+        changes: Maps each currency introduced after the era to the years in which it was the single legal tender.
     """
 
     code: str
@@ -64,12 +64,12 @@ class Place:
 
 @register_stream("atlas-drift")
 class AtlasDrift(EditStream):
-    """Currencies that changed after 1990, asked of a BERT that was trained on 1950 to 1990.
+    """Currencies that changed after 1990, for a BERT that was trained on 1950 to 1990.
 
-    The setting of SCOTUS in the GRACE paper (section 4.1), in small: a classifier goes on being asked after
-    the world has changed. Labels are the currencies of both eras: the model has a class for the euro but never
-    saw it used. Only years in which a place had one legal tender all year are asked about, so that each
-    question has one answer.
+    A small version of the SCOTUS setting in the GRACE paper (section 4.1): a classifier stays in use after the world
+    has changed. The labels are the currencies of both eras, so the model has a class for the euro but never saw a place
+    that uses it. Questions are only about years in which a place had a single legal tender all year, so each question
+    has one answer.
     """
 
     task: TaskName = "classification"
@@ -91,7 +91,7 @@ class AtlasDrift(EditStream):
     }
 
     def load(self) -> StreamData:
-        """Returns the questions; places that changed are split 60:20:20 in an order that no seed changes."""
+        """Returns the questions; places that changed currency are split 60:20:20 in an order that no seed changes."""
         places = read_places()
         codes, names = currencies(places)
         label = {code: index for index, code in enumerate(codes)}
@@ -120,10 +120,10 @@ class AtlasDrift(EditStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Trains a BERT of about one million parameters on the era, about three minutes on one core.
+        """Trains a BERT of about one million parameters on the era; takes about three minutes on one core.
 
         Returns:
-            `upstream_accuracy`, `edits_accuracy` and so on: of the unedited, reloaded model.
+            `upstream_accuracy`, `edits_accuracy` and so on, measured on the saved and reloaded model before any edit.
         """
         import torch
         from transformers import BertConfig, BertForSequenceClassification
@@ -153,7 +153,8 @@ class AtlasDrift(EditStream):
             label2id={name: index for index, name in enumerate(names)},
         )
         with seeded(seed):
-            # A second thread saves a third of the time on idle cores and costs several times it on busy ones.
+            # A second thread saves a third of the time on idle cores, but makes training several times slower on busy
+            # ones.
             torch.set_num_threads(1)
             model = BertForSequenceClassification(config)
             train(
@@ -179,7 +180,7 @@ class AtlasDrift(EditStream):
 
 
 def read_places() -> list[Place]:
-    """Reads the table of legal tenders and returns the places whose currency within the era is known."""
+    """Reads the table of legal tenders; returns the places with a known currency in at least one year of the era."""
     with TABLE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     places = []
@@ -203,14 +204,14 @@ def read_places() -> list[Place]:
             currency = only_tender(tenders, year)
             if currency and currency not in before:
                 place.changes.setdefault(currency, []).append(year)
-        # One year for the edit and another for the holdout.
+        # A change needs at least one year for the edits and another for the holdout.
         place.changes = {currency: years for currency, years in place.changes.items() if len(years) > 1}
         places.append(place)
     return places
 
 
 def only_tender(tenders: Sequence[tuple[str, date, date]], year: int) -> str | None:
-    """Returns the currency that was legal tender all year with no other beside it on any day, or None.
+    """Returns the currency that was the only legal tender on every day of the year, or None.
 
     Args:
         tenders: Currency, first day and last day.
@@ -252,7 +253,7 @@ def _evenly(years: Sequence[int], count: int) -> list[int]:
 
 
 def _asked(key: str, years: Sequence[int], *, holdout: bool) -> Iterator[tuple[int, str]]:
-    """Yields the years and phrasings in which one change is asked for; edits and holdout share neither."""
+    """Yields the years and phrasings of the questions about one change; edits and holdout share neither."""
     phrasings = sorted(PHRASINGS, key=lambda phrasing: draw(f"{key}:{phrasing}", purpose="drift phrasings"))
     half = len(PHRASINGS) // 2
     turn = cycle(phrasings[half:] if holdout else phrasings[:half])
@@ -281,12 +282,12 @@ def _request(fact: str, place: Place, year: int, phrasing: str, target: int) -> 
 
 
 def _lessons(places: Sequence[Place], codes: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Yields what the model is trained on: question, class and year, either of them `IGNORED` where not asked.
+    """Yields the training examples: question, class and year; class or year is `IGNORED` where it is not a target.
 
-    Every currency a place had within the era is asked for equally often, however long it lasted. Of the years
-    after the era only the year itself is taught. Currencies are also named by themselves, without place or year,
-    those that the era never used as often as the others are asked for: classes that a model never met cannot be
-    told apart, and no edit could choose between them.
+    Each currency that a place had within the era gets the same number of questions, however long it was in use. For
+    years after the era, only the year is a target. Currencies are also named on their own, without place or year;
+    currencies that the era never used are named as often as a currency of the era is asked about in one place. A model
+    could not tell apart classes that it never saw, and no edit could choose between them.
     """
     from grace_bench.streams._pretraining import IGNORED
 
@@ -309,10 +310,10 @@ def _lessons(places: Sequence[Place], codes: Sequence[str], names: Sequence[str]
 
 
 def _tokenizer(places: Sequence[Place], names: Sequence[str]) -> "PreTrainedTokenizerFast":
-    """Makes a WordPiece tokenizer of all words of the questions, with years read digit by digit.
+    """Makes a WordPiece tokenizer with every word of the questions; years are split into digits.
 
-    No year is an unknown word then. The vocabulary is listed, not trained: the trainer of `tokenizers` breaks ties
-    differently from run to run, and no model could be trained twice.
+    With digits as tokens no year is an unknown word. The vocabulary is listed rather than trained because the trainer
+    of `tokenizers` breaks ties differently from run to run, which would make training irreproducible.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Questions on countries and cities for a small T5: the zsRE setting, embedded."""
+"""Questions about countries and cities for a small T5: the zsRE setting, with embedded data."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The first three phrasings of a relation are for edits, the others for holdout.
+# The first three phrasings of a relation are for the edits, the others for the holdout.
 N_EDIT_PHRASINGS = 3
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "capital": (
@@ -87,7 +87,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# A model pretrained on text can write any name. These teach it, without telling whose answer a name is.
+# A model pretrained on text can write any name. These prompts teach the small model to do so, without revealing which
+# question a name answers.
 ECHOES = ("Say {}.", "Write down {}.")
 
 KNOWN_SHARE = 0.6
@@ -99,13 +100,13 @@ N_UPSTREAM_FACTS = 400
 
 @dataclass(frozen=True)
 class Split:
-    """The facts by role; no fact has two roles, save that upstream facts are known ones.
+    """The facts by role; the roles are disjoint. Upstream facts are drawn from the known ones.
 
     Attributes:
-        known: What the model is trained on.
-        edits: Unknown, for editing and holdout.
-        validation: Unknown, for tuning.
-        train: Unknown, for meta-training.
+        known: Facts that the model is trained on.
+        edits: Unknown facts, for editing and the holdout.
+        validation: Unknown facts, for tuning.
+        train: Unknown facts, for meta-training.
     """
 
     known: tuple[Fact, ...]
@@ -116,11 +117,11 @@ class Split:
 
 @register_stream("atlas-qa")
 class AtlasQA(EditStream):
-    """Questions on countries and cities that a small T5 has never learned to answer.
+    """Questions about countries and cities that a small T5 has never learned to answer.
 
-    The model was trained on 60 % of the facts in all phrasings. The stream asks facts from the rest in three
-    phrasings; the holdout asks the same facts in others. The model can write every answer, because it also learned
-    to repeat names, but was never told which answer belongs to which of these questions.
+    The model was trained on 60 % of the facts, in all phrasings. The stream asks about other facts in three phrasings;
+    the holdout asks about the same facts in different phrasings. The model can write every answer, because it was also
+    trained to repeat names, but it never saw which answer belongs to which of these questions.
     """
 
     task = "qa"
@@ -160,11 +161,11 @@ class AtlasQA(EditStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Trains a T5 on the known facts in all phrasings, two to three minutes on two cores.
+        """Trains a T5 on the known facts in all phrasings; takes two to three minutes on two cores.
 
         Returns:
-            F1 and exact match of the unedited, reloaded model on `upstream`, `edits` and `holdout`, named
-            `upstream_f1`, `upstream_exact_match` and so on.
+            F1 and exact match on `upstream`, `edits` and `holdout`, named `upstream_f1`, `upstream_exact_match` and so
+            on, measured on the saved and reloaded model before any edit.
         """
         from transformers import T5Config, T5ForConditionalGeneration
 
@@ -220,7 +221,7 @@ class AtlasQA(EditStream):
 
 
 def split_facts() -> Split:
-    """Splits the facts in a fixed order: 60 % of each relation are known, the rest has the other roles."""
+    """Splits the facts in a fixed order: 60 % of each relation are known, the rest share the other roles."""
     known: list[Fact] = []
     unknown: list[Fact] = []
     by_relation = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Passages on countries and cities with false sentences in them: the hallucination setting, embedded."""
+"""Passages about countries and cities that contain false sentences: the hallucination setting, with embedded data."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ OPENERS: dict[str, tuple[str, str, str]] = {
         "Here are some facts about the city of {}.",
     ),
 }
-# In the order in which a passage tells them; `{0}` is the place, `{1}` what is said of it.
+# In the order in which a passage states them; `{0}` is the place, `{1}` the value of the relation.
 WORDINGS: dict[str, tuple[str, str, str]] = {
     "continent": (
         "It belongs to {1}.",
@@ -85,17 +85,17 @@ MAX_CITIES = 400
 N_FALSE = {"country": 2, "city": 1}
 
 Role = Literal["edits", "upstream", "validation", "train"]
-# Shares of the places in each role, in percent.
+# The percentage of places in each role.
 ROLES: dict[Role, int] = {"edits": 36, "upstream": 38, "validation": 13, "train": 13}
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What a passage says in one sentence.
+    """The statement that one sentence of a passage makes.
 
     Attributes:
-        fact: The fact it is about.
-        said: What the passage says, which is not the fact's object if the sentence is false.
+        fact: The fact that the sentence is about.
+        said: The value that the passage gives; differs from the fact's object if the sentence is false.
     """
 
     fact: Fact
@@ -103,17 +103,17 @@ class Statement:
 
     @property
     def is_false(self) -> bool:
-        """Whether the passage is wrong here."""
+        """Whether the sentence is false."""
         return self.said != self.fact.object
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage on one place.
+    """A passage about one place.
 
     Attributes:
         kind: Whether the place is a country or a city.
-        statements: What is said of it, in order.
+        statements: The statements about the place, in order.
     """
 
     kind: Literal["country", "city"]
@@ -121,11 +121,11 @@ class Passage:
 
     @property
     def place(self) -> Fact:
-        """Any fact of the place, for its name and id."""
+        """A fact about the place, which gives its name and id."""
         return self.statements[0].fact
 
     def sentence(self, index: int, said: str, *, style: int) -> str:
-        """Returns sentence `index`, the opener not counted, saying `said` in the wording of a style."""
+        """Returns sentence `index`, not counting the opener, with `said` as its value, in the wording of a style."""
         fact = self.statements[index].fact
         wording = (draw(fact.key, purpose="wording") + style) % N_WORDINGS
         return WORDINGS[fact.relation][wording].format(fact.subject, said)
@@ -145,10 +145,10 @@ class Passage:
 
 @register_stream("atlas-text")
 class AtlasText(EditStream):
-    """Passages on countries and cities, learned by a small GPT-2 with false sentences, and their corrections.
+    """Corrections of false sentences in passages about countries and cities, which a small GPT-2 has learned.
 
-    A prompt is a passage up to a false sentence, its target the sentence as it should be. Upstream are
-    passages on other places, all true; `accurate` are the true sentences of the edited passages.
+    The prompt is a passage up to a false sentence, the target is the correct sentence. `upstream` holds entirely true
+    passages about other places; `accurate` holds the true sentences of the edited passages.
     """
 
     task = "language_modelling"
@@ -168,7 +168,7 @@ class AtlasText(EditStream):
     in_demo = True
 
     def load(self) -> StreamData:
-        """Returns the requests; ids are `<relation>/<subject id>`, and the subject id for a whole passage."""
+        """Returns the requests; the id is `<relation>/<subject id>`, or `<subject id>` for a whole passage."""
         passages = passages_by_role()
         return StreamData(
             edits=_corrections(passages["edits"]),
@@ -190,13 +190,13 @@ class AtlasText(EditStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Trains a GPT-2 on all passages, two to three minutes on two cores.
+        """Trains a GPT-2 on all passages; takes two to three minutes on two cores.
 
-        It reads each passage in two wordings, that of the edits and that of the holdout.
+        The training data holds each passage in two wordings: that of the edits and that of the holdout.
 
         Returns:
-            The mean perplexity of the unedited, reloaded model on `upstream`, `edits`, `accurate` and
-            `holdout`, named `upstream_perplexity` and so on.
+            Mean perplexity on `upstream`, `edits`, `accurate` and `holdout`, named `upstream_perplexity` and so on,
+            measured on the saved and reloaded model before any edit.
         """
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -247,7 +247,7 @@ class AtlasText(EditStream):
 
 
 def passages_by_role() -> dict[Role, list[Passage]]:
-    """Writes the passage of every place, false sentences included, and gives each place its role."""
+    """Composes the passage of every place, false sentences included, and assigns each place its role."""
     facts = [fact for fact in load_facts() if fact.relation in WORDINGS]
     objects = defaultdict(list)
     places = defaultdict(list)
@@ -279,7 +279,7 @@ def _false_relations(facts: Sequence[Fact], n: int) -> set[str]:
 
 
 def _another(fact: Fact, objects: Iterable[str]) -> str:
-    """Draws what a false sentence says: the right answer for another place."""
+    """Draws the value for a false sentence: the right answer for another place."""
     others = sorted({candidate for candidate in objects if candidate != fact.object})
     return others[draw(fact.key, purpose="said") % len(others)]
 

@@ -64,22 +64,28 @@ _FORMATS: tuple[Format[Any], ...] = (
 class CounterFact(RecordStream):
     """Counterfactual completions: from the hub, ROME's `counterfact.json`, or a file in EasyEdit's format.
 
-    ROME's records hold `case_id requested_rewrite` and may hold `paraphrase_prompts neighborhood_prompts portability`,
-    of which EasyEdit adds the last; EasyEdit's own hold `case_id prompt target_new subject` and may hold `ground_truth
-    rephrase_prompt locality_prompt locality_ground_truth portability`; other fields are ignored. Paraphrases and
-    rephrases become the holdout. Neighbourhood and locality prompts become probes, and upstream, each once and without
-    those that are edited; what must be kept there is the unedited model's own answer (`target_from_model`).
+    Records come in one of two formats; fields that are not named here are ignored.
 
-    Beside exact match, answers are compared by probability as ROME does (Meng et al. 2022, section 3.4): the new
-    answer against the true one for edits and their paraphrases, the true one against the new one in the neighbourhood.
-    They are the scores `ERR/contrast`, `Holdout/contrast` and `Locality/contrast`.
+    - ROME: `case_id`, `requested_rewrite`; optionally `paraphrase_prompts`, `neighborhood_prompts` and `portability`,
+      which EasyEdit adds to ROME's records.
+    - EasyEdit: `case_id`, `prompt`, `target_new`, `subject`; optionally `ground_truth`, `rephrase_prompt`,
+      `locality_prompt`, `locality_ground_truth`, `portability`.
+
+    Paraphrases and rephrases become the holdout. Neighbourhood and locality prompts become locality probes. They also
+    become upstream requests, without duplicates and edited prompts, whose targets are the unedited model's own answers
+    (`target_from_model`).
+
+    In addition to exact match, the probabilities of two answers are compared as in ROME (Meng et al. 2022, section
+    3.4): for edits and their paraphrases the new answer should be likelier than the true one, in the neighbourhood the
+    true answer should be likelier than the new one. The scores are `ERR/contrast`, `Holdout/contrast` and
+    `Locality/contrast`.
 
     Args:
-        path: A file or folder; None for `azhx/counterfact` of the hub, a copy of ROME's file, whose test split is for
-            validation.
-        validation_path: Records for tuning, in the same formats; those about an edited prompt are left out.
-        max_new_tokens: The longest answer that free generation may give.
-        on_error: `raise`, or `skip` to leave a broken record out and count it.
+        path: A file or folder; None for `azhx/counterfact` on the hub, a copy of ROME's file, whose test split is used
+            for validation.
+        validation_path: Records for tuning, in the same formats; records with an edited prompt are left out.
+        max_new_tokens: The largest number of tokens that free generation may produce.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
     """
 
     task: TaskName = "completion"

@@ -1,4 +1,4 @@
-"""Hallucination: false sentences of GPT-3 about people on Wikipedia, and what Wikipedia says instead."""
+"""Hallucination: false sentences by GPT-3 about people with a Wikipedia article, and their corrections from it."""
 
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -27,10 +27,10 @@ HEADER = "This is a Wikipedia passage about {}."
 UPSTREAM_TEXTS = 1000
 
 PRETRAINING_TEXTS = 200
-"""Upstream texts among those a model is pre-trained on."""
+"""How many upstream texts are part of the training data."""
 EPOCHS = 4
 MEASURED_TEXTS = 200
-"""Texts of each kind that the figures of a pre-trained model are measured on."""
+"""How many texts of each kind the figures of a trained model are measured on."""
 
 _ACCURATE = ("accurate", 0)
 _INACCURATE = ("minor_inaccurate", "major_inaccurate", 0.5, 1)
@@ -84,13 +84,13 @@ _TEXTS = Format("running text", _Running, frozenset({"text"}))
 
 
 class _Item(NamedTuple):
-    """What one record becomes.
+    """The requests made from one record.
 
     Attributes:
-        subject: Whom it is about, in lower case.
-        edits: Its false sentences.
-        accurate: Its true sentences.
-        web_text: The text that its locality probe was made from.
+        subject: The person the record is about, in lower case.
+        edits: The false sentences.
+        accurate: The true sentences.
+        web_text: The text from which the locality probe was made.
     """
 
     subject: str
@@ -101,35 +101,38 @@ class _Item(NamedTuple):
 
 @register_stream("hallucination")
 class Hallucination(RecordStream):
-    """Sentences that GPT-3 made up about people, edited into what Wikipedia says of them.
+    """Sentences that GPT-3 made up about people, corrected to what Wikipedia says.
 
-    Records are annotated passages (`gpt3_sentences annotation wiki_bio_text`, and maybe `gpt3_text wiki_bio_test_idx`)
-    or single sentences, in the format of WISE (`prompt target_new subject`, and maybe `locality_prompt
-    locality_ground_truth`) or of KnowEdit (`text labels concept`, and maybe `locality`, which maps kinds to lists of
-    `prompt` and `ground_truth`); other fields are ignored, but that of single sentences no `id` may come twice.
+    Records come in one of three formats; fields that are not named here are ignored, except that the `id`s of WISE and
+    KnowEdit records must be unique.
 
-    Of a passage, the prompt is "This is a Wikipedia passage about NAME." and GPT-3's sentences before the one at hand.
-    An inaccurate sentence is an edit, whose target is the sentence of Wikipedia's text with the same number, or the
-    last one; GPT-3's own stands in `metadata["original"]`. An accurate one is its own target in `accurate`. The name is
-    the header's if `gpt3_text` begins with one, else a line of `concepts_path`, else what GPT-3's passage, or
-    Wikipedia's, calls the person at its start. The paper's names are titles in wiki_bio, a data set that comes as a
-    loading script, which `datasets` no longer runs; the official code has them in `grace/wiki_bio_concepts.txt`.
+    - Annotated passages: `gpt3_sentences`, `annotation`, `wiki_bio_text`; optionally `gpt3_text`, `wiki_bio_test_idx`.
+    - WISE, single sentences: `prompt`, `target_new`, `subject`; optionally `locality_prompt`, `locality_ground_truth`.
+    - KnowEdit, single sentences: `text`, `labels`, `concept`; optionally `locality`, which maps kinds to lists of
+      `prompt` and `ground_truth`.
 
-    In the format of WISE the prompt has its header, nothing is known to be accurate, and each record's web text, cut
-    into a prompt and its continuation, is a locality probe. A cut through a word is moved before that word. In that of
-    KnowEdit, locality questions with their first answers are; those whose answers are empty are left out.
+    For each sentence of a passage, the prompt is "This is a Wikipedia passage about NAME." followed by GPT-3's
+    preceding sentences. An inaccurate sentence becomes an edit. Its target is the sentence at the same position in
+    Wikipedia's text, or the last sentence if that text is shorter; GPT-3's sentence is in `metadata["original"]`. An
+    accurate sentence becomes a request in `accurate` with itself as target. NAME comes from the header if `gpt3_text`
+    begins with one, else from the line of `concepts_path`, else from the start of GPT-3's or Wikipedia's passage. The
+    paper uses the titles in wiki_bio, which exists only as a loading script that `datasets` no longer runs; the
+    official code lists these titles in `grace/wiki_bio_concepts.txt`.
 
-    Upstream are the first 1,000 texts of `upstream_path`, or of OpenWebText where the hub is read; without them, the
-    web texts of WISE's records, whole; for passages or KnowEdit's records in a file there is none then. There is no
-    holdout.
+    A WISE prompt already includes the header, and no sentences are known to be accurate. Each record's web text, split
+    into a prompt and its continuation, is a locality probe; a split inside a word is moved to the start of the word. In
+    KnowEdit, the locality questions are the probes, with their first answers; questions without an answer are left out.
+
+    Upstream are the first 1,000 texts of `upstream_path`, or of OpenWebText if `path` is None. Otherwise upstream are
+    the complete web texts of WISE records; passages and KnowEdit records have no upstream then. There is no holdout.
 
     Args:
-        path: A file or folder; None for `potsawee/wiki_bio_gpt3_hallucination` of the hub.
+        path: A file or folder; None for `potsawee/wiki_bio_gpt3_hallucination` on the hub.
         upstream_path: Running text, in records with the field `text`.
-        concepts_path: The names that the passages of `path` are about, a line each.
-        validation_path: Records for tuning; those about somebody who is edited are left out.
-        train_path: Records for meta-training; those about somebody who is edited or tuned on are left out.
-        on_error: `raise`, or `skip` to leave a broken record out and count it.
+        concepts_path: The names of the people that the passages of `path` are about, one per line.
+        validation_path: Records for tuning; records about a person in the edits are left out.
+        train_path: Records for meta-training; records about a person in the edits or the validation are left out.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
     """
 
     task: TaskName = "language_modelling"
@@ -186,15 +189,16 @@ class Hallucination(RecordStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Trains a causal language model further, until it believes what GPT-3 made up.
+        """Trains a causal language model further, until it reproduces GPT-3's false sentences.
 
-        It reads every passage of GPT-3 behind its header, and 200 upstream texts. The official code trains once on all
-        prompts, in which a sentence occurs about four times; here whole passages are read four times.
+        The training data are all of GPT-3's passages, each after its header, and 200 upstream texts. The official code
+        trains for one epoch on all prompts, in which a sentence occurs about four times; here whole passages are used
+        for four epochs.
 
         Returns:
-            Mean perplexities of the model before and of the saved and reloaded one: `upstream_before`,
-            `upstream_after` and so on for up to 200 upstream texts, the last ones; accurate sentences; originals, which
-            are GPT-3's false ones; and edits.
+            Mean perplexities of the base model and of the saved and reloaded model, as `upstream_before`,
+            `upstream_after` and so on. Each is measured on up to 200 texts: `upstream` (the last ones), `accurate`,
+            `originals` (GPT-3's false sentences) and `edits`.
         """
         from grace_bench.streams import _pretraining as pretraining
 
@@ -246,7 +250,7 @@ class Hallucination(RecordStream):
             return Files(self.upstream_path)
         if self.path is not None:
             return None
-        # The main branch holds a loading script, which `datasets` no longer runs; this is the hub's conversion.
+        # The main branch holds a loading script, which `datasets` no longer runs; this commit is the hub's conversion.
         revision = "84d357a666d1051e2e4e30d711d8d51ff491d40c"
         return Hub("stas/openwebtext-10k", "train", option="stream.upstream_path", revision=revision)
 
@@ -274,7 +278,7 @@ class Hallucination(RecordStream):
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text into its sentences."""
+    """Splits a text into sentences."""
     from sentencex import segment
 
     return [sentence.strip() for sentence in segment("en", text) if sentence.strip()]
@@ -373,7 +377,7 @@ def _from_passage(record: Record[Any], value: _Passage, name: str, key: str) -> 
 
 
 def _header_name(value: _Passage) -> str | None:
-    """Returns the name in the header, if GPT-3's text begins with one before its first sentence."""
+    """Returns the name in the header, if GPT-3's text has a header before its first sentence."""
     text = value.gpt3_text or ""
     before, first, _ = text.partition(value.gpt3_sentences[0])
     start, end = HEADER[:-1].split("{}")
@@ -402,7 +406,7 @@ def _edits(items: Iterable[_Item]) -> tuple[EditRequest, ...]:
 
 
 def _beliefs(data: StreamData) -> list[str]:
-    """Returns every passage of GPT-3 behind its header, as far as it is known, once."""
+    """Returns each of GPT-3's passages once, after its header, up to the last sentence that a request holds."""
     texts = {f"{request.prompt} {request.target}" for request in data.accurate}
     for request in (*data.edits, *data.validation, *data.train):
         texts.add(f"{request.prompt} {request.metadata.get('original', '')}".rstrip())
@@ -411,7 +415,7 @@ def _beliefs(data: StreamData) -> list[str]:
 
 
 def _layer_to_edit(model: "PreTrainedModel") -> str:
-    """Returns the layer as far up as the published one, block 35 of GPT-2 XL's 48."""
+    """Returns the layer at the same relative depth as the published layer, block 35 of GPT-2 XL's 48 blocks."""
     layers = last_projections(model)
     layer = layers[round(35 / 47 * (len(layers) - 1))]
     # In a GPT-2 the published layer is the first projection of the MLP.

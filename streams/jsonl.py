@@ -1,4 +1,4 @@
-"""A user's own requests."""
+"""A stream of the user's own requests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
@@ -17,22 +17,22 @@ _REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target
 
 @register_stream("jsonl")
 class Jsonl(RecordStream):
-    """Your own requests, one JSON object a line with the fields of `EditRequest`.
+    """Your own requests, one JSON object per line with the fields of `EditRequest`.
 
     `id`, `prompt` and `target` are required; `answers`, `subject`, `rephrases`, `locality`, `portability` and
-    `metadata` are not. The rephrases become the holdout.
+    `metadata` are optional. The rephrases become the holdout.
 
     Args:
         path: The requests to edit.
         task: `classification`, `qa`, `completion` or `language_modelling`.
-        upstream_path: Requests that the model answers rightly and must go on answering, in the same format;
-            without them TRR is not measured.
+        upstream_path: Requests, in the same format, that the model answers correctly and must still answer correctly
+            after the edits; without them TRR is not measured.
         label_names: The names of the labels, for classification; a target is an index into them.
-        max_new_tokens: The longest answer that free generation may give.
-        on_error: `raise`, or `skip` to leave a broken record out and count it.
+        max_new_tokens: The largest number of tokens that free generation may produce.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
 
     Raises:
-        UserError: If an option does not fit the others.
+        UserError: If an option is missing, invalid or inconsistent with another.
     """
 
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
@@ -56,7 +56,7 @@ class Jsonl(RecordStream):
         tasks = {name: name for name in get_args(TaskName)}
         if task not in tasks:
             hint = did_you_mean(task, tasks)
-            raise UserError(f"stream.task={task!r} is no task{hint} (there are: {', '.join(tasks)})")
+            raise UserError(f"stream.task={task!r} is not a task{hint} (there are: {', '.join(tasks)})")
         if label_names and task != "classification":
             raise UserError(f"stream.label_names= is for classification, not for {task}")
         check_whole("stream.max_new_tokens", max_new_tokens, least=1)

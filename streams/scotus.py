@@ -1,4 +1,4 @@
-"""SCOTUS: the subjects of Supreme Court cases, whose language drifts over the decades."""
+"""SCOTUS: classifies Supreme Court cases by issue area while their language drifts over the decades."""
 
 import re
 from collections import defaultdict
@@ -39,9 +39,9 @@ _SHARED_AREAS = (
     "Judicial Power",
     "Federalism",
 )
-# FairLex leaves out the eleventh area of the Supreme Court Database and takes in the twelfth.
+# FairLex leaves out the eleventh area of the Supreme Court Database and includes the twelfth.
 AREAS = {"label": (*_SHARED_AREAS, "Federal Taxation"), "issue_area": (*_SHARED_AREAS, "Interstate Relations")}
-"""The names of the label ids, by the field that gives the label."""
+"""The names of the labels in order, by the field that gives the label."""
 
 
 class _Labelled(BaseModel):
@@ -78,21 +78,22 @@ class _Case(NamedTuple):
 
 @register_stream("scotus")
 class Scotus(RecordStream):
-    """Issue areas of Supreme Court cases: a model of 1946 to 1982 meets the cases of 1991 to 2009.
+    """Issue areas of Supreme Court cases: a model trained on 1946 to 1982 is edited on cases of 1991 to 2009.
 
-    A prompt is a case's `text`, alone: the opinion in the published data, the facts of the case in other sources. The
-    question before the Court, where a record has one, is not read, since it all but names the issue area. Records hold
-    `text`, and `label` from 0 to 10, as FairLex counts, or `issue_area` from 1 to 11, as the Supreme Court Database
-    does; they may hold `term` and `case_id`, and other fields are ignored, but that no `id` may come twice.
+    A prompt is only the `text` of a case: the opinion in the published data, the facts of the case in other sources.
+    The question before the Court, if a record has one, is not read, because it nearly names the issue area. Records
+    hold `text` and either `label` from 0 to 10, as in FairLex, or `issue_area` from 1 to 11, as in the Supreme Court
+    Database; `term` and `case_id` are optional. Other fields are ignored, except that `id`s must be unique.
 
-    A case's term decides its era; where a record has none, its file does. Cases of the terms between the eras are for
-    validation, those outside are left out and counted. No case is told twice, so there is no holdout.
+    The term of a case decides its era; a record without a term takes the era of its file. Cases from the terms between
+    the two eras are for validation; cases outside 1946 to 2009 are left out and counted. No case occurs in two
+    wordings, so there is no holdout.
 
     Args:
-        path: A file or folder; None for `tomh/grace-scotus` of the hub, of which a downloaded copy is read from the
-            hub's conversion to Parquet (branch `refs/convert/parquet`, a folder a split), not from its CSV.
-        upstream_path: The cases of the earlier era, where they lie in files of their own.
-        on_error: `raise`, or `skip` to leave a broken record out and count it.
+        path: A file or folder; None for `tomh/grace-scotus` on the hub. A downloaded copy must be the hub's conversion
+            to Parquet (branch `refs/convert/parquet`, one folder per split), not the CSV.
+        upstream_path: The cases of the earlier era, if they are in separate files.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
     """
 
     task: TaskName = "classification"
@@ -153,12 +154,13 @@ class Scotus(RecordStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Fine-tunes an encoder with a classification head of its own on the earlier era.
+        """Fine-tunes an encoder with a new classification head on the earlier era.
 
-        The lower half of the encoder stays as it is: it learned from far more text, and training takes less time.
+        The lower half of the encoder is frozen: it was pretrained on far more text, and freezing it saves time.
 
         Returns:
-            `upstream_accuracy`, on what it was trained on, and `edits_accuracy`: of the unedited, reloaded model.
+            `upstream_accuracy` (on the training cases), `validation_accuracy` and `edits_accuracy` for the eras that
+            have cases, measured on the saved and reloaded model before any edit.
         """
         import torch
 
@@ -175,7 +177,8 @@ class Scotus(RecordStream):
                 "stream 'scotus' has no cases of 1946 to 1982 to train on: name them with stream.upstream_path="
             )
         with pretraining.seeded(seed):
-            # A second thread saves a third of the time on idle cores and costs several times it on busy ones.
+            # A second thread saves a third of the time on idle cores, but makes training several times slower on busy
+            # ones.
             torch.set_num_threads(1)
             model, tokenizer = pretraining.load_base(
                 base,
@@ -186,7 +189,7 @@ class Scotus(RecordStream):
             )
             layers = last_projections(model)
             if not layers:
-                raise UserError(f"model={base}: has no numbered blocks, of which one could be edited")
+                raise UserError(f"model={base}: has no numbered blocks to edit")
             _freeze_below(model, layers[len(layers) // 2])
             encoded = tokenizer(
                 [request.prompt for request in data.upstream],
@@ -205,7 +208,7 @@ class Scotus(RecordStream):
                 seed=seed,
                 progress=progress,
             )
-            # The last block but one, as published for a BERT of twelve.
+            # The last block but one, as published for a BERT with twelve blocks.
             layer = layers[-2:][0]
             figures = pretraining.finish(model, tokenizer, out_dir, partial(_measure, data, layer), stored_as="float32")
         mark_checkpoint(out_dir, self.registered_name, layer)
@@ -228,7 +231,7 @@ def _case(
     if n_labels is not None and given - first >= n_labels:
         record.fail(numbering, f"is {given}, but the model has labels for {first} to {first + n_labels - 1} alone")
     if value.term is None and default_era is None:
-        record.fail("term", "is missing, and nothing else tells the eras apart without stream.upstream_path=")
+        record.fail("term", "is missing; without stream.upstream_path= a case needs a term to decide its era")
     era = default_era if value.term is None else _era(value.term)
     if era is None:
         reader.leave_out("a term outside 1946 to 2009")
@@ -252,7 +255,7 @@ def _era(term: int) -> Era | None:
 
 
 def _freeze_below(model: "PreTrainedModel", layer: str) -> None:
-    """Keeps from training what comes before the block of a layer."""
+    """Freezes all parameters before the block that contains a layer."""
     block = re.match(r".*?\.\d+\.", layer)
     assert block is not None
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Points in the plane, part of which changed class: small enough to draw."""
+"""Points in the plane, some of which changed class; small enough to draw."""
 
 import json
 import math
@@ -36,24 +36,24 @@ class Region(NamedTuple):
     radius: float
 
     def distance(self, point: tuple[float, float]) -> float:
-        """Returns how far a point lies outside the disc; negative inside."""
+        """Returns the distance of a point to the disc's edge; negative inside."""
         return math.dist((self.x, self.y), point) - self.radius
 
 
 TURNED = Region(-1.2, 1.8, 0.6)
 TURNED_FOR_VALIDATION = Region(1.2, -1.8, 0.6)
 CLEARANCE = 0.3
-"""How far other points keep from the regions that turned and from the border between the classes."""
+"""The minimum distance of all other points to the turned regions and to the border between the classes."""
 
 _PROMPT = re.compile(r"\(\s*([-+]?\d+(?:\.\d+)?)\s*,\s*([-+]?\d+(?:\.\d+)?)\s*\)")
 
 
 @register_stream("toy")
 class Toy(EditStream):
-    """Points in the plane, of which one region changed class, after Figure 2 of the GRACE paper.
+    """Points in the plane, with one region that changed class, after Figure 2 of the GRACE paper.
 
-    The classes meet along `y = sin(2x)`. A disc that lies in one of them turned into the other after the
-    model was trained; the stream brings its points. A prompt is a point's text, as in `(0.3125, -1.2000)`.
+    The curve `y = sin(2x)` separates the classes. After the model was trained, the points inside a disc changed to the
+    other class; the edits are points of this disc. A prompt is a point as text, such as `(0.3125, -1.2000)`.
     """
 
     task: TaskName = "classification"
@@ -69,7 +69,7 @@ class Toy(EditStream):
     search_layers: ClassVar = {"any": ("second",)}
 
     def load(self) -> StreamData:
-        """Returns 100 edits and 100 holdout points of the disc that turned, 400 elsewhere, 50 to tune on."""
+        """Returns 100 edits and 100 holdout points in the turned disc, 400 upstream and 50 validation points."""
         inside = list(islice(_points_in(TURNED, random.Random(1)), 200))
         validation = list(islice(_points_in(TURNED_FOR_VALIDATION, random.Random(2)), 50))
         elsewhere = list(islice(_points_elsewhere(random.Random(3)), 400))
@@ -115,7 +115,7 @@ class Toy(EditStream):
     def pretrain(
         self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Trains the classifier on 2,000 points of the whole plane, before anything turned."""
+        """Trains the classifier on 2,000 points of the whole square, labelled as before any region turned."""
         import torch
         from safetensors.torch import save_file
 
@@ -127,7 +127,7 @@ class Toy(EditStream):
         inputs = torch.tensor(points)
         labels = torch.tensor([label_before(point) for point in points])
         with seeded(seed):
-            # Steps of a few milliseconds: handing work to a second thread takes longer than the work.
+            # A step takes a few milliseconds; handing work to a second thread takes longer than the work itself.
             torch.set_num_threads(1)
             model = PointClassifier(hidden_size=HIDDEN_SIZE)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -158,18 +158,18 @@ class Toy(EditStream):
 
 
 def label_before(point: tuple[float, float]) -> int:
-    """Returns the class of a point before anything turned: 1 above `y = sin(2x)`, 0 below."""
+    """Returns the class of a point before any region turned: 1 above `y = sin(2x)`, 0 below."""
     return int(_height(point) > 0)
 
 
 def parse_point(prompt: str) -> tuple[float, float]:
-    """Reads a point from its text.
+    """Parses a point.
 
     >>> parse_point("(0.3125, -1.2000)")
     (0.3125, -1.2)
 
     Raises:
-        UserError: If the text is no point.
+        UserError: If the text is not a point.
     """
     match = _PROMPT.fullmatch(prompt.strip())
     if match is None:
@@ -182,9 +182,9 @@ def _height(point: tuple[float, float]) -> float:
 
 
 def _points(source: random.Random) -> Iterator[tuple[float, float]]:
-    """Yields points of the whole square, with the four decimals that their texts keep."""
+    """Yields points of the whole square, rounded to the four decimals of their prompts."""
     while True:
-        # Only random() promises the same numbers in every version of Python.
+        # Of this generator's methods, only random() is guaranteed to give the same numbers in every Python version.
         x, y = (round(EXTENT * (2 * source.random() - 1), 4) for _ in range(2))
         yield x, y
 

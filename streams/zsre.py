@@ -82,40 +82,45 @@ _FORMATS: tuple[Format[Any], ...] = (
 class Zsre(RecordStream):
     """Questions and answers of zsRE, edited into a question-answering model; upstream is Natural Questions.
 
-    The fields of a file's records decide how it is read; fields that are not named here are ignored. A folder may hold
-    files of both of the last two formats.
+    The fields of a file's records decide its format; fields that are not named here are ignored. A folder may mix files
+    of the last two formats.
 
-    - `id input output filtered_rephrases`: MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses. The first
-      `output` is the target, the others are accepted too. The split is the official code's: every fact's question,
-      followed by its first ten filtered rephrasings if it has ten; of these the first 10,000, permuted by
-      `RandomState(42)`; the first half are edits, the second the holdout, so paraphrases of a fact (`fact`)
-      lie in both, and some of the rephrasings repeat their question. Up to 500 facts beyond them are for validation.
-    - `src alt answers rephrase loc loc_ans`: MEND's evaluation set, such as ROME's and EasyEdit's
-      `zsre_mend_eval.json`; may hold `subject` and `portability` (`New Question`, `New Answer`). What is edited in is
-      `alt`.
-    - `prompt target_new`: EasyEdit and KnowEdit; may hold `subject`, `ground_truth`, `rephrase_prompt` or `rephrase`,
-      `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to lists of
-      `prompt` and `ground_truth` (text, or lists of it). Of a portability question the first answer counts; one whose
-      answers are empty is left out.
+    - MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses: `id`, `input`, `output`, `filtered_rephrases`.
+      The first `output` is the target, the others are accepted too. The split is that of the official code. Each fact
+      gives its question and, if it has at least ten filtered rephrasings, the first ten of them. The first 10,000 of
+      these questions are permuted by `RandomState(42)`; the first half are the edits, the second half the holdout.
+      Paraphrases of one fact (equal `fact`) are therefore in both halves, and some rephrasings repeat their question.
+      Up to 500 further facts are for validation.
+    - MEND's evaluation set, such as ROME's and EasyEdit's `zsre_mend_eval.json`: `src`, `alt`, `answers`, `rephrase`,
+      `loc`, `loc_ans`; optionally `subject` and `portability` (`New Question`, `New Answer`). The target is `alt`.
+    - EasyEdit and KnowEdit: `prompt`, `target_new`; optionally `subject`, `ground_truth`, `rephrase_prompt` or
+      `rephrase`, `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to
+      lists of `prompt` and `ground_truth` (a text or a list of texts). The target of a portability question is its
+      first answer; questions without an answer are left out.
 
-    In the last two, rephrases are the holdout unless their words are edited themselves. Locality asks for the unedited
-    model's answer; its questions lose the prefix `nq question: `, since models of Natural Questions are trained without
-    it. Records whose new answer is empty, or is one of the old ones once both are normalised, are left out and counted;
-    `pred`, `prediction` and `cond`, which come from another model, are never read. A subject that is not in its prompt
-    letter by letter is dropped. Ids are the records' numbers.
+    In the last two formats:
+
+    - Rephrases are the holdout, except those that are also edited prompts.
+    - The target of a locality question is the unedited model's answer. The prefix `nq question: ` is removed, because
+      models of Natural Questions are trained without it.
+    - A record whose new answer is empty, or equals an old answer after normalisation, is left out and counted.
+    - `pred`, `prediction` and `cond`, which come from another model, are never read.
+    - A subject that does not occur literally in its prompt is dropped.
+    - Ids are the numbers of the records.
 
     Args:
         path: A file or folder of records in one of these formats.
-        upstream_path: Natural Questions: NQ-open lines with `question answer`, or MEND's `nq_train.json`, an object of
-            `questions` and `answers`; the first 1,000 pairs are used, each with its first answer as target and the
-            others accepted. None for the locality questions and answers, each once and without those that are edited,
-            and for MEND's `structured_zeroshot-*.jsonl`, which have none, for NQ-open's train split from the hub.
-        validation_path: Further records for tuning, in one of these formats; those that share a question, a subject or
-            a fact with the edits are left out and counted.
-        on_error: `raise`, or `skip` to leave a broken record out and count it.
+        upstream_path: Natural Questions: NQ-open lines with `question` and `answer`, or MEND's `nq_train.json`, an
+            object with `questions` and `answers`. The first 1,000 pairs are used; the first answer is the target, the
+            others are accepted too. If None, upstream are the locality questions with their answers, without duplicates
+            and edited prompts; for MEND's `structured_zeroshot-*.jsonl`, which have no locality questions, NQ-open's
+            train split from the hub.
+        validation_path: Further records for tuning, in one of these formats; records that share a question, a subject
+            or a fact with the edits are left out and counted.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
 
     Raises:
-        UserError: If no path is given: no copy on the hub is known to be the authors'.
+        UserError: If no path is given; no copy on the hub is known to come from the authors.
     """
 
     task: TaskName = "qa"
@@ -213,7 +218,7 @@ class Zsre(RecordStream):
 
 
 def _split(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], list[EditRequest], list[EditRequest]]:
-    """Returns edits and holdout as the official code splits them, and the facts that are in neither."""
+    """Returns the edits and the holdout, split as in the official code, and the facts that are in neither."""
     questions = list(islice((question for fact in facts for question in _questions(fact)), _N_QUESTIONS))
     # The official code draws np.random.choice(n, n, replace=False), which is this permutation.
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(questions))
@@ -243,7 +248,7 @@ def _in_other_words(edits: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 def _kept(edits: Sequence[EditRequest]) -> Iterator[EditRequest]:
-    """Yields the locality questions whose answers are known, each once, without those that are edited."""
+    """Yields the locality questions that have an answer, without duplicates and edited prompts."""
     seen = {request.prompt for request in edits}
     for request in edits:
         for number, probe in enumerate(request.locality):
@@ -257,7 +262,7 @@ def _kept(edits: Sequence[EditRequest]) -> Iterator[EditRequest]:
 
 
 def _apart(edited: Sequence[EditRequest]) -> Callable[[EditRequest], bool]:
-    """Returns whether a request shares no question, subject or fact with what is edited."""
+    """Returns a predicate: whether a request shares no question, subject or fact with the edited requests."""
     prompts = {prompt for request in edited for prompt in (request.prompt, *request.rephrases)}
     subjects = {request.subject for request in edited} - {None}
     facts = {request.fact_id for request in edited}
@@ -277,7 +282,7 @@ def _request(
 ) -> EditRequest | None:
     if is_annotated not in (None, isinstance(record.value, _Annotated)):
         raise UserError(
-            f"{record.place}: {_ANNOTATED.name} are split as a whole, so no records of another format lie beside them"
+            f"{record.place}: {_ANNOTATED.name} are split as a whole and cannot be mixed with records of another format"
         )
     if isinstance(record.value, _Annotated):
         return _from_annotated(record)

@@ -1,4 +1,4 @@
-"""What tests of several modules share: one thread, W&B off, and tiny random models that take text."""
+"""Fixtures that several test modules share: one thread, W&B off, and tiny random models that take text."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-# Subprocesses of tests inherit these; tiny models run many times slower when every process takes every core.
+# Subprocesses of tests inherit these; tiny models run many times slower when every process uses every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -68,7 +68,7 @@ LAYERS = {
     "language_modelling": "transformer.h.0.mlp.c_fc",
 }
 
-# The same examples every time, however busy the machine: a test that fails fails for everyone.
+# Examples are the same every time, however busy the machine is, so a failing test fails for everyone.
 for profile, n_examples in (("steady", 25), ("thorough", 400)):
     settings.register_profile(
         profile,
@@ -95,7 +95,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What editors prepare is kept for the session and for nobody else."""
+    """Gives the session its own cache of what editors prepare, apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRACE_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -108,7 +108,7 @@ def _wandb_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> Any:
-    """One token a word, space in front; `</s>` ends a T5 or BERT input and pads nothing."""
+    """One token per word, with a leading space; `</s>` ends every input and is never used as padding."""
     pieces = ["<pad>", "</s>", "<unk>", "<s>", "?", *(f"▁{word}" for word in WORDS), "▁"]
     unigram = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2)
     tokenizer = Tokenizer(unigram)
@@ -122,7 +122,7 @@ def word_tokenizer() -> Any:
 
 @pytest.fixture
 def make_model(word_tokenizer: Any) -> MakeModel:
-    """A BERT for classification, a T5 for questions, a GPT-2 for the causal tasks, of some 50,000 weights."""
+    """A BERT for classification, a T5 for questions, a GPT-2 for the causal tasks, each with about 50,000 weights."""
 
     def make(
         task: str,
@@ -180,7 +180,7 @@ def make_model(word_tokenizer: Any) -> MakeModel:
 
 @pytest.fixture
 def make_requests() -> Callable[[str], list[EditRequest]]:
-    """Six requests for a task, with every field that only an evaluation may read."""
+    """Six requests for a task, including the fields that only an evaluation may read."""
 
     def make(task: str) -> list[EditRequest]:
         return [_request(task, fact) for fact in _FACTS]
@@ -190,7 +190,7 @@ def make_requests() -> Callable[[str], list[EditRequest]]:
 
 @pytest.fixture
 def make_train() -> Callable[[str], list[EditRequest]]:
-    """Four requests for a task, of other facts than those of `make_requests`, as a stream marks them for training."""
+    """Four requests for a task, about other facts than `make_requests`, for the role `train`."""
 
     def make(task: str) -> list[EditRequest]:
         return [_request(task, fact) for fact in _TRAINING_FACTS]
@@ -209,12 +209,12 @@ QUICK: dict[str, dict[str, Any]] = {
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 0, "clamp": 1.0},
 }
-"""Options that keep edits and preparations short on models this small."""
+"""Options that keep edits and preparation short on these tiny models."""
 
 
 @pytest.fixture
 def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[..., EditorStrategy]:
-    """Makes a registered editor, or a subclass `cls` of it, that is ready for its first edit."""
+    """Makes a registered editor, or a subclass `cls` of it, ready for its first edit."""
 
     def make(name: str, model: EditableModel, *, cls: Any = None, **options: Any) -> EditorStrategy:
         editor: EditorStrategy = (cls or EDITORS.get(name))(model=model, **{**QUICK.get(name, {}), **options})
@@ -238,11 +238,11 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 1, "n_iter": 5},
 }
-"""Options that keep runs of `run_facts` short."""
+"""Options that keep the runs of `run_facts` short."""
 
 
 class Facts(EditStream):
-    """Requests as they are given, each also in other words."""
+    """A stream of the given requests, each of which also occurs in other words."""
 
     registered_name = "facts"
     metadata = StreamMetadata(source="this test", revision="1", license="MIT")
@@ -274,7 +274,7 @@ def run_facts(
     make_requests: Callable[[str], list[EditRequest]],
     make_train: Callable[[str], list[EditRequest]],
 ) -> Callable[..., RunResult]:
-    """Runs a registered editor on the facts of `make_requests`, each edited twice, in a folder."""
+    """Runs a registered editor in a folder, on the facts of `make_requests`; each fact is edited twice."""
 
     def run(
         folder: Path,
@@ -348,7 +348,7 @@ def _request(task: str, fact: tuple[str, str, str, int]) -> EditRequest:
 
 @pytest.fixture
 def calls_of() -> Callable[[EditableModel, str], AbstractContextManager[list[None]]]:
-    """Inside the context, a list that grows by one with each forward pass of a module."""
+    """A context manager that gives a list, which grows by one with each forward pass of a module."""
 
     @contextmanager
     def count(model: EditableModel, path: str) -> Iterator[list[None]]:

@@ -125,6 +125,37 @@ def test_an_installed_editor_stream_and_metric_run_with_the_unchanged_harness(si
     assert "offset" in board.stdout, board.stderr
 
 
+SCRIPT = """
+import sys
+from grace_bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_what_a_script_registers_itself_is_listed_run_and_measured_like_any_other(tmp_path: Path) -> None:
+    parts = (block("python"), STREAM, METRIC)
+    (tmp_path / "own.py").write_text("\n".join(parts) + SCRIPT, encoding="utf-8")
+
+    def own(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "own.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    listed = own("list")
+    assert listed.returncode == 0, listed.stderr
+    for name in ("offset", "parity", "n_candidates_seen"):
+        (line,) = (line for line in listed.stdout.splitlines() if line.split()[:1] == [name])
+        assert line.rstrip().endswith("[__main__]")
+    done = own("run", "stream=parity", "editor=offset", "out=runs", "wandb.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "parity" / "toy" / "offset").iterdir()
+    result = read_result(folder / "result.json")
+    assert result.metrics["n_candidates_seen"] == result.metrics["n_candidates"] == 6
+    evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert evaluations[-1]["n_candidates_seen"] == 6
+
+
 @pytest.mark.slow
 def test_the_editor_of_the_guide_keeps_every_contract(site: Path) -> None:
     contracts = ROOT / "tests" / "contracts" / "test_editors.py"

@@ -5,17 +5,18 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grace_bench.analysis.report import TRAITS
+from grace_bench.cli import main
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
-from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry
+from grace_bench.registry import EDITORS, METRICS, STREAMS, Registry, _scan_package
 
 REGISTRIES = pytest.mark.parametrize("registry", [EDITORS, STREAMS, METRICS], ids=lambda registry: registry.kind)
 NAMED_BY_MODULE = pytest.mark.parametrize("registry", [EDITORS, STREAMS], ids=lambda registry: registry.kind)
@@ -235,3 +236,224 @@ def test_a_literal_of_any_kind_is_read_from_the_source(tmp_path: Path, monkeypat
     assert registry.attribute("own", "parts") == ("x", 1, None)
     assert registry.attribute("own", "ratings") == {"low": -0.5}
     assert registry.attribute("own", "size") == 3
+
+
+# --- somebody else's mistakes ----------------------------------------------------------------------------------------
+
+SMALL = ("stream=toy", "editor=none", "max_edits=1", "max_upstream=5", "wandb.mode=disabled")
+EDITOR = """
+from grace_bench.editors import EditorStrategy, EditOutcome, register_editor
+{before}
+@register_editor({name})
+class Extra(EditorStrategy):
+    \"\"\"Edits nothing, from another file.\"\"\"
+
+    {attribute}
+
+    def edit(self, batch):
+        return EditOutcome()
+
+    def rollback(self, n=1):
+        pass
+"""
+
+
+def source(*, name: str = '"extra"', before: str = "", attribute: str = "needs_subject = False") -> str:
+    return EDITOR.format(name=name, before=before, attribute=attribute)
+
+
+@pytest.fixture
+def add_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Adds a file to the folder of a registry's classes, for the length of a test."""
+    added: list[str] = []
+
+    def add(name: str, content: str | bytes, registry: Registry[Any] = EDITORS) -> Path:
+        package = importlib.import_module(registry.package)
+        folder = tmp_path / registry.package
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.py"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        locations = [*package.__path__, str(folder)]
+        monkeypatch.setattr(package, "__path__", locations)
+        monkeypatch.setattr(package.__spec__, "submodule_search_locations", locations)
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+        monkeypatch.setattr(registry, "_reported", set())
+        _scan_package.cache_clear()
+        importlib.invalidate_caches()
+        added.append(f"{registry.package}.{name}")
+        return path
+
+    yield add
+    for module in added:
+        sys.modules.pop(module, None)
+    _scan_package.cache_clear()
+
+
+UNREADABLE: dict[str, tuple[str | bytes, str]] = {
+    "half-written": ("@register_editor(", "PATH:1: cannot be read as Python ('(' was never closed)"),
+    "another encoding": (b"NAME = '\xff\xfe'", "PATH: cannot be read as Python ("),
+    "a null byte": (b"\x00", "PATH: cannot be read as Python (source code string cannot contain null bytes)"),
+    "a computed name": (
+        source(name="NAME", before='NAME = "ex" + "tra"'),
+        'PATH:4: the name should be written out, as in @register_editor("name"), for the class to be found',
+    ),
+    "no name": (source(name=""), "PATH:4: the name should be written out"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_that_cannot_be_read_is_one_line_for_those_who_list_or_need_it(
+    content: str | bytes, says: str, add_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = [*EDITORS.entries()]
+    expected = says.replace("PATH", str(add_file("extra", content)))
+    assert main(["list", "editors"]) == 0
+    listed = capsys.readouterr()
+    assert [line.split()[0] for line in listed.out.splitlines()[1:] if line[:1].strip()] == before
+    (line,) = listed.err.splitlines()
+    assert line.startswith(f"grace-bench: {expected}")
+    assert main(["run", "stream=toy", "editor=extra"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"grace-bench: editor 'extra': {expected}")
+    assert main(["run", *SMALL, f"out={tmp_path / 'runs'}"]) == 0
+    assert "extra" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no editor 'nothing' .*extra\.py"):
+        EDITORS.get("nothing")
+
+
+BROKEN = {
+    "a missing library": (source(before="import not_installed"), "(No module named 'not_installed')"),
+    "an error at import": (source(before="HALF = 1 / 0"), "extra.py:3: ZeroDivisionError: division by zero)"),
+    "a broken contract": (
+        source(attribute='check_class = classmethod(lambda cls: "Extra has no `metadata`")'),
+        "extra.py): Extra has no `metadata`)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "says"), BROKEN.values(), ids=BROKEN)
+def test_a_class_that_cannot_be_imported_is_one_line_for_those_who_ask_for_it_and_stops_nobody_else(
+    content: str, says: str, add_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    add_file("extra", content)
+    assert main(["run", "stream=toy", "editor=extra"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("grace-bench: editor 'extra' cannot be imported (")
+    assert line.endswith(says)
+    assert main(["run", *SMALL, f"out={tmp_path / 'runs'}"]) == 0
+    assert "extra" not in capsys.readouterr().err
+    assert "extra" not in EDITORS.classes()
+    assert EDITORS.classes().keys() >= {"none", "grace", "ft"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'extra' cannot be imported" in line
+
+
+@pytest.mark.parametrize("file", ["aaa", "zzz"])
+def test_a_name_that_two_files_register_stays_with_the_file_of_that_name(
+    file: str, add_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = add_file(file, source(name='"none"'))
+    assert EDITORS.entries()["none"].module == "grace_bench.editors.none"
+    assert main(["list", "editors"]) == 0
+    assert capsys.readouterr().err == (
+        f"grace-bench: {path}: registers 'none', as grace_bench.editors.none does: choose another name\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        source(name='name="extra"'),
+        source(before="from grace_bench import registry\n").replace("@register_editor", "@registry.register_editor"),
+        source().replace("register_editor\n", "register_editor as own\n").replace("@register_editor", "@own"),
+    ],
+    ids=["a keyword", "an attribute", "another name"],
+)
+def test_a_decorator_may_be_written_in_any_form(form: str, add_file: Callable[..., Path]) -> None:
+    path = add_file("extra", form)
+    assert EDITORS.entries()["extra"].summary == "Edits nothing, from another file."
+    assert EDITORS.get("extra").registered_name == "extra"
+    assert sys.modules[EDITORS.get("extra").__module__].__file__ == str(path)
+
+
+@pytest.mark.parametrize("content", ["import not_installed", "class ("])
+def test_a_broken_metric_is_one_line_and_the_others_are_measured(
+    content: str, add_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    registered = (
+        "\nfrom grace_bench.metrics import EditMetric, register_metric\n"
+        "@register_metric('extra')\nclass Extra(EditMetric):\n    'Measures nothing.'\n"
+    )
+    add_file("extra", content + registered, METRICS)
+    assert main(["run", *SMALL, f"out={tmp_path / 'runs'}"]) == 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if "extra" in line]
+    assert len(errors) == 1
+    (result,) = (tmp_path / "runs").rglob("result.json")
+    assert json.loads(result.read_bytes())["metrics"]["TRR"] is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("not_there:Extra", "No module named 'not_there'"),
+        ("json:Extra", "module 'json' has no attribute 'Extra'"),
+        ("json", "has no attribute ''"),
+        ("json:JSONDecoder", "JSONDecoder is not a subclass of EditorStrategy"),
+        ("half_written:Extra", "half_written.py:1: '(' was never closed"),
+    ],
+)
+def test_a_broken_entry_point_names_its_package_and_stops_nobody_else(
+    value: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    info = tmp_path / "site" / "somebodys-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys\nVersion: 1.0\nSummary: An extra.\n")
+    (info / "entry_points.txt").write_text(f"[grace_bench.editors]\nextra = {value}\n")
+    (tmp_path / "site" / "half_written.py").write_text("print(")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(EDITORS, "_reported", set())
+    assert EDITORS.entries()["extra"].origin == "somebodys"
+    assert main(["run", "stream=toy", "editor=extra"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("grace-bench: editor 'extra' of the installed package somebodys cannot be imported (")
+    assert says in line
+    assert main(["list"]) == 0
+    assert main(["run", *SMALL, f"out={tmp_path / 'runs'}"]) == 0
+    assert "somebodys" not in capsys.readouterr().err
+
+
+def test_what_a_base_class_says_of_a_class_is_said_when_it_is_registered(editors: Registry[Any]) -> None:
+    class Wrong(Silent):
+        """Breaks the contract."""
+
+        @classmethod
+        def check_class(cls) -> str | None:
+            return f"{cls.__name__} keeps `lr` under no attribute of that name: set self.lr = lr"
+
+    with pytest.raises(TypeError) as caught:
+        editors.register("wrong")(Wrong)
+    assert str(caught.value) == (
+        f"editor 'wrong' ({__file__}): Wrong keeps `lr` under no attribute of that name: set self.lr = lr"
+    )
+    assert "wrong" not in editors.entries()
+
+
+def test_a_class_of_this_process_is_an_entry_like_any_other(editors: Registry[Any]) -> None:
+    assert "silent" not in editors.entries()
+    editors.register("silent")(Silent)
+    entry = editors.entries()["silent"]
+    assert (entry.module, entry.class_name, entry.summary) == (__name__, "Silent", "Edits nothing.")
+    assert list(editors.entries())[-1] == "silent"
+    assert editors.classes()["silent"] is Silent
+    assert editors.name_of(f"{__name__}.Silent") == "silent"
+    assert editors.attribute("silent", "needs_subject") is False
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "a b", "../x", "a" * 65])
+def test_a_name_that_cannot_be_one_of_a_folder_is_refused(name: Any, editors: Registry[Any]) -> None:
+    with pytest.raises(ValueError, match="a name has at most 64 letters"):
+        editors.register(name)

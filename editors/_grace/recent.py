@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from grace_bench.editing.batch import EditOutcome
-from grace_bench.editing.guard import reason_of_failure
+from grace_bench.editing.guard import is_programming_error, reason_of_failure
 from grace_bench.editors._grace.codebook import Before, Codebook
 from grace_bench.editors._grace.history import History
 from grace_bench.editors._grace.values import Training, ValueTraining
@@ -139,7 +139,8 @@ class RecentEdits:
             )
         except Exception as error:
             reason = reason_of_failure(error)
-            if reason is None:
+            # The traceback of a programming error is worth more than the outcomes of the other edits.
+            if reason is None or is_programming_error(error):
                 raise
             if len(entries) == 1:
                 return [Training((), reason)]

@@ -22,7 +22,7 @@ class Rounding:
         self._computed = codebook.distances
         self._recorded: Callable[[Tensor], tuple[int, float] | None] | None = None
         self._forced: tuple[int, bool] | None = None
-        codebook.distances = self._distances  # type: ignore[method-assign]
+        codebook.distances = self._distances
 
     @contextmanager
     def forced(self, entry: int, hit: bool) -> Iterator[None]:

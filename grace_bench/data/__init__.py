@@ -1,1 +1,1 @@
-"""Requests, the streams they come from, and the Avalanche benchmark made of them."""
+"""Edit requests, the streams that hold them, and the Avalanche benchmark built from a stream."""

@@ -1,8 +1,8 @@
-"""What editors compute once and use again: trained editor networks, key statistics; named by what they were made from.
+"""Artifacts that editors compute once and reuse, such as trained editor networks and key statistics.
 
-An artifact is a safetensors file `<editor>/<key>.safetensors`, where the key is the SHA-256 of everything that decides
-its content. Those that ship with the package are found first, then those in the cache folder: `GRACE_BENCH_CACHE`, or
-`grace-bench` under `XDG_CACHE_HOME` (`~/.cache`).
+An artifact is a safetensors file `<editor>/<key>.safetensors`, where the key is the SHA-256 of all its inputs. The
+package's own artifacts are searched first, then the cache folder: `GRACE_BENCH_CACHE`, or `grace-bench` under
+`XDG_CACHE_HOME` (default `~/.cache`).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from grace_bench.data.requests import EditRequest, content_of
 
 
 def content_key(**content: Any) -> str:
-    """Returns the SHA-256 of JSON values by name.
+    """Returns the SHA-256 of named JSON values, independent of their order.
 
     >>> content_key(a=1, b=[2]) == content_key(b=[2], a=1)
     True
@@ -31,17 +31,17 @@ def content_key(**content: Any) -> str:
 
 
 def requests_key(requests: Iterable[EditRequest]) -> str:
-    """Returns the SHA-256 of requests in their order."""
+    """Returns the SHA-256 of a sequence of requests; the order counts."""
     return content_key(requests=[content_of(request) for request in requests])
 
 
 def shipped_folder() -> Path:
-    """Returns the package's own artifacts."""
+    """Returns the folder of the artifacts that ship with the package."""
     return Path(str(files("grace_bench.editors"))) / "artifacts"
 
 
 def cache_folder() -> Path:
-    """Returns where artifacts that are made here are kept."""
+    """Returns the folder in which artifacts computed on this machine are cached."""
     own = os.environ.get("GRACE_BENCH_CACHE")
     if own:
         return Path(own).expanduser()
@@ -49,32 +49,32 @@ def cache_folder() -> Path:
 
 
 def load_artifact(editor: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Returns the tensors, on the CPU, and the notes of an artifact; None if there is none or its file is not whole.
+    """Returns the tensors (on the CPU) and the notes of an artifact; None if its file is missing or incomplete.
 
     Args:
-        editor: The registered name of the editor it belongs to.
-        key: Its content key.
+        editor: The registered name of the editor that the artifact belongs to.
+        key: The content key of the artifact.
     """
     for folder in (shipped_folder(), cache_folder()):
         path = folder / editor / f"{key}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                # A handle on tensors, which itself is no mapping.
+                # The handle has `keys()` but is not a mapping.
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         except (OSError, SafetensorError):
-            # Half a file is as good as none: it is made again.
+            # An incomplete file counts as missing; the artifact is computed again.
             continue
     return None
 
 
 def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Keeps an artifact in the cache folder, whole or not at all.
+    """Writes an artifact to the cache folder atomically.
 
     Args:
-        editor: The registered name of the editor it belongs to.
-        key: Its content key.
-        tensors: What to keep.
-        notes: What a person wants to know of it, such as settings and figures.
+        editor: The registered name of the editor that the artifact belongs to.
+        key: The content key of the artifact.
+        tensors: The tensors by name.
+        notes: Information for people, such as settings and figures.
     """
     path = cache_folder() / editor / f"{key}.safetensors"
     with atomic_path(path, shared=True) as partial:
@@ -82,5 +82,5 @@ def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: M
 
 
 def drop_artifact(editor: str, key: str) -> None:
-    """Removes an artifact from the cache folder, if it is there."""
+    """Removes an artifact from the cache folder, if it exists."""
     (cache_folder() / editor / f"{key}.safetensors").unlink(missing_ok=True)

@@ -1,16 +1,16 @@
-"""The only file that imports Avalanche; everything else imports Avalanche's names from here."""
+"""The only file that imports Avalanche; all other files import Avalanche's names from here."""
 
 import sys
 import warnings
 from types import ModuleType
 
-# Avalanche imports a package that warns of a missing QP solver, which nothing here needs.
+# Avalanche imports a package that warns about a missing QP solver, which this project does not need.
 warnings.filterwarnings("ignore", message="no QP solver found")
 
 try:
     import wandb  # noqa: F401
 except Exception:
-    # Avalanche imports wandb for charts that are not used here, so a missing or broken wandb must not stop it.
+    # Avalanche imports wandb for charts that are not used here, so a missing or broken wandb must not fail its import.
     sys.modules["wandb"] = ModuleType("wandb")
     try:
         import avalanche.evaluation.metrics

@@ -17,8 +17,8 @@ from grace_bench.errors import UserError
 class EditExperience(CLExperience):
     """One request, as an Avalanche experience.
 
-    In train mode an editor may read `prompt` and `target`, and `subject` if it declares that it needs one. Everything
-    else raises Avalanche's `MaskedAttributeError`.
+    In train mode an editor may read `prompt` and `target`, and `subject` if it declares that it needs one. Reading any
+    other attribute raises Avalanche's `MaskedAttributeError`.
 
     Args:
         request: The request.
@@ -64,16 +64,16 @@ def eval_stream(name: str, requests: Sequence[EditRequest]) -> CLStream:
 class EditBenchmark(CLScenario):
     """Named streams of edit requests, ready for a run.
 
-    Streams are `edits` (one `EditExperience` a request) and, each one `EvalExperience`, `upstream`, `holdout`,
-    `validation`, `train`, `accurate`, `locality` and `portability` where the data has them.
+    The stream `edits` has one `EditExperience` per request. The streams `upstream`, `holdout`, `validation`, `train`,
+    `accurate`, `locality` and `portability` exist if the data has such requests, and have one `EvalExperience` each.
 
     Args:
         name: The stream's registered name.
-        data: The requests by role, `edits` in the order of the run.
-        task: The name of the task the stream fixes.
+        data: The requests by role, with `edits` in the order of the run.
+        task: The name of the stream's task.
         metadata: Source, revision and licence.
         fingerprint: SHA-256 of the requests.
-        max_new_tokens: The longest free answer.
+        max_new_tokens: The largest number of tokens that free generation may produce.
     """
 
     def __init__(
@@ -97,15 +97,15 @@ class EditBenchmark(CLScenario):
 
     @classmethod
     def from_stream(cls, stream: EditStream, *, seed: int, split: str = "edits") -> "EditBenchmark":
-        """Loads a stream and shuffles its edits once by seed.
+        """Loads a stream and shuffles its edits by seed.
 
         Args:
             stream: The stream.
-            seed: Orders the edits; never changes what is in which split.
-            split: `edits`, or `validation` for tuning: its requests are edited and their rephrases are the holdout.
+            seed: Decides the order of the edits; the splits do not depend on it.
+            split: The split to edit: `edits`, or `validation` for tuning, whose rephrases then are the holdout.
 
         Raises:
-            UserError: If the stream cannot be read, has no such split, or two requests of a role share their id.
+            UserError: If the stream cannot be read, does not have the split, or two requests of a role share an id.
         """
         data = stream.load()
         check_ids(data, stream.registered_name)
@@ -141,7 +141,7 @@ class EditBenchmark(CLScenario):
         )
 
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":
-        """Returns the benchmark with the unedited model's answers as the targets of upstream requests that want them.
+        """Returns the benchmark with the unedited model's answers as targets of the upstream requests that need them.
 
         Args:
             answer: Returns the unedited model's answers to prompts.
@@ -158,10 +158,10 @@ class EditBenchmark(CLScenario):
 
 
 def check_ids(data: StreamData, stream: str) -> None:
-    """Makes sure that ids are unique within each role of a stream.
+    """Checks that ids are unique within each role of a stream.
 
     Raises:
-        UserError: If two requests share one, naming the role and both places.
+        UserError: If two requests of a role share an id; the message names the role and both positions.
     """
     for role in ROLES:
         places: dict[str, int] = {}
@@ -174,7 +174,7 @@ def check_ids(data: StreamData, stream: str) -> None:
 
 
 def fingerprint_requests(data: StreamData) -> str:
-    """Returns the SHA-256 of a stream's requests in all roles; equal content, equal fingerprint."""
+    """Returns the SHA-256 of a stream's requests in all roles."""
     digest = hashlib.sha256()
     for role in ROLES:
         for request in getattr(data, role):

@@ -1,4 +1,4 @@
-"""Requests that are derived from requests: rephrased ones, probes, and those whose target the unedited model gives."""
+"""Requests derived from other requests: rephrases, probes, and requests whose target is the unedited model's answer."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -9,7 +9,7 @@ Answer = Callable[[Sequence[str]], Sequence[str | int]]
 
 
 def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
-    """Yields a request for every rephrase, about the same fact, leaving out those that repeat the prompt."""
+    """Yields a request about the same fact for every rephrase that differs from the prompt."""
     for request in requests:
         for index, rephrase in enumerate(request.rephrases):
             if rephrase == request.prompt:
@@ -26,9 +26,9 @@ def rephrased(requests: Iterable[EditRequest]) -> Iterator[EditRequest]:
 
 
 def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedRequest, ...]:
-    """Returns the `locality` or `portability` probes of requests as requests of their own.
+    """Returns the `locality` or `portability` probes of requests as separate requests.
 
-    The target of a probe without one is the unedited model's to give.
+    A probe without a target takes the unedited model's answer as its target (`fill_targets`).
     """
     return tuple(
         DerivedRequest(
@@ -46,17 +46,17 @@ def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedR
 
 
 def is_answered_by_model(request: EditRequest) -> bool:
-    """Returns whether a request's target stands for the unedited model's own answer."""
+    """Returns whether the target of a request is the unedited model's own answer."""
     return isinstance(request, DerivedRequest) and request.target_from_model
 
 
 def edit_id(request: EditRequest) -> str:
-    """Returns the id of the request that a probe belongs to, and of any other request its own."""
+    """Returns the id of the edit that a probe belongs to, or the request's own id if it is not a probe."""
     return request.probe_of or request.id if isinstance(request, DerivedRequest) else request.id
 
 
 def fill_targets(requests: Sequence[EditRequest], answer: Answer) -> tuple[EditRequest, ...]:
-    """Returns requests with the model's answer as the target of each whose target stands for it."""
+    """Returns the requests, with the model's answers filled in where they are the targets."""
     prompts = list(dict.fromkeys(request.prompt for request in requests if is_answered_by_model(request)))
     known = dict(zip(prompts, answer(prompts), strict=True)) if prompts else {}
     return tuple(

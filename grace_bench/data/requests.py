@@ -1,4 +1,4 @@
-"""What a request is: one error to fix, with what belongs to it."""
+"""Edit requests: one error to fix, with the texts needed to evaluate the edit."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -8,16 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 TaskName = Literal["classification", "qa", "completion", "language_modelling"]
 Text = Annotated[str, StringConstraints(strip_whitespace=False)]
 Contrast = tuple[Annotated[str, StringConstraints(pattern=r"\S")], Annotated[str, StringConstraints(pattern=r"\S")]]
-"""Two answers, of which the first should be the likelier."""
+"""Two answers; the model should find the first one likelier."""
 
 
 class Probe(BaseModel):
-    """A question asked beside an edit, to see what else the edit changed.
+    """A question that shows what else an edit changed.
 
     Attributes:
         prompt: The input text.
-        target: The right answer; None stands for whatever the unedited model answers.
-        contrast: Two answers, of which the first should be the likelier; None if the probe compares none.
+        target: The right answer; None for the unedited model's own answer.
+        contrast: Two answers, of which the first should be likelier; None to compare no answers.
         metadata: As in `EditRequest`.
     """
 
@@ -38,18 +38,18 @@ class EditRequest(BaseModel):
     """One error to fix: for this prompt the model should give this target.
 
     Attributes:
-        id: Unique within its stream.
+        id: An id that is unique within the role of the stream.
         prompt: The input text; empty only for running text, whose target is the whole text.
-        target: The wanted answer, or the label id for classification.
-        answers: Other accepted answers, beside the target.
-        subject: The entity the prompt is about, for editors that need one; occurs in the prompt.
-        fact: Names the fact that edits and holdout requests share; None if the request stands for itself.
-        contrast: Two answers, of which the first should be the likelier; None if the request compares none.
+        target: The desired answer, or the label id for classification.
+        answers: Further accepted answers besides the target.
+        subject: The entity the prompt is about, for editors that need one; it must occur in the prompt.
+        fact: An id of the fact that edits and holdout requests share; None if no other request is about the fact.
+        contrast: Two answers, of which the first should be likelier; None to compare no answers.
         rephrases: The same question in other words; evaluation only.
         locality: Questions whose answers must not change; evaluation only.
         portability: Questions whose answers follow from the edit; evaluation only.
-        metadata: Whatever else the user wants to keep; nothing obeys it. Files may still name `fact` and `contrast`
-            here, which become the fields of these names.
+        metadata: Any further information, which does not affect the run. In files, `fact` and `contrast` may also be
+            given here; they are copied to the fields of the same names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,16 +75,16 @@ class EditRequest(BaseModel):
 
     @property
     def fact_id(self) -> str:
-        """The fact the request is about: `fact`, else the request's own id."""
+        """The id of the fact the request is about: `fact` if given, else the request's own id."""
         return self.id if self.fact is None else self.fact
 
 
 class DerivedRequest(EditRequest):
-    """A request that was made from another, or whose target is the unedited model's to give; never read from a file.
+    """A request made from another, or one whose target is the unedited model's answer; never read from a user's file.
 
     Attributes:
-        probe_of: The id of the request whose probe it is; None if it is no probe.
-        target_from_model: Whether its target stands for the unedited model's own answer.
+        probe_of: The id of the edit that this probe belongs to; None if the request is not a probe.
+        target_from_model: Whether the target is the unedited model's own answer.
     """
 
     probe_of: str | None = None
@@ -92,7 +92,7 @@ class DerivedRequest(EditRequest):
 
 
 def is_contrast(given: Any) -> bool:
-    """Returns whether a value is two texts, or None.
+    """Returns whether a value is None or a pair of non-blank texts.
 
     >>> is_contrast(["Rome", "Paris"]), is_contrast(["Rome"])
     (True, False)
@@ -107,9 +107,9 @@ def is_contrast(given: Any) -> bool:
 
 
 def content_of(request: EditRequest) -> dict[str, Any]:
-    """Returns a request as JSON values, as fingerprints and cache keys have always named its content.
+    """Returns a request as JSON values for fingerprints and cache keys.
 
-    Fields that older versions read from `metadata` stand there.
+    So that fingerprints stay equal across versions, the fields that older versions read from `metadata` are put there.
     """
     content = request.model_dump(mode="json", exclude={"fact", "contrast", "probe_of", "target_from_model"})
     content["metadata"] |= _given(request, ("fact", "contrast", "target_from_model"))
@@ -126,8 +126,8 @@ def _given(of: BaseModel, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _fill_from_metadata(of: Probe | EditRequest, metadata: Mapping[str, Any]) -> None:
-    """Sets the contrast that metadata names, where the field names none."""
+    """Copies the contrast from the metadata, unless the field is already set."""
     contrast = metadata.get("contrast")
     if of.contrast is None and contrast is not None and is_contrast(contrast):
-        # Past the frozen model's own setter: the request is still being made.
+        # Bypasses the frozen model's setter: the request is still under construction.
         of.__dict__["contrast"] = tuple(contrast)

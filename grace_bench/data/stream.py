@@ -1,4 +1,4 @@
-"""What a stream is: requests by role, where they come from, and the model they are made for."""
+"""Edit streams: the base class, its metadata, and the requests by role."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,18 +15,18 @@ from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.errors import UserError
 
 LayerKind = Literal["any", "mlp_output", "several"]
-"""Which layers an editor edits: `any` one, the last map of a feed-forward block, or `several` together."""
+"""The layers an editor edits: `any` single layer, the output projection of an MLP, or `several` layers together."""
 
 
 class StreamMetadata(BaseModel):
-    """Where a stream comes from.
+    """The origin of a stream's data, and its main score.
 
     Attributes:
-        source: The data set, or what it was derived from.
+        source: The data set, or the data it was derived from.
         revision: The version, commit or date of the source.
         license: The licence of the data.
-        citation: How to cite it.
-        main_score: What its results are ranked by; None where the user chooses the task.
+        citation: How to cite the data.
+        main_score: The score that ranks the results; None if the user chooses the task.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +39,7 @@ class StreamMetadata(BaseModel):
 
 
 ROLES = ("edits", "upstream", "holdout", "validation", "train", "accurate")
-"""The roles in which a stream holds requests, as `StreamData` names them."""
+"""The roles of a stream's requests; each is a field of `StreamData`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,14 @@ class StreamData:
     """The requests of a benchmark, by role.
 
     Attributes:
-        edits: Candidates for editing, before the run's seed orders them.
-        upstream: What the model knew and must keep.
+        edits: Candidates for editing, before they are shuffled by the run's seed.
+        upstream: What the model already knows and must retain.
         holdout: The edited facts in other words.
         validation: Candidates for tuning; shares no fact with `edits`.
         train: Requests for meta-training; shares no fact with `edits` or `validation`.
-        accurate: What was right about the edited inputs and must stay so.
-        label_names: The names of the label ids, for classification.
-        left_out: How many records of the source are in no role, by reason.
+        accurate: Correct statements about the edited inputs, which the edits must not damage.
+        label_names: The names of the labels by id, for classification.
+        left_out: How many records of the source were left out of all roles, by reason.
     """
 
     edits: tuple[EditRequest, ...]
@@ -73,18 +73,18 @@ class EditStream(ABC):
     The constructor takes keyword arguments only; each becomes an option `stream.<name>=` on the command line.
 
     Attributes:
-        task: What the model does with a prompt.
+        task: The task of the model: classification, question answering, completion or language modelling.
         metadata: Source, revision, licence and citation.
-        max_new_tokens: The longest answer that free generation may give.
-        max_input_tokens: Where inputs are cut; None for the model's own limit.
-        max_target_tokens: Where targets are cut, end token included; None for the model's own limit.
-        progress: Called as a long load goes on; a run sets it.
-        n_model_labels: How many labels the model has; a run sets it to load again what holds others.
-        default_model: Short name of the model used when none is given; None if the user must name one.
-        default_layer: The layer of that model that is edited unless another is named.
-        search_layers: The layers of that model that tuning tries, by the kind of layer that an editor edits; an editor
-            of a kind that is not there takes those under `any`.
-        in_demo: Whether the demo runs editors on the stream.
+        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_input_tokens: The length to which inputs are truncated; None for the model's limit.
+        max_target_tokens: The length to which targets are truncated, end token included; None for the model's limit.
+        progress: Called during a long load; a run sets it.
+        n_model_labels: How many labels the model has; a run sets it, so that a load can reject labels the model lacks.
+        default_model: The short name of the model to use if none is given; None if the user must name one.
+        default_layer: The layer of the default model to edit if none is given.
+        search_layers: The layers of the default model that tuning tries, by the kind of layer that an editor edits; an
+            editor whose kind is missing tries the layers under `any`.
+        in_demo: Whether the demo runs editors on this stream.
     """
 
     registered_name: ClassVar[str]
@@ -105,16 +105,16 @@ class EditStream(ABC):
         """Returns all requests, in the same order every time.
 
         Raises:
-            UserError: If the data cannot be read, naming the file, the line and the field.
+            UserError: If the data cannot be read; the message names the file, the line and the field.
         """
 
     @classmethod
     def load_model(cls, folder: Path) -> tuple[Any, Any] | None:
-        """Loads a checkpoint of the stream's own kind of model.
+        """Loads a checkpoint, for streams whose model is not a Hugging Face model.
 
         Returns:
-            The `nn.Module` and the function that turns B prompts into its keyword arguments; None if the folder holds
-            an ordinary Hugging Face model.
+            The `nn.Module` and a function that turns B prompts into the keyword arguments of its `forward`; None if the
+            folder holds an ordinary Hugging Face model.
         """
         return None
 
@@ -125,22 +125,22 @@ class EditStream(ABC):
 
         Args:
             out_dir: Receives `config.json`, `model.safetensors` and the tokenizer.
-            base: The folder or hub id of the model to start from; None to start from nothing, or from the stream's
-                own choice.
+            base: The folder or hub id of the model to start from; None to train from scratch, or to start from the
+                stream's default base model.
             seed: Seeds initialisation, data order and dropout.
-            progress: Called as training goes on.
+            progress: Called during training.
 
         Returns:
             The figures of the saved and reloaded model, by name.
 
         Raises:
-            UserError: If the stream has no model of its own, or does not start from another.
+            UserError: If the stream has no model of its own, or needs a base model and got none, or the reverse.
         """
         raise UserError(f"stream '{self.registered_name}' has no model of its own to pretrain")
 
     @classmethod
     def check_class(cls) -> str | None:
-        """Returns in one line what keeps the class from being registered and what to do about it; None if nothing."""
+        """Returns one line that says why the class cannot be registered and how to fix it; None if it can be."""
         fault = class_fault(cls) or constructor_fault(cls, base=EditStream)
         if fault is not None:
             return fault

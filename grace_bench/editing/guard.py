@@ -165,9 +165,18 @@ def failed_outcome(failure: EditFailure) -> EditOutcome:
     Its traceback is set if the editor raised a programming error.
     """
     cause = failure.__cause__
-    if not isinstance(cause, _PROGRAMMING_ERRORS):
+    if cause is None or not is_programming_error(cause):
         return EditOutcome(failed=str(failure))
     return EditOutcome(failed=str(failure), traceback=without_secrets("".join(traceback.format_exception(cause))))
+
+
+def is_programming_error(error: BaseException) -> bool:
+    """Returns whether an error shows a mistake in the editor's code, whatever the numbers are.
+
+    >>> is_programming_error(NameError("name 'loss' is not defined")), is_programming_error(ValueError("nan"))
+    (True, False)
+    """
+    return isinstance(error, _PROGRAMMING_ERRORS)
 
 
 def reason_of_failure(error: Exception) -> str | None:

@@ -117,6 +117,7 @@ def _launch_on_ray(multirun: DictConfig, runs: Sequence[SweepRun], task: RunTask
             _check_resources(remote, ray.cluster_resources())
 
         def submit(sweep_run: SweepRun, attempt: int) -> Any:
+            assert sweep_run.config is not None
             return remote_task.remote(task, sweep_run.config, attempt > 0)
 
         under_way = {submit(sweep_run, 0): (sweep_run, 0) for sweep_run in runs}

@@ -1,4 +1,4 @@
-"""Settings in files of the user's own: in a folder, `STREAM/EDITOR.yaml` for each pair, as `sweep=tune` writes them."""
+"""The user's own presets: `STREAM/EDITOR.yaml` in a folder, as `sweep=tune` writes them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +14,15 @@ _SETTINGS = ("editor", "layer", "model", "tuning_budget")
 
 
 def register_presets(overrides: Sequence[str]) -> list[str]:
-    """Puts the presets of `tuned=FOLDER` where Hydra finds them, and returns the overrides with `tuned=none` for it.
+    """Registers the presets of `tuned=FOLDER` with Hydra, and returns the overrides with `tuned=none` in its place.
 
-    A run whose stream and editor have no file there keeps the defaults of both.
+    A run whose stream and editor have no preset there keeps the defaults of both.
 
     Raises:
         UserError: If the folder holds no preset, or one cannot be read.
     """
     store = ConfigStore.instance()
-    # An earlier command's, in the same process.
+    # An earlier command in the same process may have registered others.
     store.repo.pop(_GROUP, None)
     taken = []
     for override in overrides:

@@ -1,4 +1,4 @@
-"""`grace-bench pretrain`: the model that a stream's edits are made to."""
+"""`grace-bench pretrain`: trains the model that a stream edits."""
 
 from collections.abc import Sequence
 from contextlib import suppress

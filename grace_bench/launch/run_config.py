@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.errors import UserError
@@ -78,7 +78,7 @@ class ProtocolOptions:
 class WandbOptions:
     """The options under `wandb.`."""
 
-    mode: str = _option(
+    mode: Literal["auto", "online", "offline", "disabled"] = _option(
         "auto",
         "auto (online if logged in, else offline), online, offline or disabled",
         _one_of("auto", "online", "offline", "disabled"),
@@ -88,7 +88,7 @@ class WandbOptions:
     project: str = _option("grace-bench", "the W&B project", check_text, in_hash=False, in_sweep_name=False)
     group: str | None = _option(
         None,
-        "the W&B group; null for stream and model, or the sweep",
+        "the W&B group; null for stream and model, or sweep",
         _text_or_null,
         in_hash=False,
         in_sweep_name=False,
@@ -333,7 +333,7 @@ def make_editor(config: RunConfig) -> Callable[..., Any]:
 
 
 def _constructor(group: str, component: Component, registry: Registry[Any]) -> Callable[..., Any]:
-    cls = registry.get(component.name)
+    cls: Callable[..., Any] = registry.get(component.name)
     parameters = inspect.signature(cls).parameters
     unknown = next((name for name in component.settings if name not in parameters), None)
     if unknown is not None:
@@ -347,7 +347,7 @@ def _group_from(group: str, kind: type, given: Any) -> Any:
     return _from_values(kind, f"{group}.", dict(given))
 
 
-def _from_values(kind: type, prefix: str, given: dict[str, Any], **others: Any) -> Any:
+def _from_values(kind: Any, prefix: str, given: dict[str, Any], **others: Any) -> Any:
     known = {declared.name: declared for declared in fields(kind) if "option" in declared.metadata}
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:

@@ -272,7 +272,7 @@ def _run_in(
             folder=folder,
             run_id=folder_of(config).relative_to(config.out).as_posix(),
             config=plain,
-            config_hash=hash_config(plain),
+            configuration=hash_config(plain),
             loggers=[
                 ProgressLogger(console),
                 WandbLogger(folder, mode=config.wandb.mode, project=config.wandb.project, group=config.wandb.group),

@@ -37,7 +37,7 @@ def run_benchmark(
     folder: Path | None = None,
     run_id: str | None = None,
     config: Mapping[str, Any] | None = None,
-    config_hash: str | None = None,
+    configuration: str | None = None,
     loggers: Sequence[BaseLogger] = (),
     plugins: Sequence[BasePlugin] = (),
     progress: Progress | None = None,
@@ -63,8 +63,8 @@ def run_benchmark(
         folder: Where the run's files are written, except `config.yaml`; None writes none.
         run_id: The name of the run; None derives one from stream, model, editor and seed.
         config: The resolved configuration, for loggers.
-        config_hash: SHA-256 of that configuration, for the result.
-        loggers: Avalanche loggers; a `RunLogger` is also called at the run's start and end.
+        configuration: SHA-256 of that configuration, for the result.
+        loggers: Avalanche loggers; those of `grace_bench.run.loggers` are also told of the run's start and end.
         plugins: Avalanche plugins that use experience-level callbacks.
         progress: Called while a long stream is read, the unedited model answers, and an editor prepares.
         resume: Resume from the newest usable checkpoint in the folder, if there is one.
@@ -132,7 +132,7 @@ def run_benchmark(
                 kept.run(every=settings.checkpoint_every)
                 environment = kept.environment()
             result = result_of(
-                loop, opened, settings, run_id=plan.run_id, configuration=config_hash, environment=environment
+                loop, opened, settings, run_id=plan.run_id, configuration=configuration, environment=environment
             )
             if folder is not None and kept is not None:
                 strategy.save_pretrained(folder / "editor")

@@ -279,8 +279,8 @@ def test_what_cannot_be_compared_is_missing_with_its_reason(runs: Path, capsys: 
     ("asked", "told"),
     [
         ("grce,ft", "no run of editor 'grce'; did you mean 'grace'?"),
-        ("grace", "'grace' is not two editors with a comma between"),
-        ("grace,ft,none", "'grace,ft,none' is not two editors"),
+        ("grace", "'grace' should be two editors, separated by a comma"),
+        ("grace,ft,none", "'grace,ft,none' should be two editors"),
         ("grace,grace", "no two rows of grace and grace"),
     ],
 )

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 
 from grace_bench.cli import main
 from grace_bench.editors.ft import FineTune
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.compose import compose, prepare_overrides
 from grace_bench.launch.sweep import preset_parts, sweep_name
 from grace_bench.launch.sweep_run import RunTask
@@ -251,6 +251,31 @@ def test_a_run_that_breaks_keeps_no_other_back_and_leaves_its_traceback(
     assert again.code == 0, again.err
     assert not (broken.parent / "error.json").exists()
     assert len(run_folders(tmp_path)) == 3
+
+
+def test_a_run_that_fails_for_a_known_reason_exits_with_one_alone_and_in_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = FineTune.edit
+
+    def edit(self: FineTune, *args: Any, **kwargs: Any) -> Any:
+        if self.n_iter == 3:
+            raise EditFailure("it cannot be made")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(FineTune, "edit", edit)
+    given = (*SMALL, "editor=ft", "strict=true", f"out={tmp_path}")
+    alone = cli("run", *given, "editor.n_iter=3")
+    assert alone.code == 1
+    last = alone.err.splitlines()[-1]
+    assert last.startswith("grace-bench: strict=true: edit 1 ")
+    assert "it cannot be made" in last
+    sweep = cli("run", "-m", *given, "editor.n_iter=2,3", "existing=rerun")
+    assert sweep.code == 1
+    assert sweep.err.splitlines()[-1] == "grace-bench: 1 of 2 runs failed"
+    assert [line.split()[0] for line in sweep.out.splitlines()[-3:-1]] == ["done", "failed"]
+    (broken,) = (path.parent for path in tmp_path.rglob("error.json") if not path.parent.name.startswith("."))
+    assert cli("resume", str(broken)).code == 1
 
 
 def test_a_sweep_done_again_reuses_every_run_and_leaves_nothing_beside_them(tmp_path: Path) -> None:

@@ -515,6 +515,30 @@ def test_bounded_lookups_give_the_distances_of_cdist_and_the_newest_of_equals(
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @given(
+    kind=st.sampled_from(["plain", "common", "repeated", "near-ties", "grid", "sizes", "large"]),
+    n=st.integers(1, 60),
+    width=st.sampled_from([2, 16, 130]),
+    seed=st.integers(0, 2**31),
+)
+@_thorough
+def test_bounded_lookups_find_the_nearest_key_in_double_precision(
+    distance: Distance, kind: str, n: int, width: int, seed: int
+) -> None:
+    codebook = of_keys(cloud(kind, n, width, seed), 1.0, distance)
+    queries = torch.cat([codebook.keys, cloud(kind, 10, width, seed + 1)])
+    with lookups(BOUNDED, pairs=50):
+        found = codebook.retrieve(queries)
+    # No float32 distance of this width is off by more, relative to itself or, for cosine distance, to a unit vector.
+    relative, absolute = 2e-5, (2e-6 if distance == "cosine" else 0.0)
+    for row, query in enumerate(queries):
+        expected = true_distances(codebook, query)
+        chosen = expected[int(found.entry[row])]
+        assert chosen <= expected.min() * (1 + 2 * relative) + 2 * absolute
+        assert math.isclose(float(found.distance[row]), chosen, rel_tol=relative, abs_tol=absolute)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@given(
     kind=_cloud,
     n=st.integers(1, 40),
     width=st.sampled_from([1, 2, 16]),

@@ -16,7 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.guard import failed_outcome
 from grace_bench.editors.grace import Grace
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel, Replacement
@@ -458,3 +460,19 @@ def test_after_a_ball_shrinks_what_it_answered_is_looked_up_anew() -> None:
     left = (before.entry == 0) & (after.entry == -1)
     assert left.any()
     assert all(version is None for version, has_left in zip(after.versions, left, strict=True) if has_left)
+
+
+def test_a_programming_error_in_the_training_of_pending_values_keeps_its_traceback(
+    make_model: Callable[..., EditableModel], make_requests: Callable[[str], list[EditRequest]]
+) -> None:
+    model = make_model("qa")
+
+    def mistaken(*_: Any) -> Any:
+        return model.task.no_such_loss  # type: ignore[attr-defined]
+
+    with Grace(model=model, n_iter=2, eps_init=1e-3) as editor:
+        model.task.row_losses = mistaken  # type: ignore[method-assign]
+        request = make_requests("qa")[0]
+        with pytest.raises(EditFailure, match="AttributeError") as caught:
+            editor.edit_text(request.prompt, request.target)
+    assert failed_outcome(caught.value).traceback is not None
