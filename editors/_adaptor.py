@@ -20,11 +20,11 @@ class AdaptorStrategy(EditorStrategy):
     """An adaptor that is trained on each edit and changes the layer's output; the model's weights never change.
 
     The adaptor is built at the first edit, in float32, from a generator seeded by `seed`. Until then, and after a
-    rollback, the layer answers by itself.
+    rollback, the layer's own output is used.
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam.
         seed: Seeds the adaptor's first weights.
         plugins: Avalanche plugins.
@@ -59,7 +59,7 @@ class AdaptorStrategy(EditorStrategy):
         self.step: int | None = None
         """The step of the training in progress, from 0; None outside training."""
         self.is_trained = False
-        """Whether an edit was finished."""
+        """Whether at least one edit is finished."""
         self._size: tuple[int, ...] = (0, 0)
         self.intercept(self._answer)
 

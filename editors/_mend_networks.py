@@ -17,11 +17,11 @@ from grace_bench.models.encoding import EncodedBatch
 
 @dataclass(frozen=True)
 class RankOnes:
-    """For each of B rows a matrix of a linear layer's shape, as the sum over S positions of the outer products δ uᵀ.
+    """A matrix of a linear layer's shape for each of B rows, as the sum over S positions of outer products δ uᵀ.
 
     Attributes:
         u: (B, S, D_in) in float32.
-        delta: (B, S, D_out) in float32; zero where a position adds nothing, such as at padding.
+        delta: (B, S, D_out) in float32; zero at positions that contribute nothing, such as padding.
     """
 
     u: Tensor
@@ -39,13 +39,13 @@ class RankOnes:
 class EditorNetworks(nn.Module):
     """Turns the gradients of an edit at some linear layers into updates of their weights (Mitchell et al. 2022).
 
-    Layers of one shape share a network; each has its own scale, shift, normalisation and edit learning rate. At the
-    start every network is the identity, and an update is a step down the normalised gradient.
+    Layers of one shape share a network; each has its own scale, shift, normalisation and edit learning rate. Every
+    network starts as the identity, so an update is a step along the negative normalised gradient.
 
     Args:
         sizes: D_in and D_out of each of L layers.
         rank: Rank of the networks' matrices.
-        edit_lr: The edit learning rates at the start.
+        edit_lr: The initial edit learning rates.
         generator: Draws the first weights.
     """
 
@@ -59,7 +59,7 @@ class EditorNetworks(nn.Module):
             width, n_layers = sum(size), self.sizes.count(size)
             self.networks[_name(size)] = nn.ModuleList(_Residual(width, n_layers, rank, generator) for _ in range(2))
         self.normalisers = nn.ModuleList(_Normaliser(sum(size)) for size in self.sizes)
-        # Learned as logarithms, so that a step of the meta-optimiser suits any size and none turns negative.
+        # Learned as logarithms: a step of the meta-optimiser then suits any magnitude, and no rate turns negative.
         self.log_edit_lr = nn.Parameter(torch.full((len(self.sizes),), math.log(edit_lr)))
 
     def observe(self, gradients: Sequence[RankOnes]) -> None:
@@ -68,7 +68,7 @@ class EditorNetworks(nn.Module):
             cast(_Normaliser, normaliser).observe(_concatenated(gradient)[_contributing(gradient)])
 
     def forward(self, gradients: Sequence[RankOnes]) -> list[RankOnes]:
-        """Returns what to add to the weight of each layer, for each row."""
+        """Returns the update of each layer's weight, for each row."""
         updates = []
         for layer, (size, gradient) in enumerate(zip(self.sizes, gradients, strict=True)):
             z = self.normalisers[layer](_concatenated(gradient))
@@ -81,7 +81,7 @@ class EditorNetworks(nn.Module):
 
 
 class _Residual(nn.Module):
-    """z + max(0, s ⊙ (U V z + b) + o), with s and o of the layer at hand; the identity at the start."""
+    """z + max(0, s ⊙ (U V z + b) + o), with s and o of the given layer; initially the identity."""
 
     def __init__(self, width: int, n_layers: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ class _Residual(nn.Module):
     def forward(self, z: Tensor, layer: int) -> Tensor:
         inner = z @ self.right.T @ self.left.T + self.bias
         inner = inner * self.scale[layer] + self.shift[layer]
-        # All of it is zero at the start, where a ReLU would let no gradient through and a maximum does.
+        # Everything is zero at the start, where a maximum passes a gradient and a ReLU does not.
         return z + torch.maximum(inner, torch.zeros_like(inner))
 
 
 class _Normaliser(nn.Module):
-    """Takes off the mean and divides by the deviation of everything observed, dimension by dimension."""
+    """Subtracts the mean and divides by the deviation of all observed vectors, dimension by dimension."""
 
     count: Tensor
     mean: Tensor
@@ -123,7 +123,7 @@ class _Normaliser(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         deviation = (self.squares / self.count.clamp(min=1)).sqrt()
-        # What never varied while training has no scale that a later value could be measured by.
+        # A dimension that never varied in training gives no scale for later values.
         return torch.where(deviation > 0, (z - self.mean) / deviation, 0.0)
 
 
@@ -131,7 +131,7 @@ def linear_size(path: str, module: nn.Module) -> tuple[int, int]:
     """Returns D_in and D_out of a linear layer.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not a linear layer.
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -152,10 +152,10 @@ def edit_gradients(
         batch: B requests with labels.
 
     Returns:
-        The logits, and for each layer the gradients, u being its inputs and δ the gradients at its outputs.
+        The logits, and the gradients of each layer: u are its inputs, δ the gradients at its outputs.
 
     Raises:
-        UserError: If a layer takes no part in the model's answers.
+        UserError: If a layer does not contribute to the model's answers.
     """
     entered: dict[str, list[Tensor]] = {path: [] for path in layers}
     probes: dict[str, list[Tensor]] = {path: [] for path in layers}
@@ -192,7 +192,7 @@ def edit_gradients(
 
 @contextmanager
 def updated(layers: dict[str, nn.Module], updates: Sequence[RankOnes]) -> Iterator[None]:
-    """Lets each row of a batch be answered with its own update of the weights, through which gradients flow."""
+    """Applies to each row of a batch its own update of the weights; gradients flow through the updates."""
 
     def add(module: nn.Module, update: RankOnes) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _concatenated(gradient: RankOnes) -> Tensor:
 
 
 def _contributing(gradient: RankOnes) -> Tensor:
-    """(B, S) bool, where a position takes part in the loss."""
+    """(B, S) bool, the positions that contribute to the loss."""
     return (gradient.delta != 0).any(dim=-1)
 
 

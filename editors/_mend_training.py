@@ -26,13 +26,13 @@ _WINDOW = 50
 class MetaTraining:
     """Trains editor networks on single edits of a model, which itself never changes (Mitchell et al. 2022).
 
-    An edit's equivalent is one of its rephrases or another request of its fact, else the edit itself; the edit loss is
-    the edited model's on it. The locality loss is the KL divergence from the unedited model's predictions to the edited
-    one's, at the labelled positions of a request of another fact.
+    An edit's equivalent is one of its rephrases or another request about the same fact, or else the edit itself; the
+    edit loss is the edited model's loss on it. The locality loss is the KL divergence from the unedited model's
+    predictions to the edited model's, at the labelled positions of a request about another fact.
 
     Args:
         model: The unedited model.
-        layers: The linear layers that are edited, by dotted path.
+        layers: The edited linear layers, by dotted path.
         networks: The networks to train, on the model's device.
         train: The requests to learn from.
         batch_size: Edits in a step, each made on its own.
@@ -68,7 +68,7 @@ class MetaTraining:
         self.generator = generator
         self.optimizer = torch.optim.Adam(networks.parameters(), lr=lr)
         self.history: list[list[float]] = []
-        """For every step so far its edit loss, success and locality loss."""
+        """Edit loss, success and locality loss of every step so far."""
         self._of_fact: dict[str, list[EditRequest]] = defaultdict(list)
         for request in train:
             self._of_fact[request.fact_id].append(request)
@@ -136,7 +136,7 @@ class MetaTraining:
         self.history.append([float(edit_loss.detach()), n_right / self.batch_size, float(locality_loss.detach())])
 
     def figures(self) -> dict[str, float]:
-        """Returns the mean losses and success of the first and of the last steps."""
+        """Returns the mean losses and success over the first and over the last steps."""
         history = torch.tensor(self.history, dtype=torch.float64)
         first, last = history[:_WINDOW].mean(dim=0).tolist(), history[-_WINDOW:].mean(dim=0).tolist()
         names = ("edit_loss", "edit_success", "locality_kl")
@@ -174,7 +174,7 @@ class MetaTraining:
         self.history = state["history"].tolist()
 
     def _draw(self) -> tuple[EditRequest, EditRequest, EditRequest]:
-        """Draws an edit, an equivalent and a request of another fact."""
+        """Draws an edit, an equivalent and a request about another fact."""
         edit = other = self._one_of(self.train)
         siblings = (request for request in self._of_fact[edit.fact_id] if request.id != edit.id)
         equivalents = [*siblings, *rephrased([edit])] or [edit]

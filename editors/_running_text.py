@@ -16,7 +16,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
 
 _FORMAT = 1
-# Logits of a whole vocabulary come with every token: 2048 of them take 400 MB for 50,000 words in float32.
+# Every token brings logits over the whole vocabulary: 2048 tokens take 400 MB for 50,000 words in float32.
 _TOKENS_A_BATCH = 2048
 
 
@@ -24,12 +24,11 @@ def read_texts(path: str, *, most: int) -> list[str]:
     """Reads running text: one text a line, or from a `.jsonl` file the field `Text` or `text` of each record.
 
     Args:
-        path: The file, UTF-8. Blank lines are passed over.
-        most: How many texts are read, from the top.
+        path: The file, UTF-8. Blank lines are skipped.
+        most: Maximum number of texts, from the top of the file.
 
     Raises:
-        UserError: In one line with file, line and field, if the file cannot be read, holds nothing, or a line holds
-            no text.
+        UserError: If the file cannot be read or is empty, or a line has no text; names file, line and field.
     """
     try:
         texts = list(islice(_texts(readable(path), path), most))
@@ -68,7 +67,7 @@ def _field(line: str, place: str) -> str:
 
 @torch.no_grad()
 def sample_texts(model: EditableModel, *, n_texts: int, lengths: Sequence[int], seed: int) -> list[str]:
-    """Lets a causal model itself write texts, by plain sampling after its begin token.
+    """Samples texts from a causal model, without truncation or temperature, after its begin token.
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.
@@ -138,7 +137,7 @@ def _sum_of_products(model: EditableModel, rows: Sequence[list[int]], progress: 
 
 
 def _batches(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yields rows of like length together, as many as the padded batch has room for."""
+    """Yields batches of rows of similar length, each as large as the limit on padded tokens allows."""
     chunk: list[list[int]] = []
     for row in sorted(rows, key=len):
         if chunk and (len(chunk) + 1) * len(row) > _TOKENS_A_BATCH:

@@ -1,4 +1,4 @@
-"""The training loop of editors that optimise something on each edit."""
+"""The training loop of editors that optimise parameters on each edit."""
 
 from collections.abc import Callable
 
@@ -15,9 +15,9 @@ class EditTraining:
     """Training on one edit, until the model answers it or for `n_iter` steps.
 
     Args:
-        model: The model, which answers with whatever is trained.
+        model: The model, whose answers depend on the trained parameters.
         encoded: The edit.
-        n_iter: The most steps.
+        n_iter: Maximum number of steps.
         stops_when_answered: Whether to stop once the model gives the target.
     """
 
@@ -52,7 +52,7 @@ class EditTraining:
 
     @torch.no_grad()
     def outcome(self) -> EditOutcome:
-        """Returns the losses of the training, and the loss with the model as it answers now.
+        """Returns the losses of the training, and the loss of the model as it answers now.
 
         Raises:
             EditFailure: If the latter is not finite.

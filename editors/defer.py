@@ -15,7 +15,7 @@ from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor
 
-# On the logit scale: a gate trained to lie just at the threshold would lie below it in another batch.
+# On the logit scale: rounding in another batch could move a gate trained exactly to the threshold below it.
 _MARGIN = 1.0
 
 
@@ -24,14 +24,14 @@ class Defer(AdaptorStrategy):
     """A gate that defers some inputs to a predicted layer output (Hartvigsen et al. 2023, after SERAC).
 
     From the layer's input q at the query position a gate g = sigmoid(w q + b) and an output p = W q + c are computed.
-    Where g lies above the threshold the layer gives p, elsewhere its own output h. Both are trained together on each
-    edit: on the loss of the mixture g p + (1 - g) h, and on a hinge that asks the gate to lie above the threshold. With
-    the first alone the gate may close over a prediction that starts out bad, and the edit is never deferred.
-    Unlike in SERAC (Mitchell et al. 2022) nothing tells the gate what lies outside the scope of the edits.
+    Where g lies above the threshold the layer returns p, elsewhere its own output h. Both are trained together on each
+    edit: on the loss of the mixture g p + (1 - g) h, and on a hinge that pushes the gate above the threshold. Without
+    the hinge the gate may close on a prediction that starts out bad, and the edit is never deferred. Unlike in SERAC
+    (Mitchell et al. 2022), the gate is trained on no inputs outside the scope of the edits.
 
     Args:
         model: The model to edit.
-        n_iter: Steps of Adam an edit takes.
+        n_iter: Adam steps per edit.
         lr: Learning rate of Adam (paper: 0.1).
         threshold: The gate's value above which an input is deferred.
         replacement: The positions of the layer's output that the prediction overwrites.

@@ -23,7 +23,7 @@ class FineTune(EditorStrategy):
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam (paper: 1e-2).
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.

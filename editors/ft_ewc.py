@@ -18,18 +18,19 @@ from grace_bench.registry import register_editor
 
 @register_editor("ft_ewc")
 class FineTuneEwc(FineTune):
-    """Fine-tunes on each edit, held near weights that mattered to the last edits (EWC, Kirkpatrick et al. 2017).
+    """Fine-tunes on each edit, penalising changes to weights that mattered to the last edits (Kirkpatrick et al. 2017).
 
-    To the loss is added lambda / 2 * sum_i F_i (w_i - a_i)^2 (their Equation 3), where the anchor a is the layer after
-    the edit before and F the diagonal of the empirical Fisher information there: the mean over the last edits of the
-    squared gradient of the target's log-likelihood. Both are taken anew after every edit, which makes it online.
+    The penalty (elastic weight consolidation) is lambda / 2 * sum_i F_i (w_i - a_i)^2 (their Equation 3), where the
+    anchor a is the layer after the previous edit and F the diagonal of the empirical Fisher information there: the mean
+    over the last edits of the squared gradient of the target's log-likelihood. Both are recomputed after every edit,
+    which makes this the online variant.
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam.
         ewc_lambda: Weight of the penalty (GRACE paper: 0.1).
-        n_samples: How many of the last edits the Fisher information is taken from (GRACE paper: 10).
+        n_samples: Number of the last edits from which the Fisher information is computed (GRACE paper: 10).
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
 
@@ -72,7 +73,7 @@ class FineTuneEwc(FineTune):
         return self.ewc_lambda / 2 * sum((f * (w - a) ** 2).sum().to(self.model.device) for f, w, a in terms)
 
     def fisher(self, samples: Sequence[EncodedBatch]) -> list[Tensor]:
-        """Returns the diagonal of the empirical Fisher information, one float32 tensor a parameter of the layer.
+        """Returns the diagonal of the empirical Fisher information, one float32 tensor per parameter of the layer.
 
         Args:
             samples: Requests with their targets, one row each.

@@ -25,11 +25,11 @@ class FineTuneRetrain(FineTune):
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam.
         retrain_every: Retrain after every so many edits (GRACE paper: 50).
-        memory_size: The most edits remembered.
-        n_epochs: The most passes over the memory a retraining takes; it ends earlier once every edit is answered.
+        memory_size: Maximum number of remembered edits.
+        n_epochs: Maximum number of passes over the memory in a retraining; it stops once every edit is answered.
         batch_size: Edits in a step of retraining.
         seed: Seeds the reservoir and the order of retraining.
         plugins: Avalanche plugins.
@@ -89,13 +89,13 @@ class FineTuneRetrain(FineTune):
         if len(self.memory) < self.memory_size:
             self.memory.append((prompt, target))
             return
-        # A generator of its own for every edit, so that going on from a state draws the same.
+        # Every edit has its own generator, so that a resumed run draws the same numbers.
         place = random.Random(f"{self.seed}/{self._n_seen}").randrange(self._n_seen)
         if place < self.memory_size:
             self.memory[place] = (prompt, target)
 
     def _retrain(self) -> int:
-        """Fine-tunes the original weights on the memory and returns the steps it took."""
+        """Fine-tunes the original weights on the memory and returns the number of steps."""
         self.restore_weights()
         steps = 0
         with trainable(self.model.layer.parameters()) as parameters:

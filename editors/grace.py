@@ -29,15 +29,16 @@ class Grace(CodebookEditor):
         n_iter: Steps of Adam on an entry's value.
         lr: Learning rate of Adam.
         value_init: `cold` starts a value uniformly in [0, 1), `warm` at the layer's own output.
-        replacement: The positions of the layer's output an entry overwrites: the query position, all of them, or those
-            before the query.
-        distance: Between keys and queries: `euclidean`, `cosine`, or `mahalanobis`, which `calibrate` makes ready: the
-            covariance is that of upstream activations, so that directions in which inputs differ anyway count less.
+        replacement: The positions of the layer's output that an entry overwrites: the query position, all positions, or
+            those before the query.
+        distance: The distance of keys and queries: `euclidean`, `cosine`, or `mahalanobis`, for which `calibrate`
+            estimates the covariance of upstream activations, so that directions in which inputs differ anyway count
+            less.
         fidelity: `reference` reproduces the official code step by step; `strict` corrects what
             `docs/fidelity.md` lists.
         overlap: `allow` lets balls of different labels overlap, as in the paper; with `shrink` a new or growing ball
-            ends where one of another label begins.
-        seed: Seeds cold values; every edit has a generator of its own, so that nothing else moves them.
+            ends where a ball of another label begins.
+        seed: Seeds cold values; every edit has its own generator, so that nothing else affects them.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
 
@@ -102,14 +103,14 @@ class Grace(CodebookEditor):
         self.seed = seed
 
     def edit(self, batch: EditBatch) -> EditOutcome:
-        """Settles each request in order; the outcome is that of the last one.
+        """Settles each request in order and returns the outcome of the last one.
 
-        Values are left pending (see `RecentEdits`). After an edit whose value turns out not to be finite, the edits
-        are not made until `flush` has reported it.
+        Values are left pending (see `RecentEdits`). After an edit whose value turns out not to be finite, no further
+        edit is made until `flush` has reported it.
 
         Raises:
-            EditFailure: If the edit cannot be made; the editor is as it was before it.
-            UserError: If the distance needs `calibrate` first.
+            EditFailure: If the edit cannot be made; the editor is unchanged.
+            UserError: If the distance needs `calibrate`, which was not called.
         """
         if self.codebook.needs_whitening:
             raise UserError(
@@ -172,7 +173,7 @@ class Grace(CodebookEditor):
         """Trains one entry's value on one request, and returns its loss step by step (section 3.2, Equation 3).
 
         Raises:
-            EditFailure: If a loss or the value is not finite; the value is as it was.
+            EditFailure: If a loss or the value is not finite; the value is unchanged.
         """
         self.versions.forget(entry)
         found = self.codebook.retrieve(self.model.layer_call(encoded).query)

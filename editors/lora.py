@@ -20,11 +20,11 @@ _NAME = "default"
 class Lora(AdaptorStrategy):
     """One low-rank adapter on the layer, fine-tuned on each edit until the model answers it (Hu et al. 2022).
 
-    To the layer's output is added (alpha / r) B A x at every position; `peft` makes A and B and their scale.
+    The adapter adds (alpha / r) B A x to the layer's output at every position; `peft` creates A, B and their scale.
 
     Args:
         model: The model to edit.
-        n_iter: The most steps of Adam an edit takes.
+        n_iter: Maximum number of Adam steps per edit.
         lr: Learning rate of Adam.
         r: Rank of the adapter.
         alpha: Its scale, divided by the rank.
@@ -67,8 +67,8 @@ class Lora(AdaptorStrategy):
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=["layer"],
         )
-        # The model itself stays as it is, and its weights may be offloaded: peft wraps a stand-in of the layer's size,
-        # and its A and B are taken.
+        # peft wraps a stand-in of the layer's size, and only its A and B are used: the model itself must not change,
+        # and its weights may be offloaded.
         stand_in = nn.ModuleDict({"layer": nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False)})
         wrapped: Any = inject_adapter_in_model(config, stand_in, _NAME)
         self._scale = float(wrapped["layer"].scaling[_NAME])

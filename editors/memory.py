@@ -18,16 +18,15 @@ class Memory(AdaptorStrategy):
     """Attention over a fixed number of learned slots at one layer (Hartvigsen et al. 2023, after Weston et al. 2015).
 
     The layer's input q at the query position gives softmax(K q + b) over the slots' keys K, and the layer's output
-    becomes the mean of the slots' values under these weights. Until the memory was trained the unedited layer
-    answers; while the first edit trains it, the layer's own output is mixed in, with a share that falls from step to
-    step to none at the last.
+    becomes the mean of the slots' values under these weights. Before the first edit the layer is unedited; while the
+    first edit trains the memory, the layer's own output is mixed in, with a share that falls to zero at the last step.
 
     Args:
         model: The model to edit.
-        n_iter: Steps of Adam an edit takes.
+        n_iter: Adam steps per edit.
         lr: Learning rate of Adam (paper: 0.1).
         n_slots: Slots of the memory (paper: 100).
-        replacement: The positions of the layer's output that the memory's overwrites.
+        replacement: The positions of the layer's output that the memory overwrites.
         seed: Seeds the first weights.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
@@ -61,7 +60,7 @@ class Memory(AdaptorStrategy):
 
     def build(self, n_in: int, n_out: int) -> nn.Module:
         values = nn.Linear(self.n_slots, n_out, bias=False)
-        # As the values of GRACE's cold start; nn.Linear's own would vanish with the number of slots.
+        # Initialised like GRACE's cold values; nn.Linear's default would shrink with the number of slots.
         nn.init.uniform_(values.weight)
         return nn.ModuleDict({"attention": nn.Linear(n_in, self.n_slots), "slot_values": values})
 

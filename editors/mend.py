@@ -29,26 +29,26 @@ class Mend(EditorStrategy):
     """Networks that turn an edit's gradient into an update of the weights, trained before the first edit.
 
     The gradient at a linear layer is a sum of outer products δ uᵀ over tokens (Mitchell et al. 2022, section 3); the
-    networks map each pair (u, δ) to another. They are trained so that one update makes the model answer the edit in
-    other words and leaves its predictions for other inputs alone.
+    networks map each pair (u, δ) to another. They are trained so that one update makes the model answer other wordings
+    of the edit and preserves its predictions for other inputs.
 
     Args:
         model: The model to edit.
-        layers: Dotted paths of the linear layers whose weights are edited (paper: those of the last MLPs); None for the
-            model's edited layer alone.
+        layers: Dotted paths of the linear layers whose weights are edited (paper: the last MLPs); None for only the
+            model's edited layer.
         rank: Rank of the networks' matrices.
         n_steps: Steps of meta-training.
         batch_size: Edits in a step of meta-training, each made on its own.
         lr: Learning rate of Adam in meta-training.
-        edit_lr: Edit learning rate of each layer before it is learned (paper: 1e-4, on larger models).
+        edit_lr: Initial edit learning rate of each layer, which is then learned (paper: 1e-4, on larger models).
         c_edit: Weight of the edit loss in meta-training (paper: 0.1).
         c_loc: Weight of the locality loss in meta-training (paper: 1).
-        meta_seed: Seeds meta-training; apart from a run's seed, so that all runs of a table share the networks.
+        meta_seed: Seeds meta-training; separate from the run's seed, so that all runs of a table share the networks.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
 
     Raises:
-        UserError: If a number is out of range or a layer is no linear map, naming it.
+        UserError: If a number is out of range or a layer is not linear, naming it.
     """
 
     freezes_weights = False
@@ -107,12 +107,13 @@ class Mend(EditorStrategy):
     def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
         """Trains the editor networks on single edits of the unedited model and saves them as an artifact.
 
-        An edit's equivalent is one of its rephrases or another request of its fact, else the edit itself. Locality is
-        the KL divergence from the unedited model's predictions to the edited one's, at the labelled positions of a
-        request of another fact.
+        An edit's equivalent is one of its rephrases or another request about the same fact, or else the edit itself.
+        Locality is the KL divergence from the unedited model's predictions to the edited model's, at the labelled
+        positions of a request about another fact.
 
         Returns:
-            Mean losses and success of the first and the last steps, the number of steps, and the seconds they took.
+            Mean losses and success over the first and the last steps, the number of steps, and their duration in
+            seconds.
 
         Raises:
             UserError: If the requests are all about one fact, or training diverges.
@@ -169,7 +170,7 @@ class Mend(EditorStrategy):
     def _key(self, train: Sequence[EditRequest]) -> str:
         """Returns a digest of all that decides meta-training; the model must be unedited."""
         task = self.model.task
-        # Named only where there are any, so that networks trained without them stay known.
+        # Included only if there are any, so that networks trained without them keep their cache key.
         limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
         cuts = [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
         return content_key(

@@ -39,7 +39,7 @@ class Rome(EditorStrategy):
 
     Args:
         model: The model to edit; the layer must be `nn.Linear` or transformers' `Conv1D`.
-        n_iter: The most steps of Adam on a value.
+        n_iter: Maximum number of Adam steps on a value.
         lr: Learning rate of Adam.
         kl_weight: Weight of KL(edited || unedited) of the token after "{subject} is a", which preserves the subject.
         weight_decay: Weight of |v* - v| / |v|², where v is the layer's own output.
@@ -47,9 +47,9 @@ class Rome(EditorStrategy):
         n_prefixes: The number of texts of each length, sampled from the model, to put before a prompt; a key is the
             mean over them and the bare prompt, and a value is optimised for all of these together.
         prefix_lengths: Their lengths in tokens.
-        text_path: A file of running text, one text a line, or `.jsonl` with the field `Text` or `text`; None takes
-            the requests that the stream marks for training.
-        n_texts: The most texts that the covariance is computed from (paper: 100,000).
+        text_path: A file of running text, one text a line, or `.jsonl` with the field `Text` or `text`; None uses the
+            requests that the stream marks for training.
+        n_texts: Maximum number of texts for the covariance (paper: 100,000).
         seed: Seeds the prefixes.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.

@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for, so that `grace-bench --help` does not wait for torch.
+    # Imported at first use, so that `grace-bench --help` does not import torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'grace_bench' has no attribute {name!r}")
     from importlib import import_module

@@ -60,25 +60,26 @@ Draws a figure as SVG and PNG.
   grace-bench figure curves runs --out figures
   grace-bench figure separability stream=atlas-qa distance=euclidean,cosine --out figures
 
-  RUNS        run folders, or folders that hold some; a figure for each stream and model in them
+  RUNS        run folders, or folders that contain some; a figure for each stream and model in them
   --out DIR   the folder to write; figures of the same names in it are replaced
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Carries out a command.
+    """Runs a command.
 
     Args:
         arguments: The command line without the program's name.
 
     Returns:
-        0 done; 2 the user's mistake, one line on standard error; 1 a failure; 130 interrupted.
+        The exit code: 0 for success, 2 for a mistake of the user (one line on standard error), 1 for a failure, 130 if
+        interrupted.
     """
     if arguments is None:
         sys.excepthook = _show_traceback
         sys.stderr = BestEffortStream(sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # Loading reports and download bars would drown the one line that says what is wrong.
+    # Loading reports and download bars would hide the one line with the error.
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -221,9 +222,9 @@ def _run_help() -> str:
             "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
             "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
             "tuned=FOLDER takes your own, as sweep=tune writes them.",
-            f"paper=NAME takes a published setting whole: {papers}.",
+            f"paper=NAME applies a published setting: {papers}.",
             f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
-            "hydra/launcher=ray, submitit_slurm or submitit_local carries out a sweep on other machines or processes.",
+            "hydra/launcher=ray, submitit_slurm or submitit_local runs a sweep on other machines or processes.",
         ]
     )
 

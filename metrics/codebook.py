@@ -78,7 +78,7 @@ class CodebookOverlap(_CodebookMetric):
         self._contested: list[bool] = []
 
     def before_eval(self, strategy: EditorStrategy) -> None:
-        """Starts counting anew."""
+        """Resets the count."""
         self._contested = []
 
     def after_eval_exp(self, strategy: EditorStrategy) -> None:

@@ -1,4 +1,4 @@
-"""What the edits achieve: on the edited requests, on other wordings of them, and on what follows from them."""
+"""The effect of the edits: on the edited requests, on other wordings of them, and on their consequences."""
 
 from grace_bench.evaluation.metric import StreamScore
 from grace_bench.registry import register_metric
@@ -19,7 +19,7 @@ class EditRetention(StreamScore):
 
 @register_metric("Holdout")
 class Holdout(StreamScore):
-    """Holdout: the main score on other wordings of the facts edited so far, never edited themselves."""
+    """Holdout: the main score on other wordings of the facts edited so far; the wordings are never edited."""
 
     stream = "holdout"
     caption = "other wordings of the edited facts"

@@ -1,1 +1,1 @@
-"""What GRACE alone needs: its codebook, the index of its keys, the training of its values."""
+"""The parts of GRACE: its codebook, the index of its keys, the training of its values."""

@@ -86,7 +86,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class _Others:
-    """Entries of other labels whose balls reach, or nearly, into one about a centre. All are lengths (see `_length`).
+    """Entries of other labels whose balls reach or nearly reach a ball about a centre, in lengths (see `_length`).
 
     Attributes:
         entry: (M,) long.
@@ -102,12 +102,12 @@ class _Others:
 
     @property
     def room(self) -> float:
-        """The greatest radius of a ball about the centre that reaches into none of theirs; negative inside one."""
+        """The largest radius at which a ball about the centre meets none of them; negative inside one."""
         return float((self.distance - self.radius - self.gap).min()) if len(self.entry) else math.inf
 
     @property
     def most_room(self) -> float:
-        """The same after they shrank to their keys."""
+        """The same once their balls have shrunk to their keys."""
         return float((self.distance - self.gap).min()) if len(self.entry) else math.inf
 
 
@@ -117,22 +117,23 @@ class Codebook:
     `settle` decides what an edit does to keys, radii and labels; it never reads values. `retrieve` finds the entries
     that answer queries; it changes nothing.
 
-    In `strict` fidelity an edited input is answered by its own entry also when its query moves by 1e-5, as float32
+    In `strict` fidelity an edited input is answered by its own entry even if its query moves by 1e-5, as float32
     activations do in another batch. With euclidean distance this holds for `eps_init` above 2e-5, unless two entries of
     the codebook lie within 1e-4 of each other. Cosine distance has no such bound in absolute terms, because it grows as
-    queries get shorter: there the promise is about moves of 1e-5 times the query's norm, for queries within a distance
+    queries get shorter: there the guarantee covers moves of 1e-5 times the query's norm, for queries within a distance
     of 0.5 of an entry. Mahalanobis distance counts a move up to `Whitening.gain` times, and every margin with it.
 
-    With `overlap="shrink"` no two balls of different labels ever intersect: d > r1 + r2 of their keys and radii, and
-    for cosine distance the same of the angles, so that no query lies in both. A new or growing ball ends where another
-    begins; where an entry cannot grow to an edited input, the input gets an entry of its own. Balls of other labels
-    shrink in a split, as ever, and where they hold the edited input itself, then too to half their distance from it.
+    With `overlap="shrink"` no two balls of different labels ever intersect: the distance of their keys exceeds the sum
+    of their radii (for cosine distance: of the angles), so no query lies in both. A new or growing ball ends where
+    another begins; where an entry cannot grow to an edited input, the input gets an entry of its own. Balls of other
+    labels shrink in a split, as without this option; one that contains the edited input itself shrinks to half its
+    distance from it.
 
     Args:
         eps_init: Radius of a new entry.
         distance: `euclidean`; `cosine` (1 - cosine similarity; 1 to everything for a query of zeros, or nearly so
             for one shorter than 1e-12); or `mahalanobis`, for which `whiten` must come first.
-        fidelity: `reference` does what the official code does, its flaws included. `strict` keeps every radius
+        fidelity: `reference` reproduces the official code, its flaws included. `strict` keeps every radius
             non-negative, every edited query inside its own ball, and compares labels rather than their means.
         overlap: Whether balls of different labels may overlap: `allow`, as in the paper, or `shrink`.
         device: Where the tensors are.
@@ -182,7 +183,7 @@ class Codebook:
 
     @property
     def keys(self) -> Tensor:
-        """(N, D_in) float32, not to be written to; whitened, where distances are."""
+        """(N, D_in) float32, read-only; whitened for Mahalanobis distance."""
         return self._index.keys
 
     @property
@@ -197,15 +198,15 @@ class Codebook:
 
     @property
     def needs_whitening(self) -> bool:
-        """Whether `whiten` must come before the first entry."""
+        """Whether `whiten` must be called before the first entry is added."""
         return self.distance == "mahalanobis" and self.whitening is None
 
     def whiten(self, activations: Tensor) -> None:
-        """Estimates Mahalanobis distance from (n, D_in) activations of the kind that queries are.
+        """Estimates Mahalanobis distance from (n, D_in) activations at queries.
 
         Raises:
-            UserError: If the codebook has entries, which were measured otherwise, or no distance follows from the
-                activations.
+            UserError: If the codebook already has entries, which were measured by another distance, or the activations
+                determine no distance.
         """
         if len(self):
             raise UserError("a codebook is whitened before its first entry")
@@ -219,8 +220,8 @@ class Codebook:
         if self.distance == "cosine":
             similarity = functional.normalize(queries, dim=-1) @ functional.normalize(self.keys, dim=-1).T
             return (1 - similarity).clamp(min=0)
-        # The official code leaves it to cdist, which above 25 rows multiplies matrices: off by up to 0.5 near zero. For
-        # 25 queries it would do so too, and then a query's answer would depend on the batch it came in.
+        # The official code uses cdist, which multiplies matrices above 25 rows and is then off by up to 0.5 near zero.
+        # More than 25 queries would trigger this too, and a query's answer would depend on its batch.
         mode = "use_mm_for_euclid_dist" if len(self) > _MAX_EXACT_ROWS else "donot_use_mm_for_euclid_dist"
         return torch.cdist(self.keys, queries, p=2, compute_mode=mode).T
 
@@ -267,12 +268,12 @@ class Codebook:
         return intersecting / pairs if pairs else 0.0
 
     def settle(self, query: Tensor, label: Label, make_value: Callable[[], Tensor], label_mean: float) -> Settlement:
-        """Decides which entry holds an edit, and makes or changes it (section 3.2, Algorithm 1).
+        """Decides which entry holds an edit, and creates or changes that entry (section 3.2, Algorithm 1).
 
         Args:
             query: (D_in,) the edited input at the query position.
             label: The wanted answer as ids.
-            make_value: Gives the (D_out,) starting value if a new entry is made.
+            make_value: Returns the (D_out,) starting value; called only if an entry is created.
             label_mean: Mean over the padded labels, which the official code compares instead of the ids.
 
         Returns:
@@ -287,7 +288,7 @@ class Codebook:
         return replace(settled, before=self._before)
 
     def undo(self, before: Before) -> None:
-        """Takes the newest edit back: keys, radii and labels are as before it. A value that was trained on it is not.
+        """Undoes the newest edit: restores keys, radii and labels, but not a value that was trained on it.
 
         Args:
             before: Of the newest edit that has not been undone.
@@ -312,7 +313,8 @@ class Codebook:
         nearest = int(close[position])
         distance = float(distances[position])
         radius = float(self.radii[nearest])
-        # What strict radii add to a distance is the whole noise, so that an edited input is no close decision again.
+        # Strict radii add the whole noise to a distance, so that the edited input itself is never a close decision
+        # later.
         limits = [radius, radius + self.eps_init]
         if self.fidelity == "strict" and label != self.labels[nearest]:
             limits.append(max(noise, self._same_key(nearest)))
@@ -357,7 +359,7 @@ class Codebook:
     ) -> Settlement:
         distance, radius = near[nearest], float(self.radii[nearest])
         covering = max(distance * (1 + _RADIUS_MARGIN), distance + noise)
-        # So near to being nearest that the query's numerical noise could pick them instead.
+        # Entries so close to the nearest that the query's numerical noise could select them instead.
         rivals = [entry for entry in near if entry != nearest]
         is_close = False
         if label == self.labels[nearest] and not rivals:
@@ -368,8 +370,8 @@ class Codebook:
                 settled = self._add("add", query, label, make_value, label_mean, self.eps_init, distance, noise)
                 return replace(settled, is_close=is_close or settled.is_close)
             return Settlement("hit", nearest, False, distance)
-        # No radius can tell two inputs apart that are this close, so the later label stands. Between rivals an entry of
-        # its own can, as long as the query is not within its own noise of the nearest.
+        # No radius separates two inputs this close, so the later label wins. Between rivals an entry of its own can, as
+        # long as the query is farther from the nearest than its own noise.
         if distance <= (noise if rivals else max(noise, self._same_key(nearest))):
             grown, is_close = self._grow(nearest, label, distance, covering, max(radius, covering), noise)
             if grown:
@@ -387,7 +389,7 @@ class Codebook:
     def _grow(
         self, entry: int, label: Label, distance: float, covering: float, radius: float, noise: float
     ) -> tuple[bool, bool]:
-        """Gives an entry a greater radius, for a label, unless balls of other labels leave no room for it.
+        """Enlarges an entry's radius and sets its label, unless balls of other labels leave no room.
 
         Args:
             entry: The entry.
@@ -398,13 +400,13 @@ class Codebook:
             noise: Of the query.
 
         Returns:
-            Whether it grew, and whether rounding could have decided otherwise.
+            Whether it grew, and whether rounding could have changed that.
         """
         if self.overlap_policy == "allow":
             self._resize(entry, radius)
             return True, False
         others = self._others(self.keys[entry], label, radius, noise, but=entry)
-        # An entry that takes another label may share its ball with others of its old one: these have to give way.
+        # An entry that changes its label may overlap entries of its old label, which now must shrink.
         changes = label != self.labels[entry]
         room, needed = others.most_room if changes else others.room, self._length(covering)
         is_same = distance <= noise
@@ -416,7 +418,7 @@ class Codebook:
         return True, is_close
 
     def _others(self, centre: Tensor, label: Label, radius: float, noise: float, *, but: int | None = None) -> _Others:
-        """Finds the entries of other labels whose balls come near one of a radius about a (D,) centre."""
+        """Finds the entries of other labels whose balls come near a ball of this radius about a (D,) centre."""
         reach = self._index.lengths(self.radii.double()) + (self._length(radius) + noise)
         entry, distance = self._index.within(centre, self._index.distances_of(reach).float())
         other = self._label_ids.tensor[entry] != self._id(label)
@@ -426,7 +428,7 @@ class Codebook:
         return _Others(entry, length, self._index.lengths(self.radii[entry].double()), noise / 3 + _GAP * length)
 
     def _push_back(self, others: _Others, needed: float, noise: float) -> _Others:
-        """Shrinks the balls that leave less than the needed length: to half their distance, or more where they must."""
+        """Shrinks the balls that are in the way: to half their distance, or further if `needed` requires it."""
         crowding = others.distance - others.radius - others.gap < needed
         most = torch.minimum(others.distance / 2 - noise / 3, others.distance - others.gap - needed).clamp(min=0)
         radius = torch.where(crowding, torch.minimum(others.radius, most), others.radius)
@@ -462,7 +464,7 @@ class Codebook:
         return float(self._index.lengths(torch.tensor(distance, dtype=torch.float64)))
 
     def _distance(self, length: float) -> float:
-        """The distance that a length is of; 0 for a negative one."""
+        """The distance that corresponds to a length; 0 for a negative length."""
         return float(self._index.distances_of(torch.tensor(length, dtype=torch.float64)))
 
     def _mapped(self, queries: Tensor) -> Tensor:
@@ -471,7 +473,7 @@ class Codebook:
         return queries.float() if self.whitening is None else self.whitening(queries)
 
     def _noise(self, query: Tensor) -> float:
-        """The distance by which rounding may move a query, as it enters the layer, in another batch, with some room."""
+        """The distance, with a margin, by which rounding in another batch may move a query at the layer's input."""
         noise = _JITTER
         if torch.finfo(self.precision).bits < 32:
             size = 1.0 if self.distance == "cosine" else float(query.norm())
@@ -488,7 +490,7 @@ class Codebook:
         return self._id_of_label.setdefault(label, len(self._id_of_label))
 
     def _inside(self, queries: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yields some queries, some entries, and the bool matrix of which queries lie in which balls."""
+        """Yields, block by block: queries, entries, and the bool matrix of which queries lie in which balls."""
         if not len(self):
             return
         if self.fidelity == "strict":
@@ -497,14 +499,14 @@ class Codebook:
             yield slice(0, len(queries)), slice(0, len(self)), self.distances(queries) <= self.radii
 
     def _meeting(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yields some entries, some as old or older, and the bool matrix of whose balls meet."""
+        """Yields, block by block: entries, entries no newer than those, and the bool matrix of whose balls meet."""
         if self.fidelity == "strict":
             yield from self._index.meeting(self.radii)
             return
         for i in range(len(self)):
             some = slice(i, i + 1)
             reach = self._index.reach(self.radii, self.radii[some])
-            # The official code's splits can leave less than no radius: a ball that holds nothing.
+            # A split of the official code can leave a negative radius: a ball that contains nothing.
             reach[(self.radii < 0) | (self.radii[i] < 0)] = -1
             yield some, slice(0, len(self)), self.distances(self.keys[some]) <= reach
 

@@ -1,4 +1,4 @@
-"""What an editor with a codebook does around its algorithm: undo, state, and what answers a query."""
+"""The base class of editors with a codebook: undo, state, and what answers a query."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class CodebookEditor(EditorStrategy):
 
     Args:
         model: The model to edit.
-        codebook: The codebook, empty.
+        codebook: An empty codebook.
         n_iter: Steps of Adam on a value.
         lr: Learning rate of Adam.
         replacement: The positions of the layer's output that a value overwrites.
@@ -162,7 +162,7 @@ class CodebookEditor(EditorStrategy):
         self.recent.load_state_dict(state)
 
     def max_extra_parameters(self, n_edits: int) -> int:
-        # At worst every edit makes an entry: a key, a value and a radius.
+        # In the worst case every edit adds an entry: a key, a value and a radius.
         whitening = self.codebook.whitening
         constant = 0 if whitening is None else whitening.matrix.numel() + whitening.mean.numel()
         return constant + n_edits * (self.codebook.keys.shape[1] + self.codebook.values.shape[1] + 1)

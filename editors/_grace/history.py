@@ -23,8 +23,8 @@ class _Made:
 class History:
     """The changes that edits made to a codebook since `clear`, so that they can be undone, or the past be read.
 
-    An edit adds an entry at most, and changes radii and labels of few. Keys never change. A value does when it is
-    trained, which may be later than the edit it is trained for.
+    An edit adds at most one entry, and changes the radii and labels of few. Keys never change. A value changes when it
+    is trained, which may be later than the edit it is trained for.
 
     Args:
         codebook: The codebook.
@@ -87,7 +87,7 @@ class History:
         return self._codebook.as_it_was(before, values), set(others)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the edits: JSON values, and the (M, D_out) values of those that were trained."""
+        """Returns the edits: JSON values, and the (M, D_out) earlier values of the entries that were trained."""
         values = [made.value for made in self._made if made.value is not None]
         edits = [
             [

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from grace_bench.editors._grace.rows import Rows
 
-# Measured on one core: below this many multiplications the plain distances are faster than a product before them.
+# Measured on one core: below this many multiplications, computing all distances is faster than bounding them first.
 _PLAIN = 2**20
-# The most that is held at once: pairs of a query and a key, queries, and numbers gathered for exact distances.
+# Limits on what is in memory at once: query-key pairs, queries, and numbers gathered for exact distances.
 _PAIRS = 2**17
 _ROWS = 256
 _GATHERED = 2**20
@@ -29,13 +29,13 @@ _SHORTEST = 1e-12
 
 
 class KeyIndex(ABC):
-    """Keys, and exact lookups among them.
+    """Keys with exact lookups.
 
-    The distance of a query and a key is what float32 arithmetic gives for the pair, whatever else is looked up with
-    them; `distances` computes it for all pairs. The other lookups first bound it by a float32 product, and compute it
-    only for the pairs that the bounds leave undecided, so that the answers are those of `distances` to the last bit.
-    The bounds hold for any order of summation: a dot product of width D is off by at most D u / (1 - D u) times the
-    product of the norms, u the unit roundoff (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1).
+    The distance of a query and a key is what float32 arithmetic gives for the pair, independent of the rest of the
+    batch; `distances` computes it for all pairs. The other lookups first bound it by a float32 product, and compute it
+    only for pairs that the bounds do not decide, so their answers equal those of `distances` to the last bit. The
+    bounds hold for any order of summation: a dot product of width D is off by at most D u / (1 - D u) times the product
+    of the norms, u the unit roundoff (Higham 2002, Accuracy and Stability of Numerical Algorithms, 3.1).
 
     Args:
         device: Where the keys are.
@@ -47,7 +47,7 @@ class KeyIndex(ABC):
 
     @property
     def keys(self) -> Tensor:
-        """(N, D) float32, not to be written to."""
+        """(N, D) float32, read-only."""
         return self._keys.tensor
 
     def extend(self, keys: Tensor) -> None:
@@ -76,7 +76,7 @@ class KeyIndex(ABC):
         return self._exact(self.keys, self._sizes.tensor, queries).T
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the (B,) entries nearest to (B, D) queries, the newest of equals, and their distances."""
+        """Returns the (B,) entries nearest to (B, D) queries, the newest in a tie, and their distances."""
         if self._is_plain(queries):
             distances = self.distances(queries)
             entry = newest_of_least(distances)
@@ -84,7 +84,7 @@ class KeyIndex(ABC):
         parts = []
         for chunk in queries.split(_ROWS):
             row, entry, distance = self._near(chunk, 0.0)
-            # All of these lie at the least distance of their query.
+            # All of these lie at the minimum distance of their query.
             newest = entry.new_full((len(chunk),), -1).scatter_reduce_(0, row, entry, "amax")
             parts.append((newest, distance.new_empty(len(chunk)).scatter_(0, row, distance)))
         return torch.cat([entry for entry, _ in parts]), torch.cat([distance for _, distance in parts])
@@ -98,7 +98,7 @@ class KeyIndex(ABC):
             return self._near(query[None], slack)[1:]
         distances = self.distances(query[None])[0]
         close = distances <= distances.min() + slack
-        # The nearest is close, even if its distance is not a number.
+        # The nearest always counts, even if its distance is NaN.
         close[newest_of_least(distances[None])] = True
         entry = torch.nonzero(close)[:, 0]
         return entry, distances[entry]
@@ -110,13 +110,13 @@ class KeyIndex(ABC):
         return entry, self._pairs(query[None], torch.zeros_like(entry), entry)
 
     def inside(self, queries: Tensor, radii: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yields some of (B, D) queries, some entries, and the bool matrix of which lie in balls of (N,) radii."""
+        """Yields, block by block: some of (B, D) queries, entries, and which queries lie in balls of (N,) radii."""
         for some in _slices(len(queries), _ROWS):
             for entries, inside in self._reached(queries[some], radii):
                 yield some, entries, inside
 
     def meeting(self, radii: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yields some entries, some as old or older, and the bool matrix of whose balls of (N,) radii meet."""
+        """Yields, block by block: entries, entries no newer than those, and whose balls of (N,) radii meet."""
         for some in _slices(len(radii), _ROWS):
             for entries, meets in self._reached(self.keys[some], radii[: some.stop], radii[some, None]):
                 yield some, entries, meets
@@ -130,7 +130,7 @@ class KeyIndex(ABC):
         return lengths.clamp(min=0)
 
     def reach(self, radii: Tensor, own_radii: Tensor) -> Tensor:
-        """Returns the greatest distances at which balls of two radii meet."""
+        """Returns the largest distances at which balls of two radii meet."""
         return radii + own_radii
 
     def _is_plain(self, queries: Tensor) -> bool:
@@ -143,7 +143,7 @@ class KeyIndex(ABC):
     def _reached(
         self, queries: Tensor, radii: Tensor, own_radii: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields some of the first entries, and whose balls hold a query or, if it has a radius, meet its own."""
+        """Yields, block by block: some of the first entries, and which balls contain a query or meet its ball."""
         if self._is_plain(queries):
             reach = radii if own_radii is None else self.reach(radii, own_radii)
             yield slice(0, len(radii)), self.distances(queries)[:, : len(radii)] <= reach
@@ -157,7 +157,7 @@ class KeyIndex(ABC):
             yield block, reached
 
     def _near(self, queries: Tensor, slack: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs at most `slack` worse than the best of their query: row, entry, distance, by entry in each row."""
+        """The pairs within `slack` of the best of their query: row, entry, distance, ordered by entry in each row."""
         ceiling = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)
         found = []
         for block, low, high in self._bounded(queries, len(self.keys)):
@@ -191,12 +191,12 @@ class KeyIndex(ABC):
 
     def _products(self, vectors: Tensor, block: slice) -> Tensor:
         """The (B, n) float32 products of (B, D) vectors and some keys."""
-        # A product in half precision, which autocast would make of it, is not what the bounds are for.
+        # Autocast would compute this in half precision, for which the bounds do not hold.
         with torch.autocast(vectors.device.type, enabled=False):
             return vectors.float() @ self.keys[block].T
 
     def _origin(self) -> Tensor | None:
-        """The (1, D) point that the sizes of keys are measured from; None for the origin."""
+        """The (1, D) point from which the sizes of keys are measured; None for the origin."""
         return None
 
     @abstractmethod
@@ -205,14 +205,14 @@ class KeyIndex(ABC):
 
     @abstractmethod
     def _bounds(self, queries: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
-        """Gives the (B, n) bounds of the distances of (B, D) queries to a block of entries."""
+        """Returns the (B, n) bounds of the distances of (B, D) queries to a block of entries."""
 
 
 class EuclideanIndex(KeyIndex):
     """Keys under euclidean distance.
 
-    With c the first key, |q - k|^2 = (q - c).(q + c) - 2 (q - c).k + |k - c|^2. What rounding can do to it grows with
-    |q - c| |k| rather than |q| |k|: activations have much in common, which would drown what tells them apart.
+    With c the first key, |q - k|^2 = (q - c).(q + c) - 2 (q - c).k + |k - c|^2. Its rounding error grows with |q - c|
+    |k| rather than |q| |k|: activations have a large common part, in which their differences would drown.
     """
 
     def _origin(self) -> Tensor | None:
@@ -239,7 +239,7 @@ class EuclideanIndex(KeyIndex):
 
 
 class CosineIndex(KeyIndex):
-    """Keys under cosine distance: half the squared distance of unit vectors, exact near 0 as their product is not.
+    """Keys under cosine distance: half the squared distance of unit vectors; exact near 0, unlike their product.
 
     A vector too short for a direction is at distance 1 from everything. Lengths are angles.
     """
@@ -251,7 +251,7 @@ class CosineIndex(KeyIndex):
         return 2 * (lengths.clamp(0, math.pi) / 2).sin().square()
 
     def reach(self, radii: Tensor, own_radii: Tensor) -> Tensor:
-        # Left in double precision: near opposite keys, float32 tells no two angles apart.
+        # In double precision, because float32 cannot distinguish angles between nearly opposite keys.
         return self.distances_of(self.lengths(radii.double()) + self.lengths(own_radii.double()))
 
     def _exact(self, keys: Tensor, sizes: Tensor, queries: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class CosineIndex(KeyIndex):
 
 
 def newest_of_least(distances: Tensor) -> Tensor:
-    """Returns the (B,) columns with the least of (B, N) distances, the last where several have it."""
+    """Returns the (B,) columns with the minimum of (B, N) distances, the last one in a tie."""
     return distances.shape[1] - 1 - distances.flip(1).argmin(dim=1)
 
 
@@ -283,27 +283,27 @@ def _cdist(keys: Tensor, queries: Tensor) -> Tensor:
 
 def _norms(points: Tensor, origin: Tensor | None = None) -> Tensor:
     """The (..., n) float64 distances of (..., n, D) points from a (1, D) origin."""
-    # Of cdist, unlike a sum over a dimension, it is known that a row's result does not depend on the other rows.
+    # In cdist, unlike in a sum over a dimension, a row's result is known not to depend on the other rows.
     zero = points.new_zeros(1, points.shape[-1]) if origin is None else origin
     return _cdist(points.double(), zero.double())[..., 0]
 
 
 def _missing(norms: Tensor) -> Tensor:
-    """What vectors divided by their norms lack to a squared length of 1: nothing unless they are too short."""
+    """How far normalised vectors fall short of a squared length of 1: 0 unless the vectors are too short."""
     return 1 - (norms / _SHORTEST).clamp(max=1).square()
 
 
 def _error(width: int) -> float:
-    """A bound of the relative error of a float32 sum of `width` products, and of a few roundings more."""
+    """An upper bound of the relative error of a float32 sum of `width` products and a few more roundings."""
     return 1.01 * (width + 32) * _UNIT
 
 
 def _products_are_float32() -> bool:
-    """Whether matrices are multiplied in float32, and not in something faster."""
+    """Whether matrices are multiplied in full float32 precision."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:
-        # It was set for a single backend, which PyTorch then refuses to sum up.
+        # Set for a single backend only, in which case PyTorch refuses to give one answer for all.
         return False
 
 

@@ -1,4 +1,4 @@
-"""The edits since the last flush: their outcomes, the values that are still to be trained, and how to undo them."""
+"""The edits since the last flush: their outcomes, their pending values, and how to undo them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,12 +13,12 @@ from grace_bench.editors._grace.versions import Versions
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, stack
 
-# More tokens at once only cost memory: the arithmetic is the limit by then.
+# More tokens at once cost memory and save no time: arithmetic is the limit by then.
 _TRAINED_TOKENS = 2048
 
 
 class _Pending(NamedTuple):
-    """An edit whose value is not trained yet: the place of its outcome, its request, and the entry that answers it."""
+    """An edit whose value is pending: the index of its outcome, its request, and the entry that answers it."""
 
     place: int
     prompt: str
@@ -48,26 +48,26 @@ class RecentEdits:
         self._history = History(codebook)
         self._pending: dict[int, _Pending] = {}
         self.outcomes: list[EditOutcome] = []
-        """The outcomes of the edits in their order; if one failed, it is the last."""
+        """The outcomes of the edits, in order; a failed one is the last."""
         self.n_settled = 0
-        """The number of edits that were settled since the codebook was empty."""
+        """The number of edits settled since the codebook was empty."""
 
     @property
     def n_pending(self) -> int:
-        """The number of values to be trained."""
+        """The number of pending values."""
         return len(self._pending)
 
     @property
     def failed(self) -> str | None:
-        """Why the last edit failed, with which all after it were undone; None if none did."""
+        """Why the last edit failed, so that it and all after it were undone; None if none failed."""
         return self.outcomes[-1].failed if self.outcomes else None
 
     def is_pending(self, entry: int) -> bool:
-        """Whether the value of an entry is still to be trained."""
+        """Whether the value of an entry is pending."""
         return entry in self._pending
 
     def begin(self) -> None:
-        """Forgets how to undo the edits of the last flush, if there were none since."""
+        """Forgets how to undo the edits of the last flush, if no edit followed it."""
         if not self.outcomes:
             self._history.clear()
 
@@ -82,10 +82,10 @@ class RecentEdits:
         encoded: EncodedBatch,
         answering: int,
     ) -> None:
-        """Adds an edit that was settled, and leaves its value pending.
+        """Adds a settled edit and leaves its value pending.
 
         Args:
-            outcome: Its outcome; its key is the entry whose value is to be trained.
+            outcome: Its outcome, whose `key` is the entry with the pending value.
             before: The changed part of the codebook, as it was before the edit.
             n_edits: The number of edits before it.
             prompt: The prompt.
@@ -99,7 +99,7 @@ class RecentEdits:
         self.outcomes.append(outcome)
         self.n_settled += 1
         if entry in self._pending:
-            # Training for this edit starts from the value that the earlier edit gets.
+            # Training for this edit starts from the value that the earlier edit produces.
             self.train()
             if self.failed is not None:
                 return
@@ -128,7 +128,7 @@ class RecentEdits:
             self.outcomes.append(EditOutcome(failed=failures[first]))
 
     def _train(self, entries: Sequence[int]) -> list[Training]:
-        """Trains values together; if that ends in an error, one by one, to find out whose it is."""
+        """Trains values together; after an error one by one, to find the edit to blame."""
         chosen = [self._pending[entry] for entry in entries]
         for entry, pending in zip(entries, chosen, strict=True):
             self._history.record_value(pending.place)
@@ -159,13 +159,13 @@ class RecentEdits:
         self._pending = {entry: pending for entry, pending in self._pending.items() if pending.place < n}
 
     def flush(self) -> list[EditOutcome]:
-        """Trains the pending values; returns the outcomes and begins anew. The past stays readable until `begin`."""
+        """Trains the pending values, returns the outcomes and starts over. The past stays readable until `begin`."""
         self.train()
         outcomes, self.outcomes = self.outcomes, []
         return outcomes
 
     def as_of(self, n_edits: int) -> tuple[Codebook, set[int]]:
-        """Returns the codebook after `n_edits` edits, and the entries with another value then (see `History.as_of`)."""
+        """Returns the codebook after `n_edits` edits, and the entries with other values (see `History.as_of`)."""
         return self._history.as_of(n_edits)
 
     def clear(self) -> None:

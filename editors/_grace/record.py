@@ -25,7 +25,7 @@ class RecordedEdit(_Strict):
 
 
 class RecordedStep(_Strict):
-    """What the recorded editor did on one edit.
+    """The recorded editor's behaviour on one edit.
 
     Attributes:
         op: `add` if there is a new entry and no older radius changed, `split` if one did; without a new entry `expand`

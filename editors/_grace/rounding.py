@@ -1,4 +1,4 @@
-"""Distances that rounding may have decided otherwise on the machine of a recording."""
+"""Distances at which rounding may have decided differently on the machine of a recording."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from torch import Tensor
 from grace_bench.editors._grace.record import RecordedStep
 
 MAX_EXACT_ROWS = 25
-"""With more entries than this, the official code takes distances from a matrix product."""
+"""With more entries than this, the official code computes distances by a matrix product."""
 
 
 class Rounding:
-    """Stands between the editor and its distances, where rounding may decide."""
+    """Intercepts the editor's distances and decides where rounding may."""
 
     def __init__(self, codebook: Any) -> None:
         self._codebook = codebook
@@ -26,7 +26,7 @@ class Rounding:
 
     @contextmanager
     def forced(self, entry: int, hit: bool) -> Iterator[None]:
-        """Makes one entry answer every query, or none."""
+        """Lets one entry, or none, answer every query."""
         outer, self._forced = self._forced, (entry, hit)
         try:
             yield
@@ -37,16 +37,16 @@ class Rounding:
     def as_recorded(
         self, previous: list[float], step: RecordedStep, label_mean: float
     ) -> Iterator[dict[int, tuple[int, float] | None]]:
-        """Gives one edit the distances that it was recorded with, as far as rounding can have made them.
+        """Gives one edit its recorded distances, as far as rounding can explain them.
 
         Args:
             previous: The recorded radii before the edit.
-            step: What was recorded of it.
+            step: The record of the edit.
             label_mean: The mean of its labels.
 
         Yields:
-            The entry that was taken to be nearest and its distance, by the number of entries at the time (before the
-            edit, and while its value is trained); None where rounding decides nothing.
+            The entry assumed nearest and its distance, by the number of entries at the time (before the edit, and while
+            its value is trained); None where rounding decides nothing.
         """
         n_before = len(self._codebook)
         believed: dict[int, tuple[int, float] | None] = {}
@@ -103,7 +103,7 @@ class Rounding:
         low, high = self._bounds(query)
         near = _near(low, high)
         grew = step.n_keys > len(self._codebook)
-        # A split makes its radii of the distance, so one of zero makes them of noise.
+        # A split derives its radii from the distance, so after a distance of zero they are noise.
         if not self._is_open(near, low, high) and not (grew and low[near[0]] == 0):
             return None
         fitting = [entry for entry in near if (self._codebook.label_means[entry] != label_mean) == grew] or near

@@ -10,9 +10,9 @@ class Rows:
     """A tensor that grows by rows, each in amortised constant time.
 
     Args:
-        shape: Its shape while it is empty: (0, 0) for rows that are vectors, (0,) for numbers.
-        device: Where it is.
-        dtype: Of its numbers.
+        shape: Its shape when empty: (0, 0) for vector rows, (0,) for numbers.
+        device: Its device.
+        dtype: Its dtype.
     """
 
     def __init__(self, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

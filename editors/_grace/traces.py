@@ -1,14 +1,14 @@
-"""Replays recorded runs of GRACE and says whether ours does the same.
+"""Replays recorded runs of GRACE and reports whether this implementation agrees.
 
 Two kinds of numbers in a record are rounding noise, which another machine cannot repeat:
 
-- Above 25 entries the official distances come from a matrix product. Its error decides whatever a distance of zero, or
-  one equal to a radius, decides: wherever an input is repeated. There the record is believed, as far as rounding can
-  have done what it says.
+- Above 25 entries the official distances come from a matrix product. Where an input is repeated, and a distance is zero
+or equals a radius, the error of that product decides. There the replay follows the record, as far as rounding can
+explain it.
 - Adam divides a gradient by its own size, so a gradient near zero turns a last bit into a whole step. A loss or a logit
-  that is out of tolerance is measured again from starting values that differ by one or by four units in the last
-  place, and what those runs differ by is allowed. Another processor rounds in every step, not only at the start: runs
-  of one machine that start one unit apart stay closer to each other than to those of another machine.
+  that is out of tolerance is measured again from starting values that differ by one or by four units in the last place,
+  and the range of these runs is allowed. Another processor rounds differently in every step, not only at the start: on
+  one machine, runs that start one unit apart stay closer to each other than to runs on another machine.
 """
 
 import json
@@ -34,10 +34,10 @@ from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch, causal_batch, pad, seq2seq_batch
 from grace_bench.registry import EDITORS
 
-# How far numbers may be apart: radii absolutely, losses relative to max(1, |loss|), logits absolutely.
+# Tolerances: absolute for radii and logits, relative to max(1, |loss|) for losses.
 _RADIUS, _LOOSE_RADIUS, _LOSS, _LOGIT = 1e-5, 1e-3, 1e-4, 1e-3
 _N_PERTURBED = 8
-# Units in the last place by which starting values differ, in turn.
+# The differences of the starting values, in units in the last place.
 _PERTURBATIONS = (1, 4)
 
 _TASKS: dict[str, TaskName] = {"qa": "qa", "scotus": "classification", "hallucination": "language_modelling"}
@@ -83,10 +83,10 @@ def _load_model(folder: Path, record: Record) -> EditableModel:
         )
     except UserError as error:
         raise _Unusable(f"field 'layer': {error}" if str(error).startswith("layer=") else str(error)) from error
-    # Reading a broken checkpoint fails in as many ways as there are libraries under it.
+    # A broken checkpoint can raise the errors of any library that reads it.
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _Unusable(f"its model cannot be loaded ({type(error).__name__}: {error})") from error
-    # Nothing is generated here, and a step of a tiny model is mostly framework.
+    # One thread: a step of a tiny model is mostly overhead of the framework.
     model.config.use_cache = False
     return model
 
@@ -226,7 +226,7 @@ class _Replay:
         )
 
     def _answer(self, probe: EncodedBatch) -> list[_Answer]:
-        """Every way in which rounding may let a probe be answered, the computed one first."""
+        """Every answer to a probe that rounding allows, the computed one first."""
         query = self._model.layer_call(probe).query
         found = self._editor.codebook.retrieve(query)
         computed = (int(found.entry[0]), bool(found.hit[0]))
@@ -267,7 +267,7 @@ class _Replay:
             ):
                 if theirs != own:
                     yield f"{field} differs at {where}: recorded {theirs}, ours {own}"
-            # What the matrix product does to a distance, it does to the radius made of it.
+            # The error of a distance carries over to the radius derived from it.
             allowed = _LOOSE_RADIUS if recorded.n_keys > MAX_EXACT_ROWS else _RADIUS
             yield from _compare("epsilons", recorded.epsilons, ours.radii, [allowed] * len(ours.radii), where)
             yield from self._loss_differences(recorded, ours, index)
@@ -305,12 +305,12 @@ class _Replay:
         yield from _compare("probe_last_logits", recorded, answers[0].logits, allowed, f"probe {index + 1}")
 
     def _spread(self, entry: int, until: int, measure: Callable[[list[float]], Tensor]) -> list[float]:
-        """Twice the range of some numbers over starting values of an entry that differ in their last bits.
+        """Returns twice the range of some numbers over starting values that differ in their last bits.
 
         Args:
             entry: The entry, whose value is trained again on all edits up to `until` that chose it.
             until: Index of the last of these edits.
-            measure: Gives the numbers, after training, from the losses of the last of these edits.
+            measure: Computes the numbers, after training, from the losses of the last of these edits.
         """
         values = self._editor.codebook.values
         kept = values[entry].clone()
@@ -333,7 +333,7 @@ class _Replay:
 
 
 def _rounded(radii: Tensor) -> list[float]:
-    """Radii as records hold them, which is how a recorder tells whether one changed."""
+    """Radii rounded as in records; a recorder detects changes on the rounded radii."""
     return [round(radius, 6) for radius in radii.tolist()]
 
 
@@ -347,7 +347,7 @@ def _compare(field: str, recorded: list[float], ours: list[float], allowed: list
     if len(recorded) != len(ours):
         yield f"{field} differs at {where}: recorded {len(recorded)} numbers, ours {len(ours)}"
     elif not _agree(recorded, ours, allowed):
-        # A difference to NaN compares as no other does; it is the worst there is.
+        # NaN does not compare with numbers; it counts as the worst difference.
         gaps = [abs(a - b) for a, b in zip(recorded, ours, strict=True)]
         worst = max(range(len(gaps)), key=lambda i: math.inf if math.isnan(gaps[i]) else gaps[i] - allowed[i])
         which = f"[{worst}]" if len(gaps) > 1 else ""

@@ -58,12 +58,12 @@ class ValueTraining:
 
     @property
     def is_training(self) -> bool:
-        """Whether values are being trained, so that the layer's calls are to be answered by `answer`."""
+        """Whether values are being trained, so that `answer` must answer the layer's calls."""
         return self._trained is not None
 
     @torch.enable_grad()  # Evaluation, which runs without gradients, has pending values trained.
     def train(self, entries: Sequence[int], answering: Sequence[int], encoded: EncodedBatch) -> list[Training]:
-        """Trains the values of B different entries, each on its own row of the batch, as if alone.
+        """Trains the values of B different entries, each on its own row of the batch, as if it were alone.
 
         Adam works element by element, so values that share an optimiser have moments of their own. A row that its
         entry does not answer leaves the value as it is, and so does one whose loss is not finite at any step, the
@@ -71,7 +71,7 @@ class ValueTraining:
 
         Args:
             entries: The entries.
-            answering: The entry that answers each row as the codebook was when it was edited, -1 for none.
+            answering: The entry that answered each row when its edit was made, -1 for none.
             encoded: The rows.
 
         Returns:

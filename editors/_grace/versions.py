@@ -1,4 +1,4 @@
-"""Digests of codebook values: what answers depend on beside the query."""
+"""Digests of codebook values: besides the query, the only thing an answer depends on."""
 
 import hashlib
 from collections.abc import Set
@@ -24,15 +24,15 @@ class Versions:
         return self._digests[entry]
 
     def forget(self, entry: int) -> None:
-        """Forgets the digest of an entry whose value changes."""
+        """Drops the digest of an entry whose value changes."""
         self._digests.pop(entry, None)
 
     def clear(self) -> None:
-        """Forgets every digest."""
+        """Drops every digest."""
         self._digests = {}
 
     def of(self, codebook: Codebook, *, without: Set[int]) -> "Versions":
-        """Returns the digests of another codebook, in which only the values of some entries differ."""
+        """Returns the digests of another codebook that differs only in the values of some entries."""
         versions = Versions(codebook)
         versions._digests = {entry: digest for entry, digest in self._digests.items() if entry not in without}
         return versions

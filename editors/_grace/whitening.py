@@ -17,9 +17,9 @@ _LEAST_SHRINKAGE = 1e-4
 class Whitening:
     """Maps x to W (x - m), with W = c C^(-1/2), C the shrunk covariance of activations and m their mean.
 
-    The length of a mapped difference is c times its Mahalanobis distance. The scale c makes the mean square of that,
-    over pairs of the activations, what it is for euclidean distance, so that a radius is as large a part of what
-    activations differ by.
+    The length of a mapped difference is c times its Mahalanobis distance. The scale c makes its mean square over pairs
+    of activations equal to that of euclidean distance, so that a radius has the same size relative to the differences
+    of activations.
 
     Attributes:
         mean: (D,) float64, m.
@@ -34,13 +34,13 @@ class Whitening:
         """Estimates mean and covariance, the latter shrunk towards v I (Ledoit & Wolf 2004).
 
         Args:
-            activations: (n, D), n at least 2; fewer than D are enough.
+            activations: (n, D), n at least 2; n may be below D.
 
         Raises:
             UserError: If there are fewer than two, or they do not vary, or are not finite.
         """
         device = activations.device
-        # A decomposition of the same numbers gives the same bits on the CPU, wherever the model is.
+        # On the CPU wherever the model is, because there the same numbers give the same bits.
         samples = activations.detach().cpu().double()
         if len(samples) < 2 or not bool(torch.isfinite(samples).all()):
             raise UserError("whitening needs at least two upstream activations, all of them finite")
@@ -56,13 +56,13 @@ class Whitening:
 
     @cached_property
     def gain(self) -> float:
-        """The most by which a difference grows, at least 1."""
+        """The largest factor by which a difference grows, at least 1."""
         return max(1.0, float(torch.linalg.eigvalsh(self.matrix.cpu()).max()))
 
     def __call__(self, points: Tensor) -> Tensor:
         """Maps (..., D) points of any float dtype to float32.
 
-        The product is taken in float64, so that rounding makes no difference between a point alone and in a batch.
+        The product is computed in float64, so that rounding does not depend on whether a point is alone or in a batch.
         """
         with torch.autocast(points.device.type, enabled=False):
             return ((points.double() - self.mean) @ self.matrix).float()

@@ -1,4 +1,4 @@
-"""Two editors compared score by score, on every stream that both were run on."""
+"""Comparison of two editors score by score, on every stream where both have runs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from grace_bench.errors import UserError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Two rows of a leaderboard, compared in one score.
+    """The comparison of two rows of a leaderboard in one score.
 
     Attributes:
         stream: The stream's name.
         models: The names of the models of the two rows.
         names: The names of the two rows.
         metric: The score.
-        main_score: What the score is the mean of; `log perplexity` for perplexity.
-        conditions: What sets the two apart from runs of the stream that were measured otherwise, as text.
+        main_score: The score of an item that is averaged; `log perplexity` for perplexity.
+        conditions: How these rows were measured, as text, if other runs on the stream were measured differently.
         comparison: The first row with the second; None where they cannot be compared.
         p_holm: Its p-value, corrected for the pairs of rows compared in this score on this stream (Holm 1979).
         not_compared: Why there is no comparison.
@@ -53,8 +53,8 @@ class Entry:
 def compare_editors(leaderboard: Leaderboard, first: str, second: str) -> list[Entry]:
     """Compares two editors wherever both have runs.
 
-    Where an editor has several rows in a table, each is compared with each of the other's; an editor with itself, its
-    rows among each other.
+    If an editor has several rows in a table, each is compared with each row of the other editor. An editor compared
+    with itself has its rows compared with each other.
 
     Args:
         leaderboard: The runs.
@@ -126,7 +126,7 @@ def _pairs(table: Table, first: str, second: str) -> list[tuple[Row, Row]]:
 
 
 def _columns(table: Table, pairs: Sequence[tuple[Row, Row]]) -> Iterator[Column]:
-    """Yields the measured columns that are means over items."""
+    """Yields the columns that are means over items."""
     for column in table.columns:
         if column.streams and any(column.name in row.cells for pair in pairs for row in pair):
             yield column

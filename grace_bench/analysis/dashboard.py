@@ -50,13 +50,13 @@ def dashboard(project: str, *, entity: str | None, group: str | None, out: Path,
 
     Args:
         project: The W&B project.
-        entity: Its owner; None for the one who is logged in.
+        entity: Its owner; None for the user who is logged in.
         group: Show only the runs of this W&B group; None for all.
-        out: The folder for `workspace.json`, `report.json` and `sweep.yaml`; a sweep that is there is kept.
-        say: Takes lines for the user.
+        out: The folder for `workspace.json`, `report.json` and `sweep.yaml`; an existing sweep is not overwritten.
+        say: Called with each line for the user.
 
     Raises:
-        UserError: If wandb-workspaces is missing, a file cannot be written, or W&B does not take what is published.
+        UserError: If wandb-workspaces is missing, a file cannot be written, or W&B rejects what is published.
     """
     try:
         import wandb
@@ -162,7 +162,7 @@ def make_report(project: str, *, entity: str, group: str | None) -> Any:
 
 
 def specification(view: Any) -> dict[str, Any]:
-    """Returns a workspace or report as the JSON that W&B keeps of it; the library has no public way to ask for that."""
+    """Returns a workspace or report as the JSON that W&B stores; the library has no public function for this."""
     model: dict[str, Any] = view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return model
 
@@ -183,8 +183,8 @@ def _table() -> list[str]:
 def _sections() -> list[tuple[str, str, list[Any]]]:
     """Returns titles, explanations and fresh panels.
 
-    Panels take their grouping from the table of runs, by W&B group, editor and row of the leaderboard: one of their own
-    has a single key, and a sweep over streams or settings has one group.
+    Panels inherit their grouping from the table of runs, by W&B group, editor and row of the leaderboard: a panel's own
+    grouping has a single key, and a sweep over streams or settings has one group.
     """
     import wandb_workspaces.reports.v2 as wr
 

@@ -1,8 +1,8 @@
 """Leaderboards: finished runs side by side, one row per editor, with means and deviations over seeds.
 
-Runs that were not measured alike are never ranked together: those that differ in the stream's content, in the protocol
-(except for the tuning budget, which is a column) or in the weights under one model name stand in tables of their own,
-which name the difference. Rows that do not differ significantly from the first of their table are marked.
+Runs that were measured differently are never ranked together: runs that differ in the stream's content, in the protocol
+(except for the tuning budget, which is a column) or in the weights under one model name get separate tables, which name
+the difference. Rows that do not differ significantly from the first row of their table are marked.
 """
 
 import json
@@ -34,7 +34,7 @@ MISSING = "–"
 TIED = "≈"
 UNCOMPARED = "?"
 
-# What two runs may differ in without being two settings of an editor.
+# Fields in which two runs of one setting of an editor may differ.
 _NO_SETTINGS = ("seed", "editor.seed", "out", "existing")
 
 
@@ -46,7 +46,7 @@ class Column:
         name: The metric, as results name it.
         header: The header.
         decimals: Digits after the point in formats for people.
-        higher_is_better: Which end is marked as best; None if neither is.
+        higher_is_better: Which end is best; None if neither is.
         metric: The metric's description; None for a count or a time of the run itself.
         streams: The evaluation streams whose items the metric averages; none if it is no mean of items.
     """
@@ -60,7 +60,7 @@ class Column:
 
     @property
     def is_score(self) -> bool:
-        """Whether the column stands among the scores rather than the costs."""
+        """Whether the column is a score rather than a cost."""
         return self.metric is not None and not self.metric.is_cost
 
 
@@ -71,7 +71,7 @@ class Cell:
     Attributes:
         mean: Mean over the runs.
         std: Sample standard deviation (n - 1); None for a single run.
-        n: How many runs have the value.
+        n: Number of runs that have the value.
     """
 
     mean: float
@@ -90,9 +90,9 @@ class Row:
         tuning_budget: The budget with which its hyperparameters were chosen.
         seeds: The runs' seeds in ascending order.
         cells: Values by column name, without the columns that no run has a value for.
-        is_floor: Whether the runs left the model as it was: nothing was added to it and no score moved.
+        is_floor: Whether the runs did not change the model: nothing was added to it and no score changed.
         results: The runs, by seed.
-        folders: The run folders, in the order of `seeds`; empty where they are not known.
+        folders: The run folders, in the order of `seeds`; empty if unknown.
         comparison: This row against the first of its table, in the score that ranks the table; None for the first row,
             and if the two cannot be compared.
         p_holm: The comparison's p-value, corrected for the rows of the table (Holm 1979).
@@ -148,9 +148,9 @@ class Table:
         columns: The measured columns.
         rows: Best first; rows without the ranking figure come last.
         missing: Editors that have runs in other tables and none in this one.
-        conditions: The fields in which runs of other tables on the stream were measured otherwise, with the values of
-            this table.
-        left_out: Runs that no row holds, each with the reason.
+        conditions: The fields in which this table was measured differently from other tables on the stream, with its
+            values.
+        left_out: Runs that are in no row, each with the reason.
     """
 
     stream: str
@@ -166,7 +166,7 @@ class Table:
 
     @property
     def distinction(self) -> str:
-        """The `conditions` as text; empty if every run on the stream was measured alike."""
+        """The `conditions` as text; empty if every run on the stream was measured in the same way."""
         return ", ".join(f"{name}={value}" for name, value in self.conditions.items())
 
     def column(self, name: str) -> Column:
@@ -176,8 +176,8 @@ class Table:
     def best(self, column: Column) -> frozenset[int]:
         """Returns the indices of the rows to mark as best in a column.
 
-        Values that print alike are marked alike. Nothing is marked if only one editor has a value. The floor does not
-        compete: an unedited model is bound to retain the most and to take the least time.
+        Values that print as the same text are marked together. Nothing is marked if only one editor has a value. The
+        floor does not compete: an unedited model inevitably retains the most and takes the least time.
         """
         if column.higher_is_better is None:
             return frozenset()
@@ -195,17 +195,18 @@ class Table:
 class Leaderboard:
     """Runs grouped into tables and rows.
 
-    A table holds runs that were measured alike (`comparability.conditions`). A row holds the runs of one editor that
-    differ in nothing but the seed: model, layer, dtype, settings and tuning budget are the same. An editor's own `seed`
-    is no setting. A run that is given twice counts once; two different results for one setting and seed are kept apart
-    by the options in which their configurations differ, or else the first is shown and the other named below the table.
+    A table contains runs that were measured in the same way (`comparability.conditions`). A row contains the runs of
+    one editor that differ only in the seed: model, layer, dtype, settings and tuning budget are the same. An editor's
+    own `seed` is not a setting. A run given twice counts once. Two different results for one setting and seed become
+    two rows if their configurations differ, named by the differing options; otherwise the first is shown and the other
+    is named below the table.
 
     Args:
         results: Finished runs, at least one.
-        folders: The run folder of each result in their order, None where it is not known. Rows without them are not
+        folders: The run folder of each result in the same order, None if unknown. Rows without folders are not
             compared.
-        by_stream: Whether the models of a stream stand in one table; otherwise each model has its own, so that editors
-            are compared on equal terms. Streams never share a table: their scores have no common scale.
+        by_stream: Whether the models of a stream share one table; otherwise each model has its own, so that editors are
+            compared on equal terms. Streams never share a table, because their scores have no common scale.
 
     Attributes:
         tables: In alphabetical order of stream and model; of several on one stream and model, the largest first.
@@ -240,14 +241,14 @@ class Leaderboard:
         """Makes a leaderboard of the runs in some folders.
 
         Args:
-            paths: As `find_result_files` takes them.
-            by_stream: As for the constructor.
+            paths: As in `find_result_files`.
+            by_stream: As in the constructor.
 
         Raises:
-            UserError: If a path holds no result, or a result is broken.
+            UserError: If a path contains no result, or a result is broken.
         """
         files = find_result_files(paths)
-        # The files beside a result under another name need not belong to its run.
+        # A result file under another name may lie beside the files of another run.
         folders = [file.parent if file.name == RESULT_FILE else None for file in files]
         return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
 
@@ -264,10 +265,10 @@ def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
 def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableType:
     """Renders a leaderboard.
 
-    `table`, `markdown` and `latex` are for people: means with the deviation over seeds, the number of runs where a
-    figure is not from all of them, the best in bold, a dash for what is missing. `csv` and `json` are for programs: a
-    record a row, with mean, deviation and number of runs in columns of their own at full precision, and an empty cell
-    or `null` for what is missing. Control characters in names are shown as escapes in every format.
+    `table`, `markdown` and `latex` are for people: means with the deviation over seeds, the number of runs if not all
+    of them have the figure, the best in bold, a dash for missing values. `csv` and `json` are for programs: a record
+    per row, with mean, deviation and number of runs in separate columns at full precision, and an empty cell or `null`
+    for missing values. Control characters in names are shown as escapes in every format.
 
     Args:
         leaderboard: The leaderboard.
@@ -291,7 +292,7 @@ def render(leaderboard: Leaderboard, fmt: Format = "table") -> str | RenderableT
 
 @dataclass(frozen=True)
 class _Run:
-    """A result with its folder, and the options by which it is kept apart from runs that share its settings."""
+    """A result with its folder, and the options that distinguish it from runs with the same settings."""
 
     result: RunResult
     folder: Path | None
@@ -299,7 +300,7 @@ class _Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that tell two runs of one editor on one model apart, by dotted name."""
+        """The settings that distinguish runs of one editor on one model, by dotted name."""
         editor = self.result.editor.model_dump(mode="json", exclude={"name", "seed"})
         return {
             **flattened(editor),
@@ -310,7 +311,7 @@ class _Run:
 
     @property
     def configuration(self) -> tuple[Any, ...]:
-        """What the runs of one row share, as a key."""
+        """A key that is equal for the runs of one row."""
         # Not as JSON: 1 and 1.0 are the same setting.
         settings = frozenset(
             (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
@@ -331,9 +332,9 @@ def _groups(runs: Sequence[_Run], *, by_stream: bool) -> Iterator[list[_Run]]:
 
 
 def _kept_apart(runs: Sequence[_Run]) -> tuple[list[_Run], tuple[str, ...]]:
-    """Returns at most one run for each setting and seed, and why others are left out.
+    """Returns at most one run for each setting and seed, and why the others are left out.
 
-    Runs of one setting of which two share a seed are kept apart by the options that differ between the two.
+    If two runs of one setting share a seed, its runs are split by the options in which the two differ.
     """
     distinct: list[_Run] = []
     for place in _by_place(runs).values():
@@ -351,7 +352,7 @@ def _kept_apart(runs: Sequence[_Run]) -> tuple[list[_Run], tuple[str, ...]]:
 
 
 def _by_place(runs: Sequence[_Run]) -> dict[tuple[Any, int], list[_Run]]:
-    """Returns the different runs by configuration and seed; of equal ones the first that has a folder."""
+    """Returns the distinct runs by configuration and seed; of equal runs the first that has a folder."""
     places: dict[tuple[Any, int], list[_Run]] = {}
     for run in runs:
         place = places.setdefault((run.configuration, run.result.seed), [])
@@ -532,7 +533,7 @@ def _differing_settings(run: _Run, groups: Sequence[Sequence[_Run]]) -> str:
     differing = [
         name for name in names if any(name not in settings or settings[name] != own.get(name) for settings in others)
     ]
-    # The budget has a column of its own: it is part of the name only where nothing else tells two rows apart.
+    # The budget has its own column: it is part of the name only if nothing else distinguishes two rows.
     without_budget = [name for name in differing if name != "tuning_budget"]
     if sum(all(_setting_text(s, name) == _setting_text(own, name) for name in without_budget) for s in others) == 1:
         differing = without_budget
@@ -560,7 +561,7 @@ def cell_text(row: Row, column: Column) -> str:
 
 
 def marked_text(table: Table, row: Row, column: Column) -> str:
-    """Returns a cell's text, in the ranking column with the row's mark in front, so that values stay aligned."""
+    """Returns a cell's text; in the ranking column the row's mark comes first, so that values stay aligned."""
     text = cell_text(row, column)
     return f"{row.mark} {text}" if row.mark and column.name == table.ranked_by else text
 
@@ -583,7 +584,7 @@ def _caption(table: Table) -> str:
 
 
 def _n_names(table: Table) -> int:
-    """Returns how many columns name the row: the model has a column if there are several."""
+    """Returns the number of columns that name the row: with several models, the model has a column too."""
     return 2 if len(table.models) > 1 else 1
 
 
@@ -593,7 +594,7 @@ def _headers(table: Table) -> list[str]:
 
 
 def table_notes(table: Table) -> list[str]:
-    """Returns what the marks of a table mean, why rows were not compared, what failed and what is not in the table."""
+    """Returns the notes of a table: its marks, comparisons that could not be made, failures and missing editors."""
     notes = []
     if any(row.mark == TIED for row in table.rows):
         notes.append(
@@ -668,7 +669,7 @@ def _grid(table: Table, chosen: Sequence[int], *, deviation: str) -> RichTable:
         title=Text(_caption(table)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for index in chosen:
-        # Only names give way; a figure is never cut.
+        # Only names are shortened; a figure is never cut.
         is_name = index < n_names
         grid.add_column(
             Text(headers[index]), justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name
@@ -744,7 +745,7 @@ def _group_title(table: Table) -> str:
 
 
 def _paper_columns(table: Table) -> list[Column]:
-    """Returns the metrics that LaTeX shows, and the number of edits; of the package's own, those of the paper."""
+    """Returns the columns that LaTeX shows, and the number of edits; of our own metrics, those of the paper."""
     measured = {name for row in table.rows for name in row.cells}
 
     def is_shown(column: Column) -> bool:
@@ -803,7 +804,7 @@ def _shared_by(groups: Mapping[Any, Sequence[str]]) -> str:
 def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """Returns a flat record for each row, with the same fields in each."""
     columns = dict.fromkeys(column.name for table in leaderboard.tables for column in table.columns)
-    # Some tables have columns of their own; scores stay together, before the costs.
+    # Some tables have columns that others lack; scores stay together, before the costs.
     ordered = [i.name for i in leaderboard.metrics.shown("table") if not i.is_cost and i.name in columns]
     ordered += [name for name in columns if name not in ordered]
     is_split = any(table.conditions for table in leaderboard.tables)

@@ -1,7 +1,7 @@
-"""The report: runs compared on one page that needs no network.
+"""The report: a comparison of runs on one page that needs no network.
 
-The page answers, for each stream and model: which editor is best, is the difference real, when does each begin to
-forget, and what does it cost.
+The page answers, for each stream and model: which editor is best, whether the difference is real, when each editor
+begins to forget, and what it costs.
 """
 
 import base64
@@ -51,7 +51,7 @@ from grace_bench.results.reading import find_result_files, read_evaluations, rea
 from grace_bench.results.schema import Evaluation, RunResult
 
 TRAITS = {"needs_subject": "S", "needs_replay": "R", "needs_meta_training": "M", "freezes_weights": "F"}
-"""The class attributes of an editor that rows can be filtered by, with their marks in a table."""
+"""The class attributes of an editor by which rows can be filtered, with their marks in a table."""
 
 MAX_POINTS = 500
 MAX_FORGOTTEN = 10
@@ -69,7 +69,7 @@ class Run:
         folder: The run folder.
         result: Its `result.json`.
         evaluations: Its `metrics.jsonl`.
-        edits: Its edits as they are at its end.
+        edits: Its edits, as they are answered at the end of the run.
         config: Its `config.yaml` as text; empty for a run from Python, which has none.
     """
 
@@ -84,15 +84,15 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Writes the page.
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: Run folders, or folders that contain some.
         out: The folder that receives `index.html`; an earlier report there is replaced.
 
     Returns:
         The page's path.
 
     Raises:
-        UserError: If there is no finished run, a run folder is broken, or `out` cannot take the page: it is a file, or
-            its `index.html` is not a report.
+        UserError: If there is no finished run, a run folder is broken, or the page cannot be written because `out` is a
+            file or its `index.html` is not a report.
     """
     page = out / _PAGE
     _refuse_foreign(page)
@@ -109,7 +109,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
     Raises:
         UserError: If there is no finished run, a file of one is missing or broken, naming file and line, or a link in a
-            run folder leads out of it.
+            run folder points outside it.
     """
     runs = []
     for file in find_result_files(paths):
@@ -154,7 +154,7 @@ def render_report(runs: Sequence[Run]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Whatever a template shows goes through here, so nothing from a data set can be forgotten.
+        # Everything a template shows passes through here, so no text of a data set can escape it.
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -207,13 +207,13 @@ def _hash(script: str) -> str:
 
 @cache
 def _traits(editor: str) -> Mapping[str, bool] | None:
-    """An editor's traits, or None for one that is not installed here."""
+    """An editor's traits; None if the editor is not installed here."""
     if editor not in EDITORS.entries():
         return None
     return {trait: EDITORS.attribute(editor, trait) for trait in TRAITS}
 
 
-# Told apart without colour, too. Counts without a common divisor: a look comes again only after 504 editors.
+# Distinguishable without colour, too. The counts have no common divisor, so a style repeats only after 504 editors.
 _N_COLOURS = 7
 _DASHES = {
     "solid": "none",
@@ -254,8 +254,8 @@ class _Group:
 
     Args:
         table: The table.
-        by_result: The runs by the identity of their results.
-        index: The number of each row's name, which fixes its look on the whole page.
+        by_result: The runs by the `id()` of their results.
+        index: The number of each row's name, which determines its style on the whole page.
         metrics: The descriptions of all registered metrics.
     """
 
@@ -269,7 +269,7 @@ class _Group:
         self.learned = metrics.right_after_edit
 
     def context(self, number: int) -> dict[str, Any]:
-        """Returns what the template needs, as plain values."""
+        """Returns the variables of the template, as plain values."""
         table = self.table
         name = f"g{number}"
         return {
@@ -326,7 +326,7 @@ class _Group:
         }
 
     def _glance(self) -> dict[str, Any] | None:
-        """The best editor and its runner-up, the floor aside; None where no row has the figure that ranks."""
+        """The best editor and its runner-up, except for the floor; None if no row has the ranking figure."""
         ranked = [
             (row, runs)
             for row, runs in zip(self.table.rows, self.runs, strict=True)
@@ -356,7 +356,7 @@ class _Group:
         }
 
     def _verdict(self, one: Row, two: Row) -> str:
-        """Whether the difference of two rows in the score that ranks them is real, in words."""
+        """Whether the difference of two rows in the ranking score is real, in words."""
         try:
             p_value = self._p_value(one, two)
         except UserError as error:
@@ -418,7 +418,7 @@ class _Group:
         }
 
     def _learned(self, runs: Sequence[Run]) -> bool:
-        """Whether there is anything to forget: below the threshold nothing could fall by more than it."""
+        """Whether there is anything to forget: a score below the threshold cannot fall by more than the threshold."""
         learned = [figure for run in runs for _, figure in series_of(run.evaluations, self.learned.name)]
         return not self.higher or max(learned, default=0.0) > FORGETTING_THRESHOLD
 

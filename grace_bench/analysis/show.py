@@ -1,4 +1,4 @@
-"""One request of a run: what the model answered before, after its edit, and at the end."""
+"""One request of a run: the model's answers before its edit, after it, and at the end."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def show_request(folder: Path, request_id: str) -> None:
     """Prints one candidate of a run.
 
     Raises:
-        UserError: If the folder holds no run or the run reached no such request.
+        UserError: If the folder contains no run, or the run did not reach the request.
     """
     records = read_edits(folder / "edits.jsonl")
     record = records.get(request_id)

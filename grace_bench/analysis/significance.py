@@ -22,18 +22,18 @@ _Scores = Mapping[str, Mapping[_Item, float]]
 """Scores at the end of a run, by stream and item."""
 
 _MAX_DRAWS = 2_000_000
-"""Request numbers drawn at once, to bound memory."""
+"""Number of request indices drawn at once, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two editors on the same items.
+    """The comparison of two editors on the same items.
 
     Attributes:
         first, second: The names of the editors.
-        metric: The score that is compared.
-        difference: Mean score of the first minus that of the second over the paired items, seeds weighing alike; of the
-            log perplexity where the main score is perplexity.
+        metric: The compared score.
+        difference: Mean score of the first minus that of the second over the paired items, with equal weight for each
+            seed; of the log perplexity if the main score is perplexity.
         low, high: The 95 % interval of the difference.
         p_value: Two-sided, of no difference.
         n_items: Pairs of scores, over all seeds.
@@ -73,33 +73,32 @@ def compare(
     """Compares two editors by a paired bootstrap over requests.
 
     Pairing. Runs are paired by seed, and within a seed the scores of the last evaluation by request and probe. An item
-    that only one of the two has is left out and counted: editors that left other candidates unedited are compared on
-    the requests both edited, since of the others only one has a score. The difference may then deviate from that of the
-    two means, each of which is over the editor's own edits.
+    that only one of the two has is left out and counted: two editors that edited different candidates are compared on
+    the requests both edited, because only one of them has a score for the rest. The difference may therefore deviate
+    from the difference of the two means, each of which is over the editor's own edits.
 
     Requests are drawn with replacement, each with its probes and with its scores under every seed: the same request
     under two seeds is not two independent observations (cluster bootstrap, Davison & Hinkley 1997, section 3.8). The
     statistic of a resample is a ratio, because the seeds of a stream need not share their requests: summed differences
     over summed weights, an item weighing 1 / (items of its seed).
 
-    Seeds are too few to draw from. Where the seeds' mean differences vary by more than their choice of requests
-    explains, as when an editor collapses in one order of three, each resample deviates by a draw from Student's t with
-    seeds - 1 degrees of freedom beside, times the standard error that this variance gives. One seed says nothing of
-    others: the p-value is then about other requests only.
+    Seeds are too few to resample. If the seeds' mean differences vary by more than their choice of requests explains,
+    as when an editor collapses in one order of three, each resample also deviates by a draw from Student's t with seeds
+    - 1 degrees of freedom, times the standard error that follows from this variance. With one seed nothing is known
+    about others: the p-value then covers other requests only.
 
     The p-value is the share of resamples that deviate from the observed difference by at least its size (Efron &
     Tibshirani 1993, chapter 16), with one added to both counts (Davison & Hinkley 1997, chapter 4). The interval is
-    symmetric and from the same deviations, so the two agree. Where few requests differ the bootstrap is optimistic, so
-    the p-value is at least 2 ** (1 - n) for n requests that differ: the least that a sign test can give.
+    symmetric and computed from the same deviations, so the two agree. If few requests differ, the bootstrap is
+    optimistic, so the p-value is at least 2 ** (1 - n) for n requests that differ, the minimum of a sign test.
 
     Args:
-        first: The run folders of an editor, one a seed.
-        second: Those of the other.
-        names: What the two are called in the result.
-        streams: The evaluation streams whose items are compared; of several, the mean over the streams, with each
-            resampled.
+        first: The run folders of an editor, one per seed.
+        second: The run folders of the other editor.
+        names: The names of the two in the result.
+        streams: The evaluation streams whose items are compared; several streams are averaged, and each is resampled.
         metric: The score's name in the result.
-        n_resamples: Resamples; the smallest p-value is about one over that.
+        n_resamples: Number of resamples; the smallest p-value is about its reciprocal.
         seed: Seeds the resampling.
 
     Raises:
@@ -129,11 +128,11 @@ def compare(
     difference = float(np.mean([sample.sums.sum() for sample in samples]))
     deviations = np.mean([sample.resampled(n_resamples, rng) for sample in samples], axis=0) - difference
     if len(pairs) > 1:
-        # Turned with the difference, so that the order of the two editors changes nothing but signs.
+        # Given the sign of the difference, so that the order of the two editors affects signs only.
         towards = math.copysign(1.0, difference)
         deviations += towards * _seed_error(list(pairs.values())) * rng.standard_t(len(pairs) - 1, size=n_resamples)
     distances = np.abs(deviations)
-    # Equal up to rounding is equal: with scores of 0 and 1 many resamples deviate by exactly the difference.
+    # Equal up to rounding counts as equal: with scores of 0 and 1 many resamples deviate by exactly the difference.
     n_as_far = int(np.count_nonzero(distances >= abs(difference) * (1 - 1e-9)))
     n_differing = sum(int(np.count_nonzero(sample.sums)) for sample in samples)
     width = float(np.quantile(distances, 1 - SIGNIFICANCE_LEVEL))
@@ -153,7 +152,7 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values corrected for how many there are (Holm 1979), in their order.
+    """Returns p-values corrected for their number (Holm 1979), in the same order.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -168,11 +167,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The items of one stream that two runs share.
+    """The items of one stream that are in both runs.
 
     Attributes:
         differences: Score of the first minus that of the second.
-        n_unpaired: Items of one run alone.
+        n_unpaired: Items of only one run.
         n_nan: Shared items without two finite scores.
     """
 
@@ -185,7 +184,7 @@ class _Pairs:
         return sum(self.differences.values()) / len(self.differences)
 
     def variance(self) -> float:
-        """Returns the sampling variance of the mean, the items of a request being one draw; 0 for a single request."""
+        """Returns the sampling variance of the mean, counting the items of a request as one draw; 0 for one request."""
         mean, deviations = self.mean(), defaultdict[str, float](float)
         for (request_id, _), difference in self.differences.items():
             deviations[request_id] += (difference - mean) / len(self.differences)
@@ -228,10 +227,10 @@ class _Sample:
 
 
 def _seed_error(pairs: Sequence[Sequence[_Pairs]]) -> float:
-    """Returns the standard error of the mean over seeds, without what the choice of requests explains.
+    """Returns the standard error of the mean over seeds, without the part that the choice of requests explains.
 
-    The variance between seeds is the sample variance of their mean differences less the mean sampling variance of
-    these, no less than 0.
+    The variance between seeds is the sample variance of their mean differences minus the mean sampling variance of
+    these, but at least 0.
     """
     means = [sum(part.mean() for part in of_roles) / len(of_roles) for of_roles in pairs]
     sampling = [sum(part.variance() for part in of_roles) / len(of_roles) ** 2 for of_roles in pairs]

@@ -1,4 +1,4 @@
-"""Files that only grow, so that their length and a digest are enough to return to an earlier state of them."""
+"""Append-only files: a length and a digest are enough to return to an earlier state."""
 
 import hashlib
 import os
@@ -43,13 +43,13 @@ class AppendOnlyFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.start = Prefix()
-        """The part that `open` leaves of an existing file: nothing, unless a checkpoint says otherwise."""
+        """The prefix of an existing file that `open` keeps: empty, unless a checkpoint recorded one."""
         self._file: BinaryIO | None = None
         self._size = 0
         self._hash = hashlib.sha256()
 
     def surplus(self) -> bytes:
-        """Returns what the file holds after `start`, which `open` will cut off."""
+        """Returns the content after `start`, which `open` will cut off."""
         if not self.path.exists():
             return b""
         with self.path.open("rb") as file:
@@ -77,7 +77,7 @@ class AppendOnlyFile:
         self._hash.update(content)
 
     def sync(self) -> Prefix:
-        """Waits until everything that was appended is on disk, and returns the prefix that it makes up."""
+        """Waits until everything appended is on disk, and returns the whole content as a prefix."""
         assert self._file is not None
         os.fsync(self._file.fileno())
         return Prefix(size=self._size, sha256=self._hash.hexdigest())

@@ -33,7 +33,7 @@ _HIDDEN = "***"
 
 
 def refuse_secrets(place: str, texts: Iterable[str]) -> None:
-    """Checks that texts which end up in results hold no secret.
+    """Checks that texts that will be recorded contain no secret.
 
     These count as secrets: the value of an environment variable whose name ends in TOKEN, KEY, SECRET, PASSWORD or the
     like, unless it is the path of a file or folder; a password in a URL; a Hugging Face token; and the value assigned
@@ -44,7 +44,7 @@ def refuse_secrets(place: str, texts: Iterable[str]) -> None:
         texts: Settings, as `option=value`.
 
     Raises:
-        UserError: If a text holds one; the message names the option or the variable, never the secret.
+        UserError: If a text contains one; the message names the option or the variable, never the secret.
     """
     for text in texts:
         option, _, value = text.partition("=")

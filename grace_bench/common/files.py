@@ -1,4 +1,4 @@
-"""Reading files that end, and writing files that are either complete or absent."""
+"""Reading files without blocking, and writing files that are either complete or absent."""
 
 import errno
 import hashlib
@@ -13,11 +13,10 @@ from pathlib import Path
 
 
 def readable(path: Path | str) -> Path:
-    """Returns a path with `~` expanded, after checking that reading it comes to an end.
+    """Returns a path with `~` expanded, after checking that reading it terminates.
 
     Raises:
-        OSError: If the path does not exist, is no valid path, or is a pipe or a device, which may block a reader for
-            ever.
+        OSError: If the path does not exist, is invalid, or is a pipe or a device, which may block a reader for ever.
     """
     try:
         found = Path(path).expanduser()
@@ -41,7 +40,7 @@ def remove(path: Path) -> None:
 def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a hidden path beside `path` to write to; what is written there gets the name `path` once it is on disk.
 
-    If writing fails, what was written is removed and `path` stays as it was. Missing parent folders are made.
+    If writing fails, the hidden file is removed and `path` does not change. Missing parent folders are created.
 
     Args:
         path: A file, which is replaced if it exists, or a folder, which must not exist yet.
@@ -58,7 +57,7 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
         _sync(partial)
         partial.replace(path)
     except BaseException:
-        # Half a file only takes room, which a full disk does not have.
+        # A partial file would only take space on a disk that may be full.
         with suppress(OSError):
             remove(partial)
         raise

@@ -25,7 +25,7 @@ class FolderLock:
     The operating system releases the lock when the process ends, however it ends, so no lock is ever stale.
 
     Args:
-        folder: The run folder; it is made if it is missing.
+        folder: The run folder; created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +37,7 @@ class FolderLock:
 
         Raises:
             UserError: If another process holds it; the message names the process.
-            OSError: If the folder cannot be made or written to.
+            OSError: If the folder cannot be created or written to.
         """
         make_folder(self._folder)
         owner = self._folder / _OWNER

@@ -1,4 +1,4 @@
-"""What a registered class must look like, checked from the class alone; each fault is one line that says what to do."""
+"""Checks of registered classes, from the class alone; each fault is reported in one line that says what to do."""
 
 import dis
 import inspect
@@ -36,7 +36,7 @@ def constructor_fault(cls: type, *, base: type, given: Sequence[str] = ()) -> st
     Args:
         cls: The class.
         base: The class that its kind is derived from.
-        given: Arguments that the harness passes. They must exist, and are no options.
+        given: Arguments that the harness passes. They must exist and are not options.
     """
     parameters = inspect.signature(cls).parameters
     name_of_init = f"{cls.__name__}.__init__"

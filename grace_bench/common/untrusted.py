@@ -1,4 +1,4 @@
-"""Checks of untrusted input: settings may hold plain values only, and folders their own files only."""
+"""Checks of untrusted input: settings may contain only plain values, and folders only their own files."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def refuse_references(path: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Checks that everything that is read from or written to a run folder lies inside it.
+    """Checks that everything read from or written to a run folder lies inside it.
 
     Through a link, a resumed run would write, or a report would show, a file from elsewhere; a pipe would block either
     for ever. W&B reads settings from the working folder, and these name the server that receives the user's key. The
@@ -54,8 +54,8 @@ def check_run_folder(folder: Path) -> None:
         folder: The run folder, which may itself be a link and need not exist.
 
     Raises:
-        UserError: If a link leads out of the folder, something in it is neither a file nor a folder, or W&B would read
-            settings from it.
+        UserError: If a link points outside the folder, something in it is neither a file nor a folder, or W&B would
+            read settings from it.
     """
     settings = folder / "wandb" / "settings"
     if settings.exists():

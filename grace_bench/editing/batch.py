@@ -1,4 +1,4 @@
-"""What passes between an editor and the harness: batches of requests in, outcomes and answers out."""
+"""The data exchanged between an editor and the harness: batches of requests in, outcomes and answers out."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class Answered:
     contested: Tensor | None = None
 
     def notes(self) -> list[dict[str, Any]]:
-        """Returns B dicts of what is known about the answering entries, with the field names of `ItemScore`."""
+        """Returns B dicts of facts about the answering entries, with the field names of `ItemScore`."""
         if self.entry is None or self.distance is None or self.contested is None:
             return [{}] * len(self.versions)
         columns = zip(self.entry.tolist(), self.distance.tolist(), self.contested.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What an editor may add to the command line: figures of its own, and recordings that it replays."""
+"""An editor's additions to the command line: its own figures, and recordings that it replays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +20,7 @@ class FigureKind(TypedDict):
     Attributes:
         draw: `module:function`. Called as `draw(folders, out)` with run folders, or as `draw(overrides, out,
             open_trial)` with settings of a run; it writes the figure into the folder `out` and returns its files.
-        takes: What the user gives: `runs` for run folders, `options` for settings of a run.
+        takes: The arguments of the command: `runs` for run folders, `options` for settings of a run.
         shows: What the figure shows, for the help of the command line.
     """
 
@@ -45,7 +45,7 @@ class EditedTrial:
 
 
 class Trial(Protocol):
-    """A stream, a model and an editor, opened as for a run, which leaves no run folder."""
+    """A stream, a model and an editor, opened as for a run but without a run folder."""
 
     @property
     def model(self) -> "EditableModel":
@@ -61,29 +61,29 @@ class Trial(Protocol):
 
     @property
     def split(self) -> str:
-        """The split of the stream that is edited."""
+        """The edited split of the stream."""
 
     def edited(self) -> AbstractContextManager[EditedTrial]:
-        """Carries the run out in memory; the model is edited inside the context, and unedited again afterwards."""
+        """Runs in memory; the model is edited inside the context and unedited again afterwards."""
 
 
 OpenTrial = Callable[[Sequence[str]], Trial]
-"""Opens a trial from settings of a run, such as `stream=toy`; raises `UserError` where they do not compose."""
+"""Opens a trial from settings of a run, such as `stream=toy`; raises `UserError` if they are invalid."""
 
 DrawFromRuns = Callable[[Sequence[Path], Path], list[Path]]
-"""What `FigureKind.draw` names where the figure takes runs."""
+"""The type of the function that `FigureKind.draw` names if the figure takes runs."""
 
 DrawFromOptions = Callable[[Sequence[str], Path, OpenTrial], list[Path]]
-"""What `FigureKind.draw` names where the figure takes options."""
+"""The type of the function that `FigureKind.draw` names if the figure takes options."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the replay of a recording found.
+    """The result of replaying a recording.
 
     Attributes:
-        difference: What differs first, at which edit and by how much; None if everything agrees.
-        notes: What agrees only within what rounding may have done.
+        difference: The first difference, with its edit and size; None if everything agrees.
+        notes: Agreements that hold only up to rounding.
     """
 
     difference: str | None
@@ -91,4 +91,5 @@ class Verdict:
 
 
 Replay = Callable[[Path], Verdict]
-"""What `EditorStrategy.traces` names: replays one recording, or raises `UserError` if it cannot be used."""
+"""The type of the function that `EditorStrategy.traces` names: replays one recording; raises `UserError` if
+unusable."""

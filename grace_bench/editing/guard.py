@@ -18,10 +18,10 @@ from grace_bench.editing.saving import split_state
 from grace_bench.errors import EditFailure, RunFailure, UserError, reason_of
 from grace_bench.models.editable import EditableModel
 
-# The next edit would meet them too: the user's mistakes, lack of memory, a device that has stopped working.
+# Errors that the next edit would raise too: mistakes of the user, lack of memory, a device that has stopped working.
 _NOT_OF_ONE_EDIT = (UserError, RunFailure, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-# So would a disk or a machine without resources. Other errors of the system, such as a server that does not answer,
-# belong to one edit.
+# The same holds for a full disk or exhausted resources. Other system errors, such as a server that does not answer,
+# concern one edit.
 _EXHAUSTED = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
@@ -58,7 +58,7 @@ class GuardedEditor(Protocol):
 
 
 class Guard:
-    """Makes the edits of one editor so that a failed edit leaves no trace.
+    """Makes one editor's edits so that a failed edit leaves no trace.
 
     Args:
         editor: The editor.
@@ -122,7 +122,7 @@ class Guard:
         ]
 
     def finish_all(self) -> Sequence[EditOutcome]:
-        """Does what `finish` does outside a run, where nobody repeats the edits undone with a failed one.
+        """Like `finish`, but for use outside a run, where nobody repeats the edits undone with a failed one.
 
         Raises:
             EditFailure: If any of them failed.
@@ -137,7 +137,7 @@ class Guard:
         return {name: _largest(tensor) for name, tensor in split_state(self._editor.changing_state())[0].items()}
 
     def _failure_of(self, outcome: EditOutcome, batch: EditBatch, sizes: Mapping[str, float]) -> str | None:
-        """Returns which loss of an edit is not finite, or what has exploded since it had these sizes; None if none."""
+        """Returns which loss of an edit is not finite, or which tensor exploded from these sizes; None if none."""
         losses = {
             "at the first step": outcome.loss_first,
             "at the last step": outcome.loss,
@@ -215,10 +215,10 @@ def loss_failure(loss: float, n_steps: int) -> str | None:
 
 
 def check_loss(loss: float, n_steps: int) -> None:
-    """Ends an edit whose loss is not finite.
+    """Raises if the loss of an edit is not finite.
 
     Raises:
-        EditFailure: Naming the loss and the number of steps.
+        EditFailure: If it is not; names the loss and the number of steps.
     """
     failure = loss_failure(loss, n_steps)
     if failure is not None:
@@ -283,7 +283,7 @@ class ModelModes:
                 part.training = training
 
     def restore(self) -> None:
-        """Restores modes and `requires_grad`; a parameter that required no gradient loses the one it got."""
+        """Restores modes and `requires_grad`; a parameter that required no gradient loses any it received."""
         self.restore_training()
         for parameter, requires_grad in self._gradients:
             if parameter.requires_grad != requires_grad:

@@ -1,4 +1,4 @@
-"""What an editor may implement beside its contract; every hook has a default."""
+"""Optional methods of an editor beside its contract; every hook has a default."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ class OptionalHooks:
     # --- before the first edit
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
-        """Computes what depends on the unedited model alone; a run calls it once, before its first edit.
+        """Computes whatever depends only on the unedited model; a run calls it once, before its first edit.
 
         Args:
             train: The stream's training requests, none of which is edited or used for tuning.
@@ -85,7 +85,8 @@ class OptionalHooks:
 
         Returns:
             The outcomes of all edits since the last flush, in order; empty if `edit` leaves nothing pending. A failed
-            outcome is the last: its edit and the later ones have been undone, and the later ones are to be repeated.
+            outcome is the last: its edit and the later ones have been undone, and the caller must repeat the later
+            ones.
         """
         return ()
 

@@ -17,7 +17,7 @@ from grace_bench.errors import MISFITS, UserError, first_error
 from grace_bench.models.editable import EditableModel
 
 GIVEN_BY_THE_HARNESS = ("model", "plugins", "evaluator")
-"""Constructor arguments of an editor that are no options."""
+"""Constructor arguments of an editor that are not options."""
 
 
 class SavableEditor(Protocol):
@@ -61,7 +61,7 @@ def save_editor(editor: SavableEditor, folder: str | Path) -> None:
     tensors, values = split_state(editor.answering_state())
     write_synced(path / "editor.safetensors", save(tensors))
     with editor.suspended():
-        # Computed at its first use, which must see the unedited weights.
+        # The fingerprint is computed at its first use, which must see the unedited weights.
         fingerprint = editor.model.fingerprint
     header = _Header(
         editor=editor.registered_name,
@@ -114,7 +114,7 @@ def load_editor(cls: type[E], folder: str | Path, *, model: EditableModel) -> E:
 
 
 def option_names(cls: type) -> list[str]:
-    """Returns the constructor arguments of an editor that are options, in their order."""
+    """Returns the constructor arguments of an editor that are options, in order."""
     return [name for name in inspect.signature(cls).parameters if name not in GIVEN_BY_THE_HARNESS]
 
 

@@ -1,4 +1,4 @@
-"""`EditorStrategy`: what an author implements, and what every editor then does."""
+"""`EditorStrategy`: the methods that an author implements, and those that every editor inherits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +47,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         freezes_weights: Whether the model's weights never change. If false, the edited layer is declared by `rewrite`.
         supported_tasks: The tasks the editor works on.
         figures: The kinds of figures that the editor adds to `grace-bench figure`, by name.
-        is_reference: Whether the demo runs the editor on every stream, for others to be compared with.
+        is_reference: Whether the demo runs the editor on every stream, as a reference for the others.
         layer_kind: The layers of a stream's model that tuning tries: `any` layer, `mlp_output` for the last map of a
             feed-forward block, or `several` for lists of layers under the option `layers`.
         search_space: The values that tuning tries, by option of the constructor, the preferred value first.
@@ -94,11 +94,11 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Makes the model answer each request of the batch with its target.
 
-        Values that only answers depend on may be left pending until `flush`.
+        Values that affect only answers may be left pending until `flush`.
 
         Raises:
             EditFailure: If the edit fails. Any other error fails it too, as does a loss or state that is not finite:
-                the edit is undone, the reason recorded, and the run goes on. Errors that no single edit is to blame
+                the edit is undone, the reason recorded, and the run continues. Errors that no single edit is to blame
                 for, such as lack of memory, end the run.
         """
 
@@ -169,7 +169,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
         Raises:
             EditFailure: If the edit fails; it is undone. An error that the editor raised is its cause.
-            UserError: If the target is none of the model's labels.
+            UserError: If the target is not one of the model's labels.
         """
         outcome = self._attempt(self._batch_of_one(prompt, target, subject))
         flushed = self._finish_all()
@@ -197,7 +197,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         return {name: getattr(self, name) for name in option_names(type(self))}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Saves what answering needs as `editor.safetensors` and `editor.json`; creates the folder if necessary.
+        """Saves the `answering_state` as `editor.safetensors` and `editor.json`; creates the folder if necessary.
 
         Raises:
             RuntimeError: While `suspended`, when there are no edits to save.
@@ -218,7 +218,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         return load_editor(cls, folder, model=model)
 
     def answering_state(self) -> State:
-        """Returns what `save_pretrained` saves: the rewritten weights, or the whole state if weights are frozen."""
+        """Returns the state for `save_pretrained`: the rewritten weights, or the whole state if weights are frozen."""
         return self.state_dict() if self.freezes_weights else EditorStrategy.state_dict(self)
 
     def load_answering_state(self, state: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
     @classmethod
     def check_class(cls) -> str | None:
-        """Returns in one line what keeps the class from being registered and what to do about it; None if nothing."""
+        """Returns in one line why the class cannot be registered and what to do about it; None if it can."""
         fault = class_fault(cls) or constructor_fault(cls, base=EditorStrategy, given=GIVEN_BY_THE_HARNESS)
         if fault is not None:
             return fault

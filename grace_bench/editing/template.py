@@ -1,4 +1,4 @@
-"""An editor as a strategy of Avalanche: one edit a training experience, one scoring an evaluation experience."""
+"""Avalanche's view of an editor: each training experience is an edit, each evaluation experience a scoring."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ _WITHOUT_CALLBACKS = {BasePlugin, BaseSGDPlugin, SupervisedPlugin, TrainingPlugi
 
 
 class EditingTemplate(BaseTemplate):
-    """Avalanche's training and evaluation loops over edits, and what its plugins read of the strategy.
+    """Avalanche's training and evaluation loops over edits, and the attributes that its plugins read.
 
     Args:
         model: The model to edit.
@@ -48,8 +48,8 @@ class EditingTemplate(BaseTemplate):
         scores: The scores of the evaluation experience in progress.
         record: The record of the current candidate, during `after_candidate`.
         request: The request of that candidate, with all its fields.
-        score_requests: Scores the requests of an evaluation experience. A run replaces it by a function that scores
-            only what may have changed.
+        score_requests: Scores the requests of an evaluation experience. A run replaces it by a function that rescores
+            only answers that may have changed.
 
     Raises:
         UserError: If a plugin needs a training loop that editing does not have.
@@ -75,14 +75,14 @@ class EditingTemplate(BaseTemplate):
 
     @abstractmethod
     def _attempt(self, batch: EditBatch) -> EditOutcome:
-        """Makes an edit, or raises `EditFailure` and leaves no trace of it."""
+        """Makes an edit; if it fails, undoes it and raises `EditFailure`."""
 
     @abstractmethod
     def _finish_all(self) -> Sequence[EditOutcome]:
-        """Finishes pending edits, or raises `EditFailure`."""
+        """Finishes pending edits; raises `EditFailure` if one of them failed."""
 
     def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
-        """Shows metric plugins and loggers a candidate whose record is complete: callback `after_candidate`."""
+        """Calls `after_candidate` of metric plugins and loggers with a candidate whose record is complete."""
         self.request, self.record = request, record
         trigger_plugins(self, "after_candidate")
         self.request = self.record = None
@@ -123,7 +123,7 @@ def _refuse_sgd_plugin(plugin: Any) -> None:
         for part in [*plugin.metrics, *plugin.loggers]:
             _refuse_sgd_plugin(part)
         return
-    # Text and CSV loggers also print at the end of an epoch, which they can do without.
+    # Text and CSV loggers also print at the end of an epoch, but work without one.
     spare = {"after_training_epoch"} if isinstance(plugin, BaseLogger) else set()
     needed = sorted(_own_callbacks(type(plugin)) - _EXPERIENCE_CALLBACKS - spare)
     if needed:

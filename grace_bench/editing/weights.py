@@ -47,7 +47,7 @@ class RewrittenWeights:
 
     @property
     def n_numbers(self) -> int:
-        """How many numbers the weights and buffers of the modules hold."""
+        """The number of elements in the weights and buffers of the modules."""
         return sum(tensor.numel() for tensor in self._unedited.values())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class RewrittenWeights:
             module.load_state_dict({name: weights[f"{path}.{name}"] for name in module.state_dict()})
 
     def restore(self) -> None:
-        """Gives the modules their unedited weights back, bit for bit."""
+        """Restores the modules' unedited weights, bit for bit."""
         self.load_state_dict(self._unedited)
 
     @contextmanager

@@ -1,1 +1,1 @@
-"""What a metric is, and how scores are kept up to date."""
+"""The base classes of metrics, and the rescoring of requests after edits."""

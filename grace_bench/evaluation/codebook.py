@@ -1,4 +1,4 @@
-"""What metrics and loggers may know of an editor's codebook."""
+"""The interface of an editor's codebook that metrics and loggers may use."""
 
 from typing import Protocol, runtime_checkable
 

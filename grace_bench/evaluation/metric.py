@@ -23,15 +23,15 @@ class EditMetric(PluginMetric[float]):
         stream: The evaluation stream that the metric measures; None if it measures no single one.
         is_mean: Whether the metric is the mean of the main score over `stream`, so that two editors can be compared
             item by item.
-        right_after_edit: Whether the metric is the mean of the main score of each edit right after it was made.
-        averages: The names of the metrics that it is the mean of.
+        right_after_edit: Whether the metric is the mean main score of edits, each scored right after it was made.
+        averages: The names of the metrics of which it is the mean.
         log_averages: The metrics whose mean logarithm tuning minimises instead of maximising this one, where the main
             score has no common scale (perplexity).
         higher_is_better: Which direction is better; `main_score` if the metric is on the scale of the task's main
             score and shares its direction; None if neither is better.
         decimals: Digits after the point; the main score's own where the metric is on its scale.
         is_count: Whether the metric counts things, so that one run always has a whole number.
-        is_cost: Whether the column stands among the costs rather than the scores.
+        is_cost: Whether the column is among the costs rather than the scores.
         column: The header of the column and the title of charts; None for the metric's name.
         caption: What a chart shows, in a few words; None for the docstring's first line.
         order: Position among the other metrics, ascending.
@@ -41,7 +41,7 @@ class EditMetric(PluginMetric[float]):
         always_in_result: Whether `result.json` names the metric, as null, even if there was nothing to measure.
         ranks: Priority of the metric for ordering the rows of a table, 1 first; None if it never orders them.
         latex_column: The header in LaTeX; None for `column`.
-        latex_instead_of: In LaTeX, the metric whose place it takes where no run has a value of that one.
+        latex_instead_of: In LaTeX, the metric that it replaces if no run has a value of that metric.
         section: Title and explanation of a section of its own in the W&B dashboard.
         parts: The suffixes of values `name/suffix` that have a panel in that section.
     """
@@ -91,7 +91,7 @@ class EditMetric(PluginMetric[float]):
 
     @classmethod
     def check_class(cls) -> str | None:
-        """Returns in one line what keeps the class from being registered and what to do about it; None if nothing."""
+        """Returns in one line why the class cannot be registered and what to do about it; None if it can."""
         required = required_argument(cls)
         if required is not None:
             return (

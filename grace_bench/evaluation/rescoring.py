@@ -1,4 +1,4 @@
-"""Rescoring: the model is asked again only where its answer may have changed."""
+"""Rescoring: a request is scored again only if the model's answer may have changed."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from grace_bench.editing.batch import Answered
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.tasks.base import ItemScore
 
-# The entry that answers and its distance are looked up whenever a cached score is used.
+# Not cached: the answering entry and its distance are looked up whenever a cached score is used.
 _FIELDS = tuple(
     field.name for field in fields(ItemScore) if field.name not in {"query", "entry", "distance", "contested"}
 )
 
 
 class EditedModel(Protocol):
-    """What rescoring needs of an editor. `EditorStrategy` documents each."""
+    """The members of an editor that rescoring uses; `EditorStrategy` documents them."""
 
     model: EditableModel
 
@@ -33,7 +33,7 @@ class EditedModel(Protocol):
         """Whether the editor implements `answered_by`."""
 
     def answered_by(self, queries: Tensor) -> Answered | None:
-        """Returns what answers (B, D_in) queries."""
+        """Returns the entries that answer (B, D_in) queries."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Known:
     """A request that was scored before.
 
     Attributes:
-        query: (D_in,) what enters the edited layer at its query.
+        query: (D_in,) the edited layer's input at its query.
         version: The version of the entry that answered it last (see `Answered.versions`).
         items: Its cached scores by version.
         batch: The digests of the batch in which it was first scored, in order.
@@ -54,7 +54,7 @@ class _Known:
 
 
 class Rescorer:
-    """Scores requests with the edited model, asking it again only where its answer may have changed.
+    """Scores requests with the edited model, rescoring only requests whose answer may have changed.
 
     While the weights are frozen, the input of the edited layer at a request's query never changes. It is cached, and
     the editor says which entry answers it now (`answered_by`). If that is the same version of the same entry as last
@@ -62,8 +62,8 @@ class Rescorer:
 
     An evaluation rescores requests in the batch in which they were first scored, if it asks for the whole batch and at
     least half of it must be rescored: the engine has recorded what comes before the edited layer. All others go into
-    new batches. So the bits of a score depend on what was asked for and when, never on what is cached. Generated
-    answers do not start at the layer, so their batches are always new.
+    new batches. So the bits of a score depend on which requests were scored and when, never on the contents of the
+    cache. Generated answers do not start at the layer, so their batches are always new.
 
     Args:
         editor: The editor and its model.
@@ -130,7 +130,7 @@ class Rescorer:
         self._known.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the cached scores: a resumed run then asks the model for the same ones as if never stopped."""
+        """Returns the cached scores: a resumed run then rescores the same requests as an uninterrupted one."""
         known = self._known.values()
         items = [one.items[one.version] for one in known]
         numbers = {key: number for number, key in enumerate(self._known)}
@@ -158,14 +158,14 @@ class Rescorer:
             self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch])
 
     def _key(self, request: EditRequest) -> str:
-        """The digest of everything in a request that its score depends on; texts would make checkpoints large."""
+        """The digest of all fields of a request that affect its score; the texts would make checkpoints large."""
         parts = request.prompt, request.target, request.answers, request.contrast or ()
         if parts not in self._names:
             self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self._names[parts]
 
     def _look_up(self, keys: Sequence[str]) -> dict[str, ItemScore]:
-        """The cached scores that are still valid, with the entry and distance as of now."""
+        """The cached scores that are still valid, with the current entry and distance."""
         kept = [key for key in dict.fromkeys(keys) if key in self._known]
         if not kept:
             return {}
@@ -222,7 +222,7 @@ class Rescorer:
         return zip(batch, model.score_batch([asked[key] for key in batch]), strict=True)
 
     def _again(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterator[tuple[str, ...]]:
-        """The first batches that are rescored as they were."""
+        """The original batches that are rescored unchanged."""
         n_stale = Counter(self._known[key].batch for key in stale if key in self._known)
         for batch, n in n_stale.items():
             # A resumed run may have lower limits than the batch was made with.
@@ -240,7 +240,7 @@ class Rescorer:
 
 
 def _hashable(value: Any) -> Hashable:
-    """Lists, which JSON makes of tuples, as tuples again."""
+    """Converts lists, into which JSON turns tuples, back to tuples."""
     return tuple(_hashable(part) for part in value) if isinstance(value, list | tuple) else value
 
 

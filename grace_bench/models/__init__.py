@@ -1,1 +1,1 @@
-"""Models: the network with its edited layer, how text becomes tensors, how passes are computed, and what a task is."""
+"""Models: the network with its edited layer, text encoding, engines and tasks."""

@@ -1,4 +1,4 @@
-"""What an editor sees of the edited layer: one call, and the sequence that the call belongs to."""
+"""An editor's view of the edited layer: one call, and the sequence that the call belongs to."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Decision = TypeVar("Decision")
 
 @dataclass
 class QueryState:
-    """A prompt with the tokens generated after it, and what the editor's hook recorded about it.
+    """A prompt with the tokens generated after it, and the records of the editor's hook.
 
     Attributes:
         query: (B,) query positions in the edited layer's sequence, -1 for the last position; None until a prompt whose
@@ -105,8 +105,8 @@ class LayerCall:
         Args:
             values: (B, D_out) one value per row.
             rows: (B,) bool, the rows to write.
-            where: The query position, every position, or the positions before the query (GRACE, section 3.3). Only
-                `replace_all` reaches tokens generated after the prompt.
+            where: Whether to overwrite the query position, every position, or those before the query (GRACE, section
+                3.3). Only `replace_all` reaches tokens generated after the prompt.
         """
         steps = torch.arange(self.output.shape[1], device=self.output.device)
         if where == "replace_all":

@@ -27,10 +27,9 @@ __all__ = ["DeviceMap", "EditableModel", "LayerCall", "Replacement"]
 class EditableModel(Network):
     """A model whose answers can be edited at one layer.
 
-    The module is put into eval mode, its weights stop requiring gradients, and nothing else is put on it until an
-    editor intercepts the layer; `editor.detach()`, or `release()`, removes that again. So several models can be made on
-    one module, say one for each layer of a study. An editor acts on the module: until it is detached, all of them
-    answer as edited.
+    The module is put into eval mode and its weights stop requiring gradients. Hooks are installed only when an editor
+    intercepts the layer, and removed by `editor.detach()` or `release()`. So several models can share one module, say
+    one for each layer of a study. An editor acts on the module: until it is detached, all of them answer as edited.
 
     Args:
         module: The network. Its forward pass takes what `encode` returns, and returns logits or an object with
@@ -79,7 +78,7 @@ class EditableModel(Network):
         Args:
             name_or_path: A short name (`grace-bench list models`), a hub id, or a folder.
             layer: Dotted path of the layer to edit; None for the layer known for the model.
-            task: What the model is used for; decides the head that is loaded.
+            task: The use of the model; determines which head is loaded.
             dtype: `float32`, `bfloat16` or `float16`.
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest available.
             device_map: Spreads the weights over several devices and the disk instead: an argument of transformers'
@@ -117,7 +116,7 @@ class EditableModel(Network):
         Args:
             task: The task.
             engine: The engine's name.
-            memory_mb: The most memory for recordings between evaluations; None for a quarter of the free memory.
+            memory_mb: Memory limit for recordings between evaluations; None for a quarter of the free memory.
 
         Raises:
             UserError: If the model cannot serve the task, naming both tasks and what it lacks.
@@ -145,7 +144,7 @@ class EditableModel(Network):
             return self.task.answers(self, prompts) if prompts else []
 
     def ask(self, prompts: Sequence[str], *, progress: Progress | None = None) -> list[str | int]:
-        """Returns what `answer` returns, for any number of prompts, batched as in `score`.
+        """Like `answer`, for any number of prompts, batched as in `score`.
 
         Args:
             prompts: The questions.
@@ -173,7 +172,7 @@ class EditableModel(Network):
         return self.task.together(self, requests)
 
     def size(self, prompt: str, targets: Iterable[str | int] = ()) -> int:
-        """Returns the most tokens that a forward pass reads of a prompt with one of the targets."""
+        """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""
         return self.task.size(self, prompt, targets)
 
     def count_labels(self, prompt: str) -> int | None:
@@ -206,10 +205,10 @@ class EditableModel(Network):
         return self.task.encode(self, prompts, targets, side=side)
 
     def labelled_logits(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
-        """Runs a batch for its labels, computing no more than they need.
+        """Runs a batch and computes only what its labels need.
 
         Returns:
-            Logits that cover all labelled positions, and the batch with the labels that they are aligned with.
+            Logits that cover all labelled positions, and the batch with labels aligned to them.
         """
         return self.engine.labelled(batch)
 
@@ -273,7 +272,7 @@ class EditableModel(Network):
 
     @cached_property
     def config_fingerprint(self) -> str:
-        """SHA-256 of the configuration and the tokenizer, which also decide the answers."""
+        """SHA-256 of the configuration and the tokenizer, which also determine the answers."""
         return hash_configuration(self.config, self.tokenizer)
 
 

@@ -19,7 +19,7 @@ CACHES = ("cache", "past_key_values")
 """The names of the keys and values among a model's arguments, since transformers 5.24 and before."""
 PaddingSide = Literal["left", "right"]
 _SHOWN = 40
-"""The most characters of a text in an error."""
+"""Maximum number of characters of a text in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

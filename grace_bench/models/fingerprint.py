@@ -1,4 +1,4 @@
-"""Fingerprints: hashes of what decides a model's answers."""
+"""Fingerprints: hashes of everything that determines a model's answers."""
 
 import hashlib
 import json

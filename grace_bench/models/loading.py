@@ -26,14 +26,14 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A model that was loaded.
+    """A loaded model.
 
     Attributes:
         module: The module, on its device and in its dtype.
         layer: Dotted path of the layer to edit.
-        tokenizer: The tokenizer; None if it was not wanted, or the model comes with `encode`.
-        encode: What turns texts into the module's inputs, for models without a tokenizer.
-        name: The name that results carry.
+        tokenizer: The tokenizer; None if it was not requested, or the model has `encode`.
+        encode: Turns texts into the module's inputs, for models without a tokenizer.
+        name: The name in results.
     """
 
     module: nn.Module
@@ -110,7 +110,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
-    """Returns the number of torch threads; `auto` is one for tiny models, where handing out work costs more than it.
+    """Returns the number of torch threads; `auto` is one for tiny models, where distributing work does not pay.
 
     Raises:
         UserError: If the machine does not have as many cores.
@@ -172,7 +172,7 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
 def _load_tokenizer(path: str) -> Any:
     import transformers
 
-    # transformers makes up a vocabulary for a folder that has none.
+    # transformers invents a vocabulary for a folder that has none.
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _VOCABULARIES):
         raise UserError(f"model={path}: the folder holds no tokenizer ({', '.join(_VOCABULARIES)})")
     with _loading(path):
@@ -186,5 +186,5 @@ def _load_tokenizer(path: str) -> Any:
 def _loading(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A broken folder fails in as many ways as there are libraries that read it.
+    except Exception as error:  # A broken folder can raise the errors of any library that reads it.
         raise UserError(f"model={path}: cannot be loaded ({reason_of(error)})") from error

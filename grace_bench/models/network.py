@@ -1,4 +1,4 @@
-"""A network with a tokenizer and one layer to edit: what tasks and engines need of a model, and no more."""
+"""A network with a tokenizer and one layer to edit: the interface that tasks and engines use."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +24,8 @@ class Network(nn.Module):
     because Avalanche calls both before every experience, while editing and evaluating happen with dropout off. Its
     weights stop requiring gradients.
 
-    Nothing else is put on the module until `intercept` is called, and nothing remains once every interceptor has been
-    removed. So any number of networks can be made on one module, at one layer or at several, one after the other or at
-    the same time.
+    Hooks are installed on the module by the first `intercept` and removed with the last interceptor. So any number of
+    networks can share one module, at the same or different layers, in turn or at the same time.
 
     Args:
         module: The module. Its forward pass takes what `encode` returns, and returns logits or an object with `logits`.
@@ -40,7 +39,7 @@ class Network(nn.Module):
     """
 
     layer: nn.Module
-    """The module that is edited."""
+    """The edited module."""
 
     def __init__(
         self,
@@ -166,7 +165,7 @@ class Network(nn.Module):
         """Runs a batch for its labels.
 
         Returns:
-            Logits that cover all labelled positions, and the batch with the labels that they are aligned with.
+            Logits that cover all labelled positions, and the batch with labels aligned to them.
         """
         return self.logits(batch), batch
 
@@ -218,7 +217,7 @@ class Network(nn.Module):
         return interceptor
 
     def release(self) -> None:
-        """Removes every interceptor, and with the last one all that this network has put on the module."""
+        """Removes every interceptor, and with the last one all hooks of this network."""
         for interceptor in [*self._interceptors]:
             interceptor.remove()
 

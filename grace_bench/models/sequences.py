@@ -129,7 +129,7 @@ class _Generate:
 
     @classmethod
     def of(cls, module: nn.Module) -> "_Generate":
-        """Returns the one on a module, put there if there is none."""
+        """Returns the instance on a module, after installing one if there is none."""
         present = vars(module).get("generate")
         if isinstance(present, cls):
             return present

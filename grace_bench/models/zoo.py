@@ -175,7 +175,7 @@ class ModelSource:
             raise UserError(f"model={self.name}: {repository} cannot be downloaded ({reason_of(error)})") from error
 
     def _out_of_reach(self) -> str:
-        """The error that says what to download, where to put it, and which option points to it."""
+        """The error for a missing model: names what to download, where to put it, and which option points to it."""
         known, place = _HUB_MODELS.get(self.name), MODELS_FOLDER / self.name
         what = self.path if self.tokenizer is None else f"{self.path} with the tokenizer of {self.tokenizer}"
         message = f"model={self.name}: the Hugging Face hub cannot be reached for {what}"
@@ -210,7 +210,7 @@ def resolve_model(name_or_path: str) -> ModelSource:
     short name of a hub model, as a folder in the working directory, and as a hub id.
 
     Raises:
-        UserError: If the name looks like a folder and there is none, or the folder holds no model.
+        UserError: If the name looks like a folder and there is none, or the folder contains no model.
     """
     if name_or_path and "/" not in name_or_path:
         for folder in (_checkpoints() / name_or_path, MODELS_FOLDER / name_or_path):

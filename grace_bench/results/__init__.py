@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how to read it."""
+"""The files of a run: their schema, and how to read them."""

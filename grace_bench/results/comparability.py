@@ -1,4 +1,4 @@
-"""Which runs may stand side by side in one table."""
+"""Which runs may share a table."""
 
 import json
 import re
@@ -10,16 +10,16 @@ from grace_bench.errors import UserError
 from grace_bench.results.schema import Protocol, RunResult
 
 Condition = tuple[str, str | None]
-"""A field of a result, and for a field of its model the model's name."""
+"""A field of a result; for a field of the model, with the model's name."""
 
 _HASH_DIGITS = 12
 
 
 def conditions(result: RunResult) -> dict[Condition, Any]:
-    """Returns what every run of one table shares with this one.
+    """Returns the values that every run in one table must share with this run.
 
-    That is the stream's task and content, the protocol except for the tuning budget, and for each model name its dtype
-    and weights.
+    These are the stream's task and content, the protocol except for the tuning budget, and for each model name its
+    dtype and weights.
     """
     protocol = result.protocol.model_dump(mode="json", include=set(Protocol.model_fields) - {"tuning_budget"})
     return {
@@ -32,7 +32,7 @@ def conditions(result: RunResult) -> dict[Condition, Any]:
 
 
 def group_comparable(results: Sequence[RunResult]) -> list[list[RunResult]]:
-    """Groups runs on one stream so that the runs of a group were measured alike, the largest group first.
+    """Groups runs on one stream by how they were measured, the largest group first.
 
     A run joins the first group that agrees with it in every condition that both have.
     """
@@ -72,10 +72,10 @@ def differences(groups: Sequence[Sequence[RunResult]]) -> list[dict[str, str]]:
 
 
 def refuse_mixtures(results: Iterable[RunResult]) -> None:
-    """Makes sure that runs on one stream were measured alike.
+    """Makes sure that runs on one stream were measured in the same way.
 
     Raises:
-        UserError: If two were not, naming both and the first field that differs.
+        UserError: If two were not; names both and the first field that differs.
     """
     on_stream: dict[str, list[RunResult]] = {}
     for result in results:
@@ -92,7 +92,7 @@ def refuse_mixtures(results: Iterable[RunResult]) -> None:
 
 
 def value_text(value: Any) -> str:
-    """Returns a field's value as JSON on one line, of a hash the first digits.
+    """Returns a field's value as JSON on one line; a hash is cut to its first digits.
 
     >>> value_text(50), value_text("0123456789abcdef" * 4)
     ('50', '"0123456789ab…"')

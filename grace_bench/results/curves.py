@@ -1,4 +1,4 @@
-"""How edits fare as more edits follow: curves over seeds, the onset of forgetting, scores by age, single edits."""
+"""The fate of edits as more edits follow: curves over seeds, the onset of forgetting, scores by age, single edits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def decline(reference: float, figure: float, *, higher_is_better: bool) -> float
 
 
 def _is_forgotten(reference: float, figure: float, higher_is_better: bool) -> bool:
-    # A fall by exactly the threshold is none, whatever binary fractions make of it.
+    # A fall by exactly the threshold does not count, despite rounding of binary fractions.
     return decline(reference, figure, higher_is_better=higher_is_better) > FORGETTING_THRESHOLD + 1e-9
 
 
@@ -116,7 +116,7 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def upstream_forgotten_after(retention: Series, *, higher_is_better: bool) -> int | None:
-    """Returns the number of edits at the first evaluation that is worse than the one before the first edit.
+    """Returns the number of edits at the first evaluation that is worse than before the first edit.
 
     Args:
         retention: The main score on upstream data (TRR) over a run.
@@ -131,8 +131,8 @@ def upstream_forgotten_after(retention: Series, *, higher_is_better: bool) -> in
 def edits_forgotten_after(learned: Series, kept: Series, *, higher_is_better: bool) -> int | None:
     """Returns the number of edits at the first evaluation at which edits score worse than right after they were made.
 
-    `learned` is the mean score of the same edits, each right after it was made (superseded ones aside, which `kept`
-    leaves out): what `kept` lacks of it was learned and lost. A fall of `kept` alone may be edits that never worked.
+    `learned` is the mean score of the same edits, each right after it was made (except that `kept` omits superseded
+    ones): the gap between the two was learned and lost. A fall of `kept` alone may come from edits that never worked.
 
     Args:
         learned: The main score of each edit right after it was made (ES) over a run.
@@ -149,7 +149,7 @@ def edits_forgotten_after(learned: Series, kept: Series, *, higher_is_better: bo
 
 
 def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
-    """Reads the edits of a run as they are at its end, in their order, without the superseded ones.
+    """Reads the edits of a run with their state at its end, in order, without the superseded ones.
 
     Args:
         folder: The run folder.
@@ -187,7 +187,7 @@ def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
 
 
 def worst_forgotten(edits: Sequence[KeptEdit], *, higher_is_better: bool) -> list[KeptEdit]:
-    """Returns the edits that are answered worse at the end than right after them, by more than the threshold.
+    """Returns the edits whose score at the end is worse than right after the edit, by more than the threshold.
 
     The greatest loss comes first; of equal losses, the one after the fewest edits.
     """
@@ -203,7 +203,7 @@ def worst_forgotten(edits: Sequence[KeptEdit], *, higher_is_better: bool) -> lis
 
 
 def age_width(max_age: int, *, most: int = 10) -> int:
-    """Returns the least of 1, 2, 5, 10, 20, 50, … that divides the ages from 0 to `max_age` into at most `most` bins.
+    """Returns the smallest of 1, 2, 5, 10, 20, 50, … that divides ages from 0 to `max_age` into at most `most` bins.
 
     >>> [age_width(n) for n in (0, 9, 10, 49, 99, 100, 999)]
     [1, 1, 2, 5, 10, 20, 100]
@@ -224,8 +224,8 @@ def score_by_age(runs: Sequence[Sequence[KeptEdit]], *, width: int) -> Mapping[i
         width: The number of ages in a bin.
 
     Returns:
-        By bin, whose ages begin at its number times `width`: the runs' means at the middle of the bin, and how many
-        edits these are.
+        For each bin, whose ages begin at its index times `width`: the runs' means at the middle of the bin, and the
+        number of edits in it.
     """
     by_bin: dict[int, dict[int, list[float]]] = {}
     for run, edits in enumerate(runs):

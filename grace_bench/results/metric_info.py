@@ -1,6 +1,6 @@
-"""What the class of a metric declares about it, read without importing torch.
+"""The declarations of metric classes, read without importing torch.
 
-Everything that shows or compares metrics works from these descriptions and knows no metric by name.
+Everything that shows or compares metrics uses these descriptions and knows no metric by name.
 """
 
 from collections.abc import Iterable
@@ -102,7 +102,7 @@ class Metrics(tuple[MetricInfo, ...]):
         return Metrics(sorted(found, key=lambda info: info.is_cost))
 
     def get(self, name: str) -> MetricInfo | None:
-        """Returns the description of a metric, None if it is not registered."""
+        """Returns the description of a metric; None if it is not registered."""
         return next((info for info in self if info.name == name), None)
 
     def mean_over(self, stream: str) -> MetricInfo:
@@ -124,7 +124,7 @@ class Metrics(tuple[MetricInfo, ...]):
         return Metrics(sorted((info for info in self if info.ranks is not None), key=lambda info: info.ranks or 0))
 
     def streams_of(self, info: MetricInfo) -> tuple[str, ...]:
-        """Returns the streams whose items a metric averages; none if it is no mean of items."""
+        """Returns the streams whose items a metric averages; none if it is not a mean of items."""
         if info.averages:
             parts = [self.get(name) for name in info.averages]
             return tuple(part.stream for part in parts if part is not None and part.stream is not None)
@@ -134,8 +134,8 @@ class Metrics(tuple[MetricInfo, ...]):
 def metric_infos() -> Metrics:
     """Returns the descriptions of all registered metrics, in their order.
 
-    The package's own are read from their source; a class of this process or of an installed package is asked. A metric
-    whose package cannot be imported is left out.
+    The package's own metrics are read from source; classes defined in this process or in an installed package are
+    imported. A metric whose package cannot be imported is left out.
     """
     found = []
     for name, entry in METRICS.entries().items():

@@ -25,14 +25,14 @@ def find_result_files(paths: Iterable[Path]) -> list[Path]:
     """Finds the result files of finished runs, each in its run folder.
 
     Args:
-        paths: Each a result file, a run folder, or a folder that is searched for runs at any depth. The inside of a run
-            folder and folders whose name begins with a dot are not searched. A file reached twice is named once.
+        paths: Result files, run folders, or folders that are searched for runs at any depth. The inside of a run folder
+            and folders whose name begins with a dot are not searched. A file reached twice is named once.
 
     Returns:
         The files in the order of `paths`, within a folder by path.
 
     Raises:
-        UserError: If a path does not exist or holds no result.
+        UserError: If a path does not exist or contains no result.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -78,7 +78,7 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
         filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
 
     Raises:
-        UserError: If it cannot be read, or a column is missing, of another type, or without values it should have.
+        UserError: If it cannot be read, or a column is missing, has another type, or lacks required values.
     """
     try:
         schema = pq.read_schema(readable(path))
@@ -121,7 +121,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Reads the `config.yaml` of a run folder as a flat record, the names of nested settings joined by dots.
 
     Returns:
-        Nothing where there is no such file, as for a run that was started from Python, or where it is broken.
+        Empty if the file is broken or missing, as for a run started from Python.
     """
     path = folder / "config.yaml"
     try:
@@ -153,7 +153,7 @@ class _Header(BaseModel):
 
 def _read_lines(path: Path, model: type[Line]) -> list[Line]:
     try:
-        # Not splitlines, which also breaks at characters that may stand in a text.
+        # Not splitlines, which also breaks at characters that may occur in a text.
         lines = readable(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error

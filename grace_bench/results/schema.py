@@ -225,7 +225,7 @@ class RunResult(BaseModel):
     """The record of one run: `result.json`.
 
     Attributes:
-        configuration: SHA-256 of the resolved configuration (`config.hash_config`).
+        configuration: SHA-256 of the resolved configuration (`launch.run_config.hash_config`).
         files: SHA-256 of the other files of the run folder, by path in it.
         digest: SHA-256 of the rest of the record (`digest_of`).
     """

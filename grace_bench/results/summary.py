@@ -1,4 +1,4 @@
-"""A finished run in a few words."""
+"""The summary of a finished run in two lines."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from grace_bench.results.schema import RunResult
 
 
 def summary(result: RunResult, folder: Path) -> str:
-    """Returns what a run measured, in one line, and its folder in a second."""
+    """Returns the metrics of a run in one line, and its folder in a second."""
     metrics = metric_infos()
     shown = metrics.shown("summary")
     n_edits = result.metrics.get("n_edits")

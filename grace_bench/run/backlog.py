@@ -1,7 +1,7 @@
 """The backlog of a run: candidates whose records are not written yet, and evaluations queued behind them.
 
-An editor may leave values pending, to train those of several edits together. Until they are trained, nobody can say
-what the model answers: the scores right after these edits, and evaluations that fall due in between, are taken when the
+An editor may leave values pending, to train those of several edits together. Until they are trained, the model's
+answers are unknown. So the scores right after these edits, and evaluations due in between, are computed when the
 backlog is settled, each with the editor as it was at that number of edits.
 """
 
@@ -23,7 +23,7 @@ from grace_bench.run.cost import CostMeter
 from grace_bench.run.position import Position
 
 LOOKAHEAD = 32
-"""How many candidates are scored together, and how many edits may be pending."""
+"""Maximum number of candidates scored together, and of edits in the backlog."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class PendingCandidate:
         index: Its index in the stream.
         n_edits: Edits made so far, its own included.
         before: Its score before the edit.
-        outcome: What its edit did; None if it was not edited. The score after the edit is not known yet.
-        seconds: What its edit took so far.
+        outcome: The outcome of its edit; None if it was not edited. The score after the edit is not known yet.
+        seconds: Duration of its edit so far.
     """
 
     index: int
@@ -45,7 +45,7 @@ class PendingCandidate:
     seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the candidate as JSON values; of its score what a record holds."""
+        """Returns the candidate as JSON values, with only the recorded part of its score."""
         outcome = None if self.outcome is None else asdict(self.outcome)
         return {**vars(self), "before": self.before.state_dict(), "outcome": outcome}
 
@@ -55,7 +55,7 @@ class QueuedEvaluation:
     """An evaluation that is due, with the run's position at that time.
 
     Attributes:
-        index: Index of the candidate it comes after, -1 before the first.
+        index: Index of the candidate that it follows, -1 before the first.
         n_edits: Edits made so far.
         edited, superseded: As in `Position`.
     """
@@ -67,12 +67,12 @@ class QueuedEvaluation:
 
 
 class Backlog:
-    """What a run has yet to record, in stream order.
+    """The candidates and evaluations that a run has not recorded yet, in stream order.
 
     Args:
         strategy: The editor.
         rescorer: Scores candidates and evaluation streams.
-        position: Where the run stands; set back if a pending edit fails.
+        position: The run's position; set back if a pending edit fails.
         candidates: All candidates of the stream.
         meter: Counts the time spent scoring.
         requests_of: Returns all requests that an evaluation scores.
@@ -100,7 +100,7 @@ class Backlog:
 
     @property
     def n_edits(self) -> int:
-        """How many edits are in the backlog."""
+        """The number of edits in the backlog."""
         return sum(isinstance(entry, PendingCandidate) and entry.outcome is not None for entry in self._entries)
 
     def add_candidate(self, candidate: PendingCandidate) -> None:
@@ -108,7 +108,7 @@ class Backlog:
         self._entries.append(candidate)
 
     def queue_evaluation(self) -> None:
-        """Appends an evaluation of the run as it stands."""
+        """Appends an evaluation at the run's current position."""
         at = self._position
         self._entries.append(QueuedEvaluation(at.index - 1, at.n_edits, [*at.edited], [*at.superseded]))
 
@@ -117,7 +117,7 @@ class Backlog:
         return any(isinstance(entry, QueuedEvaluation) and entry.n_edits == n_edits for entry in self._entries)
 
     def must_settle(self) -> bool:
-        """Returns whether the backlog is to be settled before the next candidate."""
+        """Returns whether the backlog must be settled before the next candidate."""
         is_alone = self._position.index - 1 <= self._alone_until
         return is_alone or not 0 < self._strategy.n_pending < LOOKAHEAD
 
@@ -133,8 +133,8 @@ class Backlog:
         after it, and the backlog forgets what came later.
 
         Args:
-            record: Takes each candidate with its score right after its edit, None if it was not edited.
-            evaluate: Carries out an evaluation.
+            record: Called with each candidate and its score right after its edit, None if it was not edited.
+            evaluate: Called with each queued evaluation, to run it.
         """
         self._flush()
         entries, self._entries = self._entries, []
@@ -150,7 +150,7 @@ class Backlog:
                         evaluate(entry)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the backlog, and what decides how later edits are grouped, as JSON values."""
+        """Returns the backlog, and the state that determines how later edits are grouped, as JSON values."""
         return {
             "candidates": [entry.state_dict() for entry in self._entries if isinstance(entry, PendingCandidate)],
             "evaluations": [
@@ -177,17 +177,17 @@ class Backlog:
     def _score_after(
         self, edits: Sequence[PendingCandidate], evaluations: Sequence[QueuedEvaluation]
     ) -> dict[int, ItemScore]:
-        """Scores the requests right after their edits, by index, and with them what queued evaluations will ask for."""
+        """Scores requests right after their edits, by index, together with the requests of queued evaluations."""
         scorer, together = self._rescorer, [self._candidates[edit.index] for edit in edits]
         if len(evaluations) > 1:
-            # Few answers differ between these evaluations, so most of their scores are those of the last one.
+            # Few answers differ between these evaluations, so most scores can be copied from the last one.
             together += self._requests_of(evaluations[-1])
         with self._meter.scoring(), scorer.evaluation() if len(evaluations) > 1 else nullcontext():
             after = dict(zip([edit.index for edit in edits], scorer.score(together), strict=False))
             changed: set[int | None] = set()
             for edit in reversed(edits if self._strategy.knows_past else ()):
                 assert edit.outcome is not None
-                # An entry that a later edit changed, or that answers no more, may have answered otherwise.
+                # An entry that a later edit changed or displaced may have answered differently.
                 is_past = edit.outcome.key in changed or after[edit.index].entry != edit.outcome.key
                 if is_past and edit is not edits[-1]:
                     with self._as_of(edit.n_edits):
@@ -196,8 +196,8 @@ class Backlog:
         return after
 
     def _flush(self) -> None:
-        """Finishes the pending edits, and sets the run back if one of them fails."""
-        # An edit that failed when it was made left nothing to finish.
+        """Finishes the pending edits; if one fails, sets the run's position back."""
+        # An edit that failed immediately has nothing to finish.
         edits = [
             entry
             for entry in self._entries

@@ -3,7 +3,7 @@
 `checkpoint/` in a run folder holds the two newest, each a numbered folder of `state.json`, `tensors.safetensors` and
 `manifest.json`. A checkpoint is written under a hidden name and renamed once it is on disk, so a visible one was
 complete. The manifest has the digests of the other two files, which expose later damage, and the length and digest of
-each file that the run appends to. Their content is not copied, so it adds nothing to the size of a checkpoint.
+each file that the run appends to. Their content is not copied, so it does not add to the size of a checkpoint.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ SCHEMA_VERSION = 6
 FOLDER = "checkpoint"
 _KEPT = 2
 _TENSOR = "$tensor"
-# Names without a way out of the folder they are in.
+# Names that cannot lead out of their folder.
 _OwnFile = Annotated[str, StringConstraints(pattern=r"^[a-z]+\.[a-z]+$")]
 _RunFile = Annotated[str, StringConstraints(pattern=rf"^({FOLDER}/)?[a-z_]+\.[a-z]+$")]
 
 
 class _Manifest(BaseModel):
-    """What a checkpoint consists of.
+    """The manifest of a checkpoint.
 
     Attributes:
-        identity: Everything that decides what the run computes.
+        identity: Everything that determines what the run computes.
         n_edits: Edits made so far.
         files: The SHA-256 of the checkpoint's other files.
         run_files: The prefixes of the files that the run appends to, by path in the run folder.
@@ -77,13 +77,13 @@ class _RunFileError(_BrokenError):
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was found on disk.
+    """The newest usable checkpoint, as loaded from disk.
 
     Attributes:
         state: The state in the newest usable checkpoint; None if there is none.
         n_edits: Edits made up to that checkpoint.
         run_files: The prefixes that it recorded of the files that the run appends to.
-        dropped: In words, what was skipped because it cannot be used.
+        dropped: Descriptions of checkpoints that were skipped as unusable.
     """
 
     state: dict[str, Any] | None = None
@@ -97,13 +97,14 @@ class Checkpoints:
 
     Args:
         folder: The run folder.
-        identity: Everything that decides what the run computes, as JSON values; a checkpoint with another is refused.
+        identity: Everything that determines what the run computes, as JSON values; a checkpoint with another is
+            refused.
     """
 
     def __init__(self, folder: Path, *, identity: Mapping[str, Any]) -> None:
         self._run = folder
         self._folder = folder / FOLDER
-        # As it will be read again: tuples as lists, keys as text.
+        # In the form in which it will be read: tuples as lists, keys as text.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._broken: list[Path] = []
 
@@ -113,7 +114,7 @@ class Checkpoints:
         Args:
             state: Tensors and JSON values, nested in dicts and lists.
             n_edits: Edits made so far.
-            run_files: What the run has appended to files so far, by path in the run folder; it is on disk already.
+            run_files: The prefixes of the files that the run appends to, by path in the run folder; already on disk.
 
         Raises:
             OSError: If it cannot be written; earlier checkpoints stay as they are.
@@ -143,8 +144,8 @@ class Checkpoints:
         """Returns the newest usable checkpoint: intact, and with every file of the run beginning as it recorded.
 
         Raises:
-            UserError: If the newest is of another schema version or of another run, or if only files of the run that
-                were cut or changed keep every intact checkpoint from being used.
+            UserError: If the newest has another schema version or is from another run, or if there are intact
+                checkpoints but files of the run were cut or changed so that none of them fits.
         """
         dropped = ["a checkpoint that was being written"] if any(self._folder.glob(".*.partial")) else []
         damaged: str | None = None
@@ -165,12 +166,12 @@ class Checkpoints:
         if damaged is not None:
             raise UserError(
                 f"{self._run / damaged}: was cut or changed since the run's checkpoints; put the file back as it was, "
-                f"or existing=rerun sets the run aside and starts anew"
+                f"or existing=rerun sets the run aside and starts over"
             )
         return Loaded(dropped=dropped)
 
     def drop_broken(self) -> None:
-        """Removes what `load` skipped, so that it does not count among the checkpoints that are kept."""
+        """Removes the checkpoints that `load` skipped, so that they do not count among the two that are kept."""
         for path in (*self._folder.glob(".*.partial"), *self._broken):
             shutil.rmtree(path)
 
@@ -193,7 +194,7 @@ class Checkpoints:
             if version != SCHEMA_VERSION:
                 raise UserError(
                     f"{path}: checkpoint of schema version {version}, this grace-bench reads {SCHEMA_VERSION}; "
-                    f"existing=rerun sets the run aside and starts anew"
+                    f"existing=rerun sets the run aside and starts over"
                 )
             manifest = _Manifest.model_validate_json(text)
         except ValidationError as error:
@@ -257,7 +258,7 @@ def _read(path: Path) -> bytes:
 
 
 def _without_tensors(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Returns a state as JSON with names in the place of its tensors, and the tensors by these names."""
+    """Returns a state as JSON with names in place of its tensors, and the tensors by these names."""
     tensors: dict[str, Tensor] = {}
 
     def name(value: Any) -> dict[str, str]:
@@ -272,7 +273,7 @@ def _without_tensors(state: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
 
 def _with_tensors(text: bytes, tensors: Mapping[str, Tensor]) -> Any:
     def look_up(value: dict[str, Any]) -> Any:
-        # Alignment decides the order of float operations: only memory that torch allocated gives the same bits.
+        # Alignment affects the order of float operations: only memory allocated by torch gives the same bits.
         return tensors[value[_TENSOR]].clone() if value.keys() == {_TENSOR} else value
 
     return json.loads(text, object_hook=look_up)

@@ -1,4 +1,4 @@
-"""What a run costs: time and memory."""
+"""The cost of a run: time and memory."""
 
 import resource
 import sys
@@ -17,7 +17,7 @@ from grace_bench.results.schema import Cost
 
 @dataclass
 class CostMeter:
-    """Adds up what a run costs, over all the processes it was carried out in.
+    """Adds up the cost of a run, over all of its processes.
 
     Attributes:
         edit_times: Seconds of each edit.
@@ -42,7 +42,7 @@ class CostMeter:
         """Returns the cost so far.
 
         Args:
-            extra_parameters: How many numbers the editor adds to the model.
+            extra_parameters: Number of parameters that the editor adds to the model.
         """
         quantiles = np.quantile(self.edit_times, [0.5, 0.95]).tolist() if self.edit_times else [None, None]
         self._measure_memory()

@@ -1,4 +1,4 @@
-"""What a run is, in the words of its files: its plan, its identity, its environment and its result."""
+"""Descriptions of a run: its plan, its identity, its environment and its result."""
 
 import sys
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def plan_of(
     folder: Path | None,
     config: Mapping[str, Any] | None = None,
 ) -> RunPlan:
-    """Returns what loggers may know of a run before it starts.
+    """Returns the description of a run that loggers receive before it starts.
 
     Args:
         strategy: The editor.
@@ -55,7 +55,7 @@ def plan_of(
 
 
 def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: RunSettings) -> dict[str, Any]:
-    """Returns everything that decides what a run computes, under the names of the options where there are any."""
+    """Returns everything that determines what a run computes, under the names of the options if there are any."""
     model = strategy.model
     return {
         "stream": benchmark.fingerprint,
@@ -73,7 +73,7 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
 
 
 def environment_of(strategy: EditorStrategy, source: EditStream) -> dict[str, Any]:
-    """Returns what a run is computed with, and the command that started it."""
+    """Returns the environment of a run, and the command that started it."""
     model = strategy.model
     parts = [type(strategy), type(source), *(METRICS.get(name) for name in METRICS.entries())]
     return {
@@ -101,10 +101,10 @@ def result_of(
         settings: Its settings.
         run_id: Its name.
         configuration: SHA-256 of its resolved configuration; None if it was not made from one.
-        environment: What it was computed with.
+        environment: Its environment (see `environment_of`).
     """
     benchmark, model, task, strategy = opened.benchmark, opened.model, opened.model.task, loop.strategy
-    # A result names some metrics even if there was nothing to measure them on.
+    # Some metrics are in every result, even if there was nothing to measure them on.
     unmeasured = {info.name: None for info in metric_infos() if info.always_in_result}
     return RunResult(
         run_id=run_id,

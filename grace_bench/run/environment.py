@@ -1,4 +1,4 @@
-"""What a result was computed with: versions, the state of the code, the machine, and torch's settings."""
+"""The environment of a result: versions, the state of the code, the machine, and torch's settings."""
 
 import os
 import platform
@@ -27,17 +27,17 @@ _PACKAGES = {
 }
 _PLUGIN_GROUPS = ("grace_bench.streams", "grace_bench.editors", "grace_bench.metrics")
 _GIT_SECONDS = 5
-# Set inside git's own hooks, where they would point every question to the repository of the hook.
+# Variables that git sets inside hooks; they would direct every query to the hook's repository.
 _GIT_OVERRIDES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
 
 
 def describe_environment(device: torch.device, *, threads: int, classes: Iterable[type] = ()) -> dict[str, Any]:
-    """Returns what a result is computed with, as JSON values.
+    """Returns the environment of a result as JSON values.
 
     Args:
-        device: Where the model computes.
+        device: The model's device.
         threads: torch's threads within an operation.
-        classes: The classes of the run's parts; of those from outside this package, package and code are named under
+        classes: The classes of the run's parts; for classes from other packages, package and code are listed under
             `plugins`.
     """
     return {
@@ -62,7 +62,7 @@ def describe_environment(device: torch.device, *, threads: int, classes: Iterabl
 def git_state(*code: Path) -> dict[str, Any] | None:
     """Returns the commit of the checkout that code lies in, and whether the code was changed since.
 
-    It is asked once a process: later changes are not those that were imported.
+    Computed once per process, because later changes to the files are not in the imported code.
 
     Args:
         code: Files or folders of one repository.
@@ -72,7 +72,7 @@ def git_state(*code: Path) -> dict[str, Any] | None:
     """
     paths = [str(path) for path in code]
     folder = code[0] if code[0].is_dir() else code[0].parent
-    # A virtual environment may lie in a repository that knows nothing of what is installed there.
+    # A virtual environment may lie inside a repository that does not track the installed packages.
     if _git(folder, "ls-files", "--error-unmatch", "--", paths[0]) is None:
         return None
     commit = _git(folder, "rev-parse", "HEAD")
@@ -113,7 +113,7 @@ def _plugin_version(package: str) -> str | None:
         for point in entry_points(group=group):
             if point.dist is not None and point.module.partition(".")[0] == package:
                 return point.dist.version
-    # To ask which distribution brought a module takes a second; most have its name.
+    # Looking up the distribution of a module takes a second; most have the module's name.
     return _version(package)
 
 

@@ -1,4 +1,4 @@
-"""Which requests an evaluation scores, and what the unedited model is asked beforehand."""
+"""The requests that an evaluation scores, and the prompts that the unedited model answers beforehand."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,7 +17,7 @@ def evaluated_requests(
         data: The run's requests.
         edited: Indices of the edited requests on which ERR is measured.
         superseded: Indices of the edited requests whose input was edited again with another target.
-        answers: The unedited model's answers by prompt: the targets of probes that have none of their own.
+        answers: The unedited model's answers by prompt: the targets of probes without a target of their own.
     """
     requests = [data.edits[index] for index in edited]
     streams = {
@@ -33,7 +33,7 @@ def evaluated_requests(
 def prompts_to_ask(data: StreamData) -> list[str]:
     """Returns the prompts whose targets are the unedited model's answers, each once.
 
-    The probes of all candidates are among them: after the first edit it is too late to ask.
+    The probes of all candidates are included: after the first edit it is too late to ask.
     """
     probes = (probe for kind in ("locality", "portability") for probe in probe_requests(data.edits, kind))
     asked = (request for request in (*data.upstream, *probes) if is_answered_by_model(request))
@@ -41,12 +41,12 @@ def prompts_to_ask(data: StreamData) -> list[str]:
 
 
 def with_answers(benchmark: EditBenchmark, answers: Mapping[str, str | int]) -> EditBenchmark:
-    """Returns the benchmark with the unedited model's answers as the targets of upstream requests that want them."""
+    """Returns the benchmark with the unedited model's answers as the targets of upstream requests without a target."""
     return benchmark.answered_by(lambda prompts: [answers[prompt] for prompt in prompts])
 
 
 def thinned(benchmark: EditBenchmark, most: int | None) -> EditBenchmark:
-    """Returns the benchmark with at most so many upstream requests, evenly spaced; None for all."""
+    """Returns the benchmark with at most this many upstream requests, evenly spaced; None for all."""
     upstream = benchmark.data.upstream
     if most is None or len(upstream) <= most:
         return benchmark

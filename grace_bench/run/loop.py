@@ -34,15 +34,15 @@ class RunLoop:
         strategy: The editor, without edits, with its metrics and loggers.
         schedule: When to edit and evaluate.
         strict: Stop at the first edit that fails.
-        progress: Called while the unedited model is asked for its answers.
-        tracebacks: Takes the tracebacks of edits that failed with a programming error; by default nobody does.
-        observer: Is told what the run does; by default nobody is.
+        progress: Called while the unedited model answers prompts.
+        tracebacks: Records the tracebacks of edits that failed with a programming error; None records none.
+        observer: Called at each stage of the run; None for no observer.
 
     Attributes:
-        position: Where the run stands.
-        meter: What it cost so far.
+        position: The run's position in the stream.
+        meter: The cost so far.
         before: The metrics of the unedited model.
-        stopped: Which edit failed and why, if that is to stop the run.
+        stopped: Which edit failed and why, if a strict run must stop there.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RunLoop:
         )
 
     def run(self) -> None:
-        """Goes on from where the run stands to its end.
+        """Runs from the current position to the end.
 
         Raises:
             RunFailure: At an edit that failed, if the run is strict.
@@ -91,7 +91,7 @@ class RunLoop:
                 raise RunFailure(f"strict=true: {self.stopped}")
 
     def steps(self) -> Iterator[int]:
-        """Goes on from where the run stands, and pauses before each candidate, when `state_dict` is complete.
+        """Runs from the current position, pausing before each candidate, where `state_dict` is complete.
 
         Yields:
             The index of the next candidate.
@@ -112,7 +112,7 @@ class RunLoop:
         """Evaluates at the current number of edits, once. With edits pending, the evaluation is queued behind them.
 
         Args:
-            again: Evaluate also if that was done.
+            again: Evaluate even if this number of edits was evaluated already.
         """
         n_edits = self.position.n_edits
         if not again and (self.position.last_evaluation == n_edits or self._backlog.has_evaluation(n_edits)):
@@ -130,7 +130,7 @@ class RunLoop:
         """Returns the metrics of the newest evaluation, and the counts of the run."""
         latest = self.recorder.latest
         return {
-            # Those of the unedited model come first, so that the order does not depend on where the run stopped.
+            # Metrics of the unedited model come first, so that the order does not depend on where the run stopped.
             **{name: latest[name] for name in self.before if name in latest},
             **latest,
             "n_edits": self.strategy.n_edits,
@@ -141,14 +141,14 @@ class RunLoop:
         }
 
     def cost(self) -> Cost:
-        """Returns what the run cost so far."""
+        """Returns the cost so far."""
         return self.meter.cost(extra_parameters=self.strategy.extra_parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that is needed to go on as if the run had not been stopped. Asking for it changes nothing."""
+        """Returns everything needed to resume as if the run had not been stopped. The call has no effect on the run."""
         evaluator = self.strategy.evaluator
         return {
-            # Editors and metrics may return objects that they go on changing.
+            # Copied, because editors and metrics may return objects that they change later.
             "editor": copied(self.strategy.state_dict()),
             "position": copied(self.position.state_dict()),
             "backlog": self._backlog.state_dict(),
@@ -185,7 +185,7 @@ class RunLoop:
         load_random_state(state["random"])
 
     def _ask_unedited(self) -> None:
-        """Asks the model, before its first edit, for the targets that are its own answers."""
+        """Collects the unedited model's answers, which are the targets of some requests."""
         if self.strategy.n_edits:
             raise RuntimeError("a run begins with an editor that has made no edit")
         prompts, seconds = prompts_to_ask(self.benchmark.data), self.meter.eval_seconds
@@ -204,7 +204,7 @@ class RunLoop:
         if self._depends_on_pending(request):
             self.settle()
             if self.position.index != index:
-                # A pending edit failed, and the candidates after it come again.
+                # A pending edit failed, and the candidates after it are repeated.
                 return
         before = self._score_before(request, index)
         outcome, seconds = None, 0.0
@@ -218,12 +218,12 @@ class RunLoop:
             self.settle()
 
     def _depends_on_pending(self, request: EditRequest) -> bool:
-        """Returns whether a candidate can be scored only once the pending edits are finished."""
+        """Returns whether the pending edits must be finished before a candidate can be scored."""
         scorer = self.rescorer
         return scorer.is_incremental and (not scorer.knows(request) or scorer.waits_for_values(request))
 
     def _score_before(self, request: EditRequest, index: int) -> ItemScore:
-        """Scores a candidate, and in the same batches those that come next: edits in between seldom change them."""
+        """Scores a candidate, together with the next ones: edits in between seldom change their scores."""
         scorer, together = self.rescorer, [request]
         if scorer.is_incremental and not scorer.knows(request):
             most = self.schedule.max_edits
@@ -233,7 +233,7 @@ class RunLoop:
             return scorer.score(together)[0]
 
     def _record(self, candidate: PendingCandidate, after: ItemScore | None) -> None:
-        """Writes the record of a candidate, whose score right after its edit is `after`."""
+        """Writes the record of a candidate; `after` is its score right after its edit."""
         request, outcome = self.benchmark.data.edits[candidate.index], candidate.outcome
         if outcome is not None:
             self.meter.edit_times.append(candidate.seconds)

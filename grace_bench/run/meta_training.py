@@ -36,7 +36,7 @@ def meta_train(
         dtype: The model's dtype, if `model` is a name.
         device: Where to train, if `model` is a name.
         device_map: As in `run_benchmark`.
-        progress: Called as training goes on.
+        progress: Called during training.
 
     Returns:
         Figures of the training, by name.

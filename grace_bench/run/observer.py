@@ -1,4 +1,4 @@
-"""What can be observed of a run while it goes on, for whoever measures it."""
+"""Observers of a run in progress, for measurements."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,10 @@ from grace_bench.data.requests import EditRequest
 
 
 class RunObserver:
-    """Is called by the run loop; a subclass overrides what it measures."""
+    """Called by the run loop; a subclass overrides the callbacks it needs."""
 
     def asked(self, n_prompts: int, *, seconds: float) -> None:
-        """Called after the unedited model was asked for its answers."""
+        """Called after the unedited model has answered its prompts."""
 
     def settling(self, n_edits: int, *, n_pending: int) -> None:
         """Called before the backlog is settled.
@@ -24,5 +24,5 @@ class RunObserver:
 
         Args:
             streams: The requests evaluated, by stream.
-            seconds: What the evaluation took, metrics and loggers included.
+            seconds: Duration of the evaluation, metrics and loggers included.
         """

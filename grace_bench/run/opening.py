@@ -1,4 +1,4 @@
-"""Opening what a run works on: the stream's requests and the model, checked against each other, and the editor."""
+"""Opening a run: loading the stream and the model, checking them against each other, preparing the editor."""
 
 import math
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ from grace_bench.run.randomness import seed_everything
 from grace_bench.run.settings import RunSettings
 
 _MOST_UPSTREAM = 4096
-"""So many activations are enough to estimate a covariance from; they are in memory at once."""
+"""Maximum number of activations, enough to estimate a covariance; all are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A stream with the model that is edited on it. Leaving its context gives the model its own task and engine back.
+    """A stream and the model to edit. Leaving the context restores the model's own task and engine.
 
     Attributes:
         stream: The stream.
         benchmark: The stream's requests.
         model: The model, with the stream's task.
-        path: What the model was loaded from; empty for a caller's own model.
+        path: The folder or hub id of the model; empty for a caller's own model.
         files: SHA-256 of the files in the folder the model was loaded from; None if there is none.
     """
 
@@ -59,7 +59,7 @@ class Opened:
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Restores torch's number of threads afterwards: a run chooses it for its model, not for the next one."""
+    """Restores torch's number of threads afterwards, since each run chooses it for its own model."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -78,9 +78,9 @@ def open_benchmark(
     device_map: DeviceMap | None,
     progress: Progress | None,
 ) -> Opened:
-    """Loads a stream's requests, in the order of the run, and the model that is edited on it.
+    """Loads a stream's requests, in the order of the run, and the model to edit.
 
-    The arguments are those of `run_benchmark`. Every random generator is seeded.
+    Arguments are as in `run_benchmark`. Every random generator is seeded.
 
     Raises:
         UserError: If a name is unknown, or data or model cannot be read.
@@ -119,12 +119,12 @@ def open_benchmark(
 def fitted(
     benchmark: EditBenchmark, stream: EditStream, model: EditableModel, *, seed: int, split: str
 ) -> EditBenchmark:
-    """Returns the benchmark; if it has labels that the model lacks, the stream is read again, knowing that.
+    """Returns the benchmark; if it has labels that the model lacks, reads the stream again with that knowledge.
 
-    Only the reader of a record can say where it is, or leave it out. The fingerprint stays that of the whole stream.
+    Only the reader of a record can name its place or leave it out. The fingerprint remains that of the whole stream.
 
     Raises:
-        UserError: If the stream takes a label that the model lacks for a mistake.
+        UserError: If the stream treats a label that the model lacks as an error.
     """
     asked = _requests_with_targets(benchmark)
     n_labels = model.count_labels(asked[0].prompt) if asked else None
@@ -159,7 +159,7 @@ def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
     """Makes sure that an editor which reads subjects finds one in every candidate.
 
     Raises:
-        UserError: If one has none, naming it.
+        UserError: If one has no subject; names the request.
     """
     for request in benchmark.data.edits if strategy.needs_subject else ():
         if not request.subject or request.subject not in request.prompt:
@@ -170,10 +170,10 @@ def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:
 
 
 def prepare_editor(strategy: EditorStrategy, benchmark: EditBenchmark, *, progress: Progress | None = None) -> None:
-    """Makes an editor ready for its first edit on a benchmark.
+    """Prepares an editor for its first edit on a benchmark.
 
     Raises:
-        UserError: If the editor must be meta-trained first, or the stream lacks what it prepares from.
+        UserError: If the editor must be meta-trained first, or the stream lacks the requests it prepares from.
     """
     strategy.prepare(benchmark.data.train, progress=progress)
     if strategy.needs_upstream:

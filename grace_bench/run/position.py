@@ -1,4 +1,4 @@
-"""Where a run stands in its stream, and what it does next."""
+"""The position of a run in its stream, and its next step."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from grace_bench.run.settings import Schedule
 
 
 class Step(Enum):
-    """What a run does next."""
+    """The next step of a run."""
 
     EVALUATE = "evaluate"
-    """Evaluate at the current number of edits, unless that was done."""
+    """Evaluate at the current number of edits, unless already done."""
     TAKE_CANDIDATE = "take a candidate"
     SETTLE = "settle"
-    """Finish pending edits. If one of them fails, the candidates after it come again."""
+    """Finish pending edits. If one of them fails, the candidates after it are repeated."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _State:
 
 
 class Position:
-    """Where a run stands in its stream.
+    """The position of a run in its stream.
 
     Args:
         candidates: The candidates, in the order of the run.
@@ -41,8 +41,8 @@ class Position:
         index: Index of the next candidate.
         edited: Indices of the edited requests on which ERR is measured.
         superseded: Indices of the edited requests whose input was edited again with another target.
-        n_failed: Number of edits that failed. They count as edits all the same.
-        n_close: Number of edits in which rounding could have decided otherwise.
+        n_failed: Number of failed edits, which still count as edits.
+        n_close: Number of edits in which rounding could have changed a decision.
         last_evaluation: `n_edits` of the newest evaluation; None before the first.
     """
 
@@ -62,7 +62,7 @@ class Position:
         return len(self.edited) + len(self.superseded)
 
     def advance(self, *, edited: bool) -> None:
-        """Moves on to the next candidate, after the current one was edited or not."""
+        """Advances to the next candidate; `edited` says whether the current one was edited."""
         if edited:
             self._add(self.index)
         self.index += 1
@@ -76,7 +76,7 @@ class Position:
             self._add(i)
 
     def is_at_the_end(self, schedule: Schedule) -> bool:
-        """Returns whether the stream ends here, or the run's edits are all made."""
+        """Returns whether the stream is exhausted or the run has made all its edits."""
         return schedule.is_full(self.n_edits) or self.index >= len(self._candidates)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,11 +106,11 @@ class Position:
 
 
 def walk(schedule: Schedule, position: Position) -> Iterator[Step]:
-    """Yields what a run does next, from where it stands to its end.
+    """Yields the steps of a run, from its current position to its end.
 
     Args:
         schedule: When the run edits and evaluates.
-        position: Where it stands. Whoever carries out a step moves it on before asking for the next.
+        position: The current position. The caller advances it by each step before requesting the next.
     """
     while True:
         if schedule.is_due(position.n_edits):

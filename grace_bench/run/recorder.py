@@ -68,7 +68,7 @@ class EvaluationRecorder(BaseLogger):
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the metric values collected since the last record, and those of that record."""
+        """Returns the metric values since the last record, and the values of that record."""
         return {"metrics": dict(self._metrics), "latest": dict(self.latest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

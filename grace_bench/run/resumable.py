@@ -25,8 +25,8 @@ class ResumableRun:
         folder: The run folder.
         run: The run, before its first step.
         loggers: The run's loggers that append to files in the folder.
-        identity: Everything that decides what the run computes.
-        environment: The software and hardware it is computed with.
+        identity: Everything that determines what the run computes.
+        environment: Its software and hardware.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class ResumableRun:
         self._saved_at: int | None = None
 
     def resume(self, say: Callable[[str], None] | None = None) -> bool:
-        """Restores the newest usable checkpoint, and says what was dropped.
+        """Restores the newest usable checkpoint, and reports what was dropped.
 
         The loggers cut their files back to it when they start.
 
         Args:
-            say: Takes one line.
+            say: Called with one line.
 
         Returns:
             Whether there was a usable checkpoint.
 
         Raises:
-            UserError: If the checkpoint is of another run or schema version, or a file that the run appends to was cut
-                or changed.
+            UserError: If the checkpoint is from another run or schema version, or a file that the run appends to was
+                cut or changed.
         """
         loaded = self._checkpoints.load()
         if loaded.state is not None:
@@ -89,7 +89,7 @@ class ResumableRun:
 
         Raises:
             Interrupted: After a signal, once the checkpoint is written.
-            RunFailure: At an edit that cannot be made, if the run is strict, once the checkpoint is written.
+            RunFailure: At a failed edit, if the run is strict, once the checkpoint is written.
         """
         strategy = self._run.strategy
         with Interruption() as interruption:
@@ -97,7 +97,7 @@ class ResumableRun:
             interruption.can_defer = self._saved_at is not None
             for _ in self._run.steps():
                 interruption.can_defer = True
-                # Fewer edits than in the newest checkpoint: some of those failed, and the run went back.
+                # Fewer edits than in the newest checkpoint: a pending edit failed, and the position was set back.
                 is_due = self._saved_at is None or not 0 <= strategy.n_edits - self._saved_at < every
                 if is_due or interruption.is_requested or self._run.stopped is not None:
                     self.save()
@@ -125,7 +125,7 @@ class ResumableRun:
         self._checkpoints.clear()
 
     def environment(self) -> dict[str, Any]:
-        """Returns what the run was computed with; `before_resuming` has what differed in an earlier part of it."""
+        """Returns the run's environment; `before_resuming` lists what was different in earlier processes."""
         return {**self._environment, "engine_notes": list(self._run.strategy.model.engine.notes)}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -135,7 +135,7 @@ class ResumableRun:
         except MISFITS as error:
             raise UserError(
                 f"{self._folder}: the newest checkpoint is whole but does not fit the run ({type(error).__name__}: "
-                f"{reason_of(error)}); existing=rerun sets the run aside and starts anew"
+                f"{reason_of(error)}); existing=rerun sets the run aside and starts over"
             ) from error
 
     def _compare_environment(self, earlier: Mapping[str, Any]) -> None:

@@ -47,13 +47,13 @@ def run_benchmark(
     """Runs one editor on one stream.
 
     With a folder, checkpoints are written there during the run, and on SIGINT and SIGTERM. A run that was stopped in
-    any way and resumed ends with the same bytes as one that was not, times aside.
+    any way and then resumed ends with the same bytes as an uninterrupted one, except for times.
 
     Args:
         stream: A stream, or the name of a registered one.
-        model: An editable model, which has its own task and engine back afterwards, or what
-            `EditableModel.from_pretrained` takes; None for the stream's default model.
-        editor: The name of a registered editor, for the defaults of its constructor, or anything that makes one from
+        model: An editable model, whose own task and engine are restored afterwards, or a name as in
+            `EditableModel.from_pretrained`; None for the stream's default model.
+        editor: The name of a registered editor, for the defaults of its constructor, or a callable that makes one from
             `model=`, `plugins=` and `evaluator=`.
         settings: Seed, schedule and protocol.
         layer: The layer to edit, if `model` is a name.
@@ -66,17 +66,17 @@ def run_benchmark(
         configuration: SHA-256 of that configuration, for the result.
         loggers: Avalanche loggers; those of `grace_bench.run.loggers` are also told of the run's start and end.
         plugins: Avalanche plugins that use experience-level callbacks.
-        progress: Called while a long stream is read, the unedited model is asked, and an editor prepares.
-        resume: Resume from the newest whole checkpoint in the folder, if there is one.
-        say: Takes single lines: where a resumed run starts and what of its files was dropped, and the first edit that
-            failed with a programming error.
+        progress: Called while a long stream is read, the unedited model answers, and an editor prepares.
+        resume: Resume from the newest usable checkpoint in the folder, if there is one.
+        say: Called with single lines: where a resumed run starts and which parts of its files were dropped, and the
+            first edit that failed with a programming error.
 
     Returns:
         The result; with `folder`, also written there as `result.json`.
 
     Raises:
-        UserError: If a name is unknown, data cannot be read, the parts do not fit together, a checkpoint is of another
-            configuration, model or data, or something in the folder leads out of it.
+        UserError: If a name is unknown, data cannot be read, the parts do not fit together, a checkpoint is from
+            another configuration, model or data, or a link in the folder points outside it.
         Interrupted: After a signal, once a checkpoint is written.
         RunFailure: At an edit that failed, with `settings.strict`, once a checkpoint is written; or if every edit
             failed with a programming error, once the result is written.
@@ -138,7 +138,7 @@ def run_benchmark(
                 strategy.save_pretrained(folder / "editor")
                 for file in files:
                     file.finish(result)
-                # Written last: a folder with a result is whole.
+                # Written last: a folder with a result is complete.
                 result = sealed(result, folder)
                 write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
                 kept.clear()

@@ -1,4 +1,4 @@
-"""What a run is asked for beside its stream, model and editor."""
+"""The settings of a run beside its stream, model and editor."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +13,7 @@ class Schedule:
 
     Attributes:
         max_edits: Stop at exactly this many edits; None for the whole stream.
-        eval_every: Evaluate after every so many edits, and at the start and the end.
+        eval_every: Evaluate after every this many edits, and at the start and the end.
         max_upstream: Score at most this many upstream requests, spread evenly over the stream; None for all.
 
     Raises:
@@ -35,7 +35,7 @@ class Schedule:
         return n_edits % self.eval_every == 0
 
     def is_full(self, n_edits: int) -> bool:
-        """Returns whether `n_edits` edits are all that the run may make."""
+        """Returns whether the run makes no more edits after `n_edits`."""
         return self.max_edits is not None and n_edits >= self.max_edits
 
 
@@ -49,16 +49,16 @@ class RunSettings:
         split: `edits`, or `validation` for tuning.
         query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read but not scored.
-        batch_size: The most inputs in one forward pass of scoring.
-        batch_tokens: The most tokens in one forward pass of scoring, padding included. On a CPU at most 1,024, except
-            where answers are generated.
+        batch_size: Maximum number of inputs in one forward pass of scoring.
+        batch_tokens: Maximum number of tokens in such a pass, padding included. On a CPU at most 1,024, unless answers
+            are generated.
         engine: `exact`, or `plain` to compute every pass in full and one input at a time, whatever `batch_size` is.
-        engine_memory_mb: The most memory the exact engine may fill with recordings between evaluations; None for a
-            quarter of the free memory.
+        engine_memory_mb: Memory limit of the exact engine's recordings between evaluations; None for a quarter of the
+            free memory.
         threads: torch threads, or `auto` to choose by the model's size.
         tuning_budget: How the hyperparameters were chosen, as the leaderboard shows it.
-        checkpoint_every: Write a checkpoint after every so many edits, and at the start.
-        strict: Stop at the first edit that fails, instead of recording it and going on.
+        checkpoint_every: Write a checkpoint after every this many edits, and at the start.
+        strict: Stop at the first edit that fails, instead of recording it and continuing.
     """
 
     seed: int = 0

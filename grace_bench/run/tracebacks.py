@@ -1,4 +1,4 @@
-"""Where in an editor's code its edits failed with a programming error."""
+"""The tracebacks of edits that failed with a programming error in the editor."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from grace_bench.errors import RunFailure
 
 @dataclass
 class _Written:
-    """What was written so far: how many tracebacks, their bytes, and the reason of the first failure."""
+    """The content so far: number of tracebacks, their size in bytes, and the reason of the first failure."""
 
     n_edits: int = 0
     size: int = 0
@@ -27,7 +27,7 @@ class Tracebacks:
 
     Args:
         folder: The run folder; None writes nothing.
-        say: Takes one line at the first such edit.
+        say: Called with one line at the first such edit.
     """
 
     def __init__(self, *, folder: Path | None = None, say: Callable[[str], None] | None = None) -> None:
@@ -39,7 +39,7 @@ class Tracebacks:
         """Writes the traceback of an edit that has one.
 
         Args:
-            outcome: What the edit did.
+            outcome: The outcome of the edit.
             request_id: The id of its request.
             n_edits: Edits made so far, this one included.
         """
@@ -50,7 +50,7 @@ class Tracebacks:
         if self._path is not None:
             text = without_secrets(f"{edit}:\n{outcome.traceback.rstrip()}\n\n")
             content = text.encode("utf-8", "backslashreplace")
-            # A run that starts anew leaves nothing of an earlier file.
+            # A new run replaces an earlier file.
             with self._path.open("ab" if written.size else "wb") as file:
                 file.write(content)
             written.size += len(content)
@@ -74,7 +74,7 @@ class Tracebacks:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was written so far as JSON values."""
+        """Returns the content so far as JSON values."""
         return asdict(self._written)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

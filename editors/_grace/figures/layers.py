@@ -7,13 +7,13 @@ from grace_bench.models.editable import EditableModel
 
 
 def analogous_layers(model: EditableModel) -> list[str]:
-    """Returns the model's layer and those at the same place of its other blocks, in their order."""
+    """Returns the model's layer and its counterparts in the other blocks, in order."""
     pattern = layer_pattern(model.layer_name)
     return sorted((name for name, _ in model.module.named_modules() if layer_pattern(name) == pattern), key=layer_order)
 
 
 def layer_names(layers: Sequence[str]) -> list[str]:
-    """Returns short names of layers: their blocks' numbers where they differ in nothing else, else their paths.
+    """Returns short names of layers: their block numbers if they differ in nothing else, otherwise their paths.
 
     >>> layer_names(["encoder.block.0.wo", "encoder.block.4.wo"])
     ['block 0', 'block 4']
@@ -26,7 +26,7 @@ def layer_names(layers: Sequence[str]) -> list[str]:
 
 
 def layer_order(layer: str) -> tuple[int, str]:
-    """Returns a layer's place in the order of blocks, those outside of blocks first."""
+    """Returns a sort key by block; layers outside of blocks come first."""
     return next((int(part) for part in layer.split(".") if part.isdecimal()), -1), layer
 
 

@@ -1,4 +1,4 @@
-"""How the balls of a codebook come to overlap, over the edits of finished runs."""
+"""The overlap of a codebook's balls over the edits of finished runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ _OVERLAP = {
 
 
 def draw_overlap(paths: Sequence[Path], out: Path) -> list[Path]:
-    """Draws how the balls of codebooks come to overlap, a figure for each stream and model that has any.
+    """Draws the overlap of codebooks' balls, one figure for each stream and model that has a codebook.
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: Run folders, or folders that contain some.
         out: Receives the figures.
 
     Returns:
         The files.
 
     Raises:
-        UserError: If no run has a codebook, or runs were not measured alike.
+        UserError: If no run has a codebook, or runs were measured differently.
     """
     groups = [group for group in read_groups(paths) if rows_with(group, _OVERLAP)]
     if not groups:

@@ -1,8 +1,8 @@
-"""How well distance at a layer predicts that two inputs want the same answer: whether GRACE can work there.
+"""How well distance at a layer predicts that two inputs need the same answer: whether GRACE can work there.
 
-GRACE answers an input as it was taught for the nearest key, if that is near enough. So inputs that want one answer have
-to lie nearer to each other than inputs that want different ones, at the layer that is edited and under the distance in
-use. The pairs here are of an edit, which may become a key, with any other input of the stream.
+GRACE gives an input the answer of the nearest key, if that key is near enough. So inputs that need the same answer must
+lie nearer to each other than inputs that need different ones, at the edited layer and under the distance in use. Each
+pair here is an edit, which may become a key, with any other input of the stream.
 """
 
 import csv
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Question = Literal["same answer", "same fact"]
 
 MAX_INPUTS = 600
-"""The most inputs that are paired: a third edits, the rest holdout and upstream."""
+"""Maximum number of paired inputs: a third are edits, the rest holdout and upstream."""
 _RESAMPLES = 200
 _STRICT = 1e-3
 _DRAWN_POINTS = 400
@@ -55,12 +55,12 @@ _DRAWN_POINTS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Which pairs of N inputs are asked about.
+    """The compared pairs of N inputs.
 
     Attributes:
         first, second: (P,) the inputs of each pair.
-        positive: (P,) bool, whether they want the same; else they want different answers.
-        group: (N,) the fact that each input is about, by number.
+        positive: (P,) bool, whether the two need the same answer rather than different ones.
+        group: (N,) the number of the fact that each input is about.
     """
 
     first: NDArray[np.int64]
@@ -71,14 +71,14 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Separability:
-    """One layer under one distance function, asked one question.
+    """The ROC curve of one layer, one distance function and one question.
 
     Attributes:
         layer: The layer's path.
         distance: The distance function.
-        question: `same answer`: pairs with equal targets against pairs with different ones. `same fact`: of the former,
-            those about one fact only, in other words.
-        auc: Area under the ROC curve: how often a pair that wants the same lies nearer than one that does not.
+        question: `same answer`: pairs with equal targets against pairs with different ones. `same fact`: of the pairs
+            with equal targets, only those about one fact in different wordings.
+        auc: Area under the ROC curve: how often a positive pair lies nearer than a negative one.
         auc_low, auc_high: 95 % interval, bootstrapped over facts.
         strict_rate: Share of the pairs that want the same within the greatest radius that holds at most one in a
             thousand of the others: the share that still generalises when next to nothing else may change.
@@ -122,9 +122,8 @@ def draw_separability(overrides: Sequence[str], out: Path, open_trial: OpenTrial
     """Studies a model on a stream and draws the ROC curves; the areas are also printed, and written as CSV and JSON.
 
     Args:
-        overrides: Settings of a run (`stream=`, `model=`, …), of which `layer=` and the `distance=` may be
-            several, between commas. By default these are the default layer in every block and
-            all distances.
+        overrides: Settings of a run (`stream=`, `model=`, …). `layer=` and `distance=` take several values, separated
+            by commas; their defaults are the default layer in every block, and all distances.
         out: Receives the files.
         open_trial: Opens the stream and the model.
 
@@ -218,7 +217,7 @@ def study(overrides: Sequence[str], open_trial: OpenTrial) -> Study:
 
 
 def activations(model: EditableModel, layer: str, requests: Sequence[EditRequest]) -> Tensor:
-    """Returns the (N, D) activations that enter a layer at the queries of N requests, as an editor there sees them."""
+    """Returns the (N, D) inputs of a layer at the queries of N requests, as an editor of that layer sees them."""
     at_layer = EditableModel(
         model.module, layer=layer, task=model.task, tokenizer=model.tokenizer, encode=model.encode, name=model.name
     )
@@ -236,7 +235,7 @@ def pair_distances(queries: Tensor, distance: Distance, *, upstream: Tensor) -> 
 
     Args:
         queries: The activations.
-        distance: The distance.
+        distance: The distance function.
         upstream: (M, D) activations that Mahalanobis distance is whitened with.
     """
     if distance == "mahalanobis":
@@ -260,7 +259,7 @@ def pair_distances(queries: Tensor, distance: Distance, *, upstream: Tensor) -> 
 def separability(
     distances: NDArray[Any], pairs: Pairs, *, layer: str, distance: str, question: Question, seed: int
 ) -> Separability:
-    """Returns the ROC curve of "nearer than a radius" as the prediction that a pair wants the same.
+    """Returns the ROC curve of "nearer than a radius" as the prediction that a pair is positive.
 
     Args:
         distances: (P,) the distance of each pair.
@@ -287,7 +286,7 @@ def separability(
     aucs = []
     for _ in range(_RESAMPLES):
         drawn = np.bincount(generator.integers(n_groups, size=n_groups), minlength=n_groups)
-        # A fact that was drawn twice brings its own pairs twice, not four times.
+        # The pairs within a fact that was drawn twice count twice, not four times.
         weights = np.where(first == second, drawn[first], drawn[first] * drawn[second]).astype(np.float64)
         if (weights * positive).any() and (weights * ~positive).any():
             aucs.append(np.trapezoid(*rates(weights)[::-1]))
@@ -374,9 +373,9 @@ def separability_figure(result: Study) -> "Figure":
 
 
 def _questions(requests: Sequence[EditRequest], n_edits: int, *, shares_answers: bool) -> dict[Question, Pairs]:
-    """The pairs of one of the first `n_edits` requests with another, for each question.
+    """The pairs of one of the first `n_edits` requests with another request, for each question.
 
-    Texts to be modelled are no answers that two inputs could share: there, facts take the place of answers.
+    In language modelling two inputs cannot share an answer, so facts take the place of answers.
     """
     prompts, facts, answers = (
         _numbered(values)
@@ -412,5 +411,5 @@ def _sample(requests: Sequence[EditRequest], most: int, seed: str) -> list[EditR
 
 
 def _thinned(n: int) -> NDArray[np.int64]:
-    """The points of a long curve that are drawn: as many as the eye can tell apart."""
+    """The indices of the points of a long curve that are drawn: as many as the eye can distinguish."""
     return np.unique(np.linspace(0, n - 1, min(n, _DRAWN_POINTS)).round().astype(np.int64))

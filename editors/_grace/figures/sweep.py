@@ -22,14 +22,14 @@ def draw_sweep(paths: Sequence[Path], out: Path) -> list[Path]:
     """Draws scores by deferral radius and edited block, a figure for each stream and model (the paper's Figure 4).
 
     Args:
-        paths: Run folders of `grace`, or folders that hold some; runs of other editors are passed over.
+        paths: Run folders of `grace`, or folders that contain some; runs of other editors are skipped.
         out: Receives the figures.
 
     Returns:
         The files.
 
     Raises:
-        UserError: If there are no runs of several radii or layers, or they differ in other settings as well.
+        UserError: If there are no runs with several radii or layers, or the runs differ in other settings too.
     """
     groups = [group for group in read_groups(paths) if len(_sweep_runs(group.table)) > 1]
     if not groups:

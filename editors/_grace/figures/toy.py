@@ -27,13 +27,13 @@ _BELOW, _ABOVE = "#f7d9c4", "#c9dff2"
 
 @dataclass(frozen=True, kw_only=True)
 class ToyEdits:
-    """GRACE on the toy stream, asked at every point of a grid before and after.
+    """GRACE on the toy stream, evaluated at every point of a grid before and after the edits.
 
     Attributes:
         axis: (G,) the coordinates of the grid, the same in x and y.
-        before, after: (G, G) int, the class at each point, row by row from below.
-        entry: (G, G) int, the codebook entry that answers each point; -1 where the model answers itself.
-        outside: (K, G, G) how far each point's activation lies outside each ball; negative inside.
+        before, after: (G, G) int, the class at each point, rows from bottom to top.
+        entry: (G, G) int, the codebook entry that answers each point; -1 where the model's own answer is unchanged.
+        outside: (K, G, G) distance of each point's activation outside each ball; negative inside.
         edited: The requests that were edited, in order.
         keys: (K, 2) the edited points whose activations became keys.
         metrics: The scores at the end of the run.
@@ -56,7 +56,7 @@ class ToyEdits:
 
     @property
     def wanted(self) -> NDArray[np.int64]:
-        """(G, G) int, the class that is wanted at each point."""
+        """(G, G) int, the target class at each point."""
         return np.array(
             [[label_before((x, y)) ^ (TURNED.distance((x, y)) <= 0) for x in self.axis] for y in self.axis],
             dtype=np.int64,
@@ -182,7 +182,7 @@ def _draw_disc(axes: "Axes") -> None:
 
 def _draw_balls(axes: "Axes", edits: ToyEdits, *, linewidth: float) -> None:
     for index, outside in enumerate(edits.outside):
-        # A ball that holds no point of the grid has no outline on it.
+        # A ball that contains no grid point has no outline.
         if outside.min() < 0 < outside.max():
             axes.contour(
                 edits.axis, edits.axis, outside, levels=[0.0], colors=[_ball_colour(index)], linewidths=linewidth
@@ -200,7 +200,7 @@ def _ball_colour(index: int) -> str:
 
 
 def _window(edits: ToyEdits) -> tuple[float, float, float, float]:
-    """A square round the disc and all that balls answer."""
+    """A square around the disc and every point that a ball answers."""
     rows, columns = np.nonzero((edits.outside <= 0).any(axis=0))
     x, y = (np.append(edits.axis[found], [centre - TURNED.radius, centre + TURNED.radius])
             for found, centre in ((columns, TURNED.x), (rows, TURNED.y)))  # fmt: skip

@@ -1,6 +1,6 @@
-"""What all figures share: one style, files that are the same for the same content, and captions that say what is shown.
+"""The parts common to all figures: one style, reproducible files, and captions.
 
-Nothing here touches matplotlib's global state, and what the user set for it does not reach the figures.
+Nothing here changes matplotlib's global state, and the user's own matplotlib settings do not affect the figures.
 """
 
 import io
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette for all kinds of colour vision, without black, for the reference, and the faint yellow.
+# Okabe and Ito's palette for all kinds of colour vision, without its faint yellow and without black, which marks the
+# reference.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK = "#333333"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)), (0, (9, 1.5)))
@@ -46,9 +47,9 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     # Element ids are hashed with this instead of a random number.
     "svg.hashsalt": "grace-bench",
-    # Text stays text: smaller files, in which one can search.
+    # Text stays text, which makes the files smaller and searchable.
     "svg.fonttype": "none",
-    # A dollar sign in the name of a model or a setting is a dollar sign.
+    # A dollar sign in the name of a model or a setting does not start a formula.
     "text.parse_math": False,
     "xtick.color": INK,
     "xtick.labelsize": 7,
@@ -59,7 +60,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Gives the figures' style, on top of matplotlib's defaults, to what is drawn and saved inside."""
+    """Applies the figures' style, on top of matplotlib's defaults, to everything drawn and saved inside the context."""
     import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
@@ -74,7 +75,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def add_caption(figure: "Figure", *sentences: str) -> None:
-    """Puts small lines below a figure that say what it shows."""
+    """Adds small lines below a figure that describe it."""
     width = int(figure.get_figwidth() * 19.5)
     text = "\n".join(line for sentence in sentences for line in textwrap.wrap(plain(sentence), width))
     figure.supxlabel(text, fontsize=6.5, color="#666666", x=0.01, ha="left", linespacing=1.4)
@@ -90,7 +91,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
         UserError: If the folder cannot be written to.
     """
     written = []
-    # A date or a version would make files differ that show the same.
+    # With a date or a version in it, the file would change although the figure does not.
     for suffix, metadata in (("svg", {"Date": None, "Creator": "grace-bench"}), ("png", {"Software": "grace-bench"})):
         buffer = io.BytesIO()
         with styled():
@@ -100,7 +101,7 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Writes a file whole, making its folder.
+    """Writes a file atomically and creates its folder if necessary.
 
     Raises:
         UserError: If it cannot be written.
@@ -115,7 +116,8 @@ def write(path: Path, content: bytes) -> Path:
 def editor_styles(names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns colour, dashes and marker for each line, named by its editor.
 
-    An editor looks the same in every figure; where one has several lines, lines are told apart by their order instead.
+    An editor looks the same in every figure; if an editor has several lines, the style depends on the line's order
+    instead.
     """
     known = list(EDITORS.entries())
     if len(set(names)) < len(names) or not set(names) <= set(known):
@@ -133,20 +135,20 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def legend_in(axes: "Axes", handles: Sequence[Any]) -> None:
-    """Turns axes without data into the place of the legend."""
+    """Uses axes without data for the legend."""
     axes.axis("off")
     axes.legend(handles=list(handles), loc="center left", handlelength=3.2)
 
 
 def label_numbers(axes: "Axes", ticks: Sequence[float]) -> None:
-    """Marks a logarithmic x axis at the numbers that were measured, written out."""
+    """Puts the ticks of a logarithmic x axis at the measured numbers, written out."""
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
 
 
 def plain(text: str) -> str:
-    r"""Returns text that a figure can hold: what cannot be printed, or stand in XML, becomes a mark.
+    r"""Returns text that a figure can hold: characters that cannot be printed or are not allowed in XML become a mark.
 
     >>> plain("a\x1bb")
     'a�b'
@@ -155,7 +157,7 @@ def plain(text: str) -> str:
 
 
 def file_name(*parts: str) -> str:
-    """Returns a file name of letters, digits, dots and hyphens; a model that is named like its stream is left out.
+    """Returns a file name of letters, digits, dots and hyphens; a model with the name of its stream is left out.
 
     >>> file_name("curves", "atlas-qa", "My Model/$x")
     'curves-atlas-qa-my-model-x'

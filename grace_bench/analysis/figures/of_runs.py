@@ -1,4 +1,4 @@
-"""Figures of finished runs: curves by editor, radius by block, and how the balls of a codebook come to overlap."""
+"""Figures of finished runs: curves by editor, and the grouping and drawing that such figures share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _WIDE = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that were measured alike and may share a figure.
+    """Runs that were measured in the same way and may share a figure.
 
     Attributes:
         table: Their leaderboard.
@@ -51,7 +51,7 @@ def draw_curves(paths: Sequence[Path], out: Path) -> list[Path]:
     """Draws the scores over a stream of edits, a figure for each stream and model (Hartvigsen et al. 2023, Figure 3).
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: Run folders, or folders that contain some.
         out: Receives the figures.
 
     Returns:
@@ -106,7 +106,7 @@ def curves_figure(group: Group) -> "Figure":
 
 
 def rows_with(group: Group, metrics: Sequence[str] | Mapping[str, str]) -> list[int]:
-    """The rows of a table some of whose runs have one of some metrics."""
+    """The rows of a table with a value for at least one of the metrics."""
     return [
         index
         for index, runs in enumerate(group.evaluations)
@@ -139,18 +139,18 @@ def draw_lines(axes: "Axes", group: Group, rows: Sequence[int], metric: str) -> 
 
 
 def room_for_names(group: Group, rows: Sequence[int], *, spare: int) -> float:
-    """Inches that a legend needs for names of more letters than there is room for."""
+    """The extra width, in inches, that a legend needs for long names."""
     return 0.06 * max(0, *(len(group.table.rows[index].name) - spare for index in rows))
 
 
 def _markers(points: Sequence[Point], place: int) -> slice:
-    """About five markers a line, those of neighbours at different points."""
+    """Spaces about five markers on each line; neighbouring lines have them at different points."""
     step = max(1, len(points) // 5)
     return slice(place % step, None, step)
 
 
 def name_edits(axes: "Axes") -> None:
-    """Names the x axis, which counts edits."""
+    """Labels the x axis, which counts edits."""
     axes.set_xlabel("edits")
     axes.xaxis.set_major_locator(_counts())
 
@@ -169,7 +169,7 @@ def title(table: Table) -> str:
 
 
 def name_values(axes: "Axes", info: MetricInfo, protocol: Protocol) -> None:
-    """Names the y axis and fits it to the metric that is drawn."""
+    """Labels the y axis and fits it to the metric."""
     axes.set_title(plain(info.header))
     if info.is_count:
         axes.set_ylim(0, 1.05 * axes.dataLim.ymax or 1)
@@ -189,7 +189,7 @@ def name_values(axes: "Axes", info: MetricInfo, protocol: Protocol) -> None:
 
 
 def caption(figure: "Figure", table: Table, rows: Sequence[int], how: str) -> None:
-    """Puts below a figure how it was drawn and measured."""
+    """Adds below a figure how it was measured and drawn."""
     protocol = table.protocol
     seeds: dict[tuple[int, ...], list[str]] = {}
     for index in rows:

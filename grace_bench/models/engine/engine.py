@@ -42,7 +42,7 @@ class Repeated:
     """A batch that is run many times, while only the output of the edited layer changes.
 
     Attributes:
-        batch: The batch with the labels that the logits are aligned with, maybe a part of the given ones.
+        batch: The batch with labels aligned to the logits, possibly only part of the given labels.
         run: Returns the logits.
     """
 
@@ -65,7 +65,7 @@ class Engine(ABC):
     batches_edits: bool
     """Whether independent edits may be trained together."""
     rescores: bool
-    """Whether an evaluation scores again only answers that may have changed."""
+    """Whether an evaluation rescores only answers that may have changed."""
 
     def __init__(self, model: Network) -> None:
         self.model = model
@@ -74,7 +74,7 @@ class Engine(ABC):
 
     @abstractmethod
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
-        """Returns logits that cover every labelled position, and the batch with the labels they are aligned with."""
+        """Returns logits that cover every labelled position, and the batch with labels aligned to them."""
 
     @abstractmethod
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
@@ -100,7 +100,7 @@ class Engine(ABC):
 
     @property
     def most_kept_bytes(self) -> int:
-        """The most memory that cached recordings may take, in bytes."""
+        """The memory limit of cached recordings, in bytes."""
         return 0
 
     def forget(self) -> None:  # noqa: B027 - an engine without a cache has nothing to forget
@@ -140,7 +140,7 @@ class ExactEngine(Engine):
 
     Args:
         model: The model.
-        memory: The most bytes for cached recordings; None for a quarter of the memory that is free at first use.
+        memory: Limit of cached recordings in bytes; None for a quarter of the memory that is free at first use.
     """
 
     name = "exact"
@@ -234,7 +234,7 @@ class ExactEngine(Engine):
     def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         with self.model.bypassing():
-            # One position is the least that a model can be asked for.
+            # A model returns logits for at least one position.
             self.model.logits(batch, logits_to_keep=1, **self._with_cache(cache))
         return cache
 
@@ -361,7 +361,8 @@ def make_engine(name: EngineName, model: Network, *, memory_mb: int | None = Non
     Args:
         name: `exact` or `plain`.
         model: The model.
-        memory_mb: For `exact`, the most MiB for recordings between evaluations; None for a quarter of the free memory.
+        memory_mb: For `exact`, the limit in MiB of recordings between evaluations; None for a quarter of the free
+            memory.
 
     Raises:
         UserError: If there is no such engine.

@@ -1,4 +1,4 @@
-"""Pruned tails: computes of a model's last part only what reaches the wanted logits.
+"""Pruned tails: of a model's last part, computes only what the wanted logits depend on.
 
 A causal model's head runs for the labelled positions only (transformers' `logits_to_keep`). In the last block, a
 position affects others only through its key and value, so everything else is computed for the wanted positions only;
@@ -29,9 +29,9 @@ _TALL = 8
 _PART = 512
 """Rows of weights in one part, which then fits into the processor's cache."""
 _FEW = 64
-"""The most rows that are multiplied as columns."""
+"""Maximum number of rows that are multiplied as columns."""
 _COLUMNS = 16
-"""Columns are padded to a multiple of this: MKL takes longer for numbers between."""
+"""Columns are padded to a multiple of this: MKL is slower for numbers in between."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class _UndecidedError(CannotReplayError):
 
 
 class _LayerReachedError(Exception):
-    """Ends a pass at the layer, when the rest is not wanted."""
+    """Ends a pass at the layer when the rest is not needed."""
 
 
 class _Dropped(Tensor):
@@ -156,7 +156,7 @@ class Replay:
         module: The whole model.
         layer: The edited layer. If its weights never change, its own output is recorded too, and its hooks act on the
             recorded output.
-        changing: The modules whose weights change; recordings end before the first of them.
+        changing: The modules whose weights edits change; recordings end before the first of them.
     """
 
     def __init__(self, module: nn.Module, layer: nn.Module, changing: Sequence[nn.Module] = ()) -> None:
@@ -447,7 +447,7 @@ def _bound(function: Callable[..., Any], part: nn.Module, forward: Forward) -> F
 
 
 def _n_narrow(plan: _Plan, recording: Recording, outputs: Sequence[_Output], entered: Sequence[set[int]]) -> int:
-    """The number of calls that take the least memory to record, if little is then computed again.
+    """The number of calls whose recording takes the least memory without much recomputation.
 
     Args:
         plan: The plan.

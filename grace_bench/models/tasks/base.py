@@ -1,4 +1,4 @@
-"""Tasks: everything in which classification, question answering, completion and language modelling differ.
+"""Tasks: all differences between classification, question answering, completion and language modelling.
 
 A task encodes text, defines the loss, says what an error is and scores answers. Nothing else in the harness branches on
 the kind of model.
@@ -26,9 +26,9 @@ from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, chec
 from grace_bench.models.network import Network
 
 _CPU_BATCH_TOKENS = 1024
-"""On two cores, larger batches take no less time per token (`docs/performance.md`).
+"""Maximum number of tokens per scoring batch on a CPU: on two cores larger ones are no faster (docs/performance.md).
 
-The smaller a batch, the fewer inputs are scored again with one that changed.
+The smaller a batch, the fewer inputs are rescored along with one that changed.
 """
 
 
@@ -72,9 +72,9 @@ class Task(ABC):
         query: `prefix` queries running text after `prefix_length` tokens and scores the rest; `last_token` queries its
             last token and scores everything, as the official GRACE code does.
         prefix_length: Number of tokens at the start of running text that are read and not scored.
-        batch_size: The most inputs in one forward pass of scoring. Inputs are grouped by length.
-        batch_tokens: The most tokens in one such pass, padding included; a single longer input goes alone. On a CPU, a
-            pass that generates nothing holds at most 1,024.
+        batch_size: Maximum number of inputs in one forward pass of scoring. Inputs are grouped by length.
+        batch_tokens: Maximum number of tokens in such a pass, padding included; a longer input gets a pass of its own.
+            On a CPU, a pass without generation has at most 1,024.
         max_input_tokens: Prompts are cut to this length; None for the model's own limit.
         max_target_tokens: Targets, end token included, and the answers accepted beside them are cut to this length.
         label_names: The names of the label ids, for display; classification only.
@@ -92,7 +92,7 @@ class Task(ABC):
     generates: ClassVar[bool] = False
     """Whether answers are generated token by token, each of which reads all weights once per batch."""
     carried_scores: ClassVar[tuple[str, ...]] = ()
-    """Scores that exist only for requests that carry what the score needs."""
+    """Scores that exist only for requests with the fields that they need."""
 
     def __init__(
         self,
@@ -125,13 +125,13 @@ class Task(ABC):
 
     @abstractmethod
     def misfit(self, model: Network) -> str | None:
-        """Returns what the task needs and the model does not have, as a noun phrase; None if the model serves it."""
+        """Returns what the task needs and the model lacks, as a noun phrase; None if the model can serve the task."""
 
     @abstractmethod
     def _encode(
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
-        """Does the work of `encode`, on the CPU."""
+        """Implements `encode`, on the CPU."""
 
     @abstractmethod
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:
@@ -186,7 +186,7 @@ class Task(ABC):
         return self._encode(model, prompts, targets, side).to(model.device)
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:
-        """Returns the most tokens that a forward pass reads of a prompt with one of the targets."""
+        """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""
         longest = max((self._count(model, str(target)) for target in targets), default=0)
         return least(self._count(model, prompt) + longest, model.max_length) or 1
 
@@ -257,7 +257,7 @@ class Task(ABC):
     def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
         """Returns the mean of the main score under "" and of every other score under its name, leaving out NaN.
 
-        A score that no item carries is absent. If there are items whose main score is NaN, `n_nan` is their number.
+        A score that no item has is absent. If there are items whose main score is NaN, `n_nan` is their number.
         """
         means = {"": mean(item.score for item in items)}
         means |= {name: mean(item.others[name] for item in items) for name in self.other_scores}
@@ -301,7 +301,7 @@ def token_losses(logits: Tensor, batch: EncodedBatch) -> Tensor:
 
 
 def notes_of(state: QueryState, n_rows: int) -> list[dict[str, Any]]:
-    """Returns what hooks recorded about each row while its prompt was read, as fields of `ItemScore`."""
+    """Returns the records of hooks about each row at its prompt, as fields of `ItemScore`."""
     columns = {
         name: column.unbind() if name == "query" else column.tolist()
         for name, column in (

@@ -64,7 +64,7 @@ class Classification(Task):
         return [*self._labels(model, prompts)]
 
     def count_labels(self, model: Network, prompt: str) -> int:
-        """Returns the width of the logits, from the first pass that the model made for this; no editor takes part.
+        """Returns the width of the logits, counted in one pass of the unedited model and then cached.
 
         Raises:
             UserError: If the model scores tokens, not classes.
@@ -89,7 +89,7 @@ class Classification(Task):
         """The label id of a target.
 
         Raises:
-            UserError: If it is none of the model's.
+            UserError: If it is not one of the model's labels.
         """
         n_labels = self.count_labels(model, prompt)
         try:

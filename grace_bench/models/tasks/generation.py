@@ -59,7 +59,7 @@ class GenerationTask(Task):
         return max(super().size(model, prompt, targets), room)
 
     def _accepted(self, model: Network, request: EditRequest) -> list[str]:
-        """The accepted answers, cut where taught targets are cut."""
+        """The accepted answers, cut like targets in training."""
         accepted = [str(request.target), *request.answers]
         if self.max_target_tokens is None:
             return accepted
@@ -70,7 +70,7 @@ class GenerationTask(Task):
         ]
 
     def _contrasts(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
-        """For each request with a contrast, whether its first answer is likelier (Meng et al. 2022)."""
+        """For each request with a contrast: whether its first answer is likelier (Meng et al. 2022)."""
         pairs = [request.contrast or () for request in requests]
         carrying = [i for i, pair in enumerate(pairs) if pair]
         scores: list[dict[str, float]] = [{} for _ in requests]

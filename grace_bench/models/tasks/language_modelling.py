@@ -24,7 +24,7 @@ class LanguageModelling(Task):
     higher_is_better = False
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102
-        # A transformers model has a configuration, and generates if it is causal; of other modules nothing is known.
+        # A transformers model has a configuration and can generate if it is causal; other modules cannot be checked.
         is_causal = callable(getattr(model.module, "generate", None)) or model.config is None
         if getattr(model.config, "is_encoder_decoder", False) or not is_causal:
             return "a causal language model"

@@ -12,7 +12,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalize_answer(text: str) -> str:
     """Lower-cases and removes punctuation, articles and extra white space (SQuAD, Rajpurkar et al. 2016).
 
-    A text that consists of nothing else is only stripped and lower-cased, so that two such answers can still differ.
+    A text that would become empty is only stripped and lower-cased, so that two such answers can still differ.
 
     >>> normalize_answer("The  Euro!")
     'euro'

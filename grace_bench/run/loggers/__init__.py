@@ -12,7 +12,7 @@ from grace_bench.results.schema import EvaluationRecord, RunResult
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a logger may know about a run before it starts.
+    """The description of a run that loggers receive before it starts.
 
     Attributes:
         run_id: The run's name.

@@ -35,7 +35,7 @@ class JsonlLogger(RunLogger):
         return self._edits, self._metrics
 
     def dropped(self) -> list[str]:
-        """Returns in words what `start` will cut off the files."""
+        """Returns a description of the content that `start` will cut off the files."""
         words = []
         for file in self.files:
             rest = file.surplus()
@@ -125,6 +125,6 @@ def _tables(path: Path) -> Iterator[pa.Table]:
 
 def _close(files: Sequence[AppendOnlyFile], result: RunResult | None) -> None:
     for file in files:
-        # In a failed run the reason is known already: a full disk refuses the same bytes again.
+        # In a failed run the reason is already known: a full disk refuses the same bytes again.
         with suppress(OSError) if result is None else nullcontext():
             file.close()

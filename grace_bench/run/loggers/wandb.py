@@ -27,9 +27,9 @@ from grace_bench.run.loggers import RunLogger, RunPlan
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 INIT_TIMEOUT = 30.0
-"""Seconds that a run waits for W&B to answer at its start, unless WANDB_INIT_TIMEOUT says otherwise."""
+"""Seconds that a run waits for W&B to answer at its start, unless WANDB_INIT_TIMEOUT is set."""
 FINISH_TIMEOUT = 120.0
-"""Seconds that a run waits at its end for W&B to upload the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
+"""Seconds that a run waits at its end for W&B to upload the rest, unless WANDB_FINISH_TIMEOUT is set."""
 
 
 class WandbLogger(RunLogger):
@@ -87,7 +87,7 @@ class WandbLogger(RunLogger):
         except Exception as error:
             if mode in ("offline", "disabled") or isinstance(error, ImportError):
                 raise
-            # W&B's own process would hold the id of the run that it failed to open.
+            # W&B's own process would keep the id of the run that it failed to open.
             _leave()
             self._run = self._start(plan, "offline")
             _say(f"W&B does not take this run ({reason_of(error)}): logged offline, {_sync(self._run)} sends it")
