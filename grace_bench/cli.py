@@ -362,7 +362,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from grace_bench.common.terminal import say
-    from grace_bench.launch.verify import verify_files
+    from grace_bench.launch.replay_traces import verify_files
 
     return verify_files(options.files, say)
 

@@ -11,10 +11,11 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from hydra_zen import builds
+from hydra_zen.errors import HydraZenException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grace_bench.errors import UserError, did_you_mean
+from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.launch.presets import register_presets
 from grace_bench.launch.run_config import RunConfig, default_options
 from grace_bench.models.zoo import resolve_model
@@ -133,17 +134,27 @@ def _names_of(group: str, given: Mapping[str, str]) -> list[str]:
 
 
 def _node_of(registry: Registry[Any], name: str) -> Any:
-    """The config of a stream or editor, derived from the constructor's signature."""
+    """The config of a stream or editor, derived from the constructor's signature.
+
+    Raises:
+        UserError: If the class cannot be imported, or options of its constructor have values that no file can hold.
+    """
     cls, is_editor = registry.get(name), registry is EDITORS
     parameters = inspect.signature(cls).parameters
-    return builds(
-        cls,
-        populate_full_signature=True,
-        zen_partial=is_editor,
-        zen_exclude=[parameter for parameter in _GIVEN_BY_THE_RUN if parameter in parameters],
-        # The editor takes the run's seed unless the command line gives it another.
-        **({"seed": "${seed}"} if is_editor and "seed" in parameters else {}),
-    )
+    try:
+        return builds(
+            cls,
+            populate_full_signature=True,
+            zen_partial=is_editor,
+            zen_exclude=[parameter for parameter in _GIVEN_BY_THE_RUN if parameter in parameters],
+            # The editor takes the run's seed unless the command line gives it another.
+            **({"seed": "${seed}"} if is_editor and "seed" in parameters else {}),
+        )
+    except (HydraZenException, ImportError, TypeError) as error:
+        raise UserError(
+            f"{registry.kind} {name!r} ({cls.__module__}.{cls.__qualname__}) cannot be configured: {reason_of(error)}; "
+            f"define the class in a module, with options of plain values"
+        ) from error
 
 
 def _with_consequences(overrides: Sequence[str]) -> list[str]:

@@ -240,7 +240,7 @@ def _begin(folder: Path, config: RunConfig, say: Say) -> bool:
     if not is_new and config.existing != "resume":
         raise UserError(
             f"{folder}: holds an unfinished run: `grace-bench resume {folder}` or existing=resume goes on with it; "
-            f"existing=rerun sets it aside and starts anew"
+            f"existing=rerun sets it aside and starts over"
         )
     if not (folder / "config.yaml").exists():
         write_config(config, folder / "config.yaml")
@@ -288,15 +288,20 @@ def _finished(folder: Path, stream: Any, model: str, say: Say) -> RunResult | No
 
     Raises:
         UserError: If the stream or the model has changed since.
+        RunFailure: If the run failed although it has a result, as when every edit met a mistake in the editor.
     """
     if not (folder / "result.json").is_file():
         return None
     result = read_result(folder / "result.json")
     if result.stream.fingerprint != fingerprint_requests(stream.load()):
-        raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts anew")
+        raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts over")
     if result.model.files is not None and _files_of(model) not in (None, result.model.files):
         raise UserError(
-            f"{folder}: was made with other files of model={model}; existing=rerun sets it aside and starts anew"
+            f"{folder}: was made with other files of model={model}; existing=rerun sets it aside and starts over"
+        )
+    if (folder / _FAILURE).is_file():
+        raise RunFailure(
+            f"{folder}: failed before ({_failure_in(folder / _FAILURE)}); existing=rerun sets it aside and starts over"
         )
     say(f"finished before, reused: {folder}")
     return result

@@ -116,32 +116,32 @@ def run_benchmark(
                 progress=progress,
                 tracebacks=tracebacks,
             )
-            kept = (
+            resumable = (
                 None
                 if folder is None
                 else ResumableRun(folder, loop, loggers=watchers, identity=identity, environment=environment)
             )
-            if not (resume and kept is not None and kept.resume(say)):
+            if not (resume and resumable is not None and resumable.resume(say)):
                 prepare_editor(strategy, opened.benchmark, progress=progress)
             plan = plan_of(strategy, opened.benchmark, settings, run_id=run_id, folder=folder, config=config)
             for watcher in watchers:
                 watcher.start(plan)
-            if kept is None:
+            if resumable is None:
                 loop.run()
             else:
-                kept.run(every=settings.checkpoint_every)
-                environment = kept.environment()
+                resumable.run(every=settings.checkpoint_every)
+                environment = resumable.environment()
             result = result_of(
                 loop, opened, settings, run_id=plan.run_id, configuration=configuration, environment=environment
             )
-            if folder is not None and kept is not None:
+            if folder is not None and resumable is not None:
                 strategy.save_pretrained(folder / "editor")
                 for file in files:
                     file.finish(result)
                 # Written last: a folder with a result is complete.
                 result = sealed(result, folder)
                 write_atomically(folder / "result.json", result.model_dump_json(indent=2) + "\n")
-                kept.clear()
+                resumable.clear()
         finally:
             for watcher in watchers:
                 watcher.finish(result)

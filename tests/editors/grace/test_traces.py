@@ -24,7 +24,7 @@ from transformers import (
 
 from grace_bench.editors._grace.traces import replay_file
 from grace_bench.errors import UserError
-from grace_bench.launch.verify import verify_files
+from grace_bench.launch.replay_traces import verify_files
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/*.json"))
