@@ -103,12 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
-    except UserError as error:
+    except (UserError, RunFailure) as error:
+        if os.environ.get("GRACE_BENCH_TRACEBACK") == "1":
+            _show_traceback(type(error), error, error.__traceback__)
         print(f"grace-bench: {on_one_line(without_secrets(str(error)))}", file=sys.stderr)
-        return 2
-    except RunFailure as error:
-        print(f"grace-bench: {on_one_line(without_secrets(str(error)))}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt as interrupt:
         print(f"grace-bench: {on_one_line(str(interrupt)) or 'interrupted'}", file=sys.stderr)
         return 130

@@ -931,3 +931,14 @@ def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinishe
     assert not (folder / "result.json").exists()
     ways = f"`grace-bench resume {folder}`", "existing=resume", "existing=rerun"
     assert_one_line(cli(*arguments), "holds an unfinished run", *ways)
+
+
+def test_a_mistake_shows_where_it_was_found_if_the_environment_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked in (False, True):
+        monkeypatch.setenv("GRACE_BENCH_TRACEBACK", "1" if asked else "0")
+        assert main(["run", "editor=grce"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("grace-bench: no editor 'grce'")
+        assert (len(lines) > 1) == asked == any("registry.py" in line for line in lines)

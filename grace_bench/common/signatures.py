@@ -60,7 +60,7 @@ def constructor_fault(cls: type, *, base: type, given: Sequence[str] = ()) -> st
 def required_argument(cls: type) -> str | None:
     """Returns the name of the first constructor argument without a default; None if there is none.
 
-    >>> required_argument(Exception)
+    >>> required_argument(object)
     >>> class Named:
     ...     def __init__(self, *, name):
     ...         self.name = name

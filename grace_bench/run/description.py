@@ -75,7 +75,7 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
 def environment_of(strategy: EditorStrategy, source: EditStream) -> dict[str, Any]:
     """Returns the environment of a run, and the command that started it."""
     model = strategy.model
-    parts = [type(strategy), type(source), *(METRICS.get(name) for name in METRICS.entries())]
+    parts = [type(strategy), type(source), *METRICS.classes().values()]
     return {
         **describe_environment(model.device, threads=torch.get_num_threads(), classes=parts),
         "engine": model.engine.name,

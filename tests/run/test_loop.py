@@ -21,7 +21,7 @@ from avalanche.training.plugins.evaluation import EvaluationPlugin
 
 from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import Probe
+from grace_bench.data.requests import DerivedRequest, Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
@@ -246,6 +246,8 @@ class Powerless(EDITORS.get("none")):  # type: ignore[misc]
 def test_every_earlier_edit_of_an_input_is_superseded_not_only_the_last() -> None:
     edits = (point(0, 0, name="a"), point(0, 0, name="b"), point(1, 0), point(0, 3, name="c"))
     run, _ = start(StreamData(edits=edits), editor=Powerless)
+    # Labels that the model never gives, so that each is an error.
+    run.strategy.model.n_labels = 4
     run.run()
     assert run.metrics()["n_superseded"] == 2
     assert [edits[i].id for i in run.position.edited] == ["p1", "c"]
@@ -480,7 +482,7 @@ class Asked(RunLogger):
 
 def test_holdout_asks_for_no_target_that_was_superseded_unless_another_edit_keeps_it_alive() -> None:
     def of_fact(request: EditRequest) -> EditRequest:
-        return request.model_copy(update={"metadata": {"fact": "f"}})
+        return request.model_copy(update={"fact": "f"})
 
     edits = (
         point(0, 0, name="then"),
@@ -493,6 +495,7 @@ def test_holdout_asks_for_no_target_that_was_superseded_unless_another_edit_keep
     asked = Asked("holdout")
     run, _ = start(StreamData(edits=tuple(map(of_fact, edits)), holdout=tuple(map(of_fact, holdout))), editor=Powerless)
     run.strategy.evaluator.loggers.append(asked)
+    run.strategy.model.n_labels = 4
     run.run()
     assert run.position.superseded == [0, 2]
     assert asked.asked == {1: {"old", "new"}, 2: {"new"}, 3: {"old", "new"}, 4: {"new"}}
@@ -877,7 +880,7 @@ def _neighbours(make_model: Callable[..., EditableModel], *, max_edits: int | No
         for i, (country, target) in enumerate([("France", "Lima"), ("Italy", "Tenge"), ("Peru", "Ishim")])
     )
     upstream = tuple(
-        EditRequest(id=f"u{i}", prompt=prompt, target="", metadata={"target_from_model": True})
+        DerivedRequest(id=f"u{i}", prompt=prompt, target="", target_from_model=True)
         for i, prompt in enumerate([questions[1], "the Sol of Peru is", questions[1]])
     )
     benchmark = EditBenchmark(

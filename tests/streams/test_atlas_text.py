@@ -35,7 +35,7 @@ def truth() -> dict[str, str]:
 
 
 def _places(requests: Iterable[EditRequest]) -> set[str]:
-    return {request.fact.partition("/")[2] or request.id for request in requests}
+    return {request.fact_id.partition("/")[2] or request.id for request in requests}
 
 
 def test_there_are_enough_requests_of_each_kind(data: StreamData) -> None:
