@@ -52,6 +52,8 @@ class KeyIndex(ABC):
 
     def extend(self, keys: Tensor) -> None:
         """Adds (n, D) keys, the newest last."""
+        if not len(keys):
+            return
         self._keys.extend(keys)
         for some in keys.split(max(1, _GATHERED // max(1, keys.shape[1]))):
             self._sizes.extend(_norms(some.to(self.keys), self._origin()))

@@ -55,11 +55,12 @@ class Rounding:
             n = len(self._codebook)
             if n not in believed:
                 settled = believed.get(n_before)
-                believed[n] = (
+                belief = (
                     self._settled(query, previous, step, label_mean)
                     if n == n_before
                     else self._trained(query, step, settled and settled[1])
                 )
+                believed[n] = None if belief is None or self._is_computed(query, *belief) else belief
             return believed[n]
 
         self._recorded = recorded
@@ -136,6 +137,14 @@ class Rounding:
         else:
             distance = max(distance, float(torch.nextafter(radius, torch.tensor(math.inf))))
         return entry, _clip(distance, low[entry], high[entry])
+
+    def _is_computed(self, query: Tensor, entry: int, distance: float) -> bool:
+        """Whether the computed distances decide the same and are exact, so that nothing has to be assumed."""
+        if len(self._codebook) > MAX_EXACT_ROWS:
+            return False
+        computed = self._computed(query)[0]
+        radius = float(self._codebook.radii[entry])
+        return int(computed.argmin()) == entry and (float(computed[entry]) <= radius) == (distance <= radius)
 
     def _is_open(self, near: list[int], low: Tensor, high: Tensor) -> bool:
         """Whether rounding decides which entry is nearest, or whether it reaches the query."""
