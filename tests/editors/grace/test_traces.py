@@ -83,11 +83,15 @@ class Recorder:
 
     def distances(self, query: Tensor) -> Tensor:
         keys = torch.stack(self.keys)
-        if self.noise is None or len(keys) <= 25:
+        if self.noise is None:
             return torch.cdist(keys, query[None], p=2)[:, 0]
-        # Another machine: exact distances, with a rounding error of its own in their squares, the same at every call.
+        # Another machine: exact distances, with a rounding error of its own, the same at every call.
         rng = random.Random(f"{self.noise} {len(keys)} {query.tolist()}")
         squares = (keys - query).double().square().sum(dim=1)
+        if len(keys) <= 25:
+            # The key and the query were computed in two passes.
+            ulp = torch.finfo(torch.float32).eps * (keys.norm(dim=1) + query.norm())
+            return (squares.sqrt() + torch.tensor([rng.choice((0, 1)) for _ in keys]) * ulp).float()
         ulp = torch.finfo(torch.float32).eps * (keys.square().sum(dim=1) + query.square().sum())
         error = torch.tensor([rng.choice((-2, -1, 0, 1, 2)) for _ in keys])
         return (squares + error * ulp).clamp(min=0).sqrt().float()
