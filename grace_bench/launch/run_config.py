@@ -28,6 +28,8 @@ class Option:
         help: One line for `run --help`.
         check: Raises `UserError` for a value that the option cannot have, given the option's name and the value.
         in_hash: Whether the value may change an answer, and so tells run folders apart.
+        default_in_hash: Whether the default is hashed too. False for an option that is younger than the hash, so that
+            runs made before it keep their folders.
         in_sweep_name: Whether the value tells sweeps apart.
         in_protocol: Whether a result records the value in its `protocol`.
     """
@@ -35,6 +37,7 @@ class Option:
     help: str
     check: Callable[[str, Any], None]
     in_hash: bool = True
+    default_in_hash: bool = True
     in_sweep_name: bool = True
     in_protocol: bool = False
 
@@ -230,8 +233,8 @@ class RunConfig:
     def from_plain(cls, plain: Mapping[str, Any]) -> Self:
         """Makes a configuration of plain, resolved values, as a run folder's `config.yaml` holds them.
 
-        An option that does not change answers may be missing from a file that an earlier version wrote; the default
-        then applies.
+        An option that does not change answers, or is younger than the hash, may be missing from a file that an earlier
+        version wrote; the default then applies.
 
         Raises:
             UserError: If an option is unknown or missing, has a value that it cannot have, or the stream or editor is
@@ -282,6 +285,8 @@ def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Option]]
 
 OPTIONS: dict[str, Option] = {name: option for name, _, option in _declared(RunConfig)}
 """Every option of a run by the name that is typed, in the order of `config.yaml`."""
+_YOUNG = {name: default for name, default, option in _declared(RunConfig) if not option.default_in_hash}
+"""The defaults of the options that are younger than the hash."""
 
 
 def default_options() -> dict[str, Any]:
@@ -306,12 +311,27 @@ def hash_config(plain: Mapping[str, Any]) -> str:
     """
     hashed = {name.partition(".")[0] for name, option in OPTIONS.items() if option.in_hash}
     left_out = {name.partition(".")[0] for name in OPTIONS} - hashed
-    counted = {key: value for key, value in plain.items() if key not in left_out}
+    counted = {key: value for key, value in _without_young_defaults(plain).items() if key not in left_out}
     editor = plain.get("editor")
     if isinstance(editor, Mapping) and "seed" in editor:
         own = editor["seed"] != plain.get("seed")
         counted["editor"] = {**editor, "seed": [editor["seed"]] if own else 0}
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _without_young_defaults(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration without the options that are younger than the hash and have their default."""
+    kept = {}
+    for key, value in plain.items():
+        name = f"{prefix}{key}"
+        if name in _YOUNG and value == _YOUNG[name]:
+            continue
+        if any(young.startswith(f"{name}.") for young in _YOUNG):
+            value = _without_young_defaults(value, f"{name}.")
+            if not value:
+                continue
+        kept[key] = value
+    return kept
 
 
 def make_stream(config: RunConfig) -> Any:
@@ -352,7 +372,9 @@ def _from_values(kind: Any, prefix: str, given: dict[str, Any], **others: Any) -
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         raise UserError(f"there is no option {prefix}{unknown}")
-    missing = next((name for name in known if name not in given and known[name].metadata["option"].in_hash), None)
+    declared = {name: field.metadata["option"] for name, field in known.items()}
+    required = (name for name, option in declared.items() if option.in_hash and option.default_in_hash)
+    missing = next((name for name in required if name not in given), None)
     if missing is not None:
         raise UserError(f"field '{prefix}{missing}': is missing")
     return kind(**given, **others)
