@@ -130,13 +130,17 @@ class RecentEdits:
     def _train(self, entries: Sequence[int]) -> list[Training]:
         """Trains values together; after an error one by one, to find the edit to blame."""
         chosen = [self._pending[entry] for entry in entries]
+        encoded = stack([pending.encoded for pending in chosen])
+        if not self._model.pads(encoded):
+            trained: dict[int, Training] = {}
+            for rows in encoded.equally_long:
+                trained.update(zip(rows, self._train([entries[row] for row in rows]), strict=True))
+            return [trained[row] for row in range(len(entries))]
         for entry, pending in zip(entries, chosen, strict=True):
             self._history.record_value(pending.place)
             self._versions.forget(entry)
         try:
-            return self._values.train(
-                entries, [pending.answering for pending in chosen], stack([pending.encoded for pending in chosen])
-            )
+            return self._values.train(entries, [pending.answering for pending in chosen], encoded)
         except Exception as error:
             reason = reason_of_failure(error)
             # The traceback of a programming error is worth more than the outcomes of the other edits.

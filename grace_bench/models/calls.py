@@ -50,6 +50,8 @@ class QueryState:
 class LayerCall:
     """One call of the edited layer, as an editor sees it.
 
+    The tensors are the model's own, which may write into them after the call: clone what is used later.
+
     Attributes:
         input: (B, T, D_in) input activations of the layer.
         output: (B, T, D_out) output activations of the layer.

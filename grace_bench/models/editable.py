@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -204,6 +205,12 @@ class EditableModel(Network):
         """
         return self.task.encode(self, prompts, targets, side=side)
 
+    def pads(self, batch: EncodedBatch, *, generates: bool = False) -> bool:  # noqa: D102
+        pads = super().pads(batch, generates=generates)
+        if not pads:
+            self.engine.note("batches hold texts of equal length: padding would change the answers")
+        return pads
+
     def labelled_logits(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
         """Runs a batch and computes only what its labels need.
 
@@ -231,7 +238,8 @@ class EditableModel(Network):
         seen: list[LayerCall] = []
 
         def observe(call: LayerCall) -> Tensor:
-            seen.append(call)
+            # The rest of a pass may write into either tensor: Falcon adds its attention to the output of its MLP.
+            seen.append(replace(call, input=call.input.clone(), output=call.output.clone()))
             return call.output
 
         interceptor = self.intercept(observe, first=True)
@@ -260,7 +268,10 @@ class EditableModel(Network):
         rows: dict[int, Tensor] = {}
         for chunk in self.task.batches(sizes):
             chosen = [prompts[index] for index in chunk], targets and [targets[index] for index in chunk]
-            rows.update(zip(chunk, self.layer_call(self.encode_batch(*chosen)).query.float(), strict=True))
+            found = self.task.by_length(
+                self, self.encode_batch(*chosen), lambda batch: list(self.layer_call(batch).query.float())
+            )
+            rows.update(zip(chunk, found, strict=True))
         return torch.stack([rows[index] for index in range(len(prompts))])
 
     # What the model is.

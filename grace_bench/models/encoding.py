@@ -79,14 +79,55 @@ class EncodedBatch:
 
     def row(self, index: int) -> "EncodedBatch":
         """Returns row `index` as a batch, with its padding."""
-        window = slice(index, index + 1)
+        return self.rows([index])
+
+    def rows(self, indices: Sequence[int]) -> "EncodedBatch":
+        """Returns some rows as a batch, with their padding."""
+        chosen = list(indices)
         return replace(
             self,
-            inputs={name: tensor[window] for name, tensor in self.inputs.items()},
-            query=self.query[window],
-            labels=None if self.labels is None else self.labels[window],
-            target_ids=self.target_ids[window],
-            content=None if self.content is None else self.content[window],
+            inputs={name: tensor[chosen] for name, tensor in self.inputs.items()},
+            query=self.query[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            target_ids=tuple(self.target_ids[index] for index in chosen) if self.target_ids else (),
+            content=None if self.content is None else self.content[chosen],
+        )
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Each row's number of tokens that are not padding: of the input, and of the decoder's input (0 without)."""
+        n_rows = len(self)
+        mask = self.inputs.get("attention_mask")
+        given = [0] * n_rows if mask is None else mask.sum(dim=1).tolist()
+        has_answers = "decoder_input_ids" in self.inputs and self.labels is not None
+        answers = (self.labels != IGNORED).sum(dim=1).tolist() if has_answers else [0] * n_rows  # type: ignore[union-attr]
+        return list(zip(given, answers, strict=True))
+
+    @property
+    def equally_long(self) -> list[list[int]]:
+        """The rows, grouped by length; a single group if no row is padded."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, length in enumerate(self.lengths):
+            groups.setdefault(length, []).append(index)
+        return list(groups.values())
+
+    def unpadded(self, indices: Sequence[int]) -> "EncodedBatch":
+        """Returns rows of one length as a batch without padding."""
+        batch = self.rows(indices)
+        _, n_decoder = batch.lengths[0]
+        columns = batch.inputs["attention_mask"][0].nonzero()[:, 0]
+        answers = torch.arange(n_decoder or 1, device=columns.device)
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            return tensor if tensor.dim() < 2 else tensor[:, answers if name.startswith("decoder") else columns]
+
+        scored = "decoder" if n_decoder else "labels"
+        return replace(
+            batch,
+            inputs={name: cut(name, tensor) for name, tensor in batch.inputs.items()},
+            query=batch.query - columns[0],
+            labels=None if batch.labels is None else cut(scored, batch.labels),
+            content=None if batch.content is None else cut(scored, batch.content),
         )
 
 

@@ -59,6 +59,7 @@ class Network(nn.Module):
         self.layer = self.find_layer(layer)
         self.n_labels: int | None = None
         """The number of classes, once a classification task has counted them."""
+        self._pads: dict[str, bool] = {}
         self._bypassed = False
         self._interceptors: set[Interceptor] = set()
         self._tracker = SequenceTracker(self._path, queries_start=self.layer_in_decoder)
@@ -168,6 +169,63 @@ class Network(nn.Module):
             Logits that cover all labelled positions, and the batch with labels aligned to them.
         """
         return self.logits(batch), batch
+
+    def pads(self, batch: EncodedBatch, *, generates: bool = False) -> bool:
+        """Whether each row of a batch is answered as if it were alone, whatever padding it has.
+
+        The positions of some models count padding, and some recurrent models read it. The first batch with padding
+        decides, by a comparison of one of its rows with itself alone.
+
+        Args:
+            batch: The batch.
+            generates: Whether answers are generated after it, rather than its labels scored.
+        """
+        if len(batch.equally_long) == 1:
+            return True
+        kind = ",".join(["generated" if generates else "scored", *sorted(batch.inputs)])
+        if kind not in self._pads:
+            agrees = self._agrees_with_itself(batch, generates=generates)
+            if agrees is None:
+                return True
+            self._pads[kind] = agrees
+        return self._pads[kind]
+
+    @torch.no_grad()
+    def _agrees_with_itself(self, batch: EncodedBatch, *, generates: bool) -> bool | None:
+        """Compares the most padded row beside the longest one with itself alone; None if the logits contain NaN."""
+        order = sorted(range(len(batch)), key=batch.lengths.__getitem__)
+        observe = self._first_steps if generates else self._scored_logits
+        with self.bypassing():
+            # Two rows: some models ignore the mask of a single one.
+            together, alone = observe(batch.rows([order[0], order[-1]])), observe(batch.unpadded(order[:1]))
+        if bool(alone.isnan().any()):
+            return None
+        rounding = torch.finfo(self.dtype).eps ** 0.5 * float(alone.abs().max())
+        differences = (together - alone).abs()
+        if generates and not torch.equal(together[0].argmax(), alone[0].argmax()):
+            # Two tokens that are equally likely: the second steps follow different ones.
+            differences = differences[:1]
+        return bool(differences.max() <= rounding)
+
+    def _first_steps(self, batch: EncodedBatch) -> Tensor:
+        """(2, V) logits of the first row's first two generated tokens."""
+        with self.querying(batch.query):
+            steps = self.module.generate(  # type: ignore[operator]
+                **{name: batch.inputs[name] for name in ("input_ids", "attention_mask")},
+                max_new_tokens=2,
+                min_new_tokens=2,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return torch.stack([logits[0].float() for logits in steps.logits])
+
+    def _scored_logits(self, batch: EncodedBatch) -> Tensor:
+        """The first row's logits, (C,), or (T, V) where it is not padded."""
+        logits = self.logits(batch)[0].float()
+        if logits.dim() == 1:
+            return logits
+        n_decoder = batch.lengths[0][1]
+        return logits[:n_decoder] if n_decoder else logits[batch.inputs["attention_mask"][0].bool()]
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:

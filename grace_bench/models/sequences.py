@@ -87,18 +87,18 @@ class SequenceTracker:
             return
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = _cache_in(given)
-        n_cached = 0 if cache is None else int(cache.get_seq_length())
+        continues = _holds_tokens(cache)
         if not self.state.is_open:
             # A direct call of the module: it continues the prompt that its cache comes from, or reads a new prompt.
-            known = self._continued.get(cache) if n_cached else None
-            self.state = known or QueryState(is_whole=not n_cached)
+            known = self._continued.get(cache) if continues else None
+            self.state = known or QueryState(is_whole=not continues)
         state = self.state
         state.step += 1
         if state.step:
             return
         tokens = given.get("input_ids")
         is_piece = state.n_given is not None and isinstance(tokens, Tensor) and tokens.shape[1] != state.n_given
-        state.is_whole = not n_cached and not is_piece
+        state.is_whole = not continues and not is_piece
         if state.query is None:
             state.query = self._default_query(given)
 
@@ -152,6 +152,17 @@ class _Generate:
             for tracker in self.trackers:
                 stack.enter_context(tracker.generating(args, kwargs))
             return self._generate(*args, **kwargs)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a model has read tokens into a cache."""
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:
+        # The state of a recurrent model (Mamba) counts no tokens.
+        return bool(cache.has_previous_state())
 
 
 def _cache_in(values: Any) -> Any:

@@ -146,7 +146,8 @@ def by_the_task(model: EditableModel, prompts: Sequence[str], cache: str) -> lis
     finally:
         model.module.generation_config, model.module.generate = kept, generate
     side = "right" if model.task.name == "qa" else "left"
-    return answers_in(outputs[0], model, model.encode_batch(prompts, side=side).inputs["input_ids"].shape[1])
+    # Before it, the first batch with padding is compared with a row alone.
+    return answers_in(outputs[-1], model, model.encode_batch(prompts, side=side).inputs["input_ids"].shape[1])
 
 
 def by_the_user(model: EditableModel, prompts: Sequence[str], cache: str) -> list[list[int]]:

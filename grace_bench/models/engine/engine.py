@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grace_bench.common.options import check_choice
+from grace_bench.errors import UserError
+from grace_bench.models.calls import LayerCall
 from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.engine.pruning import Tail, cache_argument, tail_of
 from grace_bench.models.engine.replay import (
@@ -35,6 +38,9 @@ from grace_bench.models.engine.replay import (
 from grace_bench.models.network import Network
 
 EngineName = Literal["exact", "plain"]
+
+_APPENDED = (DynamicLayer, DynamicSlidingWindowLayer)
+"""The layers of a cache that hold keys and values alone."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,12 @@ class Engine(ABC):
         """The memory limit of cached recordings, in bytes."""
         return 0
 
+    def note(self, text: str) -> None:
+        """Records, and warns of, something that makes the passes of this model cost more; once per engine."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(f"{self.model.name}: {text}", RuntimeWarning, stacklevel=2)
+
     def forget(self) -> None:  # noqa: B027 - an engine without a cache has nothing to forget
         """Drops all cached recordings."""
 
@@ -157,6 +169,7 @@ class ExactEngine(Engine):
         self._narrows = False
         self._used: set[bytes] | None = None
         self._prunes: dict[str, bool] = {}
+        self._differentiable: dict[str, bool] = {}
 
     def forget(self) -> None:  # noqa: D102
         self._recent, self._kept = None, {}
@@ -165,19 +178,22 @@ class ExactEngine(Engine):
         if tuple(modules) != self._changing:
             self._changing = tuple(modules)
             self._replay = Replay(self.model.module, self.model.layer, self._changing)
+            self._differentiable = {}
             self.forget()
 
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
-        tail = self._tail(batch)
+        tail = self._tail(batch, trains=False)
         run = self._pruned(batch, tail)
         if self._used is None:
             return run(), tail.batch
         return self._from_kept(batch, run)(), tail.batch
 
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
-        tail = self._tail(batch, first_changed)
+        tail = self._tail(batch, first_changed, trains=torch.is_grad_enabled())
         given = batch.since(tail.start) if tail.start else batch
-        return Repeated(tail.batch, self._replayed(given, self._pruned(batch, tail), kind=_kind(batch, tail.start)))
+        kind, run = _kind(batch, tail.start), self._pruned(batch, tail)
+        replayed = self._replayed(given, run, kind=kind)
+        return Repeated(tail.batch, replayed if self._is_differentiable(kind, run, replayed) else run)
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
         run: Run = partial(self.model.logits, batch)
@@ -221,10 +237,7 @@ class ExactEngine(Engine):
         def run() -> Tensor:
             arguments = dict(tail.arguments)
             if past is not None:
-                # A pass appends its keys and values to its cache, in new tensors; a shallow copy protects `past`.
-                own = copy(past)
-                own.layers = [copy(layer) for layer in past.layers]
-                arguments |= self._with_cache(own)
+                arguments |= self._with_cache(_copy_of(past))
             with patched(tail.forwards):
                 return self.model.logits(given, **arguments)
 
@@ -288,58 +301,129 @@ class ExactEngine(Engine):
         if self.kept_bytes + recording.n_bytes <= self.most_kept_bytes:
             self._kept[key] = recording
 
-    def _tail(self, batch: EncodedBatch, first_changed: int = 0) -> Tail:
+    def _is_differentiable(self, kind: str, run: Run, replayed: Run) -> bool:
+        """Whether gradients reach the layer in a replay as they do in the pass itself, compared at first use."""
+        if replayed is run or not torch.is_grad_enabled():
+            return True
+        if kind not in self._differentiable:
+            agrees = self._same_gradients(run, replayed)
+            if agrees is None:
+                return True
+            self._differentiable[kind] = agrees
+            if not agrees:
+                self._note_whole(CannotReplayError("a replay does not give the gradients of the whole model"))
+        return self._differentiable[kind]
+
+    def _same_gradients(self, run: Run, other: Run, *, start: int = 0) -> bool | None:
+        """Whether two ways to run a batch give one gradient, the second also when it is repeated.
+
+        Args:
+            run: Runs all positions.
+            other: Runs the positions from `start` on.
+            start: The first position at which the layer's output may change.
+
+        Returns:
+            None if there is no gradient, or it contains NaN, so that the batch cannot show it.
+        """
+        gradient = self._gradient(run, since=start)
+        if gradient is None or bool(gradient.isnan().any()):
+            return None
+        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(gradient.abs().max())
+        for _ in range(2):
+            try:
+                # A pass may write into what the backward pass of it, or of the next one, still needs.
+                found = self._gradient(other, since=0)
+            except RuntimeError:
+                return False
+            if found is None or not bool((found - gradient).abs().max() <= rounding):
+                return False
+        return True
+
+    @torch.enable_grad()
+    def _gradient(self, run: Run, *, since: int) -> Tensor | None:
+        """The (D_out,) gradient of the squared logits of a position, summed, by a shift of the layer's output."""
+        shifts: list[Tensor] = []
+
+        def shift(call: LayerCall) -> Tensor:
+            shifts.append(call.output.new_zeros(call.output.shape[-1], requires_grad=True))
+            return torch.cat([call.output[:, :since], call.output[:, since:] + shifts[-1]], dim=1)
+
+        interceptor = self.model.intercept(shift)
+        try:
+            logits = run()
+        except UserError:
+            # The layer's output is no sequence of activations.
+            return None
+        else:
+            effect = logits.float().square().mean(dim=-1).sum()
+            return torch.autograd.grad(effect, shifts, allow_unused=True)[0] if shifts else None
+        finally:
+            interceptor.remove()
+
+    def _tail(self, batch: EncodedBatch, first_changed: int = 0, *, trains: bool) -> Tail:
         tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)
         if tail.is_whole:
             return tail
         if is_training(self.model.module):
-            self._note("passes are computed to their end: the model is in training mode")
+            self.note("passes are computed to their end: the model is in training mode")
             return Tail(batch)
-        kind = _kind(batch, tail.start)
+        kind = ",".join([_kind(batch, tail.start), *(["trained"] if trains else [])])
         if kind not in self._prunes:
-            agrees = self._agrees(batch, tail)
+            agrees = self._agrees(batch, tail, trains=trains)
             if agrees is None:
                 return Tail(batch)
             self._prunes[kind] = agrees
             if not agrees:
                 what = "behind cached keys and values" if tail.start else "pruned to what is scored"
-                self._note(f"passes are computed whole: {what} they would differ")
+                self.note(f"passes are computed whole: {what} they would differ")
         if self._prunes[kind]:
             return tail
-        return self._tail(batch) if tail.start else Tail(batch)
+        return self._tail(batch, trains=trains) if tail.start else Tail(batch)
 
-    @torch.no_grad()
-    def _agrees(self, batch: EncodedBatch, tail: Tail) -> bool | None:
-        """Whether a pruned pass equals the full one: exactly at the layer's input, up to rounding in the logits.
+    def _agrees(self, batch: EncodedBatch, tail: Tail, *, trains: bool) -> bool | None:
+        """Whether a pruned pass, run twice, equals the full one: exactly at the layer's input, up to rounding after it.
 
         None if the logits contain NaN, so that the batch cannot show it.
         """
-        entered, whole = self._observed(batch, Tail(batch))
+        run_whole = self._pruned(batch, Tail(batch))
+        entered, whole = self._observed(run_whole)
         if bool(whole.isnan().any()):
             return None
+        columns = tail.arguments.get("logits_to_keep")
+        if columns is not None:
+            whole = whole[:, tail.start + columns]
+        # Half of the digits: a wrong pruning differs by far more, and bfloat16 has few digits to compare.
+        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
         try:
-            entered_pruned, pruned = self._observed(batch, tail)
+            run = self._pruned(batch, tail)
+            for _ in range(2):
+                entered_pruned, pruned = self._observed(run)
+                if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
+                    return False
+                # Behind a cache, products have fewer rows and may round differently from the first layer on.
+                enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
+                if not (enters_alike and bool((whole - pruned).abs().max() <= rounding)):
+                    return False
         except Exception:
             # A custom block with the name of a known one may fail in any way.
             return False
-        if "logits_to_keep" in tail.arguments:
-            whole = whole[:, tail.start + tail.arguments["logits_to_keep"]]
-        if whole.shape != pruned.shape or len(entered) != len(entered_pruned):
-            return False
-        # Half of the digits: a wrong pruning differs by far more, and bfloat16 has few digits to compare.
-        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
-        # Behind a cache, products have fewer rows and may round differently from the first layer on.
-        enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
-        return enters_alike and bool((whole - pruned).abs().max() <= rounding)
+        if not trains:
+            return True
 
-    def _observed(self, batch: EncodedBatch, tail: Tail) -> tuple[list[Tensor], Tensor]:
+        def run_scored() -> Tensor:
+            return run_whole() if columns is None else run_whole()[:, tail.start + columns]
+
+        return self._same_gradients(run_scored, run, start=tail.start)
+
+    @torch.no_grad()
+    def _observed(self, run: Run) -> tuple[list[Tensor], Tensor]:
         """The layer's input tensors in a pass, and the logits."""
         entered: list[Tensor] = []
 
         def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
-            entered.extend(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            entered.extend(leaf.clone() for leaf in leaves)
 
-        run = self._pruned(batch, tail)
         handle = self.model.layer.register_forward_pre_hook(observe, with_kwargs=True)
         try:
             return entered, run()
@@ -347,12 +431,7 @@ class ExactEngine(Engine):
             handle.remove()
 
     def _note_whole(self, reason: CannotReplayError) -> None:
-        self._note(f"passes are computed from their start: {reason}")
-
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            warnings.warn(f"{self.model.name}: {text}", RuntimeWarning, stacklevel=2)
+        self.note(f"passes are computed from their start: {reason}")
 
 
 def make_engine(name: EngineName, model: Network, *, memory_mb: int | None = None) -> Engine:
@@ -375,8 +454,17 @@ def make_engine(name: EngineName, model: Network, *, memory_mb: int | None = Non
     )
 
 
+def _copy_of(cache: DynamicCache) -> DynamicCache:
+    """A cache for one pass, which appends keys and values in new tensors but writes into recurrent states."""
+    own = copy(cache)
+    own.layers = [copy(layer) if type(layer) in _APPENDED else deepcopy(layer) for layer in cache.layers]
+    return own
+
+
 def _kind(batch: EncodedBatch, start: int = 0) -> str:
-    return ",".join([*sorted(batch.inputs), *(["past"] if start else [])])
+    """Names a way to run batches; behind a cache, a recurrent model reads a single token in another way."""
+    behind = ["token past"] if batch.n_positions - start == 1 else ["past"]
+    return ",".join([*sorted(batch.inputs), *(behind if start else [])])
 
 
 def _digest(batch: EncodedBatch) -> bytes:

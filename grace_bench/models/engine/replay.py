@@ -141,7 +141,7 @@ class _Plan:
         for part in dict.fromkeys(self.calls):
             yield from (*part.parameters(), *part.buffers())
         for parent in self.parents:
-            yield from (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
+            yield from _own_weights(parent)
 
     def stamp(self) -> tuple[tuple[int, int, bool], ...]:
         """For each of the weights its address, how often it was written to, and whether it requires a gradient."""
@@ -162,10 +162,9 @@ class Replay:
     def __init__(self, module: nn.Module, layer: nn.Module, changing: Sequence[nn.Module] = ()) -> None:
         self._module = module
         self._layer = layer
-        self._ends = {layer, *(part for changed in changing for part in changed.modules())}
-        self._records_layer = (
-            not any(part in self._ends - {layer} for part in layer.modules()) and layer not in changing
-        )
+        changed = _sharing(module, changing)
+        self._ends = {layer, *changed}
+        self._records_layer = changed.isdisjoint(layer.modules())
         self._plans: dict[str, _Plan | CannotReplayError] = {}
 
     def record(self, run: Run, kind: str) -> Recording:
@@ -361,6 +360,22 @@ class Replay:
             except _LayerReachedError:
                 pass
         return outputs
+
+
+def _sharing(module: nn.Module, changing: Sequence[nn.Module]) -> set[nn.Module]:
+    """The parts of a model that hold a weight of the changing modules, such as an embedding tied to a head."""
+    parts = {part for changed in changing for part in changed.modules()}
+    places = {place for part in parts for place in _places(part)}
+    return parts | {part for part in module.modules() if not places.isdisjoint(_places(part))}
+
+
+def _places(part: nn.Module) -> set[int]:
+    """Where a part's own weights begin in memory; tied weights may be different tensors at one place."""
+    return {weight.data_ptr() or id(weight) for weight in _own_weights(part)}
+
+
+def _own_weights(part: nn.Module) -> Iterator[Tensor]:
+    yield from (*part.parameters(recurse=False), *part.buffers(recurse=False))
 
 
 def is_training(module: nn.Module) -> bool:

@@ -6,10 +6,10 @@ the kind of model.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -24,6 +24,8 @@ from grace_bench.models import encoding
 from grace_bench.models.calls import QueryState
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, check_texts, least
 from grace_bench.models.network import Network
+
+Row = TypeVar("Row")
 
 _CPU_BATCH_TOKENS = 1024
 """Maximum number of tokens per scoring batch on a CPU: on two cores larger ones are no faster (docs/performance.md).
@@ -219,6 +221,29 @@ class Task(ABC):
         sizes = [self.size(model, r.prompt, (r.target, *(r.contrast or ()))) for r in requests]
         is_enough = model.layer_device.type == "cpu" and not self.generates
         return self.batches(sizes, most_tokens=_CPU_BATCH_TOKENS if is_enough else None)
+
+    def by_length(
+        self,
+        model: Network,
+        batch: EncodedBatch,
+        score: Callable[[EncodedBatch], Sequence[Row]],
+        *,
+        generates: bool = False,
+    ) -> list[Row]:
+        """Returns one result for each row of a batch; rows of unequal length are run apart if padding changes answers.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            score: Runs a batch and returns a result for each of its rows.
+            generates: Whether it generates answers.
+        """
+        if model.pads(batch, generates=generates):
+            return list(score(batch))
+        results: dict[int, Row] = {}
+        for rows in batch.equally_long:
+            results.update(zip(rows, score(batch.unpadded(rows)), strict=True))
+        return [results[row] for row in range(len(batch))]
 
     # Answers and scores.
 

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -49,7 +50,6 @@ class Classification(Task):
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         chosen = self._labels(model, [request.prompt for request in requests])
-        notes = notes_of(model.last_state, len(requests))
         return [
             ItemScore(
                 score=float(label == request.target),
@@ -57,11 +57,11 @@ class Classification(Task):
                 correct=label == request.target,
                 **note,
             )
-            for request, label, note in zip(requests, chosen, notes, strict=True)
+            for request, (label, note) in zip(requests, chosen, strict=True)
         ]
 
     def answers(self, model: Network, prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
-        return [*self._labels(model, prompts)]
+        return [label for label, _ in self._labels(model, prompts)]
 
     def count_labels(self, model: Network, prompt: str) -> int:
         """Returns the width of the logits, counted in one pass of the unedited model and then cached.
@@ -100,6 +100,11 @@ class Classification(Task):
             raise UserError(f"label {label} is none of the model's {n_labels} (0 to {n_labels - 1})")
         return label
 
-    def _labels(self, model: Network, prompts: Sequence[str]) -> list[int]:
-        logits, _ = model.labelled_logits(self.encode(model, prompts))
-        return [int(label) for label in logits.argmax(dim=-1)]
+    def _labels(self, model: Network, prompts: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+        """The most likely label of each prompt, with the records of hooks."""
+
+        def run(batch: EncodedBatch) -> list[tuple[int, dict[str, Any]]]:
+            logits, _ = model.labelled_logits(batch)
+            return list(zip(logits.argmax(dim=-1).tolist(), notes_of(model.last_state, len(batch)), strict=True))
+
+        return self.by_length(model, self.encode(model, prompts), run)

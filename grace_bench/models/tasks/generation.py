@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,16 +26,13 @@ class GenerationTask(Task):
     _generation_side: ClassVar[PaddingSide]
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
-        generated = self.generate(model, [request.prompt for request in requests])
-        notes = notes_of(model.last_state, len(requests))
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
-        logits, batch = model.labelled_logits(self.encode(model, prompts, targets))
-        assert batch.content is not None
-        hits = (logits.argmax(dim=-1) == batch.labels) & batch.content
-        accuracies = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
+        generated = self._generate(model, prompts)
+        forced = self.encode(model, prompts, targets)
+        accuracies = self.by_length(model, forced, partial(_token_accuracies, model))
         contrasts = self._contrasts(model, requests)
         items = []
-        for i, (request, (text, ids)) in enumerate(zip(requests, generated, strict=True)):
+        for i, (request, (text, ids, note)) in enumerate(zip(requests, generated, strict=True)):
             accepted = self._accepted(model, request)
             match = exact_match(text, accepted)
             items.append(
@@ -46,10 +43,10 @@ class GenerationTask(Task):
                     others={
                         "exact_match": match,
                         "token_accuracy": accuracies[i],
-                        "reference_f1": reference_f1(ids, batch.target_ids[i]),
+                        "reference_f1": reference_f1(ids, forced.target_ids[i]),
                         **contrasts[i],
                     },
-                    **notes[i],
+                    **note,
                 )
             )
         return items
@@ -77,16 +74,14 @@ class GenerationTask(Task):
         if carrying:
             prompts = [requests[i].prompt for i in carrying]
             first, second = (self._losses(model, prompts, [pairs[i][side] for i in carrying]) for side in (0, 1))
-            for i, likelier, less_likely in zip(carrying, first.tolist(), second.tolist(), strict=True):
+            for i, likelier, less_likely in zip(carrying, first, second, strict=True):
                 scores[i] = {"contrast": float(likelier < less_likely)}
         return scores
 
     @torch.no_grad()
-    def _losses(self, model: Network, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """The (B,) mean negative log-likelihoods per token of answers to prompts, without the end token."""
-        logits, batch = model.labelled_logits(self.encode(model, prompts, answers))
-        assert batch.content is not None
-        return (token_losses(logits, batch) * batch.content).sum(dim=1) / batch.content.sum(dim=1)
+    def _losses(self, model: Network, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """The mean negative log-likelihoods per token of answers to prompts, without the end token."""
+        return self.by_length(model, self.encode(model, prompts, answers), partial(_mean_losses, model))
 
     def answers(self, model: Network, prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
         return [text for text, _ in self.generate(model, prompts)]
@@ -98,7 +93,14 @@ class GenerationTask(Task):
         Returns:
             For each prompt the text, up to the newline, and the generated token ids with the end token.
         """
+        return [(text, ids) for text, ids, _ in self._generate(model, prompts)]
+
+    def _generate(self, model: Network, prompts: Sequence[str]) -> list[tuple[str, list[int], dict[str, Any]]]:
+        """Does what `generate` does; adds the records of hooks."""
         batch = self.encode(model, prompts, side=self._generation_side)
+        return self.by_length(model, batch, partial(self._generate_batch, model), generates=True)
+
+    def _generate_batch(self, model: Network, batch: EncodedBatch) -> list[tuple[str, list[int], dict[str, Any]]]:
         inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
         tokenizer = model.tokenizer
         stops = [tokenizer.eos_token_id, *_newline_ids(tokenizer)]
@@ -110,10 +112,11 @@ class GenerationTask(Task):
                 pad_token_id=tokenizer.pad_token_id,
             )
         results = []
-        for row in output[:, self._n_given(inputs) :].tolist():
+        notes = notes_of(model.last_state, len(batch))
+        for row, note in zip(output[:, self._n_given(inputs) :].tolist(), notes, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
             ids = row[:end]
-            results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids))
+            results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids, note))
         return results
 
     @abstractmethod
@@ -183,6 +186,24 @@ class Completion(GenerationTask):
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return inputs["input_ids"].shape[1]
+
+
+@torch.no_grad()
+def _token_accuracies(model: Network, encoded: EncodedBatch) -> list[float]:
+    """The share of each row's target tokens, without the end token, that are the most likely ones."""
+    logits, batch = model.labelled_logits(encoded)
+    assert batch.content is not None
+    hits = (logits.argmax(dim=-1) == batch.labels) & batch.content
+    accuracies: list[float] = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
+    return accuracies
+
+
+def _mean_losses(model: Network, encoded: EncodedBatch) -> list[float]:
+    """The mean negative log-likelihood of each row's target tokens, without the end token."""
+    logits, batch = model.labelled_logits(encoded)
+    assert batch.content is not None
+    losses: list[float] = ((token_losses(logits, batch) * batch.content).sum(dim=1) / batch.content.sum(dim=1)).tolist()
+    return losses
 
 
 @lru_cache(maxsize=8)

@@ -47,15 +47,19 @@ class LanguageModelling(Task):
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
-        logits, batch = model.labelled_logits(self.encode(model, prompts, targets))
-        assert batch.labels is not None
-        counts = (batch.labels != IGNORED).sum(dim=1)
-        totals = token_losses(logits, batch).double().sum(dim=1)
-        notes = notes_of(model.last_state, len(requests))
-        return [
-            ItemScore(score=math.exp(min(total / count, 700.0)) if count else math.nan, n_tokens=count, **note)
-            for total, count, note in zip(totals.tolist(), counts.tolist(), notes, strict=True)
-        ]
+
+        def run(encoded: EncodedBatch) -> list[ItemScore]:
+            logits, batch = model.labelled_logits(encoded)
+            assert batch.labels is not None
+            counts = (batch.labels != IGNORED).sum(dim=1)
+            totals = token_losses(logits, batch).double().sum(dim=1)
+            notes = notes_of(model.last_state, len(batch))
+            return [
+                ItemScore(score=math.exp(min(total / count, 700.0)) if count else math.nan, n_tokens=count, **note)
+                for total, count, note in zip(totals.tolist(), counts.tolist(), notes, strict=True)
+            ]
+
+        return self.by_length(model, self.encode(model, prompts, targets), run)
 
     def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
         """Adds `perplexity_weighted`, the perplexity of all tokens together, and `perplexity_outliers`.

@@ -60,6 +60,7 @@ def evaluate(model: EditableModel, batches: Sequence[EncodedBatch], *, passes: i
 def warm_up(model: EditableModel) -> None:
     """Has the engine look at the model, which it does at first use."""
     evaluate(model, [encode(model, "third")])
+    model.repeated(encode(model, "third"))
 
 
 def change(weights: nn.Module, seed: int) -> None:

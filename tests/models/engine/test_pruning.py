@@ -209,6 +209,7 @@ def test_a_classifiers_last_block_is_computed_for_the_first_position_alone(famil
     model = family.model()
     batch = encoded("classification", [9, 6])
     model.labelled_logits(batch)
+    model.repeated(batch)
     with widths_at(model.find_layer(family.witness)) as widths:
         model.labelled_logits(batch)
         model.repeated(batch)()
