@@ -256,15 +256,17 @@ BART = BartConfig(
 HINTS: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: LlavaForConditionalGeneration(
-            LlavaConfig(CLIPVisionConfig(**VISION), LlamaConfig(**TEXT), image_token_index=299)
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=299
+            )
         ),
         "model.language_model.layers.2.mlp.down_proj",
     ),
     (
         lambda: PaliGemmaForConditionalGeneration(
             PaliGemmaConfig(
-                SiglipVisionConfig(**VISION).to_dict(),
-                {"model_type": "gemma", **TEXT},
+                vision_config=SiglipVisionConfig(**VISION).to_dict(),
+                text_config={"model_type": "gemma", **TEXT},
                 image_token_index=299,
                 projection_dim=32,
             )
@@ -273,15 +275,23 @@ HINTS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: Gemma3ForConditionalGeneration(
-            Gemma3Config(TEXT, VISION, image_token_index=299, mm_tokens_per_image=4)  # type: ignore[arg-type]
+            Gemma3Config(
+                vision_config={"model_type": "siglip_vision_model", **VISION},
+                text_config=TEXT,
+                image_token_index=299,
+                mm_tokens_per_image=4,
+            )
         ),
         "model.language_model.layers.2.mlp.down_proj",
     ),
     (
         lambda: Qwen2VLForConditionalGeneration(
             Qwen2VLConfig(
-                {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
-                {"depth": 6, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+                text_config={
+                    **TEXT,
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+                },
+                vision_config={"depth": 6, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
                 image_token_id=299,
                 video_token_id=298,
                 vision_start_token_id=297,
