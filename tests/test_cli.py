@@ -447,6 +447,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(CHECKPOINTS / "toy", root / "toy-config")
     (root / "toy-config" / "config.json").write_text("{", encoding="utf-8")
     shutil.copytree(CHECKPOINTS / "atlas-qa", root / "atlas-qa-wordless", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(CHECKPOINTS / "atlas-text", root / "causal")
+    own = json.loads((root / "causal" / "config.json").read_text(encoding="utf-8"))
+    unmarked = {name: value for name, value in own.items() if not name.startswith("grace_bench")}
+    (root / "causal" / "config.json").write_text(json.dumps(unmarked), encoding="utf-8")
     return root
 
 
@@ -486,6 +490,8 @@ RUN_MISTAKES = {
     "bad-replacement": (["editor.replacement=replace_lst"], ["did you mean 'replace_last'?"]),
     "bad-split": (["split=edit"], ["split=edit", "did you mean 'edits'?"]),
     "bad-existing": (["existing=rerunn"], ["existing=rerunn", "did you mean 'rerun'?"]),
+    "project-that-wandb-refuses": (["wandb.project=my/project"], ["wandb.project=my/project", "holds /"]),
+    "comma-without-a-sweep": (["out=a,b"], ["out=a,b", "add -m", """'out="a,b"'"""]),
     "bad-wandb-mode": (["wandb.mode=ofline"], ["wandb.mode=ofline", "did you mean 'offline'?"]),
     "bad-query": (["protocol.query=last"], ["protocol.query=last"]),
     "bad-dtype": (["dtype=float3"], ["did you mean 'float32'?"]),
@@ -533,6 +539,10 @@ RUN_MISTAKES = {
         ["'subject'", "'rome' needs one"],
     ),
     "model-of-another-kind": (["stream=atlas-qa", "model=toy"], ["toy"]),
+    "task-of-another-kind-of-model": (
+        ["stream=jsonl", "stream.path=BROKEN/no-subject.jsonl", "stream.task=qa", "model=BROKEN/causal"],
+        ["model=BROKEN/causal: GPT2LMHeadModel is a causal language model", "stream.task=completion"],
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.common.files import write_atomically
-from grace_bench.common.wandb_account import logged_in, quieten
+from grace_bench.common.wandb_account import check_project, logged_in, quieten
 from grace_bench.errors import UserError, reason_of
 from grace_bench.results.metric_info import metric_infos
 
@@ -56,8 +56,10 @@ def dashboard(project: str, *, entity: str | None, group: str | None, out: Path,
         say: Called with each line for the user.
 
     Raises:
-        UserError: If wandb-workspaces is missing, a file cannot be written, or W&B rejects what is published.
+        UserError: If W&B takes no project of this name, wandb-workspaces is missing, a file cannot be written, or W&B
+            rejects what is published.
     """
+    check_project("project", project)
     try:
         import wandb
         import wandb_workspaces  # noqa: F401

@@ -44,7 +44,9 @@ def check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
 def check_text(option: str, value: Any, *, optional: bool = False) -> None:
     """Raises `UserError` unless `value` is text that is not empty, or None if it is optional."""
     if not (optional and value is None) and (not isinstance(value, str) or not value.strip()):
-        raise UserError(f"{option}={value} should be text{' or null' if optional else ''}")
+        # A file may be called 2024, and a folder [draft].
+        quoting = "" if isinstance(value, str) else f"; what is in quotes is text: '{option}=\"...\"'"
+        raise UserError(f"{option}={value} should be text{' or null' if optional else ''}{quoting}")
 
 
 def check_flag(option: str, value: Any) -> None:

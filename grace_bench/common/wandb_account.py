@@ -1,6 +1,11 @@
-"""The state of W&B before a run: whether it is installed and logged in, and its own error reporting."""
+"""The state of W&B before a run: whether it is installed and logged in, what it refuses, and its error reporting."""
 
 import os
+
+from grace_bench.errors import UserError
+
+_LONGEST_PROJECT = 128
+_NOT_IN_A_PROJECT = r"/\#?%:"
 
 
 def logged_in() -> bool:
@@ -23,3 +28,22 @@ def quieten() -> None:
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))
+
+
+def check_project(option: str, name: str) -> None:
+    """Raises `UserError` if W&B refuses a name for a project, online at once and offline when the run is sent.
+
+    Args:
+        option: What holds the name.
+        name: The name.
+    """
+    shown = f"{option}={name}" if len(name) <= _LONGEST_PROJECT else option
+    if not name.strip():
+        raise UserError(f"{shown} is empty: W&B needs a name for the project")
+    if len(name) > _LONGEST_PROJECT:
+        raise UserError(f"{shown} has {len(name)} characters; W&B takes at most {_LONGEST_PROJECT}")
+    wrong = [character for character in _NOT_IN_A_PROJECT if character in name]
+    if wrong:
+        raise UserError(
+            f"{shown} holds {' '.join(wrong)}; W&B takes none of {' '.join(_NOT_IN_A_PROJECT)} in the name of a project"
+        )

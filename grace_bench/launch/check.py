@@ -348,8 +348,11 @@ def _predictions(
         if row["score"] is not None and not math.isnan(row["score"]):
             scores[where].append(row["score"])
     n_edits = [evaluation.n_edits for evaluation in evaluations]
-    yield _compared("evaluations of predictions.parquet", n_edits, sorted({n for n, _ in sizes}))
     metrics = metric_infos()
+    means = {info.name for info in metrics if info.is_mean}
+    # An evaluation without a mean had nothing to score, as before the first edit of a run without upstream data.
+    scored = [evaluation.n_edits for evaluation in evaluations if means & evaluation.metrics.keys()]
+    yield _compared("evaluations of predictions.parquet", scored, sorted({n for n, _ in sizes}))
     for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics):
         info = metrics.get(name)
         if info is not None and info.is_mean and info.stream is not None:

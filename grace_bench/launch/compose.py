@@ -15,9 +15,11 @@ from hydra_zen.errors import HydraZenException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_bench.common.wandb_account import check_project
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.launch.presets import register_presets
 from grace_bench.launch.run_config import RunConfig, default_options
+from grace_bench.launch.typed import quote_plain_text, refuse_several, texts_of
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
@@ -36,6 +38,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     Raises:
         UserError: If they do not compose, or an option has a value that it cannot have.
     """
+    for override in overrides:
+        refuse_several(override)
     overrides = prepare_overrides(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.launch.conf", version_base="1.3"):
@@ -52,16 +56,19 @@ def resolved(config: DictConfig) -> RunConfig:
         OmegaConfBaseException: If a reference leads nowhere.
     """
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return RunConfig.from_plain(plain)
+    run_config = RunConfig.from_plain(plain)
+    # Not for a run that is read from its folder: W&B only shows it.
+    check_project("wandb.project", run_config.wandb.project)
+    return run_config
 
 
 def prepare_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides as Hydra takes them, and registers the configs they ask for with Hydra.
 
     Raises:
-        UserError: If they name a stream, editor, paper or preset that does not exist.
+        UserError: If they name a stream, editor, paper or preset that does not exist, or a value cannot be read.
     """
-    overrides = _with_consequences(register_presets(overrides))
+    overrides = _with_consequences(register_presets([quote_plain_text(override) for override in overrides]))
     _register_configs(overrides)
     return overrides
 
@@ -130,7 +137,7 @@ def _register_configs(overrides: Sequence[str]) -> None:
 
 
 def _names_of(group: str, given: Mapping[str, str]) -> list[str]:
-    return given[group].split(",") if group in given else []
+    return texts_of(given[group]) if group in given else []
 
 
 def _node_of(registry: Registry[Any], name: str) -> Any:
@@ -169,12 +176,10 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
         for name in _names_of(group, given):
             if name not in known:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
-    models = [] if given.get("model", "null") == "null" else given["model"].split(",")
+    models = [] if given.get("model", "null") == "null" else texts_of(given["model"])
     is_other_model = any(resolve_model(model).stream is None for model in models)
     added = ["tuned=none"] if is_other_model and "tuned" not in given else []
-    papers = [
-        OmegaConf.load(CONFIG_FOLDER / "paper" / f"{name}.yaml") for name in given.get("paper", "none").split(",")
-    ]
+    papers = [OmegaConf.load(CONFIG_FOLDER / "paper" / f"{name}.yaml") for name in _names_of("paper", given)]
     if models and "layer" not in given and any("layer" in paper for paper in papers):
         added.append("layer=null")
     # A value set by hand was not chosen by the tuning.

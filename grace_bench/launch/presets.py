@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 
 from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError
+from grace_bench.launch.typed import texts_of
 
 _GROUP = "own"
 _SETTINGS = ("editor", "layer", "model", "tuning_budget")
@@ -26,7 +27,8 @@ def register_presets(overrides: Sequence[str]) -> list[str]:
     store.repo.pop(_GROUP, None)
     taken = []
     for override in overrides:
-        name, _, value = override.partition("=")
+        name, _, typed = override.partition("=")
+        value = ",".join(texts_of(typed))
         if name != "tuned" or not _is_path(value):
             taken.append(override)
             continue

@@ -64,6 +64,13 @@ def _one_of(*choices: str) -> Callable[[str, Any], None]:
 _text_or_null = partial(check_text, optional=True)
 
 
+def _folder(name: str, value: Any) -> None:
+    check_text(name, value)
+    # A shell does not expand it after `=`, and a folder of this name invites a disastrous `rm`.
+    if value.partition("/")[0] == "~":
+        raise UserError(f"{name}={value} should be the whole path: ~ is not expanded here, $HOME is")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProtocolOptions:
     """The options under `protocol.`."""
@@ -212,7 +219,7 @@ class RunConfig:
         None, "how the hyperparameters were chosen, as the leaderboard shows it", _text_or_null, in_protocol=True
     )
     protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
-    out: str = _option("runs", "where run folders are made", check_text, in_hash=False, in_sweep_name=False)
+    out: str = _option("runs", "where run folders are made", _folder, in_hash=False, in_sweep_name=False)
     existing: str = _option(
         "reuse",
         "a run folder that exists: reuse, resume what is not finished, or rerun to set the old one aside",

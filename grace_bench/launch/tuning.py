@@ -21,6 +21,7 @@ from grace_bench.launch.compose import default_component, given_options
 from grace_bench.launch.run_config import RunConfig
 from grace_bench.launch.sweep import preset_parts
 from grace_bench.launch.sweep_run import SweepRun
+from grace_bench.launch.typed import texts_of
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_result
@@ -62,8 +63,8 @@ def searches(overrides: Sequence[str]) -> list[list[str]]:
         raise UserError(f"split={given['split']}: tuning edits validation requests only")
     (base,) = preset_parts("tune", overrides)
     parts, budgets = [], {}
-    for stream in given.get("stream", default_component("stream")).split(","):
-        for editor in given.get("editor", default_component("editor")).split(","):
+    for stream in texts_of(given.get("stream", default_component("stream"))):
+        for editor in texts_of(given.get("editor", default_component("editor"))):
             space = {name: values for name, values in search_space(stream, editor).items() if name not in given}
             chosen = [name for name in given if _is_searched(name, given[name])]
             if not chosen and not any(name.startswith("editor.") for name in space):

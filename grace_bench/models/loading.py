@@ -15,12 +15,13 @@ from grace_bench.common.untrusted import check_model_folder
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.models.network import TextEncoder
 from grace_bench.models.tasks.base import Task
-from grace_bench.models.tasks.lookup import get_task
+from grace_bench.models.tasks.lookup import all_tasks, get_task
 from grace_bench.models.zoo import default_layer, resolve_model
 
 DeviceMap = str | Mapping[str, str | int]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
+_MASKED, _CAUSAL, _SEQ2SEQ = "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -144,6 +145,7 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    _check_kind(path, task)
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
             path,
@@ -167,6 +169,58 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
     )
     loaded: nn.Module = model
     return loaded
+
+
+def _check_kind(path: str, task: Task) -> None:
+    """Raises if a model's configuration names another kind of model than a task needs; names the tasks that it fits.
+
+    transformers loads many models as another kind without complaint: it drops the encoder of an encoder-decoder, or
+    takes the input embedding of a classifier for the output of a language model.
+    """
+    import transformers
+
+    with _loading(path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    classes = {name: _class_for(config, name) for name in (_MASKED, *(other.auto_class for other in all_tasks()))}
+    if not getattr(config, "is_encoder_decoder", False):
+        # Models that answer to speech are among those that transformers calls sequence-to-sequence.
+        classes[_SEQ2SEQ] = None
+    kinds = _kinds_of(config, classes)
+    # As a classifier, loading names the head that a masked language model lacks.
+    is_told = kinds == {_MASKED} and task.auto_class != _CAUSAL
+    if classes[task.auto_class] is not None and (not kinds or task.auto_class in kinds or is_told):
+        return
+    fitting = [other for other in all_tasks() if other.auto_class in kinds]
+    saved = next(iter(config.architectures or ()), config.model_type)
+    kind = fitting[0].model_kind if fitting else "a masked language model" if kinds else "of another kind"
+    advice = ""
+    if fitting:
+        names = " or ".join(other.name for other in fitting)
+        advice = f"take a stream with the task {names} (with stream=jsonl, stream.task={fitting[0].name}), or "
+    raise UserError(
+        f"model={path}: {saved} is {kind}, and {task.name} needs {task.model_kind}: {advice}name another model"
+    )
+
+
+def _kinds_of(config: Any, classes: Mapping[str, str | None]) -> set[str]:
+    """The auto classes that load a model as what it was saved as; empty if that is unknown."""
+    saved = next(iter(config.architectures or ()), None)
+    kinds = {kind for kind, name in classes.items() if name is not None and name == saved}
+    if kinds or saved not in (None, _class_for(config, "AutoModel")):
+        return kinds
+    # Without a head, what the architecture is for.
+    if classes[_SEQ2SEQ] is not None:
+        return {_SEQ2SEQ}
+    return {_CAUSAL} if classes[_CAUSAL] is not None and classes[_MASKED] is None else set()
+
+
+def _class_for(config: Any, auto_class: str) -> str | None:
+    """The name of the class that one of transformers' auto classes loads for a configuration; None if there is none."""
+    import transformers
+
+    found = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
+    # Some configurations have several classes, the default first.
+    return None if found is None else str((found[0] if isinstance(found, tuple) else found).__name__)
 
 
 def _load_tokenizer(path: str) -> Any:

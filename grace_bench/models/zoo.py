@@ -1,12 +1,16 @@
 """The model zoo: models by short name, the layers published for them, and their download from the hub."""
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +267,86 @@ def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None
 
 
 def last_projections(module: Any) -> list[str]:
-    """Returns the last matrix of each block, in order; the blocks are the first numbered list of modules."""
-    projections: dict[str, dict[int, str]] = {}
-    for path, part in module.named_modules():
+    """Returns the last matrix of each block that a text passes, in order.
+
+    The blocks are the first numbered list of modules, small ones left out, that the model calls for a short text: a
+    tower for images or speech is not called. A matrix counts if its output is as wide as the blocks', so that no
+    router of a mixture of experts does.
+
+    Args:
+        module: A transformers model. It reads a few tokens, and is otherwise left as it is.
+
+    Returns:
+        Dotted paths; none for a model that cannot read a text by itself.
+    """
+    blocks: dict[str, dict[int, str]] = {}
+    sizes: Counter[str] = Counter()
+    for path, part in _called_on_text(module).items():
         numbered = re.match(r"(.*?)\.(\d+)\.", path)
-        weight = getattr(part, "weight", None)
-        if numbered is not None and weight is not None and weight.dim() == 2:
-            projections.setdefault(numbered[1], {})[int(numbered[2])] = path
-    return [path for _, path in sorted(next(iter(projections.values()), {}).items())]
+        if numbered is not None:
+            blocks.setdefault(numbered[1], {})[int(numbered[2])] = path
+            sizes[numbered[1]] += part.weight.numel()
+    large = (found for name, found in blocks.items() if 2 * sizes[name] >= max(sizes.values()))
+    return [path for _, path in sorted(next(large, {}).items())]
+
+
+def _called_on_text(module: Any) -> dict[str, Any]:
+    """The matrices that a model calls for a short text, by path, if their output is as wide as its blocks'."""
+    import torch
+
+    if not hasattr(getattr(module, "config", None), "get_text_config"):
+        return {}
+    width = getattr(module.config.get_text_config(), "hidden_size", None)
+    called = set()
+
+    def note(part: Any, _: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and width in (None, output.shape[-1]):
+            called.add(part)
+
+    matrices = {
+        path: part
+        for path, part in module.named_modules()
+        if (weight := getattr(part, "weight", None)) is not None and weight.dim() == 2
+    }
+    handles = [part.register_forward_hook(note) for part in matrices.values()]
+    was_training = module.training
+    try:
+        # What a model raises that lacks an image or a sound is its own.
+        with torch.no_grad(), suppress(Exception):
+            module.eval()(**_short_text(module))
+    finally:
+        module.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {path: part for path, part in matrices.items() if part in called}
+
+
+def _short_text(module: Any) -> dict[str, Any]:
+    """The inputs of a model's forward pass for a text of a few tokens, none of them with a meaning of its own."""
+    import torch
+
+    config, accepted = module.config, inspect.signature(module.forward).parameters
+    special = set(_token_ids(config.to_dict()))
+    size = module.get_input_embeddings().weight.shape[0]
+    plain = (token for token in range(size) if token not in special)
+    # Some classifiers read the position of the end token.
+    ends = config.get_text_config().to_dict().get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) else ends
+    ids = [*islice(plain, 3), *([end] if isinstance(end, int) and end < size else [])]
+    device = torch.device("cpu") if module.device.type == "meta" else module.device
+    tokens = torch.tensor([ids], device=device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    return {name: value for name, value in {**inputs, "use_cache": False}.items() if name in accepted}
+
+
+def _token_ids(settings: Any) -> Iterator[int]:
+    """The ids of special tokens in a configuration, those of its parts included."""
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        yield from _token_ids(value)
+        if re.search(r"token_(id|index)$", str(name)):
+            yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
 
 
 @cache

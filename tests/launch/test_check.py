@@ -106,6 +106,29 @@ def test_a_run_that_nobody_touched_holds_in_every_point_and_is_left_as_it_is(
     assert said["stream"].told == result["stream"]["fingerprint"][:12]
 
 
+@pytest.mark.parametrize("editor", ["none", "grace"])
+@pytest.mark.parametrize("is_right", [False, True])
+def test_a_run_without_upstream_data_holds_although_evaluations_had_nothing_to_score(
+    editor: str, is_right: bool, made: Path, tmp_path: Path
+) -> None:
+    records = [json.loads(line) for line in next(made.rglob("runs/**/edits.jsonl")).open()]
+    chosen = {record["id"] for record in records if record["was_error"] is not is_right}
+    lines = [line for line in (made / "edits.jsonl").open() if json.loads(line)["id"] in chosen]
+    assert lines
+    (tmp_path / "edits.jsonl").write_text("".join(lines))
+    options = ["stream=jsonl", "stream.task=classification", f"editor={editor}", "eval_every=2", "layer=second"]
+    paths = [f"stream.path={tmp_path}/edits.jsonl", f"model={made}/model", f"out={tmp_path}/runs"]
+    assert main(["run", *options, *paths]) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_bytes())["metrics"]["TRR"] is None
+    assert failing(result.parent) == set()
+    # What was scored, though, must still be there.
+    rows = pd.read_parquet(result.parent / "predictions.parquet")
+    if not is_right:
+        rewrite_predictions(result.parent, rows[rows.n_edits < rows.n_edits.max()])
+        assert "evaluations of predictions.parquet" in failing(result.parent)
+
+
 def first_edit(run: Path) -> int:
     return next(i for i, line in enumerate((run / "edits.jsonl").open()) if json.loads(line)["edited"])
 

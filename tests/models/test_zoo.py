@@ -9,20 +9,40 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+import transformers
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.zoo import default_layer, known_models, mark_checkpoint, resolve_model
+from grace_bench.models.zoo import default_layer, known_models, last_projections, mark_checkpoint, resolve_model
 
 HUB_IDS = {
     "t5-small-nq": "google/t5-small-ssm-nq",
@@ -202,6 +222,202 @@ def test_where_no_layer_is_known_one_is_named_that_the_model_has(task: Any, make
 def test_a_model_whose_layer_is_known_by_architecture_and_depth_has_it(make: Callable[[], Any]) -> None:
     module = make()
     assert module.get_submodule(default_layer(module)).weight.dim() == 2
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BART = BartConfig(
+    vocab_size=99,
+    d_model=16,
+    encoder_layers=3,
+    decoder_layers=3,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+)
+HINTS: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(**VISION), text_config=LlamaConfig(**TEXT), image_token_index=299
+            )
+        ),
+        "model.language_model.layers.2.mlp.down_proj",
+    ),
+    (
+        lambda: PaliGemmaForConditionalGeneration(
+            PaliGemmaConfig(
+                vision_config=SiglipVisionConfig(**VISION).to_dict(),
+                text_config={"model_type": "gemma", **TEXT},
+                image_token_index=299,
+                projection_dim=32,
+            )
+        ),
+        "model.language_model.layers.2.mlp.down_proj",
+    ),
+    (
+        lambda: Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                vision_config={"model_type": "siglip_vision_model", **VISION},
+                text_config=TEXT,
+                image_token_index=299,
+                mm_tokens_per_image=4,
+            )
+        ),
+        "model.language_model.layers.2.mlp.down_proj",
+    ),
+    (
+        lambda: Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(
+                text_config={
+                    **TEXT,
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+                },
+                vision_config={"depth": 6, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+                image_token_id=299,
+                video_token_id=298,
+                vision_start_token_id=297,
+                vision_end_token_id=296,
+            )
+        ),
+        "model.language_model.layers.2.mlp.down_proj",
+    ),
+    # A router of experts is no projection of the block.
+    (lambda: MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4)), "model.layers.2.self_attn.o_proj"),
+    (lambda: BartForSequenceClassification(BART), "model.encoder.layers.1.fc2"),
+    (
+        lambda: T5ForConditionalGeneration(
+            T5Config(num_layers=3, d_model=16, d_ff=24, d_kv=8, num_heads=2, vocab_size=99, decoder_start_token_id=0)
+        ),
+        "encoder.block.1.layer.1.DenseReluDense.wo",
+    ),
+    (
+        lambda: BertForSequenceClassification(
+            BertConfig(num_hidden_layers=3, hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=99)
+        ),
+        "bert.encoder.layer.1.output.dense",
+    ),
+    (lambda: GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2)), "transformer.h.1.mlp.c_proj"),
+    (
+        lambda: MambaForCausalLM(MambaConfig(num_hidden_layers=3, hidden_size=16, vocab_size=99, state_size=4)),
+        "backbone.layers.1.mixer.out_proj",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "layer"), HINTS, ids=[layer for _, layer in HINTS])
+def test_the_layer_that_is_named_for_a_model_belongs_to_what_reads_text(make: Callable[[], Any], layer: str) -> None:
+    module = make()
+    assert refusal(lambda: default_layer(module)).endswith(f": name one with layer=, for example layer={layer}")
+
+
+def test_a_model_that_reads_no_text_has_no_layer_named_for_it() -> None:
+    module = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=99,
+            d_model=16,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            pad_token_id=0,
+        )
+    )
+    assert refusal(lambda: default_layer(module)).endswith(": name one with layer=")
+
+
+def test_looking_for_a_layer_leaves_the_model_and_the_random_numbers_as_they_are() -> None:
+    module = BertForSequenceClassification(
+        BertConfig(num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=99)
+    ).train()
+    state = torch.get_rng_state()
+    assert len(last_projections(module)) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+# What kind of model a task needs.
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2": ("GPT2Config", {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 99}),
+    "Llama": ("LlamaConfig", {**TEXT, "num_hidden_layers": 1}),
+    "T5": ("T5Config", {"num_layers": 1, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_heads": 2, "vocab_size": 99}),
+    "Bart": ("BartConfig", {**BART.to_diff_dict(), "encoder_layers": 1, "decoder_layers": 1}),
+    "Bert": (
+        "BertConfig",
+        {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_attention_heads": 2,
+            "vocab_size": 99,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "task", "advice"),
+    [
+        ("GPT2", "LMHeadModel", "qa", "completion or language_modelling"),
+        ("GPT2", "Model", "qa", "completion or language_modelling"),
+        ("Llama", "ForCausalLM", "qa", "completion or language_modelling"),
+        ("Llama", "ForCausalLM", "classification", "completion or language_modelling"),
+        ("GPT2", "ForSequenceClassification", "completion", "classification"),
+        ("Bert", "ForSequenceClassification", "qa", "classification"),
+        ("Bert", "ForSequenceClassification", "language_modelling", "classification"),
+        ("T5", "ForConditionalGeneration", "completion", "qa"),
+        ("T5", "ForConditionalGeneration", "language_modelling", "qa"),
+        ("Bart", "ForConditionalGeneration", "completion", "qa"),
+        ("Bart", "Model", "language_modelling", "qa"),
+        ("Bart", "ForConditionalGeneration", "classification", "qa"),
+        ("Bert", "ForMaskedLM", "completion", None),
+        ("Bert", "ForMaskedLM", "qa", None),
+    ],
+)
+def test_a_folder_with_a_model_of_another_kind_is_refused_with_the_tasks_that_fit_it(
+    family: str, head: str, task: Any, advice: str | None, tmp_path: Path, word_tokenizer: Any
+) -> None:
+    config, settings = SMALL[family]
+    saved = f"{family}{head}"
+    getattr(transformers, saved)(getattr(transformers, config)(**settings)).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    told = refusal(lambda: EditableModel.from_pretrained(tmp_path, task=task))
+    assert told.startswith(f"model={tmp_path}: {saved} is ")
+    assert f"{task} needs " in told
+    if advice is not None:
+        assert f"with the task {advice} (with stream=jsonl, stream.task={advice.split()[0]})" in told
+    assert "AutoModel" not in told
+
+
+@pytest.mark.parametrize(("head", "task"), [("LMHeadModel", "completion"), ("Model", "language_modelling")])
+def test_a_model_that_fits_is_loaded_whatever_head_its_folder_names(
+    head: str, task: Any, tmp_path: Path, word_tokenizer: Any
+) -> None:
+    config, settings = SMALL["GPT2"]
+    getattr(transformers, f"GPT2{head}")(getattr(transformers, config)(**settings)).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    assert EditableModel.from_pretrained(tmp_path, task=task, layer="transformer.h.0.mlp.c_fc")
 
 
 def test_a_checkpoint_says_which_layer_is_edited_unless_another_is_named(

@@ -88,6 +88,8 @@ class Task(ABC):
     name: ClassVar[TaskName]
     auto_class: ClassVar[str]
     """The transformers class that loads a model for this task."""
+    model_kind: ClassVar[str]
+    """The kind of model that this class loads, with its article."""
     main_score: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     other_scores: ClassVar[tuple[str, ...]] = ()

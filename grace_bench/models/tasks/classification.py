@@ -19,6 +19,7 @@ class Classification(Task):
 
     name = "classification"
     auto_class = "AutoModelForSequenceClassification"
+    model_kind = "a classifier"
     main_score = "accuracy"
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102

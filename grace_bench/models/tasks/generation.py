@@ -129,6 +129,7 @@ class QuestionAnswering(GenerationTask):
 
     name = "qa"
     auto_class = "AutoModelForSeq2SeqLM"
+    model_kind = "an encoder-decoder"
     _generation_side = "right"
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102
@@ -161,6 +162,7 @@ class Completion(GenerationTask):
 
     name = "completion"
     auto_class = "AutoModelForCausalLM"
+    model_kind = "a causal language model"
     _generation_side = "left"
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102

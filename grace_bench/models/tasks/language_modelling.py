@@ -20,6 +20,7 @@ class LanguageModelling(Task):
 
     name = "language_modelling"
     auto_class = "AutoModelForCausalLM"
+    model_kind = "a causal language model"
     main_score = "perplexity"
     higher_is_better = False
 

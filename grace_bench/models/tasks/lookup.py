@@ -13,6 +13,11 @@ _TASKS: dict[str, type[Task]] = {
 }
 
 
+def all_tasks() -> tuple[type[Task], ...]:
+    """Returns the class of every task."""
+    return tuple(_TASKS.values())
+
+
 def get_task(name: str, **settings: Any) -> Task:
     """Returns the task of a name, made with the given settings.
 
