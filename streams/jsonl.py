@@ -1,17 +1,18 @@
 """A stream of the user's own requests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import EditRequest, TaskName, is_contrast
-from grace_bench.data.stream import StreamData, StreamMetadata
+from grace_bench.data.stream import Order, StreamData, StreamMetadata
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Record
 from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
 
+_DATES = ("date", "time", "timestamp", "time_step", "year")
 _REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target"}))
 
 
@@ -20,7 +21,11 @@ class Jsonl(RecordStream):
     """Your own requests, one JSON object per line with the fields of `EditRequest`.
 
     `id`, `prompt` and `target` are required; `answers`, `subject`, `rephrases`, `locality`, `portability` and
-    `metadata` are optional. The rephrases become the holdout.
+    `metadata` are optional. The rephrases become the holdout. Answers are compared strictly.
+
+    The order of the file is the order of the run if it matters: if two requests with the same prompt or fact have
+    different targets, or every request has a date in its metadata (`date`, `time`, `timestamp`, `time_step` or `year`).
+    Otherwise the run shuffles the requests.
 
     Args:
         path: The requests to edit.
@@ -66,6 +71,12 @@ class Jsonl(RecordStream):
         self.label_names = tuple(label_names)
         self.max_new_tokens = max_new_tokens
         self.on_error = on_error
+        # Of the protocols of the other tasks it is no part.
+        self.normalise = "strict" if task in ("qa", "completion") else "squad"
+
+    def default_order(self, data: StreamData) -> Order:
+        is_dated = all(any(request.metadata.get(name) is not None for name in _DATES) for request in data.edits)
+        return "stream" if is_dated or _has_conflicts(data.edits) else self.order
 
     def sources(self) -> tuple[Source, ...]:
         return tuple(Files(path) for path in (self.path, self.upstream_path) if path is not None)
@@ -115,6 +126,17 @@ class Jsonl(RecordStream):
         elif self.n_model_labels is not None and target >= self.n_model_labels:
             last = self.n_model_labels - 1
             record.fail(field, f"label {target} is none of the model's {self.n_model_labels} (0 to {last})")
+
+
+def _has_conflicts(requests: Iterable[EditRequest]) -> bool:
+    """Whether two requests with the same fact or prompt have different targets, so that one supersedes the other."""
+    targets: dict[tuple[str, str], str | int] = {}
+    for request in requests:
+        # Running text has an empty prompt; its whole text is the target.
+        keys = [("fact", request.fact_id), ("prompt", request.prompt)] if request.prompt.strip() else []
+        if any(targets.setdefault(key, request.target) != request.target for key in keys):
+            return True
+    return False
 
 
 def _check_contrast(record: Record[EditRequest], field: str, metadata: Mapping[str, Any]) -> None:

@@ -375,6 +375,7 @@ def _broken_line(stream: str, lines: Sequence[str], place: int | None, *, skip: 
 
 _NO_NUMBERS = ("text", "[]", "{a: 1}", "''", "nan", "-1", "1e999", "9" * 400, "1_0x")
 _NO_NAMES = ("nonsense", "[]", "{a: 1}", "''", "3", "null", "GRACE", "../grace")
+_WRONG_NAMES = tuple(name for name in _NO_NAMES if name != "null")
 _WRONG_OPTIONS: Mapping[str, Sequence[str]] = {
     "seed": (*_NO_NUMBERS, "0.5", "true", "null"),
     "max_edits": (*_NO_NUMBERS, "0.5", "0", "true"),
@@ -389,8 +390,10 @@ _WRONG_OPTIONS: Mapping[str, Sequence[str]] = {
     "stream": _NO_NAMES,
     "editor": _NO_NAMES,
     "split": _NO_NAMES,
+    "order": _WRONG_NAMES,
     "engine": _NO_NAMES,
     "protocol.query": _NO_NAMES,
+    "protocol.normalise": _WRONG_NAMES,
     "existing": _NO_NAMES,
     "wandb.mode": _NO_NAMES,
     "paper": _NO_NAMES,

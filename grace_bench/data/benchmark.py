@@ -5,12 +5,13 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
+from grace_bench.common.options import check_choice
 from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
 from grace_bench.data.derived import fill_targets, probe_requests, rephrased
 from grace_bench.data.requests import EditRequest, content_of
-from grace_bench.data.stream import ROLES, EditStream, StreamData, StreamMetadata
+from grace_bench.data.stream import ROLES, EditStream, Order, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 
 
@@ -74,6 +75,7 @@ class EditBenchmark(CLScenario):
         metadata: Source, revision and licence.
         fingerprint: SHA-256 of the requests.
         max_new_tokens: The largest number of tokens that free generation may produce.
+        order: The order of the edits: `shuffle` or `stream`.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class EditBenchmark(CLScenario):
         metadata: StreamMetadata,
         fingerprint: str,
         max_new_tokens: int,
+        order: Order = "shuffle",
     ) -> None:
         self.name = name
         self.data = data
@@ -92,20 +95,25 @@ class EditBenchmark(CLScenario):
         self.metadata = metadata
         self.fingerprint = fingerprint
         self.max_new_tokens = max_new_tokens
+        self.order = order
         edits = EagerCLStream("edits", [EditExperience(request) for request in data.edits], benchmark=self)
         super().__init__([edits, *(eval_stream(role, requests) for role, requests in self._eval_roles())])
 
     @classmethod
-    def from_stream(cls, stream: EditStream, *, seed: int, split: str = "edits") -> "EditBenchmark":
-        """Loads a stream and shuffles its edits by seed.
+    def from_stream(
+        cls, stream: EditStream, *, seed: int, split: str = "edits", order: Order | None = None
+    ) -> "EditBenchmark":
+        """Loads a stream and puts its edits in the order of the run.
 
         Args:
             stream: The stream.
-            seed: Decides the order of the edits; the splits do not depend on it.
+            seed: Shuffles the edits; the splits do not depend on it.
             split: The split to edit: `edits`, or `validation` for tuning, whose rephrases then are the holdout.
+            order: `shuffle` by seed, or `stream` to keep the stream's order; None for the stream's default.
 
         Raises:
-            UserError: If the stream cannot be read, does not have the split, or two requests of a role share an id.
+            UserError: If the stream cannot be read, does not have the split, two requests of a role share an id, or the
+                order is not known.
         """
         data = stream.load()
         check_ids(data, stream.registered_name)
@@ -118,8 +126,11 @@ class EditBenchmark(CLScenario):
             edits, holdout = data.edits, data.holdout
         else:
             raise UserError(f"split={split!r} is not known (there are: edits, validation)")
+        order = order or stream.default_order(data)
+        check_choice("order", order, get_args(Order))
         ordered = list(edits)
-        random.Random(seed).shuffle(ordered)
+        if order == "shuffle":
+            random.Random(seed).shuffle(ordered)
         return cls(
             name=stream.registered_name,
             data=replace(data, edits=tuple(ordered), holdout=holdout),
@@ -127,6 +138,7 @@ class EditBenchmark(CLScenario):
             metadata=stream.metadata,
             fingerprint=fingerprint,
             max_new_tokens=stream.max_new_tokens,
+            order=order,
         )
 
     def with_data(self, **roles: Any) -> "EditBenchmark":
@@ -138,6 +150,7 @@ class EditBenchmark(CLScenario):
             metadata=self.metadata,
             fingerprint=self.fingerprint,
             max_new_tokens=self.max_new_tokens,
+            order=self.order,
         )
 
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":

@@ -14,6 +14,10 @@ from grace_bench.common.signatures import choice_fault, class_fault, constructor
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.errors import UserError
 
+Order = Literal["shuffle", "stream"]
+"""The order of a run's candidates: shuffled by the run's seed, or as the stream has them."""
+Normalise = Literal["squad", "strict"]
+"""How answers are normalised before they are compared (see `grace_bench.models.tasks.text_scores`)."""
 LayerKind = Literal["any", "mlp_output", "several"]
 """The layers an editor edits: `any` single layer, the output projection of an MLP, or `several` layers together."""
 
@@ -47,7 +51,7 @@ class StreamData:
     """The requests of a benchmark, by role.
 
     Attributes:
-        edits: Candidates for editing, before they are shuffled by the run's seed.
+        edits: Candidates for editing, before a run shuffles them.
         upstream: What the model already knows and must retain.
         holdout: The edited facts in other words.
         validation: Candidates for tuning; shares no fact with `edits`.
@@ -78,6 +82,10 @@ class EditStream(ABC):
         max_new_tokens: The largest number of tokens that free generation may produce.
         max_input_tokens: The length to which inputs are truncated; None for the model's limit.
         max_target_tokens: The length to which targets are truncated, end token included; None for the model's limit.
+        order: The order in which a run takes the candidates unless it names one: `shuffle`, or `stream` for data whose
+            order is part of their content, such as dated facts.
+        normalise: How a run normalises answers unless it says so: as SQuAD does, or `strict`, where numbers and symbols
+            matter.
         progress: Called during a long load; a run sets it.
         n_model_labels: How many labels the model has; a run sets it, so that a load can reject labels the model lacks.
         default_model: The short name of the model to use if none is given; None if the user must name one.
@@ -93,6 +101,8 @@ class EditStream(ABC):
     max_new_tokens: int = 16
     max_input_tokens: int | None = None
     max_target_tokens: int | None = None
+    order: Order = "shuffle"
+    normalise: Normalise = "squad"
     progress: Progress | None = None
     n_model_labels: int | None = None
     default_model: ClassVar[str | None] = None
@@ -107,6 +117,10 @@ class EditStream(ABC):
         Raises:
             UserError: If the data cannot be read; the message names the file, the line and the field.
         """
+
+    def default_order(self, data: StreamData) -> Order:
+        """Returns the order of a run that names none; a stream may decide it from its data, as `load` returned them."""
+        return self.order
 
     @classmethod
     def load_model(cls, folder: Path) -> tuple[Any, Any] | None:
@@ -149,8 +163,13 @@ class EditStream(ABC):
                 f"{cls.__name__} has no metadata: set "
                 f"`metadata = StreamMetadata(source=..., revision=..., license=...)`"
             )
+        choices: dict[str, Any] = {"order": Order, "normalise": Normalise}
         if hasattr(cls, "task"):
-            return choice_fault(f"task of {cls.__name__}", cls.task, get_args(TaskName))
-        if "task" not in stored_attributes(cls, base=EditStream):
+            choices["task"] = TaskName
+        for name, names in choices.items():
+            fault = choice_fault(f"{name} of {cls.__name__}", getattr(cls, name), get_args(names))
+            if fault is not None:
+                return fault
+        if "task" not in choices and "task" not in stored_attributes(cls, base=EditStream):
             return f"{cls.__name__} has no task: set `task` to one of {', '.join(get_args(TaskName))}"
         return None

@@ -171,6 +171,9 @@ class Checker:
             findings.append(Finding(what="stream", verdict="not checked", told=_in_words(error)))
         else:
             findings.append(_compared("stream", result.stream.fingerprint, benchmark.fingerprint))
+            protocol = {"order": benchmark.order, "normalise": config.protocol.normalise or stream.normalise}
+            recorded = {name: getattr(result.protocol, name) for name in protocol}
+            findings.append(_compared("order and normalisation", recorded, protocol))
         try:
             model = self._editable(stream, config)
             if benchmark is not None:
@@ -190,9 +193,10 @@ class Checker:
         return model
 
     def _benchmark(self, stream: EditStream, config: RunConfig) -> EditBenchmark:
-        key = (json.dumps(config.stream.node, default=str), config.seed, config.split)
+        key = (json.dumps(config.stream.node, default=str), config.seed, config.split, config.order)
         if self._stream is None or self._stream[0] != key:
-            self._stream = (key, EditBenchmark.from_stream(stream, seed=config.seed, split=config.split))
+            benchmark = EditBenchmark.from_stream(stream, seed=config.seed, split=config.split, order=config.order)
+            self._stream = (key, benchmark)
         return self._stream[1]
 
     def _editable(self, stream: EditStream, config: RunConfig) -> EditableModel:

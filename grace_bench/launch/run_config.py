@@ -57,8 +57,14 @@ def _whole(least: int, *, unless: Any = ...) -> Callable[[str, Any], None]:
     return check
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], None]:
-    return partial(check_choice, choices=choices)
+def _one_of(*choices: str, optional: bool = False) -> Callable[[str, Any], None]:
+    """Checks for one of the choices, or for null too."""
+
+    def check(name: str, value: Any) -> None:
+        if not (optional and value is None):
+            check_choice(name, value, choices)
+
+    return check
 
 
 _text_or_null = partial(check_text, optional=True)
@@ -82,6 +88,12 @@ class ProtocolOptions:
         in_protocol=True,
     )
     prefix_length: int = _option(8, "tokens of running text that are read but not scored", _whole(1), in_protocol=True)
+    normalise: Literal["squad", "strict"] | None = _option(
+        None,
+        "how answers are compared: squad, or strict to tell numbers and symbols apart; null for the stream's own",
+        _one_of("squad", "strict", optional=True),
+        default_in_hash=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +179,14 @@ class RunConfig:
         in_hash=False,
         in_sweep_name=False,
     )
-    seed: int = _option(0, "orders the edits and seeds every random generator", _whole(0), in_hash=False)
+    seed: int = _option(0, "shuffles the edits and seeds every random generator", _whole(0), in_hash=False)
     split: str = _option("edits", "edits, or validation for tuning", _one_of("edits", "validation"), in_protocol=True)
+    order: Literal["shuffle", "stream"] | None = _option(
+        None,
+        "shuffle the edits by seed, or take them in the order of the stream; null for the stream's own",
+        _one_of("shuffle", "stream", optional=True),
+        default_in_hash=False,
+    )
     max_edits: int | None = _option(
         None,
         "stop at exactly this many edits; null for the whole stream",

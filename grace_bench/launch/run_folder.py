@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -175,7 +175,7 @@ def _run_or_reuse_in(folder: Path, config: RunConfig, *, say: Say, console: Cons
             check_run_folder(folder)
             if config.existing != "rerun":
                 _refuse_wrong_kinds(folder)
-                finished = _finished(folder, stream, arguments["model"], say)
+                finished = _finished(folder, stream, arguments, say)
                 if finished is not None:
                     _tidy(folder)
                     return finished
@@ -183,7 +183,7 @@ def _run_or_reuse_in(folder: Path, config: RunConfig, *, say: Say, console: Cons
             aside = _set_aside(folder) if config.existing == "rerun" and folder.exists() else None
             stack.enter_context(FolderLock(folder))
             # Another process may have finished the run until the lock was free.
-            finished = _finished(folder, stream, arguments["model"], say)
+            finished = _finished(folder, stream, arguments, say)
             if finished is not None:
                 return finished
             is_new = _begin(folder, config, say)
@@ -283,18 +283,31 @@ def _run_in(
         )
 
 
-def _finished(folder: Path, stream: Any, model: str, say: Say) -> RunResult | None:
+def _finished(folder: Path, stream: Any, arguments: Mapping[str, Any], say: Say) -> RunResult | None:
     """Returns the finished run in a folder, if there is one, and reports that it is reused.
 
     Raises:
-        UserError: If the stream or the model has changed since.
+        UserError: If the stream, its defaults or the model have changed since.
         RunFailure: If the run failed although it has a result, as when every edit met a mistake in the editor.
     """
     if not (folder / "result.json").is_file():
         return None
     result = read_result(folder / "result.json")
-    if result.stream.fingerprint != fingerprint_requests(stream.load()):
+    data = stream.load()
+    if result.stream.fingerprint != fingerprint_requests(data):
         raise UserError(f"{folder}: was made from other requests; existing=rerun sets it aside and starts over")
+    # The defaults are the stream's, and the configuration's hash does not know them.
+    order = arguments["settings"].order or stream.default_order(data)
+    normalise = arguments["settings"].normalise or stream.normalise
+    for option, made, now in (
+        ("order", result.protocol.order, order),
+        ("protocol.normalise", result.protocol.normalise, normalise),
+    ):
+        if made != now:
+            raise UserError(
+                f"{folder}: was made with {option}={made}, now {now}; existing=rerun sets it aside and starts over"
+            )
+    model = arguments["model"]
     if result.model.files is not None and _files_of(model) not in (None, result.model.files):
         raise UserError(
             f"{folder}: was made with other files of model={model}; existing=rerun sets it aside and starts over"

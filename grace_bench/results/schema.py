@@ -180,12 +180,18 @@ class EditorInfo(BaseModel):
 
 
 class Protocol(BaseModel):
-    """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols."""
+    """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols.
+
+    Attributes:
+        order: Whether the candidates were shuffled, or taken in the order of the stream.
+        normalise: How answers were normalised before they were compared.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     version: int = 1
     split: str
+    order: Literal["shuffle", "stream"] = "shuffle"
     main_score: str
     higher_is_better: bool
     max_edits: int | None
@@ -197,6 +203,7 @@ class Protocol(BaseModel):
     decoding: Literal["greedy"] = "greedy"
     query: str
     prefix_length: int
+    normalise: Literal["squad", "strict"] = "squad"
     tuning_budget: str | None = None
 
 

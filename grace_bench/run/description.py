@@ -57,6 +57,9 @@ def plan_of(
 def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: RunSettings) -> dict[str, Any]:
     """Returns everything that determines what a run computes, under the names of the options if there are any."""
     model = strategy.model
+    # Only if they are not what every run did before there was a choice, so that older checkpoints can be resumed.
+    order = {} if benchmark.order == "shuffle" else {"order": benchmark.order}
+    normalise = {} if model.task.normalise == "squad" else {"normalise": model.task.normalise}
     return {
         "stream": benchmark.fingerprint,
         "model": model.fingerprint,
@@ -67,7 +70,8 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
         "seed": settings.seed,
         **vars(settings.schedule),
         **{name: getattr(settings, name) for name in ("split", "batch_size", "engine")},
-        "protocol": {"query": settings.query, "prefix_length": settings.prefix_length},
+        **order,
+        "protocol": {"query": settings.query, "prefix_length": settings.prefix_length, **normalise},
         "max_new_tokens": benchmark.max_new_tokens,
     }
 
@@ -129,6 +133,7 @@ def result_of(
         editor=EditorInfo(name=strategy.registered_name, **strategy.settings()),
         protocol=Protocol(
             split=settings.split,
+            order=benchmark.order,
             main_score=task.main_score,
             higher_is_better=task.higher_is_better,
             max_edits=settings.schedule.max_edits,
@@ -139,6 +144,7 @@ def result_of(
             max_target_tokens=task.max_target_tokens,
             query=task.query,
             prefix_length=task.prefix_length,
+            normalise=task.normalise,
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,

@@ -88,12 +88,13 @@ def open_benchmark(
     source = STREAMS.get(stream)() if isinstance(stream, str) else stream
     source.progress = progress
     seed_everything(settings.seed)
-    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split)
+    benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split, order=settings.order)
     task = get_task(
         source.task,
         max_new_tokens=source.max_new_tokens,
         query=settings.query,
         prefix_length=settings.prefix_length,
+        normalise=settings.normalise or source.normalise,
         batch_size=1 if settings.engine == "plain" else settings.batch_size,
         batch_tokens=settings.batch_tokens,
         max_input_tokens=source.max_input_tokens,
@@ -132,7 +133,8 @@ def fitted(
         return benchmark
     stream.n_model_labels = n_labels
     try:
-        return benchmark.with_data(**vars(EditBenchmark.from_stream(stream, seed=seed, split=split).data))
+        again = EditBenchmark.from_stream(stream, seed=seed, split=split, order=benchmark.order)
+        return benchmark.with_data(**vars(again.data))
     finally:
         stream.n_model_labels = None
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grace_bench.common.options import check_whole
+from grace_bench.data.stream import Normalise, Order
 from grace_bench.models.engine.engine import EngineName
 
 
@@ -44,11 +45,14 @@ class RunSettings:
     """Everything a run needs beside its stream, model and editor.
 
     Attributes:
-        seed: Orders the edits and seeds every random generator.
+        seed: Shuffles the edits and seeds every random generator.
         schedule: When to edit and evaluate.
         split: `edits`, or `validation` for tuning.
+        order: `shuffle` the edits by seed, or take them in the order of the `stream`; None for the stream's default.
         query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read but not scored.
+        normalise: How answers are normalised before they are compared: `squad` or `strict`; None for the stream's
+            default.
         batch_size: Maximum number of inputs in one forward pass of scoring.
         batch_tokens: Maximum number of tokens in such a pass, padding included. On a CPU at most 1,024, unless answers
             are generated.
@@ -64,8 +68,10 @@ class RunSettings:
     seed: int = 0
     schedule: Schedule = field(default_factory=Schedule)
     split: str = "edits"
+    order: Order | None = None
     query: str = "prefix"
     prefix_length: int = 8
+    normalise: Normalise | None = None
     batch_size: int = 64
     batch_tokens: int = 16384
     engine: EngineName = "exact"

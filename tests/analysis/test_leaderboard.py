@@ -302,6 +302,8 @@ def conditions(leaderboard: Leaderboard) -> list[dict[str, str]]:
     [
         ("version", 2),
         ("split", "validation"),
+        ("order", "stream"),
+        ("normalise", "strict"),
         ("main_score", "exact_match"),
         ("higher_is_better", False),
         ("max_edits", None),

@@ -72,6 +72,14 @@ def test_a_stream_with_metadata_and_a_task_is_fine(cls: type[EditStream]) -> Non
             "task of Changed is 'completions'; did you mean 'completion'? "
             "(there are: classification, qa, completion, language_modelling)",
         ),
+        (
+            changed(order="shufle"),
+            "order of Changed is 'shufle'; did you mean 'shuffle'? (there are: shuffle, stream)",
+        ),
+        (
+            changed(normalise="exact"),
+            "normalise of Changed is 'exact' (there are: squad, strict)",
+        ),
         (changed("load"), "Changed is abstract: implement load"),
         (
             changed("__doc__"),

@@ -68,6 +68,11 @@ def test_a_configuration_keeps_the_hash_by_which_its_run_folder_is_found(
     assert config.digits == expected[:8]
 
 
+@pytest.mark.parametrize("given", ["order=stream", "order=shuffle", "protocol.normalise=squad"])
+def test_an_order_or_a_normalisation_that_is_named_has_a_run_folder_of_its_own(given: str) -> None:
+    assert hash_config(compose([*TOY, given]).plain()) != TOY_HASH
+
+
 def test_a_sweep_keeps_the_name_that_groups_its_runs() -> None:
     given = ("stream=toy", "editor=none,ft", "seed=0,1")
     assert sweep_name(None, given) == sweep_name(None, (*given, *OF_THE_MACHINE)) == "sweep-ec348d55"
@@ -83,6 +88,7 @@ device: auto
 device_map: null
 seed: 0
 split: edits
+order: null
 max_edits: null
 eval_every: 50
 max_upstream: 500
@@ -97,6 +103,7 @@ tuning_budget: 6 validation runs
 protocol:
   query: prefix
   prefix_length: 8
+  normalise: null
 out: runs
 existing: reuse
 wandb:
@@ -177,6 +184,11 @@ def test_a_configuration_cannot_be_changed() -> None:
         ({"max_edits": 1.5}, "max_edits=1.5 should be a whole number, at least 1"),
         ({"threads": True}, "threads=True should be a whole number, at least 1"),
         ({"engine": "exect"}, "engine=exect is not known; did you mean 'exact'?"),
+        ({"order": "steam"}, "order=steam is not known; did you mean 'stream'? (there are: shuffle, stream)"),
+        (
+            {"protocol": {"query": "prefix", "prefix_length": 8, "normalise": "stric"}},
+            "protocol.normalise=stric is not known; did you mean 'strict'? (there are: squad, strict)",
+        ),
         ({"protocol": 3}, "protocol=3 should be options"),
         ({"stream": "toy"}, "stream=toy should be the settings of a stream"),
         ({"editor": {"_target_": "os.remove"}}, "editor._target_=os.remove is no registered editor"),
@@ -201,7 +213,7 @@ def test_a_recorded_configuration_may_lack_only_options_that_change_no_answer() 
         plain = config.plain()
         group, _, option = name.rpartition(".")
         del (plain[group] if group else plain)[option]
-        if OPTIONS[name].in_hash:
+        if OPTIONS[name].in_hash and OPTIONS[name].default_in_hash:
             with pytest.raises(UserError, match=f"field '{name}': is missing"):
                 RunConfig.from_plain(plain)
         else:

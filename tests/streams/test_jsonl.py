@@ -60,6 +60,59 @@ def test_requests_keep_the_order_of_the_file_and_three_fields_suffice(tmp_path: 
     assert data.upstream == data.holdout == ()
 
 
+def requests(*prompts_and_targets: tuple[str, str], **fields: Any) -> list[dict[str, Any]]:
+    return [
+        {"id": str(i), "prompt": prompt, "target": target, **fields}
+        for i, (prompt, target) in enumerate(prompts_and_targets)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "order"),
+    [
+        (requests(("p", "a"), ("q", "b")), "shuffle"),
+        (requests(("p", "a"), ("p", "a")), "shuffle"),
+        (requests(("p", "a"), ("p", "b")), "stream"),
+        (requests(("p", "a"), ("q", "c"), ("r", "d"), ("p", "b")), "stream"),
+        # For superseding these are two prompts as well.
+        (requests(("p", "a"), ("P ", "b")), "shuffle"),
+        # The same fact.
+        (requests(("p", "a"), ("q", "a"), fact="f"), "shuffle"),
+        (requests(("p", "a"), ("q", "b"), fact="f"), "stream"),
+        (requests(("p", "a"), ("q", "b"), metadata={"fact": 3}), "stream"),
+        ([*requests(("p", "a"), fact="1"), {"id": "1", "prompt": "q", "target": "b"}], "stream"),
+        # Dates.
+        *(
+            (requests(("p", "a"), ("q", "b"), metadata={name: 0}), "stream")
+            for name in ("date", "time", "timestamp", "time_step", "year")
+        ),
+        (requests(("p", "a"), ("q", "b"), metadata={"dates": "2019"}), "shuffle"),
+        (requests(("p", "a"), ("q", "b"), metadata={"date": None}), "shuffle"),
+        ([*requests(("p", "a"), metadata={"date": "2019"}), {"id": "1", "prompt": "q", "target": "b"}], "shuffle"),
+    ],
+)
+def test_the_order_of_a_file_matters_if_requests_conflict_or_all_are_dated(
+    tmp_path: Path, records: list[dict[str, Any]], order: str
+) -> None:
+    stream = Jsonl(path=write(tmp_path / "r.jsonl", *records))
+    assert stream.default_order(stream.load()) == order
+    assert stream.default_order(stream.load()) == order, "from the cache"
+
+
+def test_running_texts_do_not_conflict_since_each_is_its_own_target(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", *requests(("", "One text."), ("", "Another text."), fact="f"))
+    stream = Jsonl(path=path, task="language_modelling")
+    assert stream.default_order(stream.load()) == "shuffle"
+
+
+@pytest.mark.parametrize(
+    ("task", "normalise"),
+    [("qa", "strict"), ("completion", "strict"), ("classification", "squad"), ("language_modelling", "squad")],
+)
+def test_answers_in_text_are_compared_strictly(tmp_path: Path, task: str, normalise: str) -> None:
+    assert Jsonl(path=str(tmp_path), task=task).normalise == normalise
+
+
 def test_the_holdout_asks_every_rephrase_about_the_same_fact_and_the_same_answers(tmp_path: Path) -> None:
     data = Jsonl(path=write(tmp_path / "r.jsonl", FULL)).load()
     assert [request.prompt for request in data.holdout] == FULL["rephrases"]

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from pydantic import ConfigDict
@@ -19,6 +19,7 @@ from torch.nn import functional
 from grace_bench.common.options import check_choice, check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.stream import Normalise
 from grace_bench.errors import UserError
 from grace_bench.models import encoding
 from grace_bench.models.calls import QueryState
@@ -74,6 +75,7 @@ class Task(ABC):
         query: `prefix` queries running text after `prefix_length` tokens and scores the rest; `last_token` queries its
             last token and scores everything, as the official GRACE code does.
         prefix_length: Number of tokens at the start of running text that are read and not scored.
+        normalise: How answers in text are normalised before they are compared: `squad` or `strict`.
         batch_size: Maximum number of inputs in one forward pass of scoring. Inputs are grouped by length.
         batch_tokens: Maximum number of tokens in such a pass, padding included; a longer input gets a pass of its own.
             On a CPU, a pass without generation has at most 1,024.
@@ -104,6 +106,7 @@ class Task(ABC):
         max_new_tokens: int = 16,
         query: str = "prefix",
         prefix_length: int = 8,
+        normalise: Normalise = "squad",
         batch_size: int = 64,
         batch_tokens: int = 16384,
         max_input_tokens: int | None = None,
@@ -111,6 +114,7 @@ class Task(ABC):
         label_names: Sequence[str] = (),
     ) -> None:
         check_choice("protocol.query", query, ("prefix", "last_token"))
+        check_choice("protocol.normalise", normalise, get_args(Normalise))
         check_whole("batch_tokens", batch_tokens, least=1)
         for option, limit in (("max_input_tokens", max_input_tokens), ("max_target_tokens", max_target_tokens)):
             if limit is not None:
@@ -118,6 +122,7 @@ class Task(ABC):
         self.max_new_tokens = max_new_tokens
         self.query = query
         self.prefix_length = prefix_length
+        self.normalise: Normalise = normalise
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.max_input_tokens = max_input_tokens

@@ -34,10 +34,10 @@ class GenerationTask(Task):
         items = []
         for i, (request, (text, ids, note)) in enumerate(zip(requests, generated, strict=True)):
             accepted = self._accepted(model, request)
-            match = exact_match(text, accepted)
+            match = exact_match(text, accepted, normalise=self.normalise)
             items.append(
                 ItemScore(
-                    score=token_f1(text, accepted),
+                    score=token_f1(text, accepted, normalise=self.normalise),
                     text=text,
                     correct=match == 1.0,
                     others={

@@ -2,15 +2,24 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
+from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grace_bench.data.stream import Normalise
 from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.models.tasks.lookup import get_task
-from grace_bench.models.tasks.text_scores import exact_match, normalize_answer, reference_f1, token_f1
+from grace_bench.models.tasks.text_scores import (
+    exact_match,
+    normalize_answer,
+    normalize_strictly,
+    reference_f1,
+    token_f1,
+)
 
 words = st.sampled_from(
     ["the", "The", "a", "an", "euro", "Euro!", "of", "Spain", "U.S.", "O'Neil", "é", "--", "theatre"]
@@ -91,6 +100,143 @@ def test_an_exact_match_has_a_full_f1_and_more_accepted_answers_never_lower_eith
     for score in (exact_match, token_f1):
         assert score(answer, accepted) == max(score(answer, [text]) for text in accepted)
     assert exact_match(answer, [*accepted, answer]) == token_f1(answer, [*accepted, answer]) == 1.0
+
+
+# --- strict ----------------------------------------------------------------------------------------------------------
+
+marks = st.sampled_from([*"-−–+$%#°.,()[]'\"“”「」。·!?*/ 0157eE", "C", "é", "1,000", "1.0", "½", "٣", "北", " "])
+odd_answers = st.one_of(answers, st.lists(marks, max_size=8).map("".join))
+NORMALISATIONS: tuple[Normalise, ...] = ("squad", "strict")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("10", "1.0"),
+        ("5", "-5"),
+        ("5", "−5"),
+        ("5", "$5"),
+        ("$5", "€5"),
+        ("5", "5%"),
+        ("5", "5°"),
+        ("<5", ">5"),
+        ("5", "5+"),
+        ("5", ".5"),
+        ("314", "3.14"),
+        ("1,00", "100"),
+        ("1.2.3", "12.3"),
+        ("1e3", "13"),
+        ("C", "C++"),
+        ("C", "C#"),
+        ("A", "A*"),
+        ("O+", "O-"),
+        ("O", "O-"),
+        ("NET", ".NET"),
+        ("print", "print()"),
+        ("US", "U.S."),
+        ("x=1", "x1"),
+        ("a/b", "ab"),
+        ("the Euro", "Euro"),
+        ("Łódź", "Lodz"),
+        ("?", "!"),
+    ],
+)
+def test_strictly_different_answers_are_told_apart(one: str, other: str) -> None:
+    assert exact_match(one, [other], normalise="strict") == exact_match(other, [one], normalise="strict") == 0.0
+    assert token_f1(one, [other], normalise="strict") < 1.0
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("1", "1.0", "1.00", "+1", "01", "１", "1.", "(1)", "1e0", "0.1e1", "10E-1", "١"),
+        ("1000", "1,000", "1,000.0", "1e3", "1E+03", "١٬٠٠٠"),
+        ("-5", "−5", "–5", "-5.0", "(-5)", "-5."),
+        ("0.5", ".5", "0.50", "5e-1", "٠٫٥"),
+        ("0", "-0", "0.00", "0e7"),
+        ("5%", "5 %", "5.0%", "５％", "5%."),
+        ("$1,000", "$1000", "$ 1000.00"),
+        ("Astana", "astana", " ASTANA ", "Astana.", '"Astana"', "(Astana)", "“Astana”.", "- Astana", "«Astana»!"),
+        ("C++", "c++", "C++.", '"C++"'),
+        ("Straße", "STRASSE"),
+        ("ﬁn", "fin"),
+        ("New  York", "new york"),
+        ("北京", "「北京」。"),
+    ],
+)
+def test_strictly_equal_answers_are_spelled_in_many_ways(same: Sequence[str]) -> None:
+    for one in same:
+        assert exact_match(one, [same[0]], normalise="strict") == 1.0, one
+        assert token_f1(one, [same[0]], normalise="strict") == 1.0, one
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False), st.decimals(allow_nan=False, allow_infinity=False))
+def test_numbers_are_strictly_equal_where_their_values_are(one: Decimal, other: Decimal) -> None:
+    for text in (str(one), f"{one:f}", f"{one:,f}", f"{one:e}"):
+        assert exact_match(text, [str(one)], normalise="strict") == 1.0
+        assert exact_match(text, [str(other)], normalise="strict") == float(one == other)
+
+
+@given(odd_answers)
+def test_strict_normalisation_adds_nothing_to_a_text_and_leaves_none_empty(text: str) -> None:
+    normal = normalize_strictly(text)
+    assert bool(normal) == bool(unicodedata.normalize("NFKC", text).strip())
+    assert normalize_strictly(f" {text}\n") == normal
+    assert normalize_strictly(f"«{text}»") == normal or not any(c.isalnum() for c in text)
+
+
+@given(odd_answers, odd_answers, st.sampled_from(NORMALISATIONS))
+def test_an_exact_match_is_symmetric_and_has_a_full_f1_however_answers_are_normalised(
+    one: str, other: str, normalise: Normalise
+) -> None:
+    match = exact_match(one, [other], normalise=normalise)
+    assert match == exact_match(other, [one], normalise=normalise)
+    assert exact_match(one, [one], normalise=normalise) == 1.0
+    f1 = token_f1(one, [other], normalise=normalise)
+    assert f1 == token_f1(other, [one], normalise=normalise)
+    assert 0.0 <= f1 <= 1.0
+    if match:
+        assert f1 == 1.0
+
+
+def test_a_long_run_of_brackets_or_digits_is_normalised_at_once() -> None:
+    n = 200_000
+    for text in ("(" * n, ")" * n, "[x" * n, "7" * n, "1," * n, "." * n):
+        normalize_strictly(text)
+
+
+# --- text without spaces ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "f1"),
+    [
+        ("北京市", "北京", 0.8),
+        ("北京。", "北京", 1.0),
+        ("北京、上海", "上海", 2 / 3),
+        ("東京タワー", "東京", 4 / 7),
+        ("とうきょう", "きょうと", 8 / 9),
+        ("กรุง", "กรุงเทพ", 2 / 3),
+        ("ភ្នំពេញ", "ភ្នំ", 2 / 3),
+        # Other scripts and numbers in it stay words.
+        ("2019年5月", "2020年5月", 0.75),
+        ("iPhone手机", "iPhone", 0.5),
+        # Korean has spaces.
+        ("서울 시", "서울시", 0.0),
+    ],
+)
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+def test_f1_counts_characters_where_words_are_not_set_apart(
+    answer: str, wanted: str, f1: float, normalise: Normalise
+) -> None:
+    assert token_f1(answer, [wanted], normalise=normalise) == pytest.approx(f1)
+
+
+@given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0xDFF), max_size=12), answers)
+def test_f1_counts_words_in_every_other_text_as_before(answer: str, wanted: str) -> None:
+    given_words, wanted_words = normalize_answer(answer).split(), normalize_answer(wanted).split()
+    if given_words and wanted_words and wanted.isascii():
+        assert token_f1(answer, [wanted]) == pytest.approx(squad_f1(given_words, wanted_words))
 
 
 def test_an_empty_answer_is_right_only_where_nothing_was_wanted() -> None:
