@@ -26,7 +26,8 @@ def longest_input(module: nn.Module, tokenizer: Any) -> int | None:
     """Returns the longest input in tokens: the least limit of configuration, position tables and tokenizer.
 
     Args:
-        module: The model. In an encoder-decoder that generates, only the encoder reads the input; others feed it to both.
+        module: The model. In an encoder-decoder that generates, only the encoder reads the input; one that classifies
+            feeds it to both sides.
         tokenizer: Its tokenizer, or None.
     """
     stated = _whole(getattr(tokenizer, "model_max_length", None))
@@ -75,7 +76,7 @@ def _position_tables(module: nn.Module, config: Any, *, is_decoder: bool) -> Ite
     # A decoder that predicts several tokens at a time reads the next position too.
     ahead = int(is_decoder and getattr(config, "ngram", None) is not None)
     for name, part in _text_parts(module):
-        weight = getattr(part, "weight", None)
+        weight: Any = getattr(part, "weight", None)
         is_table = hasattr(part, "padding_idx") and isinstance(weight, Tensor) and weight.dim() == 2
         if not is_table or "position" not in name or "relative" in name:
             continue

@@ -39,19 +39,21 @@ def padded_for(
     names none, they take batches of one text only; so it names one for the time of a pass: a token that ends no row.
 
     Returns:
-        The inputs, and a context for the pass; both unchanged for models that generate, and for those of other libraries.
+        The inputs, and a context for the pass. Neither changes anything for models that generate or have no
+        configuration.
     """
     config, ids, mask = getattr(module, "config", None), inputs.get("input_ids"), inputs.get("attention_mask")
     if config is None or callable(getattr(module, "generate", None)):
         return inputs, nullcontext()
     if ids is None or mask is None or mask.shape != ids.shape:
         return inputs, nullcontext()
-    pad = getattr(_text_config(config), "pad_token_id", None)
-    if _is_known(pad, _n_embeddings(module)):
-        return {**inputs, "input_ids": ids.masked_fill(mask == 0, pad)}, nullcontext()
-    ends = ids[torch.arange(len(ids), device=ids.device), last_token(mask)].tolist()
-    pad = next(token for token in count() if token not in {*ends, *_end_tokens(config)})
-    return {**inputs, "input_ids": ids.masked_fill(mask == 0, pad)}, _naming(config, pad)
+    pad: Any = getattr(_text_config(config), "pad_token_id", None)
+    context: AbstractContextManager[None] = nullcontext()
+    if not _is_known(pad, _n_embeddings(module)):
+        ends = ids[torch.arange(len(ids), device=ids.device), last_token(mask)].tolist()
+        pad = next(token for token in count() if token not in {*ends, *_end_tokens(config)})
+        context = _naming(config, pad)
+    return {**inputs, "input_ids": ids.masked_fill(mask == 0, pad)}, context
 
 
 def _n_embeddings(module: Any) -> int | None:
@@ -64,7 +66,7 @@ def _n_embeddings(module: Any) -> int | None:
 
 
 def _is_known(token: int | None, n_rows: int | None) -> bool:
-    return token is not None and 0 <= token and (n_rows is None or token < n_rows)
+    return token is not None and token >= 0 and (n_rows is None or token < n_rows)
 
 
 def _text_config(config: Any) -> Any:
