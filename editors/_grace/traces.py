@@ -112,8 +112,7 @@ def _encode(
         if len(labels) != 1:
             raise _Unusable(f"field '{labels_field}': {len(labels)} labels, where a classifier has one")
         return EncodedBatch(inputs=inputs, query=query, labels=torch.tensor(labels), target_ids=(tuple(labels),))
-    start = model.config.decoder_start_token_id
-    return seq2seq_batch(inputs, query, [labels], end=None, pad_id=0, decoder_start=start)
+    return seq2seq_batch(inputs, query, [labels], end=None, pad_id=0, decoder_start=model.decoder_start)
 
 
 @dataclass(frozen=True)

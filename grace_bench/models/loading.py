@@ -13,16 +13,16 @@ from torch import nn
 
 from grace_bench.common.untrusted import check_model_folder
 from grace_bench.errors import UserError, did_you_mean, reason_of
-from grace_bench.models.network import TextEncoder
+from grace_bench.models.network import TextEncoder, greedy_config, start_token
 from grace_bench.models.tasks.base import Task
 from grace_bench.models.tasks.lookup import all_tasks, get_task
+from grace_bench.models.tokenizers import load_tokenizer
 from grace_bench.models.zoo import default_layer, resolve_model
 
 DeviceMap = str | Mapping[str, str | int]
 
 _TINY_MODEL_PARAMETERS = 20_000_000
 _MASKED, _CAUSAL, _SEQ2SEQ = "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def load_pretrained(
     return Pretrained(
         module=module if device_map is not None else module.to(device=target, dtype=precision),
         layer=layer or source.layer or default_layer(module),
-        tokenizer=_load_tokenizer(vocabulary) if tokenizer and custom is None else None,
+        tokenizer=load_tokenizer(vocabulary) if tokenizer and custom is None else None,
         encode=encode,
         name=source.name,
     )
@@ -162,11 +162,7 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(f"model={path}: the checkpoint lacks {lacking[0]}{more}, which {task.name} needs")
     # A checkpoint's own sampling settings would make the answers of models incomparable.
-    model.generation_config = transformers.GenerationConfig(
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-        do_sample=False,
-        num_beams=1,
-    )
+    model.generation_config = greedy_config(start_token(model) if model.config.is_encoder_decoder else None)
     loaded: nn.Module = model
     return loaded
 
@@ -221,19 +217,6 @@ def _class_for(config: Any, auto_class: str) -> str | None:
     found = getattr(transformers, auto_class)._model_mapping.get(type(config), None)
     # Some configurations have several classes, the default first.
     return None if found is None else str((found[0] if isinstance(found, tuple) else found).__name__)
-
-
-def _load_tokenizer(path: str) -> Any:
-    import transformers
-
-    # transformers invents a vocabulary for a folder that has none.
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _VOCABULARIES):
-        raise UserError(f"model={path}: the folder holds no tokenizer ({', '.join(_VOCABULARIES)})")
-    with _loading(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models.calls import LayerCall, QueryState, activations_of, layer_call_of
 from grace_bench.models.encoding import EncodedBatch
+from grace_bench.models.limits import longest_input, longest_target
+from grace_bench.models.padding import BEGIN_TOKENS, padded_for, with_known_padding
 from grace_bench.models.sequences import SequenceTracker
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -30,7 +32,8 @@ class Network(nn.Module):
     Args:
         module: The module. Its forward pass takes what `encode` returns, and returns logits or an object with `logits`.
         layer: Dotted path of the module to edit, such as `transformer.h.8.mlp.c_fc`.
-        tokenizer: A Hugging Face tokenizer; None if `encode` is given.
+        tokenizer: A Hugging Face tokenizer; None if `encode` is given. If its padding token is not in the module's
+            embedding, a copy with another one is used.
         encode: For modules without a tokenizer: turns B texts into keyword arguments of the forward pass.
         name: The name used in results and messages; the module's class by default.
 
@@ -53,7 +56,7 @@ class Network(nn.Module):
         super().__init__()
         self.module = module.eval()
         self.layer_name = layer
-        self.tokenizer = tokenizer
+        self.tokenizer = with_known_padding(tokenizer, module)
         self.encode = encode
         self.name = name or type(module).__name__
         self.layer = self.find_layer(layer)
@@ -119,15 +122,29 @@ class Network(nn.Module):
 
     @cached_property
     def max_length(self) -> int | None:
-        """The longest input in tokens, if the architecture or the tokenizer has a limit."""
-        for attribute in ("max_position_embeddings", "n_positions"):
-            limit = getattr(self.config, attribute, None)
-            # T5 has an n_positions that its relative attention does not obey.
-            if isinstance(limit, int) and not hasattr(self.config, "relative_attention_num_buckets"):
-                return limit - 2 if self.config.model_type in {"roberta", "xlm-roberta", "camembert"} else limit
-        # The model_max_length of a tokenizer without a limit is 1e30.
-        limit = getattr(self.tokenizer, "model_max_length", None)
-        return int(limit) if limit is not None and limit < 1e6 else None
+        """The longest input in tokens, if the configuration, a position table or the tokenizer sets a limit."""
+        return longest_input(self.module, self.tokenizer)
+
+    @cached_property
+    def max_target_length(self) -> int | None:
+        """The longest target of an encoder-decoder in tokens, end token included, if its decoder has a limit."""
+        return longest_target(self.module)
+
+    @cached_property
+    def decoder_start(self) -> int:
+        """The token with which the decoder of an encoder-decoder starts, in training and in generation.
+
+        Raises:
+            UserError: If neither the model nor the tokenizer names one.
+        """
+        named = [start_token(self.module), *(getattr(self.tokenizer, key, None) for key in BEGIN_TOKENS)]
+        start = next((token for token in named if token is not None), None)
+        if start is None:
+            raise UserError(
+                f"model {self.name} names no token for its decoder to start with: set decoder_start_token_id in its "
+                "generation_config.json"
+            )
+        return start
 
     @cached_property
     def _accepted(self) -> frozenset[str]:
@@ -157,10 +174,32 @@ class Network(nn.Module):
             inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
-        with self.querying(batch.query):
-            outputs = self.module(**inputs, **arguments)
+        padded, padding = padded_for(self.module, inputs)
+        with self.querying(batch.query), padding:
+            outputs = self.module(**padded, **arguments)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
         return logits.to(batch.query.device)
+
+    @contextmanager
+    def greedy(self) -> Iterator[None]:
+        """Puts the module's own settings of generation aside inside the context, except the decoder's start token.
+
+        Sampling would make the answers of models incomparable, and a forced token is not forced on targets.
+        """
+        own = getattr(self.module, "generation_config", None)
+        if own is None:
+            yield
+            return
+        self.module.generation_config = self._greedy_config
+        try:
+            yield
+        finally:
+            self.module.generation_config = own
+
+    @cached_property
+    def _greedy_config(self) -> Any:
+        is_encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
+        return greedy_config(self.decoder_start if is_encoder_decoder else None)
 
     def labelled_logits(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:
         """Runs a batch for its labels.
@@ -209,7 +248,7 @@ class Network(nn.Module):
 
     def _first_steps(self, batch: EncodedBatch) -> Tensor:
         """(2, V) logits of the first row's first two generated tokens."""
-        with self.querying(batch.query):
+        with self.querying(batch.query), self.greedy():
             steps = self.module.generate(  # type: ignore[operator]
                 **{name: batch.inputs[name] for name in ("input_ids", "attention_mask")},
                 max_new_tokens=2,
@@ -295,6 +334,28 @@ class Interceptor:
         """Removes the interceptor; removing it again does nothing."""
         self._handle.remove()
         self._network._forget(self)
+
+
+def start_token(module: nn.Module) -> int | None:
+    """Returns the token with which a module's decoder starts: of its generation settings, then of its configuration.
+
+    Where neither names one, it is the begin token of either.
+    """
+    config = getattr(module, "config", None)
+    places = [getattr(module, "generation_config", None), config, getattr(config, "decoder", None)]
+    named = (getattr(place, key, None) for key in ("decoder_start_token_id", "bos_token_id") for place in places)
+    return next((int(token) for token in named if isinstance(token, int)), None)
+
+
+def greedy_config(decoder_start: int | None) -> Any:
+    """Returns transformers' settings for greedy generation.
+
+    Args:
+        decoder_start: The token with which a decoder starts; None for a model without one.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(decoder_start_token_id=decoder_start, do_sample=False, num_beams=1)
 
 
 def _device_of(candidates: Sequence[nn.Module]) -> torch.device:

@@ -36,7 +36,7 @@ _STREAM_KEY = "grace_bench_stream"
 _LAYER_KEY = "grace_bench_layer"
 """The entry that names the default layer."""
 
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer", "*.codes")
 _WEIGHT_FILES = ("*.safetensors",)
 # Folders hold exports to other formats; `consolidated` files hold a second copy of the weights.
 _SPARED_FILES = ("*/*", "consolidated*")

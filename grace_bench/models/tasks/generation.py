@@ -58,11 +58,12 @@ class GenerationTask(Task):
     def _accepted(self, model: Network, request: EditRequest) -> list[str]:
         """The accepted answers, cut like targets in training."""
         accepted = [str(request.target), *request.answers]
-        if self.max_target_tokens is None:
+        longest = least(self.max_target_tokens, model.max_target_length)
+        if longest is None:
             return accepted
         ids = self.encode(model, [request.prompt] * len(accepted), accepted).target_ids
         return [
-            model.tokenizer.decode(kept, skip_special_tokens=True) if len(kept) == self.max_target_tokens else text
+            model.tokenizer.decode(kept, skip_special_tokens=True) if len(kept) == longest else text
             for text, kept in zip(accepted, ids, strict=True)
         ]
 
@@ -104,10 +105,10 @@ class GenerationTask(Task):
         inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
         tokenizer = model.tokenizer
         stops = [tokenizer.eos_token_id, *_newline_ids(tokenizer)]
-        with model.querying(batch.query):
+        with model.querying(batch.query), model.greedy():
             output = model.module.generate(  # type: ignore[operator]
                 **inputs,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=least(self.max_new_tokens, self._room(model, inputs)),
                 eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
@@ -118,6 +119,10 @@ class GenerationTask(Task):
             ids = row[:end]
             results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids, note))
         return results
+
+    @abstractmethod
+    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
+        """Returns how many tokens the model can write after its inputs; None without a limit."""
 
     @abstractmethod
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
@@ -148,10 +153,13 @@ class QuestionAnswering(GenerationTask):
             None if targets is None else [str(target) for target in targets],
             side=side,
             max_length=least(model.max_length, self.max_input_tokens),
-            max_target_length=self.max_target_tokens,
-            decoder_start=model.config.decoder_start_token_id,
+            max_target_length=least(model.max_target_length, self.max_target_tokens),
+            decoder_start=model.decoder_start,
             query_in_decoder=model.layer_in_decoder,
         )
+
+    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
+        return model.max_target_length
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return 1
@@ -185,6 +193,9 @@ class Completion(GenerationTask):
             ),
             max_target_length=self.max_target_tokens,
         )
+
+    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
+        return None if model.max_length is None else max(1, model.max_length - self._n_given(inputs))
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return inputs["input_ids"].shape[1]
