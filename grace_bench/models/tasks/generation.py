@@ -1,8 +1,9 @@
 """Tasks whose answers are generated freely and compared as text: question answering and completion."""
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +13,29 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
-from grace_bench.models.tasks.base import ItemScore, Task, notes_of, token_losses
-from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
+from grace_bench.models.tasks.base import Answerability, ItemScore, Task, notes_of, token_losses
+from grace_bench.models.tasks.text_scores import exact_match, normalize_answer, reference_f1, token_f1
+from grace_bench.models.tokens import PromptTokenizer
+
+_LINES = "more than one line"
+_SPECIAL = "the text of a special token"
+_CHARACTERS = "characters that the tokenizer cannot give back"
+_ENDLESS = "the tokenizer has no end token"
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """The accepted answers to a request.
+
+    Attributes:
+        texts: The answers, cut like targets in training, and what the tokenizer gives back of them.
+        unanswerable: Why no free answer can equal one of them; None if one can.
+        only_given_back: Whether a free answer can only equal what the tokenizer gives back.
+    """
+
+    texts: tuple[str, ...]
+    unanswerable: str | None
+    only_given_back: bool
 
 
 class GenerationTask(Task):
@@ -23,7 +45,12 @@ class GenerationTask(Task):
     generates = True
     other_scores = ("exact_match", "token_accuracy", "reference_f1")
     carried_scores = ("contrast",)
+    takes_chat = True
     _generation_side: ClassVar[PaddingSide]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._known: dict[tuple[Any, ...], _Accepted] = {}
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         generated = self.generate(model, [request.prompt for request in requests])
@@ -35,8 +62,8 @@ class GenerationTask(Task):
         accuracies = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
         contrasts = self._contrasts(model, requests)
         items = []
-        for i, (request, (text, ids)) in enumerate(zip(requests, generated, strict=True)):
-            accepted = self._accepted(model, request)
+        for i, (accepted_here, (text, ids)) in enumerate(zip(self._accepted(model, requests), generated, strict=True)):
+            accepted = accepted_here.texts
             match = exact_match(text, accepted)
             items.append(
                 ItemScore(
@@ -55,19 +82,64 @@ class GenerationTask(Task):
         return items
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:  # noqa: D102
-        room = least(self._count(model, prompt) + self.max_new_tokens, model.max_length) or 1
+        room = least(self._count(model, prompt, is_prompt=True) + self.max_new_tokens, model.max_length) or 1
         return max(super().size(model, prompt, targets), room)
 
-    def _accepted(self, model: Network, request: EditRequest) -> list[str]:
-        """The accepted answers, cut like targets in training."""
-        accepted = [str(request.target), *request.answers]
-        if self.max_target_tokens is None:
-            return accepted
-        ids = self.encode(model, [request.prompt] * len(accepted), accepted).target_ids
-        return [
-            model.tokenizer.decode(kept, skip_special_tokens=True) if len(kept) == self.max_target_tokens else text
-            for text, kept in zip(accepted, ids, strict=True)
-        ]
+    def answerability(self, model: Network, requests: Sequence[EditRequest]) -> Answerability:  # noqa: D102
+        accepted = self._accepted(model, requests)
+        reasons = Counter(each.unanswerable for each in accepted if each.unanswerable is not None)
+        return Answerability(
+            n_targets=len(requests),
+            unanswerable=dict(reasons.most_common()),
+            n_given_back=sum(each.only_given_back for each in accepted),
+        )
+
+    def longest_target(self, model: Network, requests: Sequence[EditRequest]) -> int:  # noqa: D102
+        pairs = [(request.prompt, text) for request in requests for text in _answers_of(request)]
+        return max(map(len, self._target_ids(model, pairs)), default=0)
+
+    def _accepted(self, model: Network, requests: Sequence[EditRequest]) -> list[_Accepted]:
+        """The accepted answers to each request."""
+        tokens, limit = self.tokens(model), self.max_new_tokens
+        keys = [(tokens, limit, request.prompt, *_answers_of(request)) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
+        pairs = [(request.prompt, text) for request in new.values() for text in _answers_of(request)]
+        ids = iter(self._target_ids(model, pairs))
+        for key, request in new.items():
+            self._known[key] = self._accepted_of(tokens, [(text, next(ids)) for text in _answers_of(request)])
+        return [self._known[key] for key in keys]
+
+    def _accepted_of(self, tokens: PromptTokenizer, answers: Sequence[tuple[str, list[int]]]) -> _Accepted:
+        texts = [tokens.decode(ids) if len(ids) == self.max_target_tokens else text for text, ids in answers]
+        free = [tokens.answer(ids[: self.max_new_tokens])[0] for _, ids in answers]
+        lacking = [self._lacking(tokens, ids) for _, ids in answers]
+        given_back = [text for text, reason in zip(free, lacking, strict=True) if reason is None]
+        # In its normal form an answer may be accepted already; then the scores of others should not change.
+        accepted = [*texts, *(text for text in given_back if normalize_answer(text) and not exact_match(text, texts))]
+        free = [text for text in free if normalize_answer(text)]
+        is_answerable = any(exact_match(text, accepted) for text in free)
+        return _Accepted(
+            texts=tuple(accepted),
+            unanswerable=None if is_answerable else lacking[0] or _CHARACTERS,
+            only_given_back=is_answerable and not any(exact_match(text, texts) for text in free),
+        )
+
+    def _lacking(self, tokens: PromptTokenizer, ids: Sequence[int]) -> str | None:
+        """Why generation does not give all tokens of a target; None if it does."""
+        is_ended = tokens.end_id is not None
+        content = ids[:-1] if is_ended else ids
+        given = content[: self.max_new_tokens]
+        if tokens.has_line_break(given):
+            return _LINES
+        if not tokens.special_ids.isdisjoint(given) and len(tokens.answer(given)[1]) < len(content):
+            return _SPECIAL
+        if len(content) > self.max_new_tokens:
+            return f"longer than max_new_tokens={self.max_new_tokens}"
+        return None if is_ended or len(content) == self.max_new_tokens else _ENDLESS
+
+    @abstractmethod
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Returns the token ids of targets after their prompts, end token included, cut like targets in training."""
 
     def _contrasts(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
         """For each request with a contrast: whether its first answer is likelier (Meng et al. 2022)."""
@@ -100,21 +172,15 @@ class GenerationTask(Task):
         """
         batch = self.encode(model, prompts, side=self._generation_side)
         inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-        tokenizer = model.tokenizer
-        stops = [tokenizer.eos_token_id, *_newline_ids(tokenizer)]
+        tokens = self.tokens(model)
         with model.querying(batch.query):
             output = model.module.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokens.stop_ids,
+                pad_token_id=tokens.pad_id,
             )
-        results = []
-        for row in output[:, self._n_given(inputs) :].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-            ids = row[:end]
-            results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids))
-        return results
+        return [tokens.answer(row) for row in output[:, self._n_given(inputs) :].tolist()]
 
     @abstractmethod
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
@@ -139,7 +205,7 @@ class QuestionAnswering(GenerationTask):
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
         return encoding.encode_seq2seq(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side,
@@ -151,6 +217,11 @@ class QuestionAnswering(GenerationTask):
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return 1
+
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        tokens = self.tokens(model)
+        answers = tokens.answer_ids([target for _, target in pairs])
+        return [tokens.with_end(ids, self.max_target_tokens) for ids in answers]
 
 
 class Completion(GenerationTask):
@@ -169,7 +240,7 @@ class Completion(GenerationTask):
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
         return encoding.encode_causal(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side,
@@ -184,8 +255,11 @@ class Completion(GenerationTask):
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return inputs["input_ids"].shape[1]
 
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        tokens = self.tokens(model)
+        split = tokens.split([prompt for prompt, _ in pairs], [target for _, target in pairs])
+        return [tokens.with_end(ids, self.max_target_tokens) for _, ids in split]
 
-@lru_cache(maxsize=8)
-def _newline_ids(tokenizer: Any) -> tuple[int, ...]:
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return tuple(i for i, text in enumerate(texts) if "\n" in text)
+
+def _answers_of(request: EditRequest) -> list[str]:
+    return [str(request.target), *request.answers]
