@@ -10,7 +10,7 @@ from typing import Any
 from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
 from grace_bench.data.derived import fill_targets, probe_requests, rephrased
 from grace_bench.data.requests import EditRequest, content_of
-from grace_bench.data.stream import ROLES, EditStream, StreamData, StreamMetadata
+from grace_bench.data.stream import ROLES, AnswerLength, EditStream, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 
 
@@ -73,7 +73,9 @@ class EditBenchmark(CLScenario):
         task: The name of the stream's task.
         metadata: Source, revision and licence.
         fingerprint: SHA-256 of the requests.
-        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_new_tokens: The largest number of tokens that free generation may produce; `auto` until a run has chosen it
+            by the targets and the model's tokenizer.
+        loaded: The requests in all roles as the stream gave them, whichever split is edited; None for those of `data`.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class EditBenchmark(CLScenario):
         task: str,
         metadata: StreamMetadata,
         fingerprint: str,
-        max_new_tokens: int,
+        max_new_tokens: AnswerLength,
+        loaded: StreamData | None = None,
     ) -> None:
         self.name = name
         self.data = data
@@ -92,6 +95,7 @@ class EditBenchmark(CLScenario):
         self.metadata = metadata
         self.fingerprint = fingerprint
         self.max_new_tokens = max_new_tokens
+        self.loaded = data if loaded is None else loaded
         edits = EagerCLStream("edits", [EditExperience(request) for request in data.edits], benchmark=self)
         super().__init__([edits, *(eval_stream(role, requests) for role, requests in self._eval_roles())])
 
@@ -127,6 +131,7 @@ class EditBenchmark(CLScenario):
             metadata=stream.metadata,
             fingerprint=fingerprint,
             max_new_tokens=stream.max_new_tokens,
+            loaded=data,
         )
 
     def with_data(self, **roles: Any) -> "EditBenchmark":
@@ -138,6 +143,7 @@ class EditBenchmark(CLScenario):
             metadata=self.metadata,
             fingerprint=self.fingerprint,
             max_new_tokens=self.max_new_tokens,
+            loaded=self.loaded,
         )
 
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":

@@ -136,7 +136,12 @@ class EvaluationLine(BaseModel):
 
 
 class StreamInfo(BaseModel):
-    """The stream of a run; `left_out` counts the records of its source that the stream does not use, by reason."""
+    """The stream of a run.
+
+    Attributes:
+        left_out: How many records of its source the stream does not use, by reason.
+        unanswerable: How many targets of its candidates no free answer can equal, by reason.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -145,6 +150,7 @@ class StreamInfo(BaseModel):
     fingerprint: str
     n_candidates: int
     left_out: dict[str, int] = {}
+    unanswerable: dict[str, int] = {}
     source: str
     revision: str
     license: str
@@ -180,7 +186,10 @@ class EditorInfo(BaseModel):
 
 
 class Protocol(BaseModel):
-    """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols."""
+    """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols.
+
+    Fields with a default were recorded later than the others; runs made before had the default.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -197,6 +206,10 @@ class Protocol(BaseModel):
     decoding: Literal["greedy"] = "greedy"
     query: str
     prefix_length: int
+    chat: bool = False
+    chat_system: str | None = None
+    target_space: str = "auto"
+    special_tokens: str = "text"
     tuning_budget: str | None = None
 
 

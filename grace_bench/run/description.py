@@ -67,7 +67,12 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
         "seed": settings.seed,
         **vars(settings.schedule),
         **{name: getattr(settings, name) for name in ("split", "batch_size", "engine")},
-        "protocol": {"query": settings.query, "prefix_length": settings.prefix_length},
+        # What has its default is left out, so that checkpoints made before it was an option still fit.
+        "protocol": {
+            "query": settings.query,
+            "prefix_length": settings.prefix_length,
+            **settings.text_format.changed(),
+        },
         "max_new_tokens": benchmark.max_new_tokens,
     }
 
@@ -114,6 +119,7 @@ def result_of(
             fingerprint=benchmark.fingerprint,
             n_candidates=len(benchmark.data.edits),
             left_out=dict(benchmark.data.left_out),
+            unanswerable=dict(opened.answerability.unanswerable),
             **benchmark.metadata.model_dump(include={"source", "revision", "license"}),
         ),
         model=ModelInfo(
@@ -139,6 +145,10 @@ def result_of(
             max_target_tokens=task.max_target_tokens,
             query=task.query,
             prefix_length=task.prefix_length,
+            chat=settings.chat,
+            chat_system=settings.chat_system,
+            target_space=settings.target_space,
+            special_tokens=settings.special_tokens,
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from grace_bench.common.options import check_whole
 from grace_bench.models.engine.engine import EngineName
+from grace_bench.models.tokens import SpecialTokens, TargetSpace, TextFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class RunSettings:
         split: `edits`, or `validation` for tuning.
         query: Where running text is queried: `prefix` or `last_token`.
         prefix_length: Tokens of running text that are read but not scored.
+        chat: Whether prompts go through the tokenizer's chat template.
+        chat_system: The system message of the chat; None for none.
+        target_space: The space between a prompt and its target: `auto`, `always` or `never`.
+        special_tokens: What the names of special tokens in prompts and targets are: `text`, or `parse` for the tokens.
         batch_size: Maximum number of inputs in one forward pass of scoring.
         batch_tokens: Maximum number of tokens in such a pass, padding included. On a CPU at most 1,024, unless answers
             are generated.
@@ -66,6 +71,10 @@ class RunSettings:
     split: str = "edits"
     query: str = "prefix"
     prefix_length: int = 8
+    chat: bool = False
+    chat_system: str | None = None
+    target_space: TargetSpace = "auto"
+    special_tokens: SpecialTokens = "text"
     batch_size: int = 64
     batch_tokens: int = 16384
     engine: EngineName = "exact"
@@ -74,3 +83,17 @@ class RunSettings:
     tuning_budget: str | None = None
     checkpoint_every: int = 50
     strict: bool = False
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How prompts and targets are written as tokens.
+
+        Raises:
+            UserError: If a value is not one of its choices, or there is a system message without a chat.
+        """
+        return TextFormat(
+            chat=self.chat,
+            system=self.chat_system,
+            target_space=self.target_space,
+            special_tokens=self.special_tokens,
+        )
