@@ -10,7 +10,7 @@ from torch.nn import functional
 from grace_bench.editing.guard import check_loss
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel, LayerCall
-from grace_bench.models.encoding import EncodedBatch, subject_position
+from grace_bench.models.encoding import EncodedBatch
 
 # Where the authors stop optimising a value.
 _GOOD_ENOUGH = 5e-2
@@ -25,14 +25,14 @@ def encode_at_subject(
         EditFailure: If the subject was cut off.
     """
     encoded = model.encode_batch(prompts, targets)
-    tokenizer, stems = model.tokenizer, [prompt.rstrip(" ") for prompt in prompts]
-    # Counted back from the prompt's last token, because padding and truncation shift the tokens before it.
-    back = [subject_position(tokenizer, stem, stem) - subject_position(tokenizer, stem, subject) for stem in stems]
-    query = encoded.query - torch.tensor(back, device=encoded.query.device)
-    mask = encoded.inputs["attention_mask"]
-    if not bool(((query >= 0) & mask.gather(1, query.clamp(min=0)[:, None])[:, 0].bool()).all()):
+    positions = torch.tensor([model.tokens.subject_position(prompt, subject) for prompt in prompts])
+    last = torch.tensor([len(ids) - 1 for ids in model.tokens.prompt_ids(prompts)])
+    # Counted back from the prompt's last token, because truncation shifts the tokens before it.
+    n_cut = (last - encoded.query.cpu()).clamp(min=0)
+    first = torch.tensor([model.tokens.cut_between(prompt)[0] for prompt in prompts])
+    if bool(((n_cut > 0) & (positions < first + n_cut)).any()):
         raise EditFailure(f"the prompt is too long: the subject {subject!r} was cut off")
-    return replace(encoded, query=query)
+    return replace(encoded, query=(positions - n_cut).to(encoded.query.device))
 
 
 def optimise_value(

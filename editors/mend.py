@@ -173,6 +173,7 @@ class Mend(EditorStrategy):
         # Included only if there are any, so that networks trained without them keep their cache key.
         limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
         cuts = [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
+        cuts += [f"{name}={value}" for name, value in task.format.changed().items()]
         return content_key(
             version=_VERSION,
             model=self.model.fingerprint,

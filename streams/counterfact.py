@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.common.options import check_text, check_whole
+from grace_bench.common.options import check_text
 from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import DerivedRequest, EditRequest, Probe, TaskName
-from grace_bench.data.stream import StreamData, StreamMetadata
+from grace_bench.data.stream import AnswerLength, StreamData, StreamMetadata, check_answer_length
 from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record
@@ -84,7 +84,8 @@ class CounterFact(RecordStream):
         path: A file or folder; None for `azhx/counterfact` on the hub, a copy of ROME's file, whose test split is used
             for validation.
         validation_path: Records for tuning, in the same formats; records with an edited prompt are left out.
-        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_new_tokens: The largest number of tokens that free generation may produce; `auto` for as many as the longest
+            target takes.
         on_error: `raise`, or `skip` to leave broken records out and count them.
     """
 
@@ -102,12 +103,12 @@ class CounterFact(RecordStream):
         *,
         path: str | None = None,
         validation_path: str | None = None,
-        max_new_tokens: int = 8,
+        max_new_tokens: AnswerLength = "auto",
         on_error: str = "raise",
     ) -> None:
         for name, value in (("path", path), ("validation_path", validation_path)):
             check_text(f"stream.{name}", value, optional=True)
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
+        check_answer_length("stream.max_new_tokens", max_new_tokens)
         self.path = path
         self.validation_path = validation_path
         self.max_new_tokens = max_new_tokens

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
-from grace_bench.common.options import check_text, check_whole
+from grace_bench.common.options import check_text
 from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import EditRequest, TaskName, is_contrast
-from grace_bench.data.stream import Order, StreamData, StreamMetadata
+from grace_bench.data.stream import AnswerLength, Order, StreamData, StreamMetadata, check_answer_length
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Record
@@ -33,7 +33,8 @@ class Jsonl(RecordStream):
         upstream_path: Requests, in the same format, that the model answers correctly and must still answer correctly
             after the edits; without them TRR is not measured.
         label_names: The names of the labels, for classification; a target is an index into them.
-        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_new_tokens: The largest number of tokens that free generation may produce; `auto` for as many as the longest
+            target takes.
         on_error: `raise`, or `skip` to leave broken records out and count them.
 
     Raises:
@@ -51,7 +52,7 @@ class Jsonl(RecordStream):
         task: str = "completion",
         upstream_path: str | None = None,
         label_names: Sequence[str] = (),
-        max_new_tokens: int = 16,
+        max_new_tokens: AnswerLength = "auto",
         on_error: str = "raise",
     ) -> None:
         if path is None:
@@ -64,7 +65,7 @@ class Jsonl(RecordStream):
             raise UserError(f"stream.task={task!r} is not a task{hint} (there are: {', '.join(tasks)})")
         if label_names and task != "classification":
             raise UserError(f"stream.label_names= is for classification, not for {task}")
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
+        check_answer_length("stream.max_new_tokens", max_new_tokens)
         self.path = path
         self.task = tasks[task]
         self.upstream_path = upstream_path

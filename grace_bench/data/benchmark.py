@@ -11,7 +11,7 @@ from grace_bench.common.options import check_choice
 from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
 from grace_bench.data.derived import fill_targets, probe_requests, rephrased
 from grace_bench.data.requests import EditRequest, content_of
-from grace_bench.data.stream import ROLES, EditStream, Order, StreamData, StreamMetadata
+from grace_bench.data.stream import ROLES, AnswerLength, EditStream, Order, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 
 
@@ -74,8 +74,10 @@ class EditBenchmark(CLScenario):
         task: The name of the stream's task.
         metadata: Source, revision and licence.
         fingerprint: SHA-256 of the requests.
-        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_new_tokens: The largest number of tokens that free generation may produce; `auto` until a run has chosen it
+            by the targets and the model's tokenizer.
         order: The order of the edits: `shuffle` or `stream`.
+        loaded: The requests in all roles as the stream gave them, whichever split is edited; None for those of `data`.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class EditBenchmark(CLScenario):
         task: str,
         metadata: StreamMetadata,
         fingerprint: str,
-        max_new_tokens: int,
+        max_new_tokens: AnswerLength,
         order: Order = "shuffle",
+        loaded: StreamData | None = None,
     ) -> None:
         self.name = name
         self.data = data
@@ -96,6 +99,7 @@ class EditBenchmark(CLScenario):
         self.fingerprint = fingerprint
         self.max_new_tokens = max_new_tokens
         self.order = order
+        self.loaded = data if loaded is None else loaded
         edits = EagerCLStream("edits", [EditExperience(request) for request in data.edits], benchmark=self)
         super().__init__([edits, *(eval_stream(role, requests) for role, requests in self._eval_roles())])
 
@@ -139,6 +143,7 @@ class EditBenchmark(CLScenario):
             fingerprint=fingerprint,
             max_new_tokens=stream.max_new_tokens,
             order=order,
+            loaded=data,
         )
 
     def with_data(self, **roles: Any) -> "EditBenchmark":
@@ -151,6 +156,7 @@ class EditBenchmark(CLScenario):
             fingerprint=self.fingerprint,
             max_new_tokens=self.max_new_tokens,
             order=self.order,
+            loaded=self.loaded,
         )
 
     def answered_by(self, answer: Callable[[Sequence[str]], Sequence[str | int]]) -> "EditBenchmark":

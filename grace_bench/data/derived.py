@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from grace_bench.data.requests import DerivedRequest, EditRequest
+from grace_bench.data.stream import ROLES, StreamData
 
 Answer = Callable[[Sequence[str]], Sequence[str | int]]
 """Returns the unedited model's answers to prompts."""
@@ -43,6 +44,16 @@ def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedR
         for request in requests
         for i, probe in enumerate(getattr(request, kind))
     )
+
+
+def given_targets(data: StreamData) -> Iterator[EditRequest]:
+    """Yields the requests of all roles, and their probes, whose targets the stream gives."""
+    for request in (request for role in ROLES for request in getattr(data, role)):
+        if not is_answered_by_model(request):
+            yield request
+        for probe in (*request.locality, *request.portability):
+            if probe.target is not None:
+                yield EditRequest(id=request.id, prompt=probe.prompt, target=probe.target)
 
 
 def is_answered_by_model(request: EditRequest) -> bool:

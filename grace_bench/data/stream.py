@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+from grace_bench.common.options import check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault, stored_attributes
 from grace_bench.data.requests import EditRequest, TaskName
@@ -20,6 +21,8 @@ Normalise = Literal["squad", "strict"]
 """How answers are normalised before they are compared (see `grace_bench.models.tasks.text_scores`)."""
 LayerKind = Literal["any", "mlp_output", "several"]
 """The layers an editor edits: `any` single layer, the output projection of an MLP, or `several` layers together."""
+AnswerLength = int | Literal["auto"]
+"""Maximum number of tokens of a free answer; `auto` for that of the longest target."""
 
 
 class StreamMetadata(BaseModel):
@@ -79,7 +82,8 @@ class EditStream(ABC):
     Attributes:
         task: The task of the model: classification, question answering, completion or language modelling.
         metadata: Source, revision, licence and citation.
-        max_new_tokens: The largest number of tokens that free generation may produce.
+        max_new_tokens: The largest number of tokens that free generation may produce; `auto` for as many as the longest
+            target takes with the model's tokenizer, end token included.
         max_input_tokens: The length to which inputs are truncated; None for the model's limit.
         max_target_tokens: The length to which targets are truncated, end token included; None for the model's limit.
         order: The order in which a run takes the candidates unless it names one: `shuffle`, or `stream` for data whose
@@ -98,7 +102,7 @@ class EditStream(ABC):
     registered_name: ClassVar[str]
     task: TaskName
     metadata: ClassVar[StreamMetadata]
-    max_new_tokens: int = 16
+    max_new_tokens: AnswerLength = "auto"
     max_input_tokens: int | None = None
     max_target_tokens: int | None = None
     order: Order = "shuffle"
@@ -173,3 +177,19 @@ class EditStream(ABC):
         if "task" not in choices and "task" not in stored_attributes(cls, base=EditStream):
             return f"{cls.__name__} has no task: set `task` to one of {', '.join(get_args(TaskName))}"
         return None
+
+
+def check_answer_length(option: str, value: Any) -> None:
+    """Makes sure that a value is an answer's maximum number of tokens, or `auto`.
+
+    Args:
+        option: The option's name.
+        value: Its value.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if value != "auto" and isinstance(value, str):
+        raise UserError(f"{option}={value} should be auto or a whole number, at least 1")
+    if value != "auto":
+        check_whole(option, value, least=1)

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from grace_bench.errors import UserError
-from grace_bench.launch.run_config import RunConfig, make_editor, make_stream
+from grace_bench.launch.run_config import RunConfig, make_editor, make_stream, setting_name
 from grace_bench.run.settings import RunSettings, Schedule
 
 
@@ -27,8 +27,8 @@ def run_arguments(config: RunConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def run_settings(config: RunConfig) -> RunSettings:
-    """Returns the settings of a run: every field takes the option of its name, wherever that is nested."""
-    values = {name.rpartition(".")[2]: value for name, value in config.options()}
+    """Returns the settings of a run: every field takes the option that declares it, wherever that is nested."""
+    values = {setting_name(name): value for name, value in config.options()}
     schedule = Schedule(**{declared.name: values[declared.name] for declared in fields(Schedule)})
     names = [declared.name for declared in fields(RunSettings) if declared.name != "schedule"]
     return RunSettings(schedule=schedule, **{name: values[name] for name in names})

@@ -24,7 +24,7 @@ from grace_bench.common.text import visible
 from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.errors import UserError, reason_of
-from grace_bench.launch.run_config import OPTIONS, RunConfig, hash_config, make_stream
+from grace_bench.launch.run_config import OPTIONS, YOUNG_DEFAULTS, RunConfig, hash_config, make_stream, setting_name
 from grace_bench.launch.run_folder import read_plain_config
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.loading import pick_device, pick_threads
@@ -267,15 +267,17 @@ def _configuration(result: RunResult, config: Mapping[str, Any]) -> Iterator[Fin
         yield _compared("configuration", recorded, hash_config(config)[: len(recorded)])
     protocol = result.protocol.model_dump()
     settings = {"seed": result.seed}
-    settings |= {name: protocol[name.rpartition(".")[2]] for name, option in OPTIONS.items() if option.in_protocol}
+    settings |= {name: protocol[setting_name(name)] for name, option in OPTIONS.items() if option.in_protocol}
     yield _compared("settings", settings, {name: _option_of(config, name) for name in settings})
 
 
 def _option_of(config: Mapping[str, Any], name: str) -> Any:
-    """The value of an option, by the name that is typed; None where the configuration has none."""
+    """The value of an option, by the name that is typed; a younger option may be missing and then has its default."""
     value: Any = config
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping) or part not in value:
+            return YOUNG_DEFAULTS.get(name)
+        value = value[part]
     return value
 
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grace_bench.common.wandb_account import check_project
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.launch.presets import register_presets
-from grace_bench.launch.run_config import RunConfig, default_options
+from grace_bench.launch.run_config import SHORT, RunConfig, default_options
 from grace_bench.launch.typed import quote_plain_text, refuse_several, texts_of
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import EDITORS, STREAMS, Registry
@@ -70,7 +70,13 @@ def prepare_overrides(overrides: Sequence[str]) -> list[str]:
     """
     overrides = _with_consequences(register_presets([quote_plain_text(override) for override in overrides]))
     _register_configs(overrides)
-    return overrides
+    return [_written_out(override) for override in overrides]
+
+
+def _written_out(override: str) -> str:
+    """An override with the full name of an option that was typed by its short one."""
+    name, _, value = override.partition("=")
+    return f"{SHORT[name]}={value}" if name in SHORT and not value.startswith("{") else override
 
 
 def given_options(overrides: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.errors import UserError
+from grace_bench.models.tokens import SPECIAL_TOKENS, TARGET_SPACES
 from grace_bench.registry import EDITORS, STREAMS, Registry
 
 _HASH_DIGITS = 8
@@ -32,6 +33,7 @@ class Option:
             runs made before it keep their folders.
         in_sweep_name: Whether the value tells sweeps apart.
         in_protocol: Whether a result records the value in its `protocol`.
+        setting: The name of the run's setting and of the protocol's field; empty for the last part of the option's.
     """
 
     help: str
@@ -40,9 +42,10 @@ class Option:
     default_in_hash: bool = True
     in_sweep_name: bool = True
     in_protocol: bool = False
+    setting: str = ""
 
 
-def _option(default: Any, help: str, check: Callable[[str, Any], None], **declared: bool) -> Any:
+def _option(default: Any, help: str, check: Callable[[str, Any], None], **declared: Any) -> Any:
     return field(default=default, metadata={"option": Option(help=help, check=check, **declared)})
 
 
@@ -94,6 +97,39 @@ class ProtocolOptions:
         _one_of("squad", "strict", optional=True),
         default_in_hash=False,
     )
+    special_tokens: str = _option(
+        "text",
+        "names of special tokens in prompts and targets: text, or parse to read them as the tokens",
+        _one_of(*SPECIAL_TOKENS),
+        default_in_hash=False,
+        in_protocol=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """The options under `chat.`; `chat=true` is short for `chat.enabled=true`."""
+
+    enabled: bool = _option(
+        False,
+        "put prompts through the tokenizer's chat template (qa and completion)",
+        lambda _, value: check_flag("chat", value),
+        default_in_hash=False,
+        in_protocol=True,
+        setting="chat",
+    )
+    system: str | None = _option(
+        None,
+        "the system message of a chat; null for none",
+        _text_or_null,
+        default_in_hash=False,
+        in_protocol=True,
+        setting="chat_system",
+    )
+
+    def __post_init__(self) -> None:
+        if self.system is not None and self.enabled is False:
+            raise UserError(f"chat.system={self.system} needs chat=true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +272,14 @@ class RunConfig:
     tuning_budget: str | None = _option(
         None, "how the hyperparameters were chosen, as the leaderboard shows it", _text_or_null, in_protocol=True
     )
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    target_space: str = _option(
+        "auto",
+        "a space between a prompt and its target: auto, always or never",
+        _one_of(*TARGET_SPACES),
+        default_in_hash=False,
+        in_protocol=True,
+    )
     protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
     out: str = _option("runs", "where run folders are made", _folder, in_hash=False, in_sweep_name=False)
     existing: str = _option(
@@ -272,7 +316,7 @@ class RunConfig:
         }
         groups = {
             name: _group_from(name, kind, given.pop(name, {}))
-            for name, kind in (("protocol", ProtocolOptions), ("wandb", WandbOptions))
+            for name, kind in (("chat", ChatOptions), ("protocol", ProtocolOptions), ("wandb", WandbOptions))
         }
         return _from_values(cls, "", given, **groups, **components)
 
@@ -310,7 +354,9 @@ def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Option]]
 
 OPTIONS: dict[str, Option] = {name: option for name, _, option in _declared(RunConfig)}
 """Every option of a run by the name that is typed, in the order of `config.yaml`."""
-_YOUNG = {name: default for name, default, option in _declared(RunConfig) if not option.default_in_hash}
+SHORT = {"chat": "chat.enabled"}
+"""Options that may be typed by a shorter name."""
+YOUNG_DEFAULTS = {name: default for name, default, option in _declared(RunConfig) if not option.default_in_hash}
 """The defaults of the options that are younger than the hash."""
 
 
@@ -319,9 +365,20 @@ def default_options() -> dict[str, Any]:
     return _nested((name, default) for name, default, _ in _declared(RunConfig))
 
 
+def setting_name(name: str) -> str:
+    """Returns the name of the run's setting and of the protocol's field for an option.
+
+    >>> setting_name("protocol.query"), setting_name("chat.enabled")
+    ('query', 'chat')
+    """
+    return OPTIONS[name].setting or name.rpartition(".")[2]
+
+
 def option_lines() -> list[str]:
     """Returns a line of `run --help` for every option: the option with its default, and what it does."""
-    shown = [(f"{name}={_typed(default)}", option.help) for name, default, option in _declared(RunConfig)]
+    short = {name: typed for typed, name in SHORT.items()}
+    declared = ((short.get(name, name), default, option) for name, default, option in _declared(RunConfig))
+    shown = [(f"{name}={_typed(default)}", option.help) for name, default, option in declared]
     width = max(len(option) for option, _ in shown)
     return [f"{option:<{width}}  {text}" for option, text in shown]
 
@@ -349,9 +406,9 @@ def _without_young_defaults(plain: Mapping[str, Any], prefix: str = "") -> dict[
     kept = {}
     for key, value in plain.items():
         name = f"{prefix}{key}"
-        if name in _YOUNG and value == _YOUNG[name]:
+        if name in YOUNG_DEFAULTS and value == YOUNG_DEFAULTS[name]:
             continue
-        if any(young.startswith(f"{name}.") for young in _YOUNG):
+        if any(young.startswith(f"{name}.") for young in YOUNG_DEFAULTS):
             value = _without_young_defaults(value, f"{name}.")
             if not value:
                 continue

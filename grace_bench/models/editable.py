@@ -21,6 +21,7 @@ from grace_bench.models.loading import DeviceMap, load_pretrained
 from grace_bench.models.network import Network, TextEncoder
 from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.models.tasks.lookup import get_task
+from grace_bench.models.tokens import PromptTokenizer
 
 __all__ = ["DeviceMap", "EditableModel", "LayerCall", "Replacement"]
 
@@ -171,6 +172,15 @@ class EditableModel(Network):
         """Yields the indices of the requests that `score` puts into one batch."""
         _check_requests(requests)
         return self.task.together(self, requests)
+
+    @property
+    def tokens(self) -> PromptTokenizer:
+        """The tokenizer, used in the task's format.
+
+        Raises:
+            UserError: If the format needs a chat template that the tokenizer does not have.
+        """
+        return self.task.tokens(self)
 
     def size(self, prompt: str, targets: Iterable[str | int] = ()) -> int:
         """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""

@@ -1,4 +1,4 @@
-"""The one place where text becomes tensors: spaces, shifts, masks and the query position.
+"""The one place where token ids become tensors: shifts, masks, padding and the query position.
 
 Labels are aligned with logits: `logits[b, t]` is scored against `labels[b, t]`, whatever the architecture, so one
 cross-entropy serves every task and no other module shifts anything.
@@ -6,13 +6,14 @@ cross-entropy serves every task and no other module shifts anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from grace_bench.errors import UserError
+from grace_bench.models.tokens import PromptTokenizer
 
 IGNORED = -100
 CACHES = ("cache", "past_key_values")
@@ -185,7 +186,7 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 def encode_classification(
-    tokenizer: Any,
+    tokens: PromptTokenizer,
     prompts: Sequence[str],
     labels: Sequence[int] | None = None,
     *,
@@ -193,8 +194,8 @@ def encode_classification(
     max_length: int | None = None,
 ) -> EncodedBatch:
     """Encodes texts for a sequence classifier; the query is the last real token."""
-    rows = [_closed_ids(tokenizer, prompt, max_length) for prompt in prompts]
-    ids, mask = pad(rows, _pad_id(tokenizer), side)
+    rows = tokens.closed_ids(prompts, max_length=max_length)
+    ids, mask = pad(rows, tokens.pad_id, side)
     return EncodedBatch(
         inputs={"input_ids": ids, "attention_mask": mask},
         query=last_token(mask),
@@ -204,7 +205,7 @@ def encode_classification(
 
 
 def encode_seq2seq(
-    tokenizer: Any,
+    tokens: PromptTokenizer,
     prompts: Sequence[str],
     targets: Sequence[str] | None = None,
     *,
@@ -219,19 +220,15 @@ def encode_seq2seq(
     The query is the last real encoder token. If the edited layer is in the decoder, it is the decoder's start token,
     which has read the whole question by cross-attention and comes before every answer token.
     """
-    rows = [_closed_ids(tokenizer, prompt, max_length) for prompt in prompts]
-    ids, mask = pad(rows, _pad_id(tokenizer), side)
+    rows = tokens.closed_ids(prompts, max_length=max_length)
+    ids, mask = pad(rows, tokens.pad_id, side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     query = torch.zeros(len(rows), dtype=torch.long) if query_in_decoder else last_token(mask)
     if targets is None:
         inputs["decoder_input_ids"] = torch.full((len(rows), 1), decoder_start, dtype=torch.long)
         return EncodedBatch(inputs=inputs, query=query)
-    end = tokenizer.eos_token_id
-    answers = [
-        _with_end(tokenizer(text_target=target, add_special_tokens=False)["input_ids"], end, max_target_length)
-        for target in targets
-    ]
-    return seq2seq_batch(inputs, query, answers, end=end, pad_id=_pad_id(tokenizer), decoder_start=decoder_start)
+    answers = [tokens.with_end(answer, max_target_length) for answer in tokens.answer_ids(targets)]
+    return seq2seq_batch(inputs, query, answers, end=tokens.end_id, pad_id=tokens.pad_id, decoder_start=decoder_start)
 
 
 def seq2seq_batch(
@@ -257,7 +254,7 @@ def seq2seq_batch(
 
 
 def encode_causal(
-    tokenizer: Any,
+    tokens: PromptTokenizer,
     prompts: Sequence[str],
     targets: Sequence[str] | None = None,
     *,
@@ -270,16 +267,13 @@ def encode_causal(
 ) -> EncodedBatch:
     """Encodes prompts, and targets after them, for a causal language model.
 
-    A prompt and its target are joined by one space (none after a line break). They are tokenised together if that does
-    not change the prompt's tokens. The space always belongs to the target, as byte-pair tokenizers expect.
-
     Args:
-        tokenizer: A Hugging Face tokenizer.
+        tokens: The tokenizer, which also decides about the space between a prompt and its target.
         prompts: B texts. An empty one makes its target running text.
         targets: B texts that follow them, or None.
         side: The padding side; left for generation.
         max_length: Longest sequence in tokens. Longer ones are cut at the prompt's start, down to one token, then at
-            the target's end; running text is cut at its end.
+            the target's end; running text is cut at its end. In a chat only the user's text is cut, not the template.
         max_prompt_length: Longest prompt in tokens, with and without a target, so that both query the same position.
         max_target_length: Longest target in tokens, end token included; for running text, the longest text.
         end_token: Whether the end token follows the target.
@@ -294,26 +288,27 @@ def encode_causal(
     query_offsets: list[int] = []
     for i, prompt in enumerate(prompts):
         if targets is None:
-            ids = _trim_left(_open_ids(tokenizer, prompt.rstrip(" ")), max_prompt_length or max_length)
+            (ids,) = tokens.prompt_ids([prompt], max_length=max_prompt_length or max_length)
             rows.append(ids)
             prompt_lengths.append(len(ids))
             query_offsets.append(len(ids) - 1)
             continue
         if not prompt.strip():
-            text_ids = _open_ids(tokenizer, targets[i])[: least(max_length, max_target_length)]
+            text_ids = tokens.text_ids([targets[i]])[0][: least(max_length, max_target_length)]
             cut = min(prefix_length or 1, max(1, len(text_ids) - 1))
             rows.append(text_ids)
             prompt_lengths.append(cut)
             query_offsets.append(len(text_ids) - 1 if prefix_length is None else cut - 1)
             continue
-        prompt_ids, target_ids = split_causal(tokenizer, prompt, targets[i])
-        prompt_ids = _trim_left(prompt_ids, max_prompt_length)
+        ((prompt_ids, target_ids),) = tokens.split([prompt], [targets[i]])
+        prompt_ids = tokens.cut(prompt, prompt_ids, max_prompt_length)
         # Answering cuts prompts to max_prompt_length too, so a target may not shorten them further.
         kept = len(prompt_ids) if max_prompt_length is not None else 1
         room = None if max_length is None else max_length - kept
-        end = tokenizer.eos_token_id if end_token else None
-        target_ids = _with_end(target_ids, end, least(room, max_target_length))
-        prompt_ids = _trim_left(prompt_ids, None if max_length is None else max(1, max_length - len(target_ids)))
+        target_ids = tokens.with_end(target_ids, least(room, max_target_length), end_token=end_token)
+        prompt_ids = tokens.cut(
+            prompt, prompt_ids, None if max_length is None else max(1, max_length - len(target_ids))
+        )
         rows.append(prompt_ids + target_ids)
         prompt_lengths.append(len(prompt_ids))
         query_offsets.append(len(prompt_ids) - 1)
@@ -321,8 +316,8 @@ def encode_causal(
         rows,
         prompt_lengths,
         query_offsets,
-        pad_id=_pad_id(tokenizer),
-        end=tokenizer.eos_token_id if end_token else None,
+        pad_id=tokens.pad_id,
+        end=tokens.end_id if end_token else None,
         side=side,
         labelled=targets is not None,
     )
@@ -360,23 +355,6 @@ def causal_batch(
     )
 
 
-def subject_position(tokenizer: Any, prompt: str, subject: str) -> int:
-    """Returns the position of the subject's last token in the tokens of an unpadded causal prompt.
-
-    If the subject occurs several times, the last occurrence counts.
-
-    Raises:
-        ValueError: If it does not occur in the prompt.
-    """
-    end = prompt.rindex(subject) + len(subject)
-    return len(_open_ids(tokenizer, prompt[:end])) - 1
-
-
-def count_tokens(tokenizer: Any, text: str) -> int:
-    """Returns how many tokens a text has, special ones included."""
-    return len(tokenizer(text)["input_ids"])
-
-
 def check_texts(name: str, texts: Sequence[str]) -> None:
     """Makes sure that an argument is a sequence of texts.
 
@@ -402,63 +380,3 @@ def least(*limits: int | None) -> int | None:
     3
     """
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def split_causal(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """Returns the token ids of a prompt and of the target that follows it, without an end token."""
-    stem = prompt.rstrip(" ")
-    prompt_ids = _open_ids(tokenizer, stem)
-    text = target.lstrip(" ")
-    if text and not stem.endswith("\n") and not text.startswith("\n"):
-        text = f" {text}"
-    joint = _open_ids(tokenizer, stem + text)
-    if joint[: len(prompt_ids)] == prompt_ids and len(joint) > len(prompt_ids):
-        return prompt_ids, joint[len(prompt_ids) :]
-    # The tokenizer merged across the seam. Generation starts from the prompt alone, so the prompt's tokens stay.
-    return prompt_ids, _continuing_ids(tokenizer, text)
-
-
-def _continuing_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that continues another."""
-    # Some tokenizers put a space before the start of a text; a preceding line break prevents that.
-    before = _open_ids(tokenizer, "\n")
-    joint = _open_ids(tokenizer, f"\n{text}")
-    if joint[: len(before)] == before:
-        return joint[len(before) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _open_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that will be continued: without the end token that some tokenizers add."""
-    ids = list(tokenizer(text)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids or [_begin_id(tokenizer)]
-
-
-def _closed_ids(tokenizer: Any, text: str, max_length: int | None) -> list[int]:
-    """Token ids of a complete input, with all special tokens."""
-    limits = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    return list(tokenizer(text, **limits)["input_ids"]) or [_begin_id(tokenizer)]
-
-
-def _begin_id(tokenizer: Any) -> int:
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0
-
-
-def _pad_id(tokenizer: Any) -> int:
-    value = getattr(tokenizer, "pad_token_id", None)
-    return _begin_id(tokenizer) if value is None else int(value)
-
-
-def _with_end(ids: Sequence[int], end: int | None, max_length: int | None) -> list[int]:
-    room = None if max_length is None else max(0, max_length - (end is not None))
-    return [*ids[:room], *([] if end is None else [end])]
-
-
-def _trim_left(ids: list[int], max_length: int | None) -> list[int]:
-    return ids if max_length is None else ids[-max_length:]

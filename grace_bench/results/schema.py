@@ -136,7 +136,12 @@ class EvaluationLine(BaseModel):
 
 
 class StreamInfo(BaseModel):
-    """The stream of a run; `left_out` counts the records of its source that the stream does not use, by reason."""
+    """The stream of a run.
+
+    Attributes:
+        left_out: How many records of its source the stream does not use, by reason.
+        unanswerable: How many targets of its candidates no free answer can equal, by reason.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -145,6 +150,7 @@ class StreamInfo(BaseModel):
     fingerprint: str
     n_candidates: int
     left_out: dict[str, int] = {}
+    unanswerable: dict[str, int] = {}
     source: str
     revision: str
     license: str
@@ -182,6 +188,8 @@ class EditorInfo(BaseModel):
 class Protocol(BaseModel):
     """The protocol of a run: what is scored, when and how. A leaderboard never mixes two protocols.
 
+    Fields with a default were recorded later than the others; runs made before had the default.
+
     Attributes:
         order: Whether the candidates were shuffled, or taken in the order of the stream.
         normalise: How answers were normalised before they were compared.
@@ -204,6 +212,10 @@ class Protocol(BaseModel):
     query: str
     prefix_length: int
     normalise: Literal["squad", "strict"] = "squad"
+    chat: bool = False
+    chat_system: str | None = None
+    target_space: str = "auto"
+    special_tokens: str = "text"
     tuning_budget: str | None = None
 
 

@@ -71,7 +71,13 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
         **vars(settings.schedule),
         **{name: getattr(settings, name) for name in ("split", "batch_size", "engine")},
         **order,
-        "protocol": {"query": settings.query, "prefix_length": settings.prefix_length, **normalise},
+        # What has its default is left out, so that checkpoints made before it was an option still fit.
+        "protocol": {
+            "query": settings.query,
+            "prefix_length": settings.prefix_length,
+            **normalise,
+            **settings.text_format.changed(),
+        },
         "max_new_tokens": benchmark.max_new_tokens,
     }
 
@@ -118,6 +124,7 @@ def result_of(
             fingerprint=benchmark.fingerprint,
             n_candidates=len(benchmark.data.edits),
             left_out=dict(benchmark.data.left_out),
+            unanswerable=dict(opened.answerability.unanswerable),
             **benchmark.metadata.model_dump(include={"source", "revision", "license"}),
         ),
         model=ModelInfo(
@@ -145,6 +152,10 @@ def result_of(
             query=task.query,
             prefix_length=task.prefix_length,
             normalise=task.normalise,
+            chat=settings.chat,
+            chat_system=settings.chat_system,
+            target_space=settings.target_space,
+            special_tokens=settings.special_tokens,
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -12,19 +13,23 @@ from torch import Tensor
 
 from grace_bench.common.progress import Progress
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.derived import probe_requests
+from grace_bench.data.derived import given_targets, probe_requests
 from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.encoding import least
 from grace_bench.models.loading import pick_threads
+from grace_bench.models.tasks.base import Answerability, Task
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import STREAMS
 from grace_bench.run.randomness import seed_everything
 from grace_bench.run.settings import RunSettings
 
+_ANSWER_TOKENS = 16
+"""Maximum number of tokens of a free answer, where no target says how long answers are."""
 _MOST_UPSTREAM = 4096
 """Maximum number of activations, enough to estimate a covariance; all are in memory at once."""
 
@@ -47,6 +52,11 @@ class Opened:
     path: str
     files: str | None
     _serving: ExitStack
+
+    @cached_property
+    def answerability(self) -> Answerability:
+        """How many targets of the candidates a free answer can equal."""
+        return self.model.task.answerability(self.model, self.benchmark.data.edits)
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +101,7 @@ def open_benchmark(
     benchmark = EditBenchmark.from_stream(source, seed=settings.seed, split=settings.split, order=settings.order)
     task = get_task(
         source.task,
-        max_new_tokens=source.max_new_tokens,
+        max_new_tokens=_ANSWER_TOKENS if source.max_new_tokens == "auto" else source.max_new_tokens,
         query=settings.query,
         prefix_length=settings.prefix_length,
         normalise=settings.normalise or source.normalise,
@@ -100,6 +110,7 @@ def open_benchmark(
         max_input_tokens=source.max_input_tokens,
         max_target_tokens=source.max_target_tokens,
         label_names=benchmark.data.label_names,
+        format=settings.text_format,
     )
     path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
     files = None
@@ -112,6 +123,12 @@ def open_benchmark(
         files = resolve_model(path).content_hash()
     with ExitStack() as serving:
         serving.enter_context(editable.serving(task, engine=settings.engine, memory_mb=settings.engine_memory_mb))
+        # A chat template that is missing is reported before anything is written.
+        if settings.chat:
+            task.tokens(editable)
+        if source.max_new_tokens == "auto":
+            task.max_new_tokens = longest_answer(task, editable, benchmark)
+        benchmark.max_new_tokens = task.max_new_tokens
         torch.set_num_threads(pick_threads(editable, settings.threads))
         benchmark = fitted(benchmark, source, editable, seed=settings.seed, split=settings.split)
         return Opened(source, benchmark, editable, path, files, serving.pop_all())
@@ -142,6 +159,16 @@ def fitted(
 def _is_label(target: str | int, n_labels: int) -> bool:
     """Whether a target is a label id below `n_labels`; what is no number at all, `check_fit` reports."""
     return not str(target).lstrip("-").isdecimal() or 0 <= int(target) < n_labels
+
+
+def longest_answer(task: Task, model: EditableModel, benchmark: EditBenchmark) -> int:
+    """Returns how many tokens free answers need so that each target of a stream, whatever its role, can be given.
+
+    It is at most half of the model's longest input. Targets that are the unedited model's answers do not count.
+    """
+    longest = task.longest_target(model, [*given_targets(benchmark.loaded)])
+    most = None if model.max_length is None else model.max_length // 2
+    return max(1, least(longest or _ANSWER_TOKENS, most) or 1)
 
 
 def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:

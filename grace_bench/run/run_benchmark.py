@@ -68,8 +68,8 @@ def run_benchmark(
         plugins: Avalanche plugins that use experience-level callbacks.
         progress: Called while a long stream is read, the unedited model answers, and an editor prepares.
         resume: Resume from the newest usable checkpoint in the folder, if there is one.
-        say: Called with single lines: where a resumed run starts and which parts of its files were dropped, and the
-            first edit that failed with a programming error.
+        say: Called with single lines: which targets no free answer can equal, where a resumed run starts and which
+            parts of its files were dropped, and the first edit that failed with a programming error.
 
     Returns:
         The result; with `folder`, also written there as `result.json`.
@@ -95,6 +95,9 @@ def run_benchmark(
         progress=progress,
     ) as opened:
         check_fit(opened.model, opened.benchmark)
+        if say is not None:
+            for line in opened.answerability.lines():
+                say(line)
         files: list[RunLogger] = [] if folder is None else [JsonlLogger(folder), PredictionsLogger(folder)]
         evaluator = EvaluationPlugin(
             *(metric() for metric in METRICS.classes().values()), loggers=[*files, *loggers], collect_all=False

@@ -6,6 +6,7 @@ from typing import Literal
 from grace_bench.common.options import check_whole
 from grace_bench.data.stream import Normalise, Order
 from grace_bench.models.engine.engine import EngineName
+from grace_bench.models.tokens import SpecialTokens, TargetSpace, TextFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class RunSettings:
         prefix_length: Tokens of running text that are read but not scored.
         normalise: How answers are normalised before they are compared: `squad` or `strict`; None for the stream's
             default.
+        chat: Whether prompts go through the tokenizer's chat template.
+        chat_system: The system message of the chat; None for none.
+        target_space: The space between a prompt and its target: `auto`, `always` or `never`.
+        special_tokens: What the names of special tokens in prompts and targets are: `text`, or `parse` for the tokens.
         batch_size: Maximum number of inputs in one forward pass of scoring.
         batch_tokens: Maximum number of tokens in such a pass, padding included. On a CPU at most 1,024, unless answers
             are generated.
@@ -72,6 +77,10 @@ class RunSettings:
     query: str = "prefix"
     prefix_length: int = 8
     normalise: Normalise | None = None
+    chat: bool = False
+    chat_system: str | None = None
+    target_space: TargetSpace = "auto"
+    special_tokens: SpecialTokens = "text"
     batch_size: int = 64
     batch_tokens: int = 16384
     engine: EngineName = "exact"
@@ -80,3 +89,17 @@ class RunSettings:
     tuning_budget: str | None = None
     checkpoint_every: int = 50
     strict: bool = False
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How prompts and targets are written as tokens.
+
+        Raises:
+            UserError: If a value is not one of its choices, or there is a system message without a chat.
+        """
+        return TextFormat(
+            chat=self.chat,
+            system=self.chat_system,
+            target_space=self.target_space,
+            special_tokens=self.special_tokens,
+        )

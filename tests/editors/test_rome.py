@@ -15,7 +15,6 @@ from grace_bench.editing.batch import EditBatch
 from grace_bench.editors.rome import Rome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.encoding import subject_position
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]
@@ -146,7 +145,7 @@ def test_an_edit_moves_the_mean_key_by_what_was_optimised_and_nothing_but_the_la
         keys = []
         for prompt in prompts:
             ids = model.encode_batch([prompt]).inputs["input_ids"]
-            place = subject_position(model.tokenizer, prompt, str(request.subject))
+            place = model.tokens.subject_position(prompt, str(request.subject))
             keys.append(inputs_of_layer(model, ids)[place])
         key = torch.stack(keys).mean(dim=0)
         covariance = editor.covariance
@@ -168,7 +167,7 @@ def test_a_value_is_never_further_than_the_clamp_from_the_layers_own(
 ) -> None:
     model, request = make_model("completion"), make_requests("completion")[0]
     with prepared(model, clamp=0.25, n_prefixes=0) as editor:
-        place = subject_position(model.tokenizer, request.prompt, str(request.subject))
+        place = model.tokens.subject_position(request.prompt, str(request.subject))
         key = inputs_of_layer(model, model.encode_batch([request.prompt]).inputs["input_ids"])[place]
         own = matrix(model.layer) @ key + model.layer.bias.double()
         before = matrix(model.layer)

@@ -28,9 +28,8 @@ from grace_bench.models.encoding import (
     encode_causal,
     encode_classification,
     encode_seq2seq,
-    split_causal,
-    subject_position,
 )
+from grace_bench.models.tokens import PromptTokenizer
 
 # Long words first: the merges that build a word come before those of its parts.
 WORDS = ("Kazakhstan", "capital", "France", "Astana", "Paris", "the", "of", "is", "Q:", "A:")
@@ -133,6 +132,11 @@ def tokens(tokenizer: Any, ids: Any) -> list[str]:
     return tokenizer.convert_ids_to_tokens([int(i) for i in ids])
 
 
+def split(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    (pair,) = PromptTokenizer(tokenizer).split([prompt], [target])
+    return pair
+
+
 def unpadded(batch: EncodedBatch, row: int) -> dict[str, Any]:
     """All that a row holds where it is not padding, positions counted from its first real token."""
     mask = batch.inputs["attention_mask"][row].bool()
@@ -162,7 +166,11 @@ def unpadded(batch: EncodedBatch, row: int) -> dict[str, Any]:
 def test_t5_reads_the_question_with_its_end_token_and_is_taught_the_answer_with_its_own(side: Any) -> None:
     tokenizer = t5_tokenizer()
     batch = encode_seq2seq(
-        tokenizer, ["the capital of France", "capital"], ["Paris", "Astana is"], side=side, decoder_start=START
+        PromptTokenizer(tokenizer),
+        ["the capital of France", "capital"],
+        ["Paris", "Astana is"],
+        side=side,
+        decoder_start=START,
     )
     rows = batch.inputs["input_ids"]
     assert tokens(tokenizer, rows[0]) == ["▁the", "▁capital", "▁of", "▁France", "</s>"]
@@ -182,7 +190,9 @@ def test_t5_reads_the_question_with_its_end_token_and_is_taught_the_answer_with_
 
 
 def test_t5_with_a_layer_in_the_decoder_is_queried_where_the_decoder_starts() -> None:
-    batch = encode_seq2seq(t5_tokenizer(), ["the capital", "is"], decoder_start=START, query_in_decoder=True)
+    batch = encode_seq2seq(
+        PromptTokenizer(t5_tokenizer()), ["the capital", "is"], decoder_start=START, query_in_decoder=True
+    )
     assert batch.query.tolist() == [0, 0]
     assert batch.inputs["decoder_input_ids"].tolist() == [[START], [START]]
 
@@ -190,7 +200,7 @@ def test_t5_with_a_layer_in_the_decoder_is_queried_where_the_decoder_starts() ->
 @SIDES
 def test_bert_reads_cls_to_sep_and_is_queried_at_sep(side: Any) -> None:
     tokenizer = bert_tokenizer()
-    batch = encode_classification(tokenizer, ["The capitals of FRANCE?", "Paris"], [3, 1], side=side)
+    batch = encode_classification(PromptTokenizer(tokenizer), ["The capitals of FRANCE?", "Paris"], [3, 1], side=side)
     rows = batch.inputs["input_ids"]
     assert tokens(tokenizer, rows[0]) == ["[CLS]", "the", "capital", "##s", "of", "france", "?", "[SEP]"]
     short, padding = ["[CLS]", "paris", "[SEP]"], ["[PAD]"] * 5
@@ -204,7 +214,9 @@ def test_bert_reads_cls_to_sep_and_is_queried_at_sep(side: Any) -> None:
 @SIDES
 def test_gpt2_adds_nothing_in_front_and_the_logits_at_the_query_are_scored_on_the_answer(side: Any) -> None:
     tokenizer = gpt2_tokenizer()
-    batch = encode_causal(tokenizer, ["the capital of France is", "of"], ["Paris", "Astana is"], side=side)
+    batch = encode_causal(
+        PromptTokenizer(tokenizer), ["the capital of France is", "of"], ["Paris", "Astana is"], side=side
+    )
     rows = batch.inputs["input_ids"]
     end = "<|endoftext|>"
     assert tokens(tokenizer, rows[0]) == ["the", "Ġcapital", "Ġof", "ĠFrance", "Ġis", "ĠParis", end]
@@ -225,7 +237,7 @@ def test_gpt2_adds_nothing_in_front_and_the_logits_at_the_query_are_scored_on_th
 
 def test_llama_puts_its_begin_token_in_front_of_the_prompt_and_nothing_in_front_of_the_answer() -> None:
     tokenizer = llama_tokenizer()
-    batch = encode_causal(tokenizer, ["the capital of France is"], ["Paris"])
+    batch = encode_causal(PromptTokenizer(tokenizer), ["the capital of France is"], ["Paris"])
     row = ["<s>", "▁the", "▁capital", "▁of", "▁France", "▁is", "▁Paris", "</s>"]
     assert tokens(tokenizer, batch.inputs["input_ids"][0]) == row
     assert batch.query.tolist() == [5]
@@ -236,7 +248,7 @@ def test_llama_puts_its_begin_token_in_front_of_the_prompt_and_nothing_in_front_
 
 def test_an_empty_prompt_is_asked_as_the_begin_token() -> None:
     for tokenizer, begin in ((gpt2_tokenizer(), "<|endoftext|>"), (llama_tokenizer(), "<s>")):
-        batch = encode_causal(tokenizer, [""])
+        batch = encode_causal(PromptTokenizer(tokenizer), [""])
         assert tokens(tokenizer, batch.inputs["input_ids"][0]) == [begin]
         assert batch.query.tolist() == [0]
 
@@ -248,7 +260,7 @@ def test_an_empty_prompt_is_asked_as_the_begin_token() -> None:
 @pytest.mark.parametrize("prompt", ["the capital is", "the capital is ", "the capital is   "])
 @pytest.mark.parametrize("target", ["Paris", " Paris", "  Paris"])
 def test_spaces_at_the_seam_make_no_difference(tokenizer: Any, prompt: str, target: str) -> None:
-    prompt_ids, target_ids = split_causal(tokenizer, prompt, target)
+    prompt_ids, target_ids = split(tokenizer, prompt, target)
     space = "Ġ" if tokenizer is gpt2_tokenizer() else "▁"
     assert tokens(tokenizer, prompt_ids)[-1] == f"{space}is"
     assert tokens(tokenizer, target_ids) == [f"{space}Paris"]
@@ -258,7 +270,7 @@ def test_spaces_at_the_seam_make_no_difference(tokenizer: Any, prompt: str, targ
 @pytest.mark.parametrize("prompt", ["capital is\n", "capital is\n "])
 @pytest.mark.parametrize("target", ["Paris", " Paris"])
 def test_after_a_line_break_an_answer_begins_without_a_space(tokenizer: Any, prompt: str, target: str) -> None:
-    _, target_ids = split_causal(tokenizer, prompt, target)
+    _, target_ids = split(tokenizer, prompt, target)
     assert tokens(tokenizer, target_ids) == ["Paris"]
 
 
@@ -266,12 +278,12 @@ def test_after_a_line_break_an_answer_begins_without_a_space(tokenizer: Any, pro
 @pytest.mark.parametrize("target", ["\nParis", " \nParis"])
 def test_an_answer_that_begins_with_a_line_break_gets_no_space_before_it(tokenizer: Any, target: str) -> None:
     line_break = "Ċ" if tokenizer is gpt2_tokenizer() else "<0x0A>"
-    assert tokens(tokenizer, split_causal(tokenizer, "capital is", target)[1]) == [line_break, "Paris"]
+    assert tokens(tokenizer, split(tokenizer, "capital is", target)[1]) == [line_break, "Paris"]
 
 
 @CAUSAL
 def test_an_empty_answer_is_the_end_token_alone(tokenizer: Any) -> None:
-    batch = encode_causal(tokenizer, ["the capital is", "capital\n"], ["", "  "])
+    batch = encode_causal(PromptTokenizer(tokenizer), ["the capital is", "capital\n"], ["", "  "])
     assert batch.target_ids == ((tokenizer.eos_token_id,),) * 2
     assert batch.content is not None
     assert not batch.content.any()
@@ -281,7 +293,7 @@ def test_where_the_tokenizer_merges_across_the_seam_the_prompt_keeps_the_tokens_
     tokenizer = gpt2_tokenizer()
     assert tokens(tokenizer, tokenizer("is\n\n")["input_ids"]) == ["is", "ĊĊ"]
     assert tokens(tokenizer, tokenizer("is\n\nParis")["input_ids"]) == ["is", "Ċ", "Ċ", "Paris"]
-    prompt_ids, target_ids = split_causal(tokenizer, "is\n\n", "Paris")
+    prompt_ids, target_ids = split(tokenizer, "is\n\n", "Paris")
     assert tokens(tokenizer, prompt_ids) == ["is", "ĊĊ"]
     assert tokens(tokenizer, target_ids) == ["Paris"]
 
@@ -289,7 +301,7 @@ def test_where_the_tokenizer_merges_across_the_seam_the_prompt_keeps_the_tokens_
 def test_a_merged_seam_leaves_one_space_with_a_tokenizer_that_puts_spaces_in_front_itself() -> None:
     tokenizer = build_llama_tokenizer(further_words=["s▁P"])
     assert "s▁P" in tokens(tokenizer, tokenizer("x capitals Paris")["input_ids"])
-    prompt_ids, target_ids = split_causal(tokenizer, "x capitals", "Paris")
+    prompt_ids, target_ids = split(tokenizer, "x capitals", "Paris")
     assert tokens(tokenizer, prompt_ids)[-1] == "s"
     assert tokens(tokenizer, target_ids) == ["▁Paris"]
 
@@ -299,9 +311,10 @@ def test_a_merged_seam_leaves_one_space_with_a_tokenizer_that_puts_spaces_in_fro
 def test_the_tokens_spell_the_prompt_and_the_target_with_at_most_one_space_between(
     tokenizer: Any, prompt: str, target: str
 ) -> None:
-    prompt_ids, target_ids = split_causal(tokenizer, prompt, target)
+    prompt_ids, target_ids = split(tokenizer, prompt, target)
     stem, answer = prompt.rstrip(" "), target.lstrip(" ")
-    seam = "" if stem.endswith("\n") or answer.startswith("\n") else " "
+    spaceless = ("\n", "東", "京")
+    seam = "" if stem.endswith(spaceless) or answer.startswith(spaceless) else " "
     spelt = tokenizer.decode([*prompt_ids, *target_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert spelt == stem + seam + answer
 
@@ -313,8 +326,8 @@ def test_training_and_answering_read_the_same_prompt_and_query_the_same_token(
     tokenizer: Any, side: Any, pairs: list[tuple[str, str]]
 ) -> None:
     prompts, targets = zip(*pairs, strict=True)
-    trained = encode_causal(tokenizer, prompts, targets, side=side)
-    asked = encode_causal(tokenizer, prompts, side=side)
+    trained = encode_causal(PromptTokenizer(tokenizer), prompts, targets, side=side)
+    asked = encode_causal(PromptTokenizer(tokenizer), prompts, side=side)
     for row in range(len(pairs)):
         read = asked.inputs["input_ids"][row][asked.inputs["attention_mask"][row].bool()].tolist()
         whole = trained.inputs["input_ids"][row][trained.inputs["attention_mask"][row].bool()].tolist()
@@ -336,7 +349,7 @@ def test_causal_labels_are_the_next_token_from_the_query_to_one_end_token(
     tokenizer: Any, side: Any, pairs: list[tuple[str, str]]
 ) -> None:
     prompts, targets = zip(*pairs, strict=True)
-    batch = encode_causal(tokenizer, prompts, targets, side=side)
+    batch = encode_causal(PromptTokenizer(tokenizer), prompts, targets, side=side)
     assert batch.labels is not None
     assert batch.content is not None
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
@@ -354,7 +367,7 @@ def test_causal_labels_are_the_next_token_from_the_query_to_one_end_token(
 @given(targets=st.lists(st.lists(st.sampled_from(WORDS), max_size=5).map(" ".join), min_size=1, max_size=4))
 def test_seq2seq_labels_end_with_one_end_token_that_is_not_content(targets: list[str]) -> None:
     tokenizer = t5_tokenizer()
-    batch = encode_seq2seq(tokenizer, ["capital"] * len(targets), targets, decoder_start=START)
+    batch = encode_seq2seq(PromptTokenizer(tokenizer), ["capital"] * len(targets), targets, decoder_start=START)
     assert batch.labels is not None
     assert batch.content is not None
     for row, target in enumerate(targets):
@@ -368,7 +381,7 @@ def test_seq2seq_labels_end_with_one_end_token_that_is_not_content(targets: list
 
 @CAUSAL
 def test_language_modelling_scores_no_end_token(tokenizer: Any) -> None:
-    batch = encode_causal(tokenizer, ["capital"], ["of France"], end_token=False)
+    batch = encode_causal(PromptTokenizer(tokenizer), ["capital"], ["of France"], end_token=False)
     assert tokenizer.eos_token_id not in batch.target_ids[0]
     assert batch.labels is not None
     assert batch.content is not None
@@ -387,7 +400,9 @@ def test_a_causal_row_is_the_same_alone_and_in_a_batch(
     prompts, targets = ["", *(p for p, _ in pairs)], ["the capital of France", *(t for _, t in pairs)]
 
     def encode(prompts: Sequence[str], targets: Sequence[str]) -> EncodedBatch:
-        return encode_causal(tokenizer, prompts, targets, side=side, prefix_length=prefix_length, max_length=max_length)
+        return encode_causal(
+            PromptTokenizer(tokenizer), prompts, targets, side=side, prefix_length=prefix_length, max_length=max_length
+        )
 
     together = encode(prompts, targets)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
@@ -399,10 +414,10 @@ def test_a_causal_row_is_the_same_alone_and_in_a_batch(
 @given(questions=st.lists(st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join), min_size=2, max_size=4))
 def test_a_seq2seq_and_a_classification_row_are_the_same_alone_and_in_a_batch(side: Any, questions: list[str]) -> None:
     def seq2seq(prompts: Sequence[str]) -> EncodedBatch:
-        return encode_seq2seq(t5_tokenizer(), prompts, prompts, side=side, decoder_start=START)
+        return encode_seq2seq(PromptTokenizer(t5_tokenizer()), prompts, prompts, side=side, decoder_start=START)
 
     def classification(prompts: Sequence[str]) -> EncodedBatch:
-        return encode_classification(bert_tokenizer(), prompts, [0] * len(prompts), side=side)
+        return encode_classification(PromptTokenizer(bert_tokenizer()), prompts, [0] * len(prompts), side=side)
 
     encoders: list[Callable[[Sequence[str]], EncodedBatch]] = [seq2seq, classification]
     for encode in encoders:
@@ -416,10 +431,10 @@ def test_a_seq2seq_and_a_classification_row_are_the_same_alone_and_in_a_batch(si
 
 def test_a_causal_prompt_that_is_too_long_loses_its_beginning_and_its_answer_stays() -> None:
     tokenizer = gpt2_tokenizer()
-    batch = encode_causal(tokenizer, ["the capital of France is"], ["Paris"], max_length=4)
+    batch = encode_causal(PromptTokenizer(tokenizer), ["the capital of France is"], ["Paris"], max_length=4)
     assert tokens(tokenizer, batch.inputs["input_ids"][0]) == ["ĠFrance", "Ġis", "ĠParis", "<|endoftext|>"]
     assert batch.query.tolist() == [1]
-    asked = encode_causal(tokenizer, ["the capital of France is"], max_length=2)
+    asked = encode_causal(PromptTokenizer(tokenizer), ["the capital of France is"], max_length=2)
     assert tokens(tokenizer, asked.inputs["input_ids"][0]) == ["ĠFrance", "Ġis"]
 
 
@@ -428,18 +443,20 @@ def test_a_causal_prompt_that_is_too_long_loses_its_beginning_and_its_answer_sta
 def test_no_causal_sequence_is_longer_than_its_limit_and_every_answer_ends(
     tokenizer: Any, prompt: str, target: str, max_length: int
 ) -> None:
-    batch = encode_causal(tokenizer, [prompt], [target], max_length=max_length)
+    batch = encode_causal(PromptTokenizer(tokenizer), [prompt], [target], max_length=max_length)
     assert batch.inputs["input_ids"].shape[1] <= max_length
     assert batch.target_ids[0][-1] == tokenizer.eos_token_id
     assert 0 <= int(batch.query[0]) < max_length - 1
-    uncut = encode_causal(tokenizer, [prompt], [target]).target_ids[0]
+    uncut = encode_causal(PromptTokenizer(tokenizer), [prompt], [target]).target_ids[0]
     assert batch.target_ids[0][:-1] == uncut[:-1][: max_length - 2]
 
 
 def test_encoder_inputs_that_are_too_long_keep_their_special_tokens() -> None:
-    question = encode_seq2seq(t5_tokenizer(), ["the capital of France"], max_length=3, decoder_start=START)
+    question = encode_seq2seq(
+        PromptTokenizer(t5_tokenizer()), ["the capital of France"], max_length=3, decoder_start=START
+    )
     assert tokens(t5_tokenizer(), question.inputs["input_ids"][0]) == ["▁the", "▁capital", "</s>"]
-    text = encode_classification(bert_tokenizer(), ["the capital of France"], max_length=4)
+    text = encode_classification(PromptTokenizer(bert_tokenizer()), ["the capital of France"], max_length=4)
     assert tokens(bert_tokenizer(), text.inputs["input_ids"][0]) == ["[CLS]", "the", "capital", "[SEP]"]
 
 
@@ -447,7 +464,7 @@ def test_seq2seq_answers_that_are_too_long_are_cut_before_their_end_token() -> N
     tokenizer = t5_tokenizer()
     for limit, expected in ((3, ["▁the", "▁capital", "</s>"]), (1, ["</s>"])):
         batch = encode_seq2seq(
-            tokenizer, ["is"], ["the capital of France"], max_target_length=limit, decoder_start=START
+            PromptTokenizer(tokenizer), ["is"], ["the capital of France"], max_target_length=limit, decoder_start=START
         )
         assert tokens(tokenizer, batch.target_ids[0]) == expected
 
@@ -459,7 +476,11 @@ def test_seq2seq_answers_that_are_too_long_are_cut_before_their_end_token() -> N
 def test_running_text_is_queried_at_the_end_of_its_prefix_and_scored_after_it(side: Any) -> None:
     tokenizer = gpt2_tokenizer()
     batch = encode_causal(
-        tokenizer, ["", ""], ["the capital of France is Paris", "capital of France"], side=side, prefix_length=2
+        PromptTokenizer(tokenizer),
+        ["", ""],
+        ["the capital of France is Paris", "capital of France"],
+        side=side,
+        prefix_length=2,
     )
     starts = [0, 3 if side == "left" else 0]
     assert batch.query.tolist() == [start + 1 for start in starts]
@@ -471,21 +492,23 @@ def test_running_text_is_queried_at_the_end_of_its_prefix_and_scored_after_it(si
 
 def test_running_text_shorter_than_its_prefix_is_scored_on_its_last_token() -> None:
     tokenizer = gpt2_tokenizer()
-    batch = encode_causal(tokenizer, ["", ""], ["the capital of", "the"], prefix_length=8)
+    batch = encode_causal(PromptTokenizer(tokenizer), ["", ""], ["the capital of", "the"], prefix_length=8)
     assert [tokens(tokenizer, ids) for ids in batch.target_ids] == [["Ġof"], []]
     assert batch.query.tolist() == [1, 0]
 
 
 def test_running_text_queried_at_its_last_token_is_scored_after_its_first() -> None:
     tokenizer = gpt2_tokenizer()
-    batch = encode_causal(tokenizer, ["", ""], ["the capital of France", "the capital"], prefix_length=None)
+    batch = encode_causal(
+        PromptTokenizer(tokenizer), ["", ""], ["the capital of France", "the capital"], prefix_length=None
+    )
     assert batch.query.tolist() == [3, 1]
     assert [tokens(tokenizer, ids) for ids in batch.target_ids] == [["Ġcapital", "Ġof", "ĠFrance"], ["Ġcapital"]]
 
 
 def test_running_text_that_is_too_long_loses_its_end() -> None:
     tokenizer = gpt2_tokenizer()
-    batch = encode_causal(tokenizer, [""], ["the capital of France"], prefix_length=1, max_length=3)
+    batch = encode_causal(PromptTokenizer(tokenizer), [""], ["the capital of France"], prefix_length=1, max_length=3)
     assert tokens(tokenizer, batch.inputs["input_ids"][0]) == ["the", "Ġcapital", "Ġof"]
 
 
@@ -632,9 +655,9 @@ def test_a_query_is_the_same_whether_its_row_stands_alone_or_is_padded() -> None
     ],
 )
 def test_the_subjects_position_is_that_of_its_last_token(tokenizer: Any, prompt: str, subject: str) -> None:
-    batch = encode_causal(tokenizer, [prompt])
+    batch = encode_causal(PromptTokenizer(tokenizer), [prompt])
     ids = batch.inputs["input_ids"][0].tolist()
-    place = subject_position(tokenizer, prompt, subject)
+    place = PromptTokenizer(tokenizer).subject_position(prompt, subject)
     end = prompt.rindex(subject) + len(subject)
     # Up to that token the text ends in the subject, and one token earlier it does not yet.
     decoded = [tokenizer.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
@@ -644,10 +667,10 @@ def test_the_subjects_position_is_that_of_its_last_token(tokenizer: Any, prompt:
 
 @pytest.mark.parametrize(("tokenizer", "place"), [(gpt2_tokenizer(), 2), (llama_tokenizer(), 3)], ids=["gpt2", "llama"])
 def test_the_begin_token_counts_in_the_subjects_position(tokenizer: Any, place: int) -> None:
-    assert subject_position(tokenizer, "the capital of Paris", "of") == place
+    assert PromptTokenizer(tokenizer).subject_position("the capital of Paris", "of") == place
 
 
 @CAUSAL
 def test_a_subject_that_is_not_in_the_prompt_has_no_position(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="substring not found"):
-        subject_position(tokenizer, "the capital of France is", "Astana")
+        PromptTokenizer(tokenizer).subject_position("the capital of France is", "Astana")

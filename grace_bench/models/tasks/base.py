@@ -21,10 +21,10 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.data.stream import Normalise
 from grace_bench.errors import UserError
-from grace_bench.models import encoding
 from grace_bench.models.calls import QueryState
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, check_texts, least
 from grace_bench.models.network import Network
+from grace_bench.models.tokens import PromptTokenizer, TextFormat
 
 Row = TypeVar("Row")
 
@@ -67,6 +67,40 @@ class ItemScore:
         return {**{name: value for name, value in vars(self).items() if name != "query"}, "others": dict(self.others)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answerability:
+    """How many targets a free answer can equal.
+
+    Attributes:
+        n_targets: The number of targets.
+        unanswerable: How many of them no free answer can equal, by reason.
+        n_given_back: How many of them are accepted only as the tokenizer gives them back.
+    """
+
+    n_targets: int = 0
+    unanswerable: Mapping[str, int] = field(default_factory=dict)
+    n_given_back: int = 0
+
+    def lines(self) -> list[str]:
+        """Returns what a user should know before the run, in single lines; none if every target can be answered.
+
+        >>> Answerability(n_targets=20, unanswerable={"longer than max_new_tokens=16": 17}).lines()
+        ['17 of 20 targets cannot be answered freely: longer than max_new_tokens=16']
+        """
+        lines = []
+        if self.unanswerable:
+            counts = [f"{number} {reason}" for reason, number in self.unanswerable.items()]
+            reasons = counts if len(counts) > 1 else self.unanswerable
+            n_lacking = sum(self.unanswerable.values())
+            lines.append(f"{n_lacking} of {self.n_targets} targets cannot be answered freely: {', '.join(reasons)}")
+        if self.n_given_back:
+            accepted = "is accepted as the tokenizer gives it back"
+            if self.n_given_back > 1:
+                accepted = "are accepted as the tokenizer gives them back"
+            lines.append(f"{self.n_given_back} of {self.n_targets} targets {accepted}")
+        return lines
+
+
 class Task(ABC):
     """One way of using a model.
 
@@ -82,6 +116,7 @@ class Task(ABC):
         max_input_tokens: Prompts are cut to this length; None for the model's own limit.
         max_target_tokens: Targets, end token included, and the answers accepted beside them are cut to this length.
         label_names: The names of the label ids, for display; classification only.
+        format: How prompts and targets are written as tokens.
 
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
@@ -99,6 +134,8 @@ class Task(ABC):
     """Whether answers are generated token by token, each of which reads all weights once per batch."""
     carried_scores: ClassVar[tuple[str, ...]] = ()
     """Scores that exist only for requests with the fields that they need."""
+    takes_chat: ClassVar[bool] = False
+    """Whether prompts are questions, which can be put into a chat."""
 
     def __init__(
         self,
@@ -112,6 +149,7 @@ class Task(ABC):
         max_input_tokens: int | None = None,
         max_target_tokens: int | None = None,
         label_names: Sequence[str] = (),
+        format: TextFormat | None = None,
     ) -> None:
         check_choice("protocol.query", query, ("prefix", "last_token"))
         check_choice("protocol.normalise", normalise, get_args(Normalise))
@@ -128,7 +166,11 @@ class Task(ABC):
         self.max_input_tokens = max_input_tokens
         self.max_target_tokens = max_target_tokens
         self.label_names = tuple(label_names)
-        self._counts: dict[str, int] = {}
+        self.format = format or TextFormat()
+        if self.format.chat and not self.takes_chat:
+            raise UserError(f"chat=true is for qa and completion, not for {self.name}")
+        self._tokens: PromptTokenizer | None = None
+        self._counts: dict[tuple[str, bool], int] = {}
 
     # What each task defines.
 
@@ -165,7 +207,25 @@ class Task(ABC):
             UserError: If a target is a class that the model does not have, naming the request.
         """
 
+    def answerability(self, model: Network, requests: Sequence[EditRequest]) -> Answerability:
+        """Returns how many targets of requests a free answer can equal."""
+        return Answerability(n_targets=len(requests))
+
+    def longest_target(self, model: Network, requests: Sequence[EditRequest]) -> int | None:
+        """Returns how many tokens the longest accepted answer has with its end token; None without free answers."""
+        return None
+
     # Text in, batches out.
+
+    def tokens(self, model: Network) -> PromptTokenizer:
+        """Returns the model's tokenizer, used in the task's format.
+
+        Raises:
+            UserError: If the format needs a chat template that the tokenizer does not have.
+        """
+        if self._tokens is None or self._tokens.tokenizer is not model.tokenizer:
+            self._tokens = PromptTokenizer(model.tokenizer, self.format)
+        return self._tokens
 
     def encode(
         self,
@@ -197,14 +257,16 @@ class Task(ABC):
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:
         """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""
         longest = max((self._count(model, str(target)) for target in targets), default=0)
-        return least(self._count(model, prompt) + longest, model.max_length) or 1
+        return least(self._count(model, prompt, is_prompt=True) + longest, model.max_length) or 1
 
-    def _count(self, model: Network, text: str) -> int:
+    def _count(self, model: Network, text: str, *, is_prompt: bool = False) -> int:
         if model.tokenizer is None:
             return len(text)
-        if text not in self._counts:
-            self._counts[text] = encoding.count_tokens(model.tokenizer, text)
-        return self._counts[text]
+        key = text, is_prompt and self.format.chat
+        if key not in self._counts:
+            tokens = self.tokens(model)
+            self._counts[key] = tokens.count_prompt(text) if is_prompt else tokens.count(text)
+        return self._counts[key]
 
     def batches(self, sizes: Sequence[int], *, most_tokens: int | None = None) -> Iterator[list[int]]:
         """Yields the indices of inputs of similar size together, within `batch_size` and `batch_tokens`.

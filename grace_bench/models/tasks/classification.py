@@ -39,7 +39,7 @@ class Classification(Task):
                 target_ids=() if labels is None else tuple((label,) for label in labels),
             )
         return encoding.encode_classification(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             labels,
             side=side,

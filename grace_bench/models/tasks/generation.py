@@ -1,8 +1,10 @@
 """Tasks whose answers are generated freely and compared as text: question answering and completion."""
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +14,29 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
-from grace_bench.models.tasks.base import ItemScore, Task, notes_of, token_losses
-from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
+from grace_bench.models.tasks.base import Answerability, ItemScore, Task, notes_of, token_losses
+from grace_bench.models.tasks.text_scores import exact_match, normalize_answer, reference_f1, token_f1
+from grace_bench.models.tokens import PromptTokenizer
+
+_LINES = "more than one line"
+_SPECIAL = "the text of a special token"
+_CHARACTERS = "characters that the tokenizer cannot give back"
+_ENDLESS = "the tokenizer has no end token"
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """The accepted answers to a request.
+
+    Attributes:
+        texts: The answers, cut like targets in training, and what the tokenizer gives back of them.
+        unanswerable: Why no free answer can equal one of them; None if one can.
+        only_given_back: Whether a free answer can only equal what the tokenizer gives back.
+    """
+
+    texts: tuple[str, ...]
+    unanswerable: str | None
+    only_given_back: bool
 
 
 class GenerationTask(Task):
@@ -23,7 +46,12 @@ class GenerationTask(Task):
     generates = True
     other_scores = ("exact_match", "token_accuracy", "reference_f1")
     carried_scores = ("contrast",)
+    takes_chat = True
     _generation_side: ClassVar[PaddingSide]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._known: dict[tuple[Any, ...], _Accepted] = {}
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
@@ -32,8 +60,10 @@ class GenerationTask(Task):
         accuracies = self.by_length(model, forced, partial(_token_accuracies, model))
         contrasts = self._contrasts(model, requests)
         items = []
-        for i, (request, (text, ids, note)) in enumerate(zip(requests, generated, strict=True)):
-            accepted = self._accepted(model, request)
+        for i, (accepted_here, (text, ids, note)) in enumerate(
+            zip(self._accepted(model, requests), generated, strict=True)
+        ):
+            accepted = accepted_here.texts
             match = exact_match(text, accepted, normalise=self.normalise)
             items.append(
                 ItemScore(
@@ -52,20 +82,70 @@ class GenerationTask(Task):
         return items
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:  # noqa: D102
-        room = least(self._count(model, prompt) + self.max_new_tokens, model.max_length) or 1
+        room = least(self._count(model, prompt, is_prompt=True) + self.max_new_tokens, model.max_length) or 1
         return max(super().size(model, prompt, targets), room)
 
-    def _accepted(self, model: Network, request: EditRequest) -> list[str]:
-        """The accepted answers, cut like targets in training."""
-        accepted = [str(request.target), *request.answers]
-        longest = least(self.max_target_tokens, model.max_target_length)
-        if longest is None:
-            return accepted
-        ids = self.encode(model, [request.prompt] * len(accepted), accepted).target_ids
-        return [
-            model.tokenizer.decode(kept, skip_special_tokens=True) if len(kept) == longest else text
-            for text, kept in zip(accepted, ids, strict=True)
-        ]
+    def answerability(self, model: Network, requests: Sequence[EditRequest]) -> Answerability:  # noqa: D102
+        accepted = self._accepted(model, requests)
+        reasons = Counter(each.unanswerable for each in accepted if each.unanswerable is not None)
+        return Answerability(
+            n_targets=len(requests),
+            unanswerable=dict(reasons.most_common()),
+            n_given_back=sum(each.only_given_back for each in accepted),
+        )
+
+    def longest_target(self, model: Network, requests: Sequence[EditRequest]) -> int:  # noqa: D102
+        pairs = [(request.prompt, text) for request in requests for text in _answers_of(request)]
+        return max(map(len, self._target_ids(model, pairs)), default=0)
+
+    def _accepted(self, model: Network, requests: Sequence[EditRequest]) -> list[_Accepted]:
+        """The accepted answers to each request."""
+        tokens, limit = self.tokens(model), self.max_new_tokens
+        keys = [(tokens, limit, request.prompt, *_answers_of(request)) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._known}
+        pairs = [(request.prompt, text) for request in new.values() for text in _answers_of(request)]
+        ids = iter(self._target_ids(model, pairs))
+        for key, request in new.items():
+            self._known[key] = self._accepted_of(model, [(text, next(ids)) for text in _answers_of(request)])
+        return [self._known[key] for key in keys]
+
+    def _accepted_of(self, model: Network, answers: Sequence[tuple[str, list[int]]]) -> _Accepted:
+        tokens, longest = self.tokens(model), self._longest_target(model)
+        matches = partial(exact_match, normalise=self.normalise)
+        texts = [tokens.decode(ids) if len(ids) == longest else text for text, ids in answers]
+        free = [tokens.answer(ids[: self.max_new_tokens])[0] for _, ids in answers]
+        lacking = [self._lacking(tokens, ids) for _, ids in answers]
+        given_back = [text for text, reason in zip(free, lacking, strict=True) if reason is None]
+        # In its normal form an answer may be accepted already; then the scores of others should not change.
+        accepted = [*texts, *(text for text in given_back if normalize_answer(text) and not matches(text, texts))]
+        free = [text for text in free if normalize_answer(text)]
+        is_answerable = any(matches(text, accepted) for text in free)
+        return _Accepted(
+            texts=tuple(accepted),
+            unanswerable=None if is_answerable else lacking[0] or _CHARACTERS,
+            only_given_back=is_answerable and not any(matches(text, texts) for text in free),
+        )
+
+    def _longest_target(self, model: Network) -> int | None:
+        """The length to which targets are cut, in tokens; None without a limit."""
+        return least(self.max_target_tokens, model.max_target_length)
+
+    def _lacking(self, tokens: PromptTokenizer, ids: Sequence[int]) -> str | None:
+        """Why generation does not give all tokens of a target; None if it does."""
+        is_ended = tokens.end_id is not None
+        content = ids[:-1] if is_ended else ids
+        given = content[: self.max_new_tokens]
+        if tokens.has_line_break(given):
+            return _LINES
+        if not tokens.special_ids.isdisjoint(given) and len(tokens.answer(given)[1]) < len(content):
+            return _SPECIAL
+        if len(content) > self.max_new_tokens:
+            return f"longer than max_new_tokens={self.max_new_tokens}"
+        return None if is_ended or len(content) == self.max_new_tokens else _ENDLESS
+
+    @abstractmethod
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Returns the token ids of targets after their prompts, end token included, cut like targets in training."""
 
     def _contrasts(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
         """For each request with a contrast: whether its first answer is likelier (Meng et al. 2022)."""
@@ -103,22 +183,16 @@ class GenerationTask(Task):
 
     def _generate_batch(self, model: Network, batch: EncodedBatch) -> list[tuple[str, list[int], dict[str, Any]]]:
         inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-        tokenizer = model.tokenizer
-        stops = [tokenizer.eos_token_id, *_newline_ids(tokenizer)]
+        tokens = self.tokens(model)
         with model.querying(batch.query), model.greedy():
             output = model.module.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=least(self.max_new_tokens, self._room(model, inputs)),
-                eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokens.stop_ids,
+                pad_token_id=tokens.pad_id,
             )
-        results = []
-        notes = notes_of(model.last_state, len(batch))
-        for row, note in zip(output[:, self._n_given(inputs) :].tolist(), notes, strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-            ids = row[:end]
-            results.append((tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip(), ids, note))
-        return results
+        answers = map(tokens.answer, output[:, self._n_given(inputs) :].tolist())
+        return [(*answer, note) for answer, note in zip(answers, notes_of(model.last_state, len(batch)), strict=True)]
 
     @abstractmethod
     def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
@@ -148,12 +222,12 @@ class QuestionAnswering(GenerationTask):
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
         return encoding.encode_seq2seq(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side,
             max_length=least(model.max_length, self.max_input_tokens),
-            max_target_length=least(model.max_target_length, self.max_target_tokens),
+            max_target_length=self._longest_target(model),
             decoder_start=model.decoder_start,
             query_in_decoder=model.layer_in_decoder,
         )
@@ -163,6 +237,11 @@ class QuestionAnswering(GenerationTask):
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return 1
+
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        tokens = self.tokens(model)
+        answers = tokens.answer_ids([target for _, target in pairs])
+        return [tokens.with_end(ids, self._longest_target(model)) for ids in answers]
 
 
 class Completion(GenerationTask):
@@ -182,7 +261,7 @@ class Completion(GenerationTask):
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
         return encoding.encode_causal(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side,
@@ -199,6 +278,11 @@ class Completion(GenerationTask):
 
     def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
         return inputs["input_ids"].shape[1]
+
+    def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        tokens = self.tokens(model)
+        split = tokens.split([prompt for prompt, _ in pairs], [target for _, target in pairs])
+        return [tokens.with_end(ids, self.max_target_tokens) for _, ids in split]
 
 
 @torch.no_grad()
@@ -219,7 +303,5 @@ def _mean_losses(model: Network, encoded: EncodedBatch) -> list[float]:
     return losses
 
 
-@lru_cache(maxsize=8)
-def _newline_ids(tokenizer: Any) -> tuple[int, ...]:
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return tuple(i for i, text in enumerate(texts) if "\n" in text)
+def _answers_of(request: EditRequest) -> list[str]:
+    return [str(request.target), *request.answers]

@@ -35,7 +35,7 @@ class LanguageModelling(Task):
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
     ) -> EncodedBatch:
         return encoding.encode_causal(
-            model.tokenizer,
+            self.tokens(model),
             prompts,
             None if targets is None else [str(target) for target in targets],
             side=side,
