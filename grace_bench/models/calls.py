@@ -26,6 +26,7 @@ class QueryState:
         length: Length of the prompt in the edited layer's sequence; 0 before the first call of the layer.
         n_given: Number of prompt tokens, if a generation stated it.
         is_whole: Whether the prompt was read in one pass, without a cache.
+        widths: The numbers of tokens of the sequences that the current forward pass was given.
         entry: (B,) long, the codebook entry that answered each row, -1 for none.
         distance: (B,) distance of each row's query to the nearest entry.
         contested: (B,) bool, whether the query lies in the balls of two different labels.
@@ -39,6 +40,7 @@ class QueryState:
     length: int = 0
     n_given: int | None = None
     is_whole: bool = True
+    widths: frozenset[int] = frozenset()
     entry: Tensor | None = None
     distance: Tensor | None = None
     contested: Tensor | None = None
@@ -144,6 +146,9 @@ def layer_call_of(
         raise UserError(f"layer={layer_name} does not turn activations into activations")
     assert state.query is not None
     n_rows = len(state.query)
+    for tensor in (given, leaving):
+        if tensor.dim() == 2 and not _has_every_token(tensor, n_rows, state):
+            raise UserError(f"layer={layer_name} is called with a part of the tokens: name a module around it")
     inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
     state.length = state.length or outputs.shape[1]
     query = state.query.to(outputs.device)
@@ -162,6 +167,12 @@ def activations_of(output: Any) -> Any:
 
 def _are_activations(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _has_every_token(tensor: Tensor, n_rows: int, state: QueryState) -> bool:
+    """Whether (N, D) activations are one per row or per token; an expert of a mixture is given some tokens only."""
+    n_tokens, rest = divmod(len(tensor), n_rows)
+    return not rest and (n_tokens == 1 or not state.widths or n_tokens in state.widths)
 
 
 def _as_sequence(tensor: Tensor, n_rows: int) -> Tensor:

@@ -95,6 +95,11 @@ class EncodedBatch:
         )
 
     @property
+    def is_padded(self) -> bool:
+        """Whether a row of the input has padding."""
+        return not bool(self.inputs.get("attention_mask", torch.ones(1)).all())
+
+    @property
     def lengths(self) -> list[tuple[int, int]]:
         """Each row's number of tokens that are not padding: of the input, and of the decoder's input (0 without)."""
         n_rows = len(self)

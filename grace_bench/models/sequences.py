@@ -93,6 +93,7 @@ class SequenceTracker:
             known = self._continued.get(cache) if continues else None
             self.state = known or QueryState(is_whole=not continues)
         state = self.state
+        state.widths = frozenset(value.shape[1] for value in given.values() if _are_tokens(value))
         state.step += 1
         if state.step:
             return
@@ -163,6 +164,10 @@ def _holds_tokens(cache: Any) -> bool:
     except ValueError:
         # The state of a recurrent model (Mamba) counts no tokens.
         return bool(cache.has_previous_state())
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1
 
 
 def _cache_in(values: Any) -> Any:

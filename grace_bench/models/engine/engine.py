@@ -367,7 +367,9 @@ class ExactEngine(Engine):
         if is_training(self.model.module):
             self.note("passes are computed to their end: the model is in training mode")
             return Tail(batch)
-        kind = ",".join([_kind(batch, tail.start), *(["trained"] if trains else [])])
+        # A model may get another mask, or none, where nothing is padded.
+        circumstances = {"trained": trains, "padded": batch.is_padded}
+        kind = ",".join([_kind(batch, tail.start), *(name for name, is_so in circumstances.items() if is_so)])
         if kind not in self._prunes:
             agrees = self._agrees(batch, tail, trains=trains)
             if agrees is None:

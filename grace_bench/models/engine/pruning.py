@@ -198,7 +198,10 @@ def _bert(
     attention, rows = block.attention.self, hidden[:, columns]
     size = attention.attention_head_size
     query = _heads(attention.query(rows), size)
-    mask = None if attention_mask is None else _rows_of(attention_mask, columns)
+    if getattr(attention, "is_causal", False):
+        mask: Tensor | None = _causal_rows(attention_mask, columns, hidden)
+    else:
+        mask = None if attention_mask is None else _rows_of(attention_mask, columns)
     if _is_bare(attention.key) and _is_bare(attention.value):
         context = _attended_by_few(query, hidden, attention.key, attention.value, mask)
     else:
@@ -307,4 +310,4 @@ def _causal_rows(mask: Tensor | None, columns: Tensor, hidden: Tensor) -> Tensor
     """The mask of the wanted positions; a causal model gets no mask if nothing is padded."""
     if mask is not None:
         return _rows_of(mask, columns)
-    return columns[:, None] >= torch.arange(hidden.shape[1], device=hidden.device)
+    return (columns[:, None] >= torch.arange(hidden.shape[1], device=hidden.device))[None, None]

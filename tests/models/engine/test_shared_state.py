@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.engine.engine import make_engine
 from grace_bench.models.engine.pruning import cache_argument
@@ -89,6 +90,20 @@ def qwen3_next(size: int) -> nn.Module:
     )
 
 
+def bert_decoder(size: int) -> nn.Module:
+    """A causal model whose blocks are those of an encoder; it gets no mask where nothing is padded."""
+    config = transformers.BertConfig(vocab_size=size, is_decoder=True, max_position_embeddings=64, **SIZES, **GENERATES)
+    return transformers.BertLMHeadModel(config)
+
+
+def switch(size: int) -> nn.Module:
+    """A mixture of experts, each of which reads some of the tokens."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, num_experts=2, encoder_sparse_step=1
+    )
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
 def mamba(size: int) -> nn.Module:
     return transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=size, hidden_size=32, num_hidden_layers=3, state_size=8, **GENERATES)
@@ -132,6 +147,8 @@ def edited(model: EditableModel, editor: str, **options: Any) -> tuple[EditorStr
         (lfm2, "model.layers.0.feed_forward.w2", "grace", {"replacement": "replace_all"}),
         (qwen3_next, "model.layers.1.mlp.down_proj", "grace", {"replacement": "replace_last"}),
         (qwen3_next, "model.layers.0.mlp.down_proj", "grace", {"replacement": "replace_last"}),
+        (bert_decoder, "bert.encoder.layer.0.output.dense", "grace", {"replacement": "replace_all"}),
+        (bert_decoder, "bert.encoder.layer.0.output.dense", "ft", {"n_iter": 12}),
         (mamba, "backbone.layers.1.mixer.out_proj", "grace", {"replacement": "replace_last"}),
         (mamba, "backbone.layers.1.mixer.out_proj", "ft", {"n_iter": 12}),
     ],
@@ -158,6 +175,13 @@ def test_the_observed_output_of_a_layer_is_its_own_whatever_the_model_adds_to_it
     model = editable(falcon, "transformer.h.1.mlp.dense_4h_to_h", word_tokenizer, engine=engine)
     call = model.layer_call(model.encode_batch([QUESTIONS[0][0]]))
     assert torch.equal(call.output, model.layer(call.input))
+
+
+def test_a_layer_that_is_called_with_some_of_the_tokens_is_refused(word_tokenizer: Any) -> None:
+    layer = "encoder.block.1.layer.1.mlp.experts.expert_0.wo"
+    model = editable(switch, layer, word_tokenizer, engine="exact")
+    with pytest.raises(UserError, match=rf"^layer={layer} is called with a part of the tokens"):
+        model.layer_call(model.encode_batch([QUESTIONS[2][0]]))
 
 
 def test_a_mamba_decodes_by_hand_from_its_cache_as_it_generates(word_tokenizer: Any) -> None:
