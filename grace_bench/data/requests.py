@@ -48,8 +48,8 @@ class EditRequest(BaseModel):
         rephrases: The same question in other words; evaluation only.
         locality: Questions whose answers must not change; evaluation only.
         portability: Questions whose answers follow from the edit; evaluation only.
-        metadata: Any further information, which does not affect how the request is edited or scored. In files, `fact`
-            and `contrast` may also be given here; they are copied to the fields of the same names.
+        metadata: Any further information, which does not affect how the request is edited or scored. In files,
+            `fact` and `contrast` may also be given here; they are copied to the fields of the same names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
