@@ -8,9 +8,10 @@ from hydra.core.config_store import ConfigStore
 
 from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError
+from grace_bench.launch.run_config import SHORT
 
 _GROUP = "own"
-_SETTINGS = ("editor", "layer", "model", "tuning_budget")
+_SETTINGS = ("chat", "editor", "layer", "model", "target_space", "tuning_budget")
 
 
 def register_presets(overrides: Sequence[str]) -> list[str]:
@@ -55,4 +56,8 @@ def _read(path: Path) -> dict[str, object]:
     for key in node:
         if key not in _SETTINGS:
             raise UserError(f"{path}: has '{key}', which no preset has (there are: {', '.join(_SETTINGS)})")
+    for short, name in SHORT.items():
+        group, _, option = name.partition(".")
+        if short in node and not isinstance(node[short], dict):
+            node[group] = {option: node[short]}
     return node

@@ -1,6 +1,7 @@
 """Tasks on tiny models: what free generation scores, what is compared, what is cut, what goes into one batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -255,14 +256,18 @@ def test_an_edit_in_bfloat16_moves_the_answer_and_is_taken_back(
 # Targets that no free answer can equal.
 
 
+def _give(row: list[int], **_: Any) -> Tensor:
+    return torch.tensor([row])
+
+
 def test_a_target_is_accepted_as_the_tokenizer_gives_it_back(make_model: MakeModel) -> None:
     for task in ("completion", "qa"):
         model = make_model(task, max_new_tokens=4)
         target = "Nur-Sultan Astana"
         assert "<unk>" in model.tokenizer.tokenize(target)
         ids = model.encode_batch([PROMPT], [target]).target_ids[0]
-        given = [[0]] if task == "qa" else model.encode_batch([PROMPT]).inputs["input_ids"].tolist()
-        model.module.generate = lambda rows=torch.tensor([[*given[0], *ids]]), **_: rows  # type: ignore[assignment]
+        given = [0] if task == "qa" else model.encode_batch([PROMPT]).inputs["input_ids"][0].tolist()
+        model.module.generate = partial(_give, [*given, *ids])  # type: ignore[assignment]
         request = EditRequest(id="1", prompt=PROMPT, target=target)
         (item,) = model.score([request])
         assert (item.text, item.correct, item.score) == ("Astana", True, 1.0)
