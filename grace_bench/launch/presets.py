@@ -8,10 +8,11 @@ from hydra.core.config_store import ConfigStore
 
 from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError
+from grace_bench.launch.run_config import SHORT
 from grace_bench.launch.typed import texts_of
 
 _GROUP = "own"
-_SETTINGS = ("editor", "layer", "model", "tuning_budget")
+_SETTINGS = ("chat", "editor", "layer", "model", "target_space", "tuning_budget")
 
 
 def register_presets(overrides: Sequence[str]) -> list[str]:
@@ -57,4 +58,8 @@ def _read(path: Path) -> dict[str, object]:
     for key in node:
         if key not in _SETTINGS:
             raise UserError(f"{path}: has '{key}', which no preset has (there are: {', '.join(_SETTINGS)})")
+    for short, name in SHORT.items():
+        group, _, option = name.partition(".")
+        if short in node and not isinstance(node[short], dict):
+            node[group] = {option: node[short]}
     return node

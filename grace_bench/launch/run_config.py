@@ -112,7 +112,7 @@ class ChatOptions:
 
     enabled: bool = _option(
         False,
-        "put prompts through the tokenizer's chat template (qa and completion)",
+        "put prompts through the tokenizer's chat template (qa and completion); chat=true for short",
         lambda _, value: check_flag("chat", value),
         default_in_hash=False,
         in_protocol=True,
@@ -376,9 +376,7 @@ def setting_name(name: str) -> str:
 
 def option_lines() -> list[str]:
     """Returns a line of `run --help` for every option: the option with its default, and what it does."""
-    short = {name: typed for typed, name in SHORT.items()}
-    declared = ((short.get(name, name), default, option) for name, default, option in _declared(RunConfig))
-    shown = [(f"{name}={_typed(default)}", option.help) for name, default, option in declared]
+    shown = [(f"{name}={_typed(default)}", option.help) for name, default, option in _declared(RunConfig)]
     width = max(len(option) for option, _ in shown)
     return [f"{option:<{width}}  {text}" for option, text in shown]
 

@@ -18,7 +18,7 @@ from grace_bench.common.terminal import table_console
 from grace_bench.common.text import visible
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import default_component, given_options
-from grace_bench.launch.run_config import RunConfig
+from grace_bench.launch.run_config import RunConfig, default_options
 from grace_bench.launch.sweep import preset_parts
 from grace_bench.launch.sweep_run import SweepRun
 from grace_bench.launch.typed import texts_of
@@ -173,6 +173,9 @@ def _preset(config: RunConfig, names: Sequence[str], budget: str) -> str:
     # A layer's path holds for this model only.
     if config.model is not None:
         chosen["model"] = config.model
+    # What was tuned in a chat is not meant for bare prompts.
+    plain, defaults = config.plain(), default_options()
+    chosen |= {name: plain[name] for name in ("chat", "target_space") if plain[name] != defaults[name]}
     for name in names:
         group, _, option = name.rpartition(".")
         (chosen.setdefault(group, {}) if group else chosen)[option] = _value_of(config, name)

@@ -7,7 +7,6 @@ template, and how an answer ends and becomes text again.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -29,8 +28,13 @@ _SPACELESS = re.compile(
     "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 _PLACEHOLDER = "grace-bench-message"
-# Templates may write the date; then the tokens of a prompt would depend on the day of the run.
-_DATE = datetime(2025, 1, 1)
+# Templates may write the date; then the tokens of a prompt would depend on the day of the run. A macro hides the
+# function that transformers gives them, which arguments cannot replace.
+_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format | replace('%Y', '2025') | replace('%m', '01') | replace('%d', '01') "
+    "| replace('%b', 'Jan') | replace('%B', 'January') | replace('%a', 'Wed') | replace('%A', 'Wednesday') "
+    "| replace('%H', '00') | replace('%M', '00') | replace('%S', '00') }}{%- endmacro %}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,6 +445,8 @@ class _ChatTemplate:
             raise UserError("chat=true needs a tokenizer with a chat template, and the model's has none")
         self._tokenizer = tokenizer
         self._system = system
+        template = tokenizer.get_chat_template()
+        self._source = _DATE + template if "strftime_now" in template else template
         self._parts: dict[str, tuple[str, str, str]] = {}
         rendered = self._render(_PLACEHOLDER)
         if _PLACEHOLDER not in rendered:
@@ -483,9 +489,9 @@ class _ChatTemplate:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [*system, {"role": "user", "content": prompt}, *answers],
+                chat_template=self._source,
                 tokenize=False,
                 add_generation_prompt=answer is None,
-                strftime_now=_DATE.strftime,
             )
         except (TemplateError, ValueError, TypeError) as error:
             option = "chat=true" if self._system is None else f"chat.system={self._system}"

@@ -14,9 +14,10 @@ from grace_bench.cli import main
 from grace_bench.errors import UserError
 from grace_bench.launch.arguments import run_settings
 from grace_bench.launch.compose import compose
-from grace_bench.launch.run_config import OPTIONS, RunConfig, default_options, hash_config, make_editor
+from grace_bench.launch.run_config import OPTIONS, RunConfig, default_options, hash_config, make_editor, setting_name
 from grace_bench.launch.run_folder import read_plain_config, write_config
 from grace_bench.launch.sweep import sweep_name
+from grace_bench.models.tokens import TextFormat
 from grace_bench.run.settings import RunSettings, Schedule
 
 TOY = ("stream=toy", "editor=grace")
@@ -136,7 +137,7 @@ def test_the_file_in_a_run_folder_holds_every_option_in_this_order_and_is_read_b
 
 
 def test_every_setting_of_a_run_is_an_option_with_the_same_default() -> None:
-    options = {name.rpartition(".")[2]: value for name, value in compose([*TOY, "tuned=none"]).options()}
+    options = {setting_name(name): value for name, value in compose([*TOY, "tuned=none"]).options()}
     settings = {field.name: getattr(RunSettings(), field.name) for field in fields(RunSettings)}
     settings |= vars(settings.pop("schedule"))
     assert {name: options[name] for name in settings} == settings
@@ -151,6 +152,47 @@ def test_settings_take_the_values_of_the_options() -> None:
         engine="plain",
         tuning_budget=given.tuning_budget,
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "chat", "system"),
+    [
+        (["chat=true"], True, None),
+        (["chat=true", "chat.system=You are brief."], True, "You are brief."),
+        (["chat={enabled: true, system: Hi}"], True, "Hi"),
+        (["chat=false"], False, None),
+        ([], False, None),
+    ],
+)
+def test_a_chat_is_asked_for_in_one_word(typed: list[str], chat: bool, system: str | None) -> None:
+    settings = run_settings(compose([*TOY, *typed]))
+    assert (settings.chat, settings.chat_system) == (chat, system)
+    assert settings.text_format == TextFormat(chat=chat, system=system)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["chat=maybe"], "chat=maybe should be true or false"),
+        (["chat.system=Hi"], "chat.system=Hi needs chat=true"),
+        (["target_space=sometimes"], "target_space=sometimes is not known"),
+        (["protocol.special_tokens=pars"], "did you mean 'parse'?"),
+    ],
+)
+def test_a_format_that_texts_cannot_have_is_named(typed: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose([*TOY, *typed])
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("typed", ["chat=true", "target_space=never", "protocol.special_tokens=parse"])
+def test_only_another_format_than_the_default_changes_the_hash(typed: str) -> None:
+    plain = compose(TOY).plain()
+    older = {name: value for name, value in plain.items() if name not in ("chat", "target_space")}
+    older["protocol"] = {name: value for name, value in plain["protocol"].items() if name != "special_tokens"}
+    assert hash_config(older) == hash_config(plain)
+    assert RunConfig.from_plain(older).plain() == plain
+    assert hash_config(compose([*TOY, typed]).plain()) != hash_config(plain)
 
 
 def test_help_shows_every_option_with_its_default_and_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +249,7 @@ def test_a_setting_that_the_editor_lacks_is_named() -> None:
         make_editor(RunConfig.from_plain(plain))
 
 
-def test_a_recorded_configuration_may_lack_only_options_that_change_no_answer() -> None:
+def test_a_recorded_configuration_may_lack_only_options_that_change_no_answer_or_are_younger() -> None:
     config = compose(TOY)
     for name in OPTIONS:
         plain = config.plain()

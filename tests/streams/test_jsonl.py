@@ -209,6 +209,7 @@ def test_running_text_needs_no_prompt(tmp_path: Path) -> None:
         ({"path": "x", "task": "clasification"}, "did you mean 'classification'?"),
         ({"path": "x", "label_names": ["a"]}, "stream.label_names="),
         ({"path": "x", "max_new_tokens": 0}, "stream.max_new_tokens=0"),
+        ({"path": "x", "max_new_tokens": "many"}, "stream.max_new_tokens=many should be auto or a whole number"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], names: str) -> None:

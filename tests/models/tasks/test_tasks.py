@@ -1,6 +1,7 @@
 """Tasks on tiny models: what free generation scores, what is compared, what is cut, what goes into one batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import IGNORED
+from grace_bench.models.tokens import TextFormat
 
 MakeModel = Callable[..., EditableModel]
 
@@ -249,3 +251,59 @@ def test_an_edit_in_bfloat16_moves_the_answer_and_is_taken_back(
         assert loss() < before
         assert model.score([request])[0].score >= 0
     assert loss() == before
+
+
+# Targets that no free answer can equal.
+
+
+def _give(row: list[int], **_: Any) -> Tensor:
+    return torch.tensor([row])
+
+
+def test_a_target_is_accepted_as_the_tokenizer_gives_it_back(make_model: MakeModel) -> None:
+    for task in ("completion", "qa"):
+        model = make_model(task, max_new_tokens=4)
+        target = "Nur-Sultan Astana"
+        assert "<unk>" in model.tokenizer.tokenize(target)
+        ids = model.encode_batch([PROMPT], [target]).target_ids[0]
+        given = [0] if task == "qa" else model.encode_batch([PROMPT]).inputs["input_ids"][0].tolist()
+        model.module.generate = partial(_give, [*given, *ids])  # type: ignore[assignment]
+        request = EditRequest(id="1", prompt=PROMPT, target=target)
+        (item,) = model.score([request])
+        assert (item.text, item.correct, item.score) == ("Astana", True, 1.0)
+        found = model.task.answerability(model, [request, EditRequest(id="2", prompt=PROMPT, target="Rome")])
+        assert (found.unanswerable, found.n_given_back) == ({}, 1)
+        assert found.lines() == ["1 of 2 targets is accepted as the tokenizer gives it back"]
+
+
+@pytest.mark.parametrize("task", ["completion", "qa"])
+def test_targets_that_no_free_answer_can_equal_are_counted_by_reason(task: str, make_model: MakeModel) -> None:
+    model = make_model(task, max_new_tokens=2)
+    targets = ["Rome", "Rome of", "Rome of Peru", "the Sol of Peru in Italy", "東京", "Москва", "Lima of Peru"]
+    requests = [EditRequest(id=text, prompt=PROMPT, target=text) for text in targets]
+    # One answer that can be given is enough.
+    requests[-1] = requests[-1].model_copy(update={"answers": ("Lima",)})
+    found = model.task.answerability(model, requests)
+    assert found.unanswerable == {
+        "longer than max_new_tokens=2": 2,
+        "characters that the tokenizer cannot give back": 2,
+    }
+    assert found.lines() == [
+        "4 of 7 targets cannot be answered freely: 2 longer than max_new_tokens=2, "
+        "2 characters that the tokenizer cannot give back"
+    ]
+    assert model.task.longest_target(model, requests) == 7
+
+
+def test_a_target_that_is_answerable_only_by_its_name_of_a_special_token_is_text(make_model: MakeModel) -> None:
+    request = EditRequest(id="1", prompt=PROMPT, target="</s> Rome")
+    model = make_model("completion", max_new_tokens=8)
+    assert model.task.answerability(model, [request]).unanswerable == {}
+    parsing = make_model("completion", max_new_tokens=8, format=TextFormat(special_tokens="parse"))
+    assert parsing.task.answerability(parsing, [request]).unanswerable == {"the text of a special token": 1}
+
+
+@pytest.mark.parametrize("task", ["classification", "language_modelling"])
+def test_only_questions_are_put_into_a_chat(task: str, make_model: MakeModel) -> None:
+    with pytest.raises(UserError, match=f"chat=true is for qa and completion, not for {task}"):
+        make_model(task, format=TextFormat(chat=True))
