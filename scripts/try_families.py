@@ -39,7 +39,7 @@ def main() -> int:
         if family.name in known or (asked.names and not any(name in family.name for name in asked.names)):
             continue
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="family-") as folder:
             report = families.check_family(family, Path(folder), seconds=asked.seconds)
         n_faults += bool(report.faults)
         row = {**vars(report), "seconds": round(time.perf_counter() - start, 1)}

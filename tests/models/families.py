@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +239,11 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "dbrx": {"attn_config": {"kv_n_heads": _KEY_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _MIXED},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 6, "H_cycles": 1, "L_cycles": 2},
+    "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv"]},
@@ -455,57 +457,70 @@ def check_family(family: Family, folder: Path, *, seconds: int = 60) -> Report:
         folder: An empty folder.
         seconds: The longest that one check may compute.
     """
-    report = Report(family.name, family.model_class)
     if family.name in NOT_MADE:
-        report.not_made = NOT_MADE[family.name]
-        return report
+        return Report(family.name, family.model_class, not_made=NOT_MADE[family.name])
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
             with _limited(seconds):
                 head = save_tiny(family, folder)
         except Exception as error:
-            report.not_made = _said(error)
-            return report
-        model: list[EditableModel] = []
+            return Report(family.name, family.model_class, not_made=_said(error))
+        trial = _Trial(family, folder, seconds)
+        if trial.load(None):
+            trial.check("batches", _compare_batches)
+            for name, (editor, options) in _EDITS.items():
+                if options.get("replacement") != "replace_last" or family.kind == "causal":
+                    trial.check(name, partial(_compare_engines, editor=editor, options=options))
+            if head is not None and family.kind != "classification" and trial.load(head):
+                trial.check("ft on the tied head", partial(_compare_engines, editor="ft", options=_QUICK))
+    return Report(family.name, family.model_class, trial.outcomes)
 
-        def load(layer: str | None) -> str:
-            model[:] = [_load(family, folder, layer)]
+
+class _Trial:
+    """The checks of one family so far."""
+
+    def __init__(self, family: Family, folder: Path, seconds: int) -> None:
+        self.outcomes: dict[str, str] = {}
+        self._family, self._folder, self._seconds = family, folder, seconds
+        self._model: EditableModel | None = None
+
+    def load(self, layer: str | None) -> bool:
+        """Loads the model to be edited at a layer; None for the one that an error would suggest."""
+
+        def load() -> str:
+            self._model = _load(self._family, self._folder, layer)
             return "ok"
 
-        def check(name: str, what: Callable[[EditableModel], str]) -> None:
-            if model:
-                report.outcomes[name] = _outcome(lambda: what(model[0]), seconds)
+        self._model = None
+        self.outcomes["load"] = self._outcome(load)
+        return self._model is not None
 
-        report.outcomes["load"] = _outcome(lambda: load(None), seconds)
-        check("batches", lambda model: _compare_batches(family, model))
-        for name, (editor, options) in _EDITS.items():
-            if options.get("replacement") != "replace_last" or family.kind == "causal":
-                check(name, lambda model, e=editor, o=options: _compare_engines(family, model, e, o))  # type: ignore[misc]
-        if model and head is not None and family.kind != "classification":
-            report.outcomes["load"] = _outcome(lambda: load(head), seconds)
-            check("ft on the tied head", lambda model: _compare_engines(family, model, "ft", _QUICK))
-    return report
+    def check(self, name: str, what: Callable[[Family, EditableModel], str]) -> None:
+        """Makes a check on the loaded model."""
+        assert self._model is not None
+        self.outcomes[name] = self._outcome(partial(what, self._family, self._model))
+
+    def _outcome(self, check: Callable[[], str]) -> str:
+        try:
+            with _limited(self._seconds):
+                said = check()
+        except UserError as error:
+            said = f"refused: {error}"
+        except RunFailure as error:
+            said = f"crash: {reason_of(error)}"
+        except Exception as error:
+            said = f"crash: {_said(error)}"
+        return said.replace(str(self._folder), "FOLDER").replace(self._folder.resolve().name, "FOLDER")
 
 
+_NEAR_DISTANCES = 1e-3
 _QUICK = {"n_iter": 5}
 _EDITS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "grace": ("grace", _QUICK),
     "grace replace_last": ("grace", {**_QUICK, "replacement": "replace_last"}),
     "ft": ("ft", _QUICK),
 }
-
-
-def _outcome(check: Callable[[], str], seconds: int) -> str:
-    try:
-        with _limited(seconds):
-            return check()
-    except UserError as error:
-        return f"refused: {error}"
-    except RunFailure as error:
-        return f"crash: {reason_of(error)}"
-    except Exception as error:
-        return f"crash: {_said(error)}"
 
 
 def _said(error: BaseException) -> str:
@@ -580,7 +595,7 @@ class _Memory(RunLogger):
             self.predictions[tuple(row[name] for name in ("n_edits", "stream", "request_id", "probe"))] = dict(row)
 
 
-def _compare_engines(family: Family, model: EditableModel, editor: str, options: Mapping[str, Any]) -> str:
+def _compare_engines(family: Family, model: EditableModel, *, editor: str, options: Mapping[str, Any]) -> str:
     """Makes the same edits with both engines."""
     exact, plain = _Memory(), _Memory()
     said: list[str] = []
@@ -614,6 +629,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], near: float) -
             if told := _difference(a, b, near):
                 return told
         elif isinstance(a, float) and isinstance(b, float):
+            near = max(near, _NEAR_DISTANCES) if name == "distance" else near
             if not (math.isclose(a, b, rel_tol=near, abs_tol=near) or (math.isnan(a) and math.isnan(b))):
                 return f"{name} {a:.6g} and {b:.6g}"
         elif a != b:
