@@ -1,4 +1,4 @@
-"""Tiny random models of every class that the installed transformers has for a task, and what the harness does with them.
+"""Tiny random models of every class that the installed transformers has for a task, and the harness on each of them.
 
 A family is one model type with its class for one task. `save_tiny` writes its folder; `check_family` edits it.
 """
@@ -9,7 +9,7 @@ import math
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -112,12 +112,25 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(
         (
             *("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim", "embedding_dim", "embedding_size"),
-            *("word_embed_proj_dim", "lru_width", "attention_hidden_size", "input_embedding_size", "hidden_size_global"),
+            *(
+                "word_embed_proj_dim",
+                "lru_width",
+                "attention_hidden_size",
+                "input_embedding_size",
+                "hidden_size_global",
+            ),
             *("output_embedding_size", "pooler_hidden_size", "decoder_hidden_size", "encoder_hidden_size", "d_latents"),
             *("cross_attention_hidden_size", "true_hidden_size", "prediction_head_size", "backbone_hidden_size"),
             *("hidden_size_per_layer_input", "ple_embed_dim", "shape_embed_dim", "pronunciation_embed_dim"),
-            *("output_dim", "d_inner_xlnet", "entity_emb_size", "out_hidden_size", "conv_output_size", "adapter_in_dim"),
-            *("adapter_out_dim", "adapter_input_size"),
+            *(
+                "output_dim",
+                "d_inner_xlnet",
+                "entity_emb_size",
+                "out_hidden_size",
+                "conv_output_size",
+                "adapter_in_dim",
+            ),
+            *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "input_embedding_size"),
         ),
         _WIDTH,
     ),
@@ -171,9 +184,7 @@ _SIZES: Mapping[str, int] = {
     "qk_head_dim": 2 * _HEAD_WIDTH,
     "n_groups": 1,
     # Experts.
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_capacity"), 4
-    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "expert_capacity"), 4),
     **dict.fromkeys(
         (
             *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts"),
@@ -224,7 +235,15 @@ _LISTS_OF_BLOCKS = ("layer_types", "mlp_layer_types", "layers_block_type", "inde
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_TIED = ("dbrx",)
-_UNSET = {"head_dim": _HEAD_WIDTH, "num_key_value_heads": _HEADS, "n_routed_experts": 4, "vocab_size": 0, **dict.fromkeys(("num_experts_per_tok", "n_shared_experts"), 2)}
+_UNSET = {
+    "head_dim": _HEAD_WIDTH,
+    "num_key_value_heads": _HEADS,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    # Decided by the tokenizer.
+    "vocab_size": 0,
+}
 """The sizes of attributes that are None by default, but that models need."""
 
 _FULL = "full_attention"
@@ -268,7 +287,12 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     # Its attention is shared by blocks from the second one on.
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"], "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"],
+        "attention_hidden_size": 2 * _WIDTH,
+        "attention_head_dim": 2 * _HEAD_WIDTH,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Attributes by model type that names alone do not decide."""
@@ -391,9 +415,7 @@ def make_tokenizer(kind: str) -> Any:
     tokenizer.train_from_iterator(_TEXT, trainer)
     form = {"causal": "$A", "seq2seq": "$A </s>", "classification": "<s> $A </s>"}[kind]
     if kind != "causal":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=form, special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 2)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>"
     )
