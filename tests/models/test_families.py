@@ -1,0 +1,62 @@
+"""Model classes of transformers: batches and engines change no answer, or one line says what is not supported."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _load_families() -> ModuleType:
+    # Tests are imported one by one, so that a module beside them is no package's.
+    spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["families"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+families = _load_families()
+FAMILIES = {family.name: family for family in families.families()}
+SAMPLE = (
+    "causal-llama",
+    "causal-gpt2",
+    "causal-falcon",
+    "causal-lfm2",
+    "causal-mamba",
+    "causal-recurrent_gemma",
+    "causal-qwen3_next",
+    "causal-modernbert-decoder",
+    "causal-roformer",
+    "seq2seq-t5",
+    "seq2seq-bart",
+    "seq2seq-mbart",
+    "classification-mpnet",
+    "classification-xlm-roberta",
+    "classification-deberta-v2",
+)
+"""Attention, convolutions, recurrences and mixtures of them; every way of counting positions."""
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_families_of_every_kind_answer_alike_in_any_batch_and_with_any_engine(name: str, tmp_path: Path) -> None:
+    report = families.check_family(FAMILIES[name], tmp_path)
+
+    assert report.not_made is None
+    assert report.faults == []
+    assert report.outcomes["batches"] == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {*SAMPLE}))
+def test_every_family_answers_alike_in_any_batch_and_with_any_engine(name: str, tmp_path: Path) -> None:
+    report = families.check_family(FAMILIES[name], tmp_path)
+
+    if report.not_made is not None:
+        pytest.skip(f"no tiny model: {report.not_made}")
+    assert report.faults == []
+    for said in report.outcomes.values():
+        assert "\n" not in said
