@@ -101,10 +101,15 @@ threads: auto
 checkpoint_every: 50
 strict: false
 tuning_budget: 6 validation runs
+chat:
+  enabled: false
+  system: null
+target_space: auto
 protocol:
   query: prefix
   prefix_length: 8
   normalise: null
+  special_tokens: text
 out: runs
 existing: reuse
 wandb:

@@ -89,7 +89,7 @@ class Answerability:
         """
         lines = []
         if self.unanswerable:
-            counts = [f"{number} {reason}" for reason, number in self.unanswerable.items()]
+            counts = [f"{reason} ({number})" for reason, number in self.unanswerable.items()]
             reasons = counts if len(counts) > 1 else self.unanswerable
             n_lacking = sum(self.unanswerable.values())
             lines.append(f"{n_lacking} of {self.n_targets} targets cannot be answered freely: {', '.join(reasons)}")

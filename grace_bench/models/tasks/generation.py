@@ -90,7 +90,7 @@ class GenerationTask(Task):
         reasons = Counter(each.unanswerable for each in accepted if each.unanswerable is not None)
         return Answerability(
             n_targets=len(requests),
-            unanswerable=dict(reasons.most_common()),
+            unanswerable=dict(sorted(reasons.items(), key=lambda counted: (-counted[1], counted[0]))),
             n_given_back=sum(each.only_given_back for each in accepted),
         )
 
