@@ -655,6 +655,8 @@ def _compare_engines(family: Family, model: EditableModel, *, editor: str, optio
     if said:
         return f"crash: {said[0]}"
     failed = [row["failed"] for row in exact.edits.values() if row["failed"]]
+    if len(failed) == len(exact.edits):
+        return f"crash: every edit failed, the first: {reason_of(Exception(failed[0]))}"
     return f"ok, {len(failed)} failed: {failed[0]}" if failed else "ok"
 
 
