@@ -262,7 +262,11 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _MIXED},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 6, "H_cycles": 1, "L_cycles": 2},
-    "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 2},
+    "inkling2_loop_text": {
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "n_layers_per_attn_res_block": 1,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv"]},
@@ -372,12 +376,21 @@ def _size(name: str, value: int | None, tokenizer: Any, spare: Iterator[int], de
     return None if size is None or value <= 0 else size
 
 
-def save_tiny(family: Family, folder: Path) -> str | None:
-    """Saves a family's tiny random model and its tokenizer; equal families give equal weights.
+@dataclass(frozen=True)
+class Saved:
+    """A saved tiny model.
 
-    Returns:
-        The path of the output embeddings, if they share their weights with those of the input; else None.
+    Attributes:
+        layer: The layer that the harness suggests to edit; None if it suggests none.
+        head: The output embeddings of a language model, if they share their weights with those of the input; else None.
     """
+
+    layer: str | None
+    head: str | None
+
+
+def save_tiny(family: Family, folder: Path) -> Saved:
+    """Saves a family's tiny random model and its tokenizer; equal families give equal weights."""
     tokenizer = make_tokenizer(family.kind)
     torch.manual_seed(0)
     model = getattr(transformers, family.auto_class).from_config(tiny_config(family, tokenizer))
@@ -390,6 +403,13 @@ def save_tiny(family: Family, folder: Path) -> str | None:
         generation.decoder_start_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    layers = last_projections(model)
+    return Saved(
+        layers[len(layers) // 2] if layers else None, None if family.kind == "classification" else _tied(model)
+    )
+
+
+def _tied(model: Any) -> str | None:
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is not getattr(tokens, "weight", 0):
         return None
@@ -485,16 +505,16 @@ def check_family(family: Family, folder: Path, *, seconds: int = 60) -> Report:
         warnings.simplefilter("ignore")
         try:
             with _limited(seconds):
-                head = save_tiny(family, folder)
+                saved = save_tiny(family, folder)
         except Exception as error:
             return Report(family.name, family.model_class, not_made=_said(error))
         trial = _Trial(family, folder, seconds)
-        if trial.load(None):
+        if trial.load(saved.layer):
             trial.check("batches", _compare_batches)
             for name, (editor, options) in _EDITS.items():
                 if options.get("replacement") != "replace_last" or family.kind == "causal":
                     trial.check(name, partial(_compare_engines, editor=editor, options=options))
-            if head is not None and family.kind != "classification" and trial.load(head):
+            if saved.head is not None and trial.load(saved.head):
                 trial.check("ft on the tied head", partial(_compare_engines, editor="ft", options=_QUICK))
     return Report(family.name, family.model_class, trial.outcomes)
 
@@ -508,10 +528,15 @@ class _Trial:
         self._model: EditableModel | None = None
 
     def load(self, layer: str | None) -> bool:
-        """Loads the model to be edited at a layer; None for the one that an error would suggest."""
+        """Loads the model to be edited at a layer; None if none is known."""
 
         def load() -> str:
-            self._model = _load(self._family, self._folder, layer)
+            self._model = EditableModel.from_pretrained(
+                self._folder,
+                layer=layer,
+                task=self._family.task,  # type: ignore[arg-type]
+                device="cpu",
+            )
             return "ok"
 
         self._model = None
@@ -566,16 +591,6 @@ def _limited(seconds: int) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
-
-
-def _load(family: Family, folder: Path, layer: str | None) -> EditableModel:
-    """Loads a tiny model as a run does; without a layer, to be edited at the one that an error would suggest."""
-    if layer is None:
-        model = getattr(transformers, family.auto_class).from_pretrained(folder)
-        layers = last_projections(model)
-        # Without a suggestion, the harness is to say itself what is missing.
-        layer = layers[len(layers) // 2] if layers else None
-    return EditableModel.from_pretrained(folder, layer=layer, task=family.task, device="cpu")  # type: ignore[arg-type]
 
 
 def _compare_batches(family: Family, model: EditableModel) -> str:
@@ -640,6 +655,8 @@ def _compare_engines(family: Family, model: EditableModel, *, editor: str, optio
     if said:
         return f"crash: {said[0]}"
     failed = [row["failed"] for row in exact.edits.values() if row["failed"]]
+    if len(failed) == len(exact.edits):
+        return f"crash: every edit failed, the first: {reason_of(Exception(failed[0]))}"
     return f"ok, {len(failed)} failed: {failed[0]}" if failed else "ok"
 
 
