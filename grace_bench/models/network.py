@@ -13,7 +13,7 @@ from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models.calls import LayerCall, QueryState, activations_of, layer_call_of
 from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.limits import longest_input, longest_target
-from grace_bench.models.padding import BEGIN_TOKENS, padded_for, with_known_padding
+from grace_bench.models.padding import BEGIN_TOKENS, embedding_of, padded_for, with_known_padding
 from grace_bench.models.sequences import SequenceTracker
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -95,8 +95,7 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the inputs: that of the embedding, or of the first weights."""
-        embed = getattr(self.module, "get_input_embeddings", None)
-        return _device_of([embed() if embed else self.module, self.module])
+        return _device_of([embedding_of(self.module) or self.module, self.module])
 
     @property
     def layer_device(self) -> torch.device:

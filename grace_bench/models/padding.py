@@ -15,6 +15,15 @@ BEGIN_TOKENS = ("bos_token_id", "cls_token_id")
 """The names under which tokenizers have the token that begins a text."""
 
 
+def embedding_of(module: Any) -> nn.Module | None:
+    """Returns the table of a module's token embeddings; None if it has none, as models of characters."""
+    try:
+        embedding = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def with_known_padding(tokenizer: Any, module: nn.Module) -> Any:
     """Returns a tokenizer whose padding token the module has an embedding for.
 
@@ -56,12 +65,9 @@ def padded_for(
     return {**inputs, "input_ids": ids.masked_fill(mask == 0, pad)}, context
 
 
-def _n_embeddings(module: Any) -> int | None:
+def _n_embeddings(module: nn.Module) -> int | None:
     """The number of tokens that a module has an embedding for; None if it has no table of them."""
-    try:
-        weight = getattr(module.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):
-        return None
+    weight = getattr(embedding_of(module), "weight", None)
     return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 

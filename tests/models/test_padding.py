@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    CanineConfig,
+    CanineForSequenceClassification,
+    CanineTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -97,3 +100,9 @@ def test_a_padding_token_outside_the_embedding_is_replaced_by_one_that_the_model
     assert model.answer(prompts) == model_of(word_tokenizer).answer(prompts)
     assert model.encode_batch(prompts).inputs["input_ids"].max() < size
     assert tokenizer.pad_token_id == size, "the caller's tokenizer is as before"
+
+
+def test_a_model_of_characters_has_no_table_of_tokens_and_still_answers() -> None:
+    module = CanineForSequenceClassification(CanineConfig(**SIZES, num_labels=5, num_hash_buckets=64))
+    model = classifier(module, CanineTokenizer(), "canine.encoder.layer.1.output.dense")
+    assert len(model.answer(["the capital of Peru", "Peru"])) == 2
