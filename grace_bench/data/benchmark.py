@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from grace_bench.data.avalanche import CLExperience, CLScenario, CLStream, EagerCLStream
@@ -97,7 +98,7 @@ class EditBenchmark(CLScenario):
 
     @classmethod
     def from_stream(cls, stream: EditStream, *, seed: int, split: str = "edits") -> "EditBenchmark":
-        """Loads a stream and shuffles its edits by seed.
+        """Loads a stream and shuffles its edits by seed; those of a group stay together, in the stream's order.
 
         Args:
             stream: The stream.
@@ -118,11 +119,11 @@ class EditBenchmark(CLScenario):
             edits, holdout = data.edits, data.holdout
         else:
             raise UserError(f"split={split!r} is not known (there are: edits, validation)")
-        ordered = list(edits)
+        ordered = list(_groups(edits))
         random.Random(seed).shuffle(ordered)
         return cls(
             name=stream.registered_name,
-            data=replace(data, edits=tuple(ordered), holdout=holdout),
+            data=replace(data, edits=tuple(chain.from_iterable(ordered)), holdout=holdout),
             task=stream.task,
             metadata=stream.metadata,
             fingerprint=fingerprint,
@@ -155,6 +156,14 @@ class EditBenchmark(CLScenario):
         for kind in ("locality", "portability"):
             if requests := probe_requests(self.data.edits, kind):
                 yield kind, requests
+
+
+def _groups(requests: Sequence[EditRequest]) -> Iterable[list[EditRequest]]:
+    """Returns the requests by group, in the order of first members; a request without one is a group of its own."""
+    groups: dict[str | int, list[EditRequest]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(number if request.group is None else request.group, []).append(request)
+    return groups.values()
 
 
 def check_ids(data: StreamData, stream: str) -> None:
