@@ -42,11 +42,13 @@ class Record(Generic[M]):
             records are counted from one.
         number: The position of the record in its source, counted from one.
         value: The validated record.
+        file: The file or table that holds the record.
     """
 
     place: str
     number: int
     value: M
+    file: str
 
     def fail(self, field: str, message: str) -> NoReturn:
         """Raises the one-line error for a field of this record."""

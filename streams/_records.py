@@ -232,7 +232,7 @@ class Reader:
             try:
                 item = parse()
                 known = chosen.get(file) or recognised(place, item, formats)
-                record = Record(place, number, validate(place, item, known.schema))
+                record = Record(place, number, validate(place, item, known.schema), file)
                 chosen[file] = known
                 for field in id_fields:
                     given = getattr(record.value, field, None)
