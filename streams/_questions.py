@@ -1,6 +1,7 @@
 """Parts of streams of questions: locality probes, upstream requests made from them, optional texts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from grace_bench.common.options import check_choice
 from grace_bench.data.requests import Contrast, DerivedRequest, EditRequest, Probe
@@ -47,7 +48,7 @@ def kept_answers(edits: Iterable[EditRequest]) -> Iterator[DerivedRequest]:
                 )
 
 
-def pair(record: Record[object], question: str, answer: str) -> tuple[str, str] | None:
+def pair(record: Record[Any], question: str, answer: str) -> tuple[str, str] | None:
     """Returns the texts of a question's and its answer's field; None if both are absent, null or blank.
 
     Raises:

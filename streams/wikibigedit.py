@@ -63,7 +63,7 @@ class _NamedFiles(Files):
     """Files whose names matter as well as their content."""
 
     @property
-    def digest(self) -> str:  # type: ignore[override]
+    def digest(self) -> str:
         return f"{super().digest} {[path.name for path in self.paths]}"
 
 
@@ -137,6 +137,7 @@ class WikiBigEdit(RecordStream):
 
 def _request(record: Record[Any], *, locality_target: str) -> EditRequest:
     value = record.value
+    rephrases: tuple[str | None, ...]
     if isinstance(value, _TimeStep):
         prompt, target, rephrases = value.update, value.ans, (value.rephrase, value.personas)
         kept = pair(record, "loc", "loc_ans")
@@ -152,7 +153,7 @@ def _request(record: Record[Any], *, locality_target: str) -> EditRequest:
         target=target,
         subject=within(prompt, given(value.subject)),
         step=step,
-        rephrases=tuple(text for text in rephrases if given(text) is not None),
+        rephrases=tuple(filter(None, map(given, rephrases))),
         locality=() if kept is None else locality_probe(kept[0], [kept[1]], target=locality_target),
         portability=() if follows is None else (Probe(prompt=follows[0], target=follows[1]),),
         metadata=metadata,
