@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from grace_bench.common.options import check_choice
-from grace_bench.data.requests import Contrast, DerivedRequest, EditRequest, Probe
+from grace_bench.data.requests import DerivedRequest, EditRequest, Probe
 from grace_bench.streams._lines import Record
 
 
@@ -17,23 +17,20 @@ def check_locality_target(value: str) -> None:
     check_choice("stream.locality_target", value, ("unedited", "gold"))
 
 
-def locality_probe(
-    prompt: str, answers: Sequence[str], *, target: str, contrast: Contrast | None = None
-) -> tuple[Probe, ...]:
+def locality_probe(prompt: str, answers: Sequence[str], *, target: str) -> tuple[Probe, ...]:
     """Returns a locality question as a probe; none if its target should be a gold answer and there is none.
 
     Args:
         prompt: The question.
         answers: Its gold answers, the preferred one first.
         target: `unedited` or `gold`.
-        contrast: As in `Probe`.
     """
-    metadata = {"ground_truth": [*answers]} if answers else {}
+    metadata = {"ground_truth": [*answers]}
     if target == "unedited":
-        return (Probe(prompt=prompt, contrast=contrast, metadata=metadata),)
+        return (Probe(prompt=prompt, metadata=metadata),)
     if not answers:
         return ()
-    return (Probe(prompt=prompt, target=answers[0], answers=tuple(answers[1:]), contrast=contrast, metadata=metadata),)
+    return (Probe(prompt=prompt, target=answers[0], answers=tuple(answers[1:]), metadata=metadata),)
 
 
 def kept_answers(edits: Iterable[EditRequest]) -> Iterator[DerivedRequest]:

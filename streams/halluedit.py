@@ -11,7 +11,7 @@ from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
-from grace_bench.streams._questions import given, kept_answers, locality_probe, pair, within
+from grace_bench.streams._questions import given, kept_answers, pair, within
 from grace_bench.streams._records import Format, Reader, RecordStream, Source
 from grace_bench.streams._tables import CsvFiles
 
@@ -108,7 +108,7 @@ def _request(record: Record[Any]) -> EditRequest:
         target=row.object,
         subject=within(row.question, row.subject),
         rephrases=() if paraphrase is None else (paraphrase,),
-        locality=() if locality is None else locality_probe(locality, (), target="unedited"),
+        locality=() if locality is None else (Probe(prompt=locality),),
         portability=tuple(Probe(prompt=known[0], target=known[1]) for known in follows if known is not None),
         metadata={name: text for name, text in about.items() if given(text) is not None},
     )

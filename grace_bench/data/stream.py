@@ -85,6 +85,8 @@ class EditStream(ABC):
         search_layers: The layers of the default model that tuning tries, by the kind of layer that an editor edits; an
             editor whose kind is missing tries the layers under `any`.
         in_demo: Whether the demo runs editors on this stream.
+        younger_options: Options that were added after the stream was released. With their defaults they do not count in
+            the hash of a configuration, so that earlier runs keep their folders.
     """
 
     registered_name: ClassVar[str]
@@ -99,6 +101,7 @@ class EditStream(ABC):
     default_layer: ClassVar[str | None] = None
     search_layers: ClassVar[Mapping[LayerKind, Sequence[str | Sequence[str]]]] = MappingProxyType({})
     in_demo: ClassVar[bool] = False
+    younger_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load(self) -> StreamData:
