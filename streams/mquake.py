@@ -61,11 +61,11 @@ class Mquake(RecordStream):
     `new_single_hops`. Other fields are ignored. A rewrite has `prompt` with `{}` where the `subject` goes, and
     `target_new`; optionally `target_true` and `question`.
 
-    Each rewrite of a case is an edit with the id `case_id/number`, and all share a group: they are edited together and
-    no order separates them. Its `question` is the holdout, and the aliases of its answer in `new_single_hops` are
-    accepted too. The case's questions are portability probes of its last edit, so they are asked once all edits of the
-    case were reached. They form a group: `Portability/any`, MQuAKE's own score, is the share of cases of which any
-    question is answered with the new answer or one of its aliases.
+    Each rewrite of a case is an edit with the id `case_id/number`. All share a group: they are edited together, and the
+    seed does not separate them. Its `question` is the holdout, and the aliases of its answer in `new_single_hops` are
+    accepted too. The case's questions are portability probes of its last edit, so they are scored once every edit of
+    the case has been reached. They form a group: `Portability/any`, MQuAKE's own score, is the share of cases of which
+    any question is answered with the new answer or one of its aliases.
 
     MQuAKE has no questions whose answers must stay: there is neither upstream nor locality.
 

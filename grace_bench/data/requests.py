@@ -64,8 +64,8 @@ class EditRequest(BaseModel):
         answers: Further accepted answers besides the target.
         subject: The entity the prompt is about, for editors that need one; it must occur in the prompt.
         fact: An id of the fact that edits and holdout requests share; None if no other request is about the fact.
-        group: An id that requests which belong in one edit share; None if the request stands alone. No order separates
-            them.
+        group: An id that requests share if they are to be edited together; None if the request stands alone. The seed
+            shuffles a group as a whole. Of probes as in `Probe`.
         step: The time step that the request belongs to; None if the stream has no time steps.
         contrast: Two answers, of which the first should be likelier; None to compare no answers.
         rephrases: The same question in other words; evaluation only.

@@ -474,11 +474,12 @@ def test_a_locality_question_is_asked_as_the_option_says(tmp_path: Path, asked: 
 
 def test_the_gold_answers_may_be_the_targets_of_locality(tmp_path: Path) -> None:
     asked = [{"prompt": "a?", "ground_truth": ["b", "c"]}, {"prompt": "d?", "ground_truth": []}]
-    data = load(tmp_path, evaluation(7), easyedit(1, locality={"K": asked}), locality_target="gold")
-    assert [[(p.prompt, p.target, p.answers) for p in request.locality] for request in data.edits] == [
-        [("who founded town 7", "Founder7", ())],
-        [("a?", "b", ("c",))],
-    ]
+    for record, wanted in (
+        (evaluation(7), ("who founded town 7", "Founder7", ())),
+        (easyedit(1, locality={"K": asked}), ("a?", "b", ("c",))),
+    ):
+        (request,) = load(tmp_path, record, locality_target="gold").edits
+        assert [(probe.prompt, probe.target, probe.answers) for probe in request.locality] == [wanted]
 
 
 def test_the_true_answers_may_be_the_targets_and_no_record_is_then_left_out(tmp_path: Path) -> None:
