@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Annotated, Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, BinaryIO, Generic, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
@@ -26,9 +27,9 @@ def _not_blank(text: str) -> str:
 Filled = Annotated[str, AfterValidator(_not_blank)]
 """Text with at least one character that is not white space."""
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_NO_UTF8 = re.compile("[\udc80-\udcff]")
+NO_UTF8 = re.compile("[\udc80-\udcff]")
 """The characters that `surrogateescape` puts in place of invalid bytes; valid UTF-8 never decodes to them."""
 _SHOWN = 60
 
@@ -42,11 +43,13 @@ class Record(Generic[M]):
             records are counted from one.
         number: The position of the record in its source, counted from one.
         value: The validated record.
+        file: The file or table that holds the record.
     """
 
     place: str
     number: int
     value: M
+    file: str
 
     def fail(self, field: str, message: str) -> NoReturn:
         """Raises the one-line error for a field of this record."""
@@ -69,30 +72,37 @@ def read_lines(path: str) -> Iterator[tuple[str, int, Parse]]:
     Raises:
         UserError: If the file as a whole cannot be read.
     """
-    try:
-        # Binary mode splits at \n alone; str.splitlines would also split at U+2028 and other characters inside text.
-        with readable(path).open("rb") as file:
-            is_empty = True
-            for number, line in enumerate(file, start=1):
-                content = line.removeprefix(_BOM) if number == 1 else line
-                opening = content.lstrip()[:1] if is_empty else b""
-                if opening == b"[":
-                    for place, parse in _Text(path, content + file.read(), number).items():
-                        yield place, file.tell(), parse
+    # Binary mode splits at \n alone; str.splitlines would also split at U+2028 and other characters inside text.
+    with opened(path) as file:
+        is_empty = True
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(BOM) if number == 1 else line
+            opening = content.lstrip()[:1] if is_empty else b""
+            if opening == b"[":
+                for place, parse in _Text(path, content + file.read(), number).items():
+                    yield place, file.tell(), parse
+                return
+            if opening == b"{" and _is_cut(content):
+                # Either the file is one object that spans several lines, or its first line is broken.
+                after = file.tell()
+                try:
+                    parse = _Text(path, content + file.read(), number).value()
+                except UserError:
+                    file.seek(after)
+                else:
+                    yield f"{path}:{number}", file.tell(), parse
                     return
-                if opening == b"{" and _is_cut(content):
-                    # Either the file is one object that spans several lines, or its first line is broken.
-                    after = file.tell()
-                    try:
-                        parse = _Text(path, content + file.read(), number).value()
-                    except UserError:
-                        file.seek(after)
-                    else:
-                        yield f"{path}:{number}", file.tell(), parse
-                        return
-                if content.strip():
-                    yield f"{path}:{number}", file.tell(), partial(_parse_line, path, content, number)
-                is_empty = is_empty and not content.strip()
+            if content.strip():
+                yield f"{path}:{number}", file.tell(), partial(_parse_line, path, content, number)
+            is_empty = is_empty and not content.strip()
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """Opens a file; inside the context, what the operating system refuses becomes a one-line `UserError`."""
+    try:
+        with readable(path).open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -139,7 +149,7 @@ class _Decoder(json.JSONDecoder):
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                self._note(f"field '{_one_line(key)}': is given twice in one object")
+                self._note(f"field '{one_line(key)}': is given twice in one object")
             found[key] = value
         return found
 
@@ -279,7 +289,7 @@ class _Text:
 
     def _no_utf8(self, start: int, end: int, record: str = "", item: Any = None) -> str:
         """Returns a message that names the first byte in a span that is not UTF-8; empty if all of them are."""
-        found = None if self._is_utf8 else _NO_UTF8.search(self._content, start, end)
+        found = None if self._is_utf8 else NO_UTF8.search(self._content, start, end)
         if found is None:
             return ""
         self._cursor.move(found.start())
@@ -296,7 +306,7 @@ def _given(item: Any, wrong: str) -> Any:
 
 def _field_without_utf8(item: Any) -> str:
     try:
-        return next((_dotted(path) for path, text in _texts(item, ()) if _NO_UTF8.search(text)), "")
+        return next((_dotted(path) for path, text in _texts(item, ()) if NO_UTF8.search(text)), "")
     except RecursionError:
         return ""
 
@@ -378,12 +388,12 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
         case "dict_type" | "model_type":
             return f"should be an object, not {_kind(given)}"
         case _:
-            return _one_line(error["msg"])
+            return one_line(error["msg"])
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:
     """Writes a path as `locality[0].prompt`."""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{_one_line(step)}" for step in path)
+    steps = (f"[{step}]" if isinstance(step, int) else f".{one_line(step)}" for step in path)
     return "".join(steps).removeprefix(".")
 
 
@@ -404,9 +414,9 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = _one_line(repr(value))
+    text = one_line(repr(value))
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

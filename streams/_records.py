@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
@@ -32,7 +32,6 @@ from grace_bench.streams._lines import Parse, Record, read_lines, validate
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-_READ_IN_FOLDERS = (".json", ".jsonl", ".parquet")
 _REPORTED_BYTES = 1 << 20
 _REPORTED_ROWS = 1000
 
@@ -90,9 +89,11 @@ class Files:
 
     Attributes:
         path: The file or folder.
+        endings: Of a folder, the files whose names end so are read.
     """
 
     path: str
+    endings: ClassVar[tuple[str, ...]] = (".json", ".jsonl", ".parquet")
 
     @property
     def name(self) -> str:
@@ -108,9 +109,11 @@ class Files:
             return (Path(self.path),)
         if not path.is_dir():
             return (path,)
-        found = sorted(file for file in path.iterdir() if file.suffix in _READ_IN_FOLDERS)
+        found = sorted(file for file in path.iterdir() if file.suffix in self.endings)
         if not found:
-            raise UserError(f"{self.path}: the folder holds no .json, .jsonl or .parquet file")
+            *others, last = self.endings
+            endings = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"{self.path}: the folder holds no {endings} file")
         return tuple(found)
 
     @cached_property
@@ -232,7 +235,7 @@ class Reader:
             try:
                 item = parse()
                 known = chosen.get(file) or recognised(place, item, formats)
-                record = Record(place, number, validate(place, item, known.schema))
+                record = Record(place, number, validate(place, item, known.schema), file)
                 chosen[file] = known
                 for field in id_fields:
                     given = getattr(record.value, field, None)

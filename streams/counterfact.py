@@ -1,6 +1,7 @@
 """CounterFact, in ROME's own format and in EasyEdit's."""
 
 from collections.abc import Container, Iterable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,7 @@ from grace_bench.data.stream import AnswerLength, StreamData, StreamMetadata, ch
 from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import OneHop
 from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._questions import check_locality_target
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
 
 
@@ -84,12 +86,15 @@ class CounterFact(RecordStream):
         path: A file or folder; None for `azhx/counterfact` on the hub, a copy of ROME's file, whose test split is used
             for validation.
         validation_path: Records for tuning, in the same formats; records with an edited prompt are left out.
+        locality_target: The target of locality probes: `unedited`, the unedited model's own answer, or `gold`, the true
+            answer in the data.
         max_new_tokens: The largest number of tokens that free generation may produce; `auto` for as many as the longest
             target takes.
         on_error: `raise`, or `skip` to leave broken records out and count them.
     """
 
     task: TaskName = "completion"
+    younger_options = ("locality_target",)
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="CounterFact, rome.baulab.info",
         revision="the file as read, or the hub's newest",
@@ -103,14 +108,17 @@ class CounterFact(RecordStream):
         *,
         path: str | None = None,
         validation_path: str | None = None,
+        locality_target: str = "unedited",
         max_new_tokens: AnswerLength = "auto",
         on_error: str = "raise",
     ) -> None:
         for name, value in (("path", path), ("validation_path", validation_path)):
             check_text(f"stream.{name}", value, optional=True)
+        check_locality_target(locality_target)
         check_answer_length("stream.max_new_tokens", max_new_tokens)
         self.path = path
         self.validation_path = validation_path
+        self.locality_target = locality_target
         self.max_new_tokens = max_new_tokens
         self.on_error = on_error
 
@@ -120,8 +128,9 @@ class CounterFact(RecordStream):
         return tuple(Files(path) for path in (self.path, self.validation_path) if path is not None)
 
     def read(self, reader: Reader) -> StreamData:
+        convert = partial(_request, gold=self.locality_target == "gold")
         edits, *rest = (
-            tuple(reader.read(source, _FORMATS, _request, id_fields=["case_id"])) for source in self.sources()
+            tuple(reader.read(source, _FORMATS, convert, id_fields=["case_id"])) for source in self.sources()
         )
         edited = {request.prompt for request in edits}
         validation = []
@@ -158,11 +167,15 @@ def _true_answer(probe: Probe) -> str:
     return probe.contrast[0]
 
 
-def _request(record: Record[_Rome | _EasyEdit]) -> EditRequest:
-    return _from_rome(record) if isinstance(record.value, _Rome) else _from_easyedit(record)
+def _request(record: Record[_Rome | _EasyEdit], *, gold: bool) -> EditRequest:
+    return (_from_rome if isinstance(record.value, _Rome) else _from_easyedit)(record, gold=gold)
 
 
-def _from_rome(record: Record[Any]) -> EditRequest:
+def _neighbour(prompt: str, *, true: str, new: str, gold: bool) -> Probe:
+    return Probe(prompt=prompt, target=true if gold else None, contrast=(true, new))
+
+
+def _from_rome(record: Record[Any], *, gold: bool) -> EditRequest:
     value: _Rome = record.value
     rewrite = value.requested_rewrite
     new, true = rewrite.target_new.text, rewrite.target_true.text
@@ -174,14 +187,14 @@ def _from_rome(record: Record[Any]) -> EditRequest:
         target=new,
         subject=rewrite.subject,
         rephrases=value.paraphrase_prompts,
-        locality=tuple(Probe(prompt=text, contrast=(true, new)) for text in value.neighborhood_prompts),
+        locality=tuple(_neighbour(text, true=true, new=new, gold=gold) for text in value.neighborhood_prompts),
         portability=() if value.portability is None else (value.portability.probe(),),
         contrast=(new, true),
         metadata={"ground_truth": true},
     )
 
 
-def _from_easyedit(record: Record[Any]) -> EditRequest:
+def _from_easyedit(record: Record[Any], *, gold: bool) -> EditRequest:
     value: _EasyEdit = record.value
     if value.subject not in value.prompt:
         record.fail("subject", "does not occur in the prompt, letter by letter")
@@ -193,8 +206,8 @@ def _from_easyedit(record: Record[Any]) -> EditRequest:
             record.fail(other, f"is missing, while '{given}' is given")
     locality: tuple[Probe, ...] = ()
     if value.locality_prompt is not None and value.locality_ground_truth is not None:
-        contrast = (value.locality_ground_truth, value.target_new)
-        locality = (Probe(prompt=value.locality_prompt, contrast=contrast),)
+        true = value.locality_ground_truth
+        locality = (_neighbour(value.locality_prompt, true=true, new=value.target_new, gold=gold),)
     truth = value.ground_truth
     return EditRequest(
         id=str(value.case_id),

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, get_args
 
 from grace_bench.common.options import check_text
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, TaskName, is_contrast
+from grace_bench.data.requests import EditRequest, Probe, TaskName, is_contrast
 from grace_bench.data.stream import AnswerLength, Order, StreamData, StreamMetadata, check_answer_length
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.registry import register_stream
@@ -13,6 +13,7 @@ from grace_bench.streams._lines import Record
 from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
 
 _DATES = ("date", "time", "timestamp", "time_step", "year")
+_ONE_TARGET = "is for tasks that answer in text; a classification has one target"
 _REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target"}))
 
 
@@ -20,8 +21,8 @@ _REQUEST = Format("EditRequest", EditRequest, frozenset({"id", "prompt", "target
 class Jsonl(RecordStream):
     """Your own requests, one JSON object per line with the fields of `EditRequest`.
 
-    `id`, `prompt` and `target` are required; `answers`, `subject`, `rephrases`, `locality`, `portability` and
-    `metadata` are optional. The rephrases become the holdout. Answers are compared strictly.
+    `id`, `prompt` and `target` are required, all other fields are optional. The rephrases become the holdout. Answers
+    are compared strictly.
 
     The order of the file is the order of the run if it matters: if two requests with the same prompt or fact have
     different targets, or every request has a date in its metadata (`date`, `time`, `timestamp`, `time_step` or `year`).
@@ -95,7 +96,7 @@ class Jsonl(RecordStream):
             _check_filled(record, "prompt", request.prompt)
         self._check_target(record, "target", request.target)
         if request.answers and self.task == "classification":
-            record.fail("answers", "is for tasks that answer in text; a classification has one target")
+            record.fail("answers", _ONE_TARGET)
         for name in ("answers", "rephrases"):
             for index, text in enumerate(getattr(request, name)):
                 _check_filled(record, f"{name}[{index}]", text)
@@ -106,6 +107,7 @@ class Jsonl(RecordStream):
         for name in ("locality", "portability"):
             for index, probe in enumerate(getattr(request, name)):
                 _check_filled(record, f"{name}[{index}].prompt", probe.prompt)
+                self._check_answers(record, f"{name}[{index}]", probe)
                 if probe.target is not None:
                     self._check_target(record, f"{name}[{index}].target", probe.target)
                 elif self.task == "language_modelling":
@@ -113,6 +115,14 @@ class Jsonl(RecordStream):
                 _check_contrast(record, f"{name}[{index}].metadata", probe.metadata)
         _check_contrast(record, "metadata", request.metadata)
         return request
+
+    def _check_answers(self, record: Record[EditRequest], field: str, probe: Probe) -> None:
+        if probe.answers and self.task == "classification":
+            record.fail(f"{field}.answers", _ONE_TARGET)
+        if probe.answers and probe.target is None:
+            record.fail(f"{field}.target", "is missing, while 'answers' is given")
+        for index, text in enumerate(probe.answers):
+            _check_filled(record, f"{field}.answers[{index}]", text)
 
     def _check_target(self, record: Record[EditRequest], field: str, target: str | int) -> None:
         if self.task != "classification":

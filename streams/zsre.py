@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.common.options import check_text
+from grace_bench.common.options import check_choice, check_text, check_whole
 from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import EditRequest, Probe, TaskName
 from grace_bench.data.stream import StreamData, StreamMetadata
@@ -18,6 +18,7 @@ from grace_bench.registry import register_stream
 from grace_bench.streams._easyedit import OneHop, Questions, Texts, answered_probes
 from grace_bench.streams._lines import Filled, Record, validate
 from grace_bench.streams._natural_questions import Answers, NaturalQuestions, flat_texts
+from grace_bench.streams._questions import check_locality_target, locality_probe, within
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source, recognised
 
 _N_QUESTIONS = 10_000
@@ -25,6 +26,7 @@ _N_REPHRASES = 10
 _N_VALIDATION = 500
 _SPLIT_SEED = 42
 _NQ_PREFIX = "nq question: "
+_TASKS: dict[str, TaskName] = {"qa": "qa", "completion": "completion"}
 
 
 class _Output(BaseModel):
@@ -55,6 +57,18 @@ class _Evaluation(BaseModel):
     portability: OneHop | None = None
 
 
+class _Malmen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    subject: Filled | None = None
+    src: Filled
+    ans: Filled
+    rephrase: Filled
+    loc: Filled
+    loc_ans: Filled
+    portability: OneHop | None = None
+
+
 class _EasyEdit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -74,6 +88,7 @@ _ANNOTATED = Format("MEND's annotated questions", _Annotated, frozenset({"input"
 _FORMATS: tuple[Format[Any], ...] = (
     _ANNOTATED,
     Format("MEND's evaluation", _Evaluation, frozenset({"src", "alt"})),
+    Format("MALMEN", _Malmen, frozenset({"src", "ans"})),
     Format("EasyEdit", _EasyEdit, frozenset({"prompt", "target_new"})),
 )
 
@@ -83,7 +98,7 @@ class Zsre(RecordStream):
     """Questions and answers of zsRE, edited into a question-answering model; upstream is Natural Questions.
 
     The fields of a file's records decide its format; fields that are not named here are ignored. A folder may mix files
-    of the last two formats.
+    of all formats but the first.
 
     - MEND's `structured_zeroshot-*.jsonl`, which the GRACE paper uses: `id`, `input`, `output`, `filtered_rephrases`.
       The first `output` is the target, the others are accepted too. The split is that of the official code. Each fact
@@ -93,16 +108,17 @@ class Zsre(RecordStream):
       Up to 500 further facts are for validation.
     - MEND's evaluation set, such as ROME's and EasyEdit's `zsre_mend_eval.json`: `src`, `alt`, `answers`, `rephrase`,
       `loc`, `loc_ans`; optionally `subject` and `portability` (`New Question`, `New Answer`). The target is `alt`.
+      MALMEN's and UltraEdit's records, whose target is `ans`, need neither `alt` nor `answers`.
     - EasyEdit and KnowEdit: `prompt`, `target_new`; optionally `subject`, `ground_truth`, `rephrase_prompt` or
       `rephrase`, `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to
       lists of `prompt` and `ground_truth` (a text or a list of texts). The target of a portability question is its
       first answer; questions without an answer are left out.
 
-    In the last two formats:
+    In all formats but the first:
 
     - Rephrases are the holdout, except those that are also edited prompts.
-    - The target of a locality question is the unedited model's answer. The prefix `nq question: ` is removed, because
-      models of Natural Questions are trained without it.
+    - The prefix `nq question: ` of a locality question is removed, because models of Natural Questions are trained
+      without it, and the question is then asked as `locality_question` says.
     - A record whose new answer is empty, or equals an old answer after normalisation, is left out and counted.
     - `pred`, `prediction` and `cond`, which come from another model, are never read.
     - A subject that does not occur literally in its prompt is dropped.
@@ -117,6 +133,14 @@ class Zsre(RecordStream):
             train split from the hub.
         validation_path: Further records for tuning, in one of these formats; records that share a question, a subject
             or a fact with the edits are left out and counted.
+        task: `qa` for an encoder-decoder model, or `completion` for a causal one, whose inputs and targets are not cut
+            at 20 tokens.
+        target: The target of MEND's evaluation records: `alt`, or `answers` for the first of the true answers; the
+            others are then accepted too.
+        locality_question: How a locality question is asked, with `{}` where the question goes.
+        locality_target: The target of locality probes: `unedited`, the unedited model's own answer, or `gold`, the
+            answer in the data; questions without one are left out.
+        max_new_tokens: The largest number of tokens that free generation may produce.
         on_error: `raise`, or `skip` to leave broken records out and count them.
 
     Raises:
@@ -124,9 +148,9 @@ class Zsre(RecordStream):
     """
 
     task: TaskName = "qa"
-    max_new_tokens = 20
-    max_input_tokens = 20
-    max_target_tokens = 20
+    max_input_tokens: int | None = 20
+    max_target_tokens: int | None = 20
+    younger_options = ("task", "target", "locality_question", "locality_target", "max_new_tokens")
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="zsRE as MEND prepared it, github.com/eric-mitchell/mend; upstream Natural Questions",
         revision="the files as read, or the hub's newest nq_open",
@@ -143,6 +167,11 @@ class Zsre(RecordStream):
         path: str | None = None,
         upstream_path: str | None = None,
         validation_path: str | None = None,
+        task: str = "qa",
+        target: str = "alt",
+        locality_question: str = "{}",
+        locality_target: str = "unedited",
+        max_new_tokens: int = 20,
         on_error: str = "raise",
     ) -> None:
         if path is None:
@@ -153,9 +182,25 @@ class Zsre(RecordStream):
             )
         for name, value in (("path", path), ("upstream_path", upstream_path), ("validation_path", validation_path)):
             check_text(f"stream.{name}", value, optional=True)
+        check_choice("stream.task", task, tuple(_TASKS))
+        check_choice("stream.target", target, ("alt", "answers"))
+        check_text("stream.locality_question", locality_question)
+        if locality_question.count("{}") != 1:
+            raise UserError(
+                f"stream.locality_question={locality_question} should hold {{}} once, where the question goes"
+            )
+        check_locality_target(locality_target)
+        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
         self.path = path
         self.upstream_path = upstream_path
         self.validation_path = validation_path
+        self.task = _TASKS[task]
+        self.target = target
+        self.locality_question = locality_question
+        self.locality_target = locality_target
+        self.max_new_tokens = max_new_tokens
+        if task == "completion":
+            self.max_input_tokens = self.max_target_tokens = None
         self.on_error = on_error
 
     def sources(self) -> tuple[Source, ...]:
@@ -164,7 +209,7 @@ class Zsre(RecordStream):
         return (Files(self.path), *validation, *nq)
 
     def read(self, reader: Reader) -> StreamData:
-        convert = partial(_request, reader=reader, is_annotated=self._is_annotated)
+        convert = partial(self._request, reader=reader, is_annotated=self._is_annotated)
         edits = reader.read(Files(self.path), _FORMATS, convert, id_fields=["id"])
         spare: Sequence[EditRequest] = ()
         if self._is_annotated:
@@ -184,7 +229,7 @@ class Zsre(RecordStream):
     ) -> Iterator[EditRequest]:
         is_apart = _apart(edited)
         if self.validation_path is not None:
-            convert = partial(_request, reader=reader, prefix="validation/")
+            convert = partial(self._request, reader=reader, prefix="validation/")
             for request in reader.read(Files(self.validation_path), _FORMATS, convert, id_fields=["id"]):
                 if is_apart(request):
                     yield request
@@ -215,6 +260,73 @@ class Zsre(RecordStream):
             repo = "google-research-datasets/nq_open"
             return NaturalQuestions(Hub(repo, "train", option="stream.upstream_path", config="nq_open"))
         return None
+
+    def _request(
+        self, record: Record[Any], *, reader: Reader, prefix: str = "", is_annotated: bool | None = None
+    ) -> EditRequest | None:
+        if is_annotated not in (None, isinstance(record.value, _Annotated)):
+            raise UserError(
+                f"{record.place}: {_ANNOTATED.name} are split as a whole and cannot be mixed with records of another "
+                f"format"
+            )
+        if isinstance(record.value, _Annotated):
+            return _from_annotated(record)
+        convert = self._from_easyedit if isinstance(record.value, _EasyEdit) else self._from_evaluation
+        request = convert(record, f"{prefix}{record.number}")
+        new, old = str(request.target), request.metadata["ground_truth"]
+        if not new.strip():
+            reader.leave_out("no new answer")
+        elif normalize_answer(new) in map(normalize_answer, old):
+            reader.leave_out("the new answer is the old one")
+        else:
+            return request
+        return None
+
+    def _from_evaluation(self, record: Record[Any], name: str) -> EditRequest:
+        value: _Evaluation | _Malmen = record.value
+        old: tuple[str, ...] = ()
+        if isinstance(value, _Malmen):
+            target, *others = (value.ans,)
+        elif self.target == "answers":
+            target, *others = value.answers
+        else:
+            (target, *others), old = (value.alt,), value.answers
+        return EditRequest(
+            id=name,
+            prompt=value.src,
+            target=target,
+            answers=tuple(others),
+            subject=within(value.src, value.subject),
+            rephrases=(value.rephrase,),
+            locality=self._locality(value.loc, value.loc_ans),
+            portability=() if value.portability is None else (value.portability.probe(),),
+            metadata={"ground_truth": list(old)},
+        )
+
+    def _from_easyedit(self, record: Record[Any], name: str) -> EditRequest:
+        value: _EasyEdit = record.value
+        locality: list[Probe] = []
+        if value.locality_prompt is not None:
+            if value.locality_ground_truth is None:
+                record.fail("locality_ground_truth", "is missing, while 'locality_prompt' is given")
+            locality += self._locality(value.locality_prompt, value.locality_ground_truth)
+        for questions in value.locality.values():
+            for question in questions or ():
+                locality += self._locality(flat_texts(question.prompt)[0], question.ground_truth)
+        return EditRequest(
+            id=name,
+            prompt=value.prompt,
+            target=value.target_new,
+            subject=within(value.prompt, value.subject),
+            rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
+            locality=tuple(locality),
+            portability=tuple(answered_probes(record, "portability", value.portability)),
+            metadata={"ground_truth": list(flat_texts(value.ground_truth))},
+        )
+
+    def _locality(self, question: str, ground_truth: Answers | None) -> tuple[Probe, ...]:
+        asked = self.locality_question.replace("{}", question.removeprefix(_NQ_PREFIX))
+        return locality_probe(asked, flat_texts(ground_truth), target=self.locality_target)
 
 
 def _split(facts: Sequence[EditRequest]) -> tuple[list[EditRequest], list[EditRequest], list[EditRequest]]:
@@ -277,27 +389,6 @@ def _apart(edited: Sequence[EditRequest]) -> Callable[[EditRequest], bool]:
     return is_apart
 
 
-def _request(
-    record: Record[Any], *, reader: Reader, prefix: str = "", is_annotated: bool | None = None
-) -> EditRequest | None:
-    if is_annotated not in (None, isinstance(record.value, _Annotated)):
-        raise UserError(
-            f"{record.place}: {_ANNOTATED.name} are split as a whole and cannot be mixed with records of another format"
-        )
-    if isinstance(record.value, _Annotated):
-        return _from_annotated(record)
-    convert = _from_evaluation if isinstance(record.value, _Evaluation) else _from_easyedit
-    request = convert(record, f"{prefix}{record.number}")
-    new, old = str(request.target), request.metadata["ground_truth"]
-    if not new.strip():
-        reader.leave_out("no new answer")
-    elif normalize_answer(new) in map(normalize_answer, old):
-        reader.leave_out("the new answer is the old one")
-    else:
-        return request
-    return None
-
-
 def _from_annotated(record: Record[_Annotated]) -> EditRequest:
     value = record.value
     target = value.output[0].answer if value.output else None
@@ -312,46 +403,3 @@ def _from_annotated(record: Record[_Annotated]) -> EditRequest:
         answers=tuple(answer for answer in others if answer != target),
         rephrases=rephrases[:_N_REPHRASES] if len(rephrases) >= _N_REPHRASES else (),
     )
-
-
-def _from_evaluation(record: Record[_Evaluation], name: str) -> EditRequest:
-    value = record.value
-    return EditRequest(
-        id=name,
-        prompt=value.src,
-        target=value.alt,
-        subject=_within(value.src, value.subject),
-        rephrases=(value.rephrase,),
-        locality=(_locality(value.loc, value.loc_ans),),
-        portability=() if value.portability is None else (value.portability.probe(),),
-        metadata={"ground_truth": list(value.answers)},
-    )
-
-
-def _from_easyedit(record: Record[_EasyEdit], name: str) -> EditRequest:
-    value = record.value
-    locality: list[Probe] = []
-    if value.locality_prompt is not None:
-        if value.locality_ground_truth is None:
-            record.fail("locality_ground_truth", "is missing, while 'locality_prompt' is given")
-        locality.append(_locality(value.locality_prompt, value.locality_ground_truth))
-    for questions in value.locality.values():
-        locality += [_locality(flat_texts(question.prompt)[0], question.ground_truth) for question in questions or ()]
-    return EditRequest(
-        id=name,
-        prompt=value.prompt,
-        target=value.target_new,
-        subject=_within(value.prompt, value.subject),
-        rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
-        locality=tuple(locality),
-        portability=tuple(answered_probes(record, "portability", value.portability)),
-        metadata={"ground_truth": list(flat_texts(value.ground_truth))},
-    )
-
-
-def _within(prompt: str, subject: str | None) -> str | None:
-    return subject if subject is not None and subject in prompt else None
-
-
-def _locality(prompt: str, ground_truth: Answers | None) -> Probe:
-    return Probe(prompt=prompt.removeprefix(_NQ_PREFIX), metadata={"ground_truth": list(flat_texts(ground_truth))})

@@ -314,21 +314,32 @@ def stream_cases(bases: Bases) -> Iterator[Case]:
         "zsre": "zsre_mend.jsonl",
         "scotus": "scotus_1991_2009.jsonl",
         "hallucination": "wikibio_hallucination_edit.jsonl",
+        "wikibigedit": "wikibigedit_locft.json",
+        "qaedit": "qaedit.json",
+        "mquake": "mquake_cf.json",
     }
     for stream, file in real.items() if bases.data is not None else ():
-        with (bases.data / file).open(encoding="utf-8") as lines:
-            some = [line.rstrip("\n") for line in lines]
+        content = (bases.data / file).read_text(encoding="utf-8")
+        is_array = file.endswith(".json")
+        some = [json.dumps(record) for record in json.loads(content)] if is_array else content.rstrip("\n").split("\n")
         # Of decisions some must be of the years that are edited.
         some = some[:6] + some[-6:]
         yield from _lines_cases(f"stream {stream}", stream, some, n_records=1)
+    if bases.data is not None:
+        rows = (bases.data / "halluedit_geography_volcano.csv").read_text(encoding="utf-8").split("\n")[:13]
+        yield from _whole_cases("stream halluedit", "halluedit", rows)
 
 
-def _lines_cases(kind: str, stream: str, lines: Sequence[str], *, n_records: int) -> Iterator[Case]:
+def _whole_cases(kind: str, stream: str, lines: Sequence[str]) -> Iterator[Case]:
     for damage, spoil in WHOLE.items():
         yield Case(kind, damage, _spoilt_lines(stream, lines, damage, spoil, 0))
     for damage, spoil in PARTLY.items():
         for number in range(3):
             yield Case(kind, damage, _spoilt_lines(stream, lines, damage, spoil, number), True, number)
+
+
+def _lines_cases(kind: str, stream: str, lines: Sequence[str], *, n_records: int) -> Iterator[Case]:
+    yield from _whole_cases(kind, stream, lines)
     choice = random.Random(kind)
     for number in range(n_records):
         place = choice.randrange(1, len(lines))

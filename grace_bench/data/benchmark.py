@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, get_args
 
 from grace_bench.common.options import check_choice
@@ -134,7 +135,7 @@ class EditBenchmark(CLScenario):
     def from_stream(
         cls, stream: EditStream, *, seed: int, split: str = "edits", order: Order | None = None
     ) -> "EditBenchmark":
-        """Loads a stream and puts its edits in the order of the run.
+        """Loads a stream and puts its edits in the order of the run; those of a group stay together when shuffled.
 
         Args:
             stream: The stream.
@@ -159,12 +160,13 @@ class EditBenchmark(CLScenario):
             raise UserError(f"split={split!r} is not known (there are: edits, validation)")
         order = order or stream.default_order(data)
         check_choice("order", order, get_args(Order))
-        ordered = list(edits)
         if order == "shuffle":
-            random.Random(seed).shuffle(ordered)
+            groups = list(_groups(edits))
+            random.Random(seed).shuffle(groups)
+            edits = tuple(chain.from_iterable(groups))
         return cls(
             name=stream.registered_name,
-            data=replace(data, edits=tuple(ordered), holdout=holdout),
+            data=replace(data, edits=edits, holdout=holdout),
             task=stream.task,
             metadata=stream.metadata,
             fingerprint=fingerprint,
@@ -201,6 +203,14 @@ class EditBenchmark(CLScenario):
         for kind in ("locality", "portability"):
             if requests := probe_requests(self.data.edits, kind):
                 yield kind, requests
+
+
+def _groups(requests: Sequence[EditRequest]) -> Iterable[list[EditRequest]]:
+    """Returns the requests by group, in the order of first members; a request without one is a group of its own."""
+    groups: dict[str | int, list[EditRequest]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(number if request.group is None else request.group, []).append(request)
+    return groups.values()
 
 
 def check_ids(data: StreamData, stream: str) -> None:

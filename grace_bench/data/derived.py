@@ -36,6 +36,8 @@ def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedR
             id=f"{request.id}/{kind}-{i}",
             prompt=probe.prompt,
             target="" if probe.target is None else probe.target,
+            answers=probe.answers,
+            group=probe.group,
             contrast=probe.contrast,
             metadata=probe.metadata,
             probe_of=request.id,

@@ -3,10 +3,19 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 TaskName = Literal["classification", "qa", "completion", "language_modelling"]
 Text = Annotated[str, StringConstraints(strip_whitespace=False)]
+Name = Annotated[str, StringConstraints(min_length=1)]
 Contrast = tuple[Annotated[str, StringConstraints(pattern=r"\S")], Annotated[str, StringConstraints(pattern=r"\S")]]
 """Two answers; the model should find the first one likelier."""
 
@@ -17,6 +26,9 @@ class Probe(BaseModel):
     Attributes:
         prompt: The input text.
         target: The right answer; None for the unedited model's own answer.
+        answers: Further accepted answers besides the target.
+        group: An id that probes of one request share if any of them answered rightly is enough; None if the probe
+            stands alone.
         contrast: Two answers, of which the first should be likelier; None to compare no answers.
         metadata: As in `EditRequest`.
     """
@@ -25,6 +37,8 @@ class Probe(BaseModel):
 
     prompt: Annotated[str, StringConstraints(min_length=1)]
     target: str | int | None = None
+    answers: tuple[str, ...] = ()
+    group: Name | None = None
     contrast: Contrast | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -32,6 +46,12 @@ class Probe(BaseModel):
     def _read_metadata(self) -> Self:
         _fill_from_metadata(self, self.metadata)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_younger_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out fields that older versions did not have, unless given: fingerprints stay equal across versions."""
+        content: dict[str, Any] = serialize(self)
+        return {name: value for name, value in content.items() if value or name not in ("answers", "group")}
 
 
 class EditRequest(BaseModel):
@@ -44,6 +64,9 @@ class EditRequest(BaseModel):
         answers: Further accepted answers besides the target.
         subject: The entity the prompt is about, for editors that need one; it must occur in the prompt.
         fact: An id of the fact that edits and holdout requests share; None if no other request is about the fact.
+        group: An id that requests share if they are to be edited together; None if the request stands alone. The seed
+            shuffles a group as a whole. Of probes as in `Probe`.
+        step: The time step that the request belongs to; None if the stream has no time steps.
         contrast: Two answers, of which the first should be likelier; None to compare no answers.
         rephrases: The same question in other words; evaluation only.
         locality: Questions whose answers must not change; evaluation only.
@@ -54,12 +77,14 @@ class EditRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Annotated[str, StringConstraints(min_length=1)]
+    id: Name
     prompt: Text
     target: str | int
     answers: tuple[str, ...] = ()
     subject: str | None = None
     fact: str | None = None
+    group: Name | None = None
+    step: Name | None = None
     contrast: Contrast | None = None
     rephrases: tuple[str, ...] = ()
     locality: tuple[Probe, ...] = ()
@@ -109,9 +134,12 @@ def is_contrast(given: Any) -> bool:
 def content_of(request: EditRequest) -> dict[str, Any]:
     """Returns a request as JSON values for fingerprints and cache keys.
 
-    So that fingerprints stay equal across versions, the fields that older versions read from `metadata` are put there.
+    So that fingerprints stay equal across versions, the fields that older versions read from `metadata` are put there,
+    and younger fields are present only if they are given.
     """
-    content = request.model_dump(mode="json", exclude={"fact", "contrast", "probe_of", "target_from_model"})
+    younger = ("group", "step")
+    content = request.model_dump(mode="json", exclude={"fact", "contrast", "probe_of", "target_from_model", *younger})
+    content |= _given(request, younger)
     content["metadata"] |= _given(request, ("fact", "contrast", "target_from_model"))
     for kind in ("locality", "portability"):
         for probe, record in zip(getattr(request, kind), content[kind], strict=True):

@@ -86,6 +86,7 @@ class EditStream(ABC):
             target takes with the model's tokenizer, end token included.
         max_input_tokens: The length to which inputs are truncated; None for the model's limit.
         max_target_tokens: The length to which targets are truncated, end token included; None for the model's limit.
+        chat: Whether prompts go through the tokenizer's chat template even if the run does not say so.
         order: The order in which a run takes the candidates unless it names one: `shuffle`, or `stream` for data whose
             order is part of their content, such as dated facts.
         normalise: How a run normalises answers unless it says so: as SQuAD does, or `strict`, where numbers and symbols
@@ -97,6 +98,8 @@ class EditStream(ABC):
         search_layers: The layers of the default model that tuning tries, by the kind of layer that an editor edits; an
             editor whose kind is missing tries the layers under `any`.
         in_demo: Whether the demo runs editors on this stream.
+        younger_options: Options that were added after the stream was released. With their defaults they do not count in
+            the hash of a configuration, so that earlier runs keep their folders.
     """
 
     registered_name: ClassVar[str]
@@ -105,6 +108,7 @@ class EditStream(ABC):
     max_new_tokens: AnswerLength = "auto"
     max_input_tokens: int | None = None
     max_target_tokens: int | None = None
+    chat: bool = False
     order: Order = "shuffle"
     normalise: Normalise = "squad"
     progress: Progress | None = None
@@ -113,6 +117,7 @@ class EditStream(ABC):
     default_layer: ClassVar[str | None] = None
     search_layers: ClassVar[Mapping[LayerKind, Sequence[str | Sequence[str]]]] = MappingProxyType({})
     in_demo: ClassVar[bool] = False
+    younger_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def load(self) -> StreamData:

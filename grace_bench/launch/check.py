@@ -171,9 +171,13 @@ class Checker:
             findings.append(Finding(what="stream", verdict="not checked", told=_in_words(error)))
         else:
             findings.append(_compared("stream", result.stream.fingerprint, benchmark.fingerprint))
-            protocol = {"order": benchmark.order, "normalise": config.protocol.normalise or stream.normalise}
+            protocol = {
+                "order": benchmark.order,
+                "normalise": config.protocol.normalise or stream.normalise,
+                "chat": config.chat.enabled or stream.chat,
+            }
             recorded = {name: getattr(result.protocol, name) for name in protocol}
-            findings.append(_compared("order and normalisation", recorded, protocol))
+            findings.append(_compared("order, normalisation and chat", recorded, protocol))
         try:
             model = self._editable(stream, config)
             if benchmark is not None:

@@ -115,7 +115,6 @@ class ChatOptions:
         "put prompts through the tokenizer's chat template (qa and completion); chat=true for short",
         lambda _, value: check_flag("chat", value),
         default_in_hash=False,
-        in_protocol=True,
         setting="chat",
     )
     system: str | None = _option(
@@ -406,11 +405,24 @@ def hash_config(plain: Mapping[str, Any]) -> str:
     hashed = {name.partition(".")[0] for name, option in OPTIONS.items() if option.in_hash}
     left_out = {name.partition(".")[0] for name in OPTIONS} - hashed
     counted = {key: value for key, value in _without_young_defaults(plain).items() if key not in left_out}
+    if "stream" in counted:
+        counted["stream"] = _without_younger_options(counted["stream"])
     editor = plain.get("editor")
     if isinstance(editor, Mapping) and "seed" in editor:
         own = editor["seed"] != plain.get("seed")
         counted["editor"] = {**editor, "seed": [editor["seed"]] if own else 0}
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _without_younger_options(node: Any) -> Any:
+    """The settings of a stream without the options that it declares as younger and that have their default."""
+    name = STREAMS.name_of(node.get("_target_")) if isinstance(node, Mapping) else None
+    if name is None:
+        return node
+    cls = STREAMS.get(name)
+    parameters = inspect.signature(cls).parameters
+    defaults = {option: parameters[option].default for option in cls.younger_options}
+    return {key: value for key, value in node.items() if key not in defaults or value != defaults[key]}
 
 
 def _without_young_defaults(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

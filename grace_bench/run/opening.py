@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -110,7 +110,7 @@ def open_benchmark(
         max_input_tokens=source.max_input_tokens,
         max_target_tokens=source.max_target_tokens,
         label_names=benchmark.data.label_names,
-        format=settings.text_format,
+        format=replace(settings.text_format, chat=settings.chat or source.chat),
     )
     path = "" if isinstance(model, EditableModel) else str(model or _default_model(source))
     files = None
@@ -124,7 +124,7 @@ def open_benchmark(
     with ExitStack() as serving:
         serving.enter_context(editable.serving(task, engine=settings.engine, memory_mb=settings.engine_memory_mb))
         # A chat template that is missing is reported before anything is written.
-        if settings.chat:
+        if task.format.chat:
             task.tokens(editable)
         if source.max_new_tokens == "auto":
             task.max_new_tokens = longest_answer(task, editable, benchmark)

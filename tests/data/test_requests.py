@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from grace_bench import EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.analysis.significance import compare
-from grace_bench.data.benchmark import fingerprint_requests
+from grace_bench.data.benchmark import EditBenchmark, fingerprint_requests
+from grace_bench.data.derived import probe_requests
 from grace_bench.data.requests import Probe, content_of
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editors.grace import Grace
@@ -118,6 +119,39 @@ def test_a_request_without_a_fact_stands_for_itself() -> None:
 def test_a_contrast_is_two_texts(contrast: Any) -> None:
     with pytest.raises(ValidationError, match="contrast"):
         EditRequest(id="1", prompt="q", target="Rome", contrast=contrast)
+
+
+def test_a_probe_passes_its_further_answers_and_its_group_on(tmp_path: Path) -> None:
+    probe = Probe(prompt="q", target="Rome", answers=("Roma",), group="case")
+    (request,) = probe_requests([EditRequest(id="1", prompt="p", target="t", portability=(probe,))], "portability")
+    assert (request.target, request.answers, request.group) == ("Rome", ("Roma",), "case")
+
+
+def test_fields_that_are_not_given_leave_no_trace_in_a_fingerprint() -> None:
+    bare = EditRequest(id="1", prompt="p", target="t", locality=(Probe(prompt="q", target="a"),))
+    assert content_of(bare) == {
+        **{"id": "1", "prompt": "p", "target": "t", "answers": [], "subject": None, "rephrases": []},
+        **{"locality": [{"prompt": "q", "target": "a", "metadata": {}}], "portability": [], "metadata": {}},
+    }
+    contents = [content_of(bare)]
+    contents += [content_of(bare.model_copy(update={name: "x"})) for name in ("group", "step")]
+    for given in ({"answers": ("b",)}, {"group": "x"}):
+        probe = Probe(prompt="q", target="a", **given)  # type: ignore[arg-type]
+        contents.append(content_of(bare.model_copy(update={"locality": (probe,)})))
+    assert all(one != other for i, one in enumerate(contents) for other in contents[:i])
+
+
+def test_the_seed_shuffles_groups_and_never_what_is_in_them() -> None:
+    edits = tuple(point(i % 6, id=str(i), group=None if i % 3 == 0 else f"case {i // 3}") for i in range(12))
+    orders = [
+        [request.id for request in EditBenchmark.from_stream(Points(edits=edits), seed=seed).data.edits]
+        for seed in range(5)
+    ]
+    assert len({tuple(order) for order in orders}) == 5
+    for order in orders:
+        assert sorted(order, key=int) == [str(i) for i in range(12)]
+        for first in (1, 4, 7, 10):
+            assert order[order.index(str(first)) + 1] == str(first + 1)
 
 
 def test_the_fields_of_derived_requests_are_not_read_from_files(make_requests: Callable[..., Any]) -> None:

@@ -48,6 +48,10 @@ OF_THE_MACHINE = ("out=x", "existing=rerun", "device=cpu", "device_map=auto", "t
         (TOY, TOY_HASH),
         ((*TOY, *WITHOUT_EFFECT), TOY_HASH),
         (("stream=atlas-qa", "editor=mend"), "4f7f9a5b7e078dc9e6b96800509ad9cea97b1912f6b63080e4574c9b087c52de"),
+        (
+            ("stream=zsre", "stream.path=x", "editor=grace", "stream.locality_target=unedited"),
+            "dee3ef2a60b41573611cdd9fc1f5452e58e5bb95fe172bb6e62bc80c0cf2b233",
+        ),
         (("paper=zsre", "editor=ft_ewc"), "73a7ff8da4ebae473984565874caa24a659f9f44e929c6345b76b4bc3f228da3"),
         (
             ("stream=atlas-text", "editor=rome", "editor.prefix_lengths=[3,4]", "editor.seed=4"),
@@ -72,6 +76,15 @@ def test_a_configuration_keeps_the_hash_by_which_its_run_folder_is_found(
 @pytest.mark.parametrize("given", ["order=stream", "order=shuffle", "protocol.normalise=squad"])
 def test_an_order_or_a_normalisation_that_is_named_has_a_run_folder_of_its_own(given: str) -> None:
     assert hash_config(compose([*TOY, given]).plain()) != TOY_HASH
+
+
+def test_a_younger_option_of_a_stream_tells_folders_apart_once_it_differs_from_its_default() -> None:
+    given = ("stream=zsre", "stream.path=x", "editor=grace")
+    hashes = {
+        hash_config(compose((*given, option)).plain())
+        for option in ("stream.task=qa", "stream.task=completion", "stream.target=answers", "stream.max_new_tokens=21")
+    }
+    assert len(hashes) == 4
 
 
 def test_a_sweep_keeps_the_name_that_groups_its_runs() -> None:

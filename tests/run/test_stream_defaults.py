@@ -256,7 +256,7 @@ def test_a_finished_run_is_not_reused_once_the_streams_own_choice_is_another(
             "\n", " "
         )
         assert main(["check", str(folder)]) == 1
-        assert "order and normalisation" in capsys.readouterr().out
+        assert "order, normalisation and chat" in capsys.readouterr().out
 
 
 def test_a_run_in_the_order_of_its_stream_is_planned_checked_and_resumed(run: Runs, tmp_path: Path) -> None:

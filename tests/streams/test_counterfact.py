@@ -196,6 +196,18 @@ def test_the_new_answer_is_to_be_likelier_where_it_belongs_and_the_true_one_in_t
     assert all(probe.contrast == (true, "English") for probe in data.edits[0].locality)
 
 
+@pytest.mark.parametrize("make", [record, rome])
+def test_the_true_answers_may_be_the_targets_of_locality(tmp_path: Path, make: Any) -> None:
+    path = lines(tmp_path, make(7))
+    gold = CounterFact(path=path, locality_target="gold").load()
+    assert {probe.target for probe in gold.edits[0].locality} == {"Dutch" if make is record else "French"}
+    bare = CounterFact(path=path).load()
+    assert {probe.target for probe in bare.edits[0].locality} == {None}
+    assert gold.upstream == bare.upstream
+    with pytest.raises(UserError, match=r"stream\.locality_target=golden is not known"):
+        CounterFact(path=path, locality_target="golden")
+
+
 def test_validation_shares_no_prompt_with_the_edits_and_says_what_it_left_out(tmp_path: Path) -> None:
     other = tmp_path / "validation"
     other.mkdir()

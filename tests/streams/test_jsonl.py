@@ -156,6 +156,16 @@ def test_upstream_is_read_from_its_own_file(tmp_path: Path) -> None:
             {"portability": [{"prompt": "q", "target": "t", "metadata": {"contrast": ["a", 1]}}]},
             "field 'portability[0].metadata.contrast': should be a list of two texts",
         ),
+        ({"group": ""}, "field 'group': is empty"),
+        ({"step": 3}, "field 'step': should be text, not the number 3"),
+        (
+            {"locality": [{"prompt": "q", "answers": ["a"]}]},
+            "field 'locality[0].target': is missing, while 'answers' is given",
+        ),
+        (
+            {"portability": [{"prompt": "q", "target": "t", "answers": ["a", " "]}]},
+            "field 'portability[0].answers[1]': is empty",
+        ),
         ({"locallity": []}, "field 'locallity': is not a known field; did you mean 'locality'?"),
     ],
 )
@@ -194,6 +204,14 @@ def test_labels_that_the_model_lacks_are_refused_with_their_line_and_field(tmp_p
     assert error(target=25) == ":2: field 'target': label 25 is none of the model's 2 (0 to 1)"
     probe = {"prompt": "q", "target": 2}
     assert error(target=0, locality=[probe]).startswith(":2: field 'locality[0].target': label 2 is none of the")
+
+
+def test_a_label_has_no_further_answers_in_a_probe_either(tmp_path: Path) -> None:
+    probe = {"prompt": "q", "target": 1, "answers": ["yes"]}
+    path = write(tmp_path / "r.jsonl", {"id": "x", "prompt": "p", "target": 1, "portability": [probe]})
+    assert f"{path}:1: field 'portability[0].answers': is for tasks that answer in text" in error_of(
+        path=path, task="classification"
+    )
 
 
 def test_running_text_needs_no_prompt(tmp_path: Path) -> None:

@@ -457,8 +457,70 @@ def test_a_record_of_no_known_format_is_told_what_is_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ("{}", "who founded town 7"),
+        ("nq question: {}", "nq question: who founded town 7"),
+        ("nq question: {}?", "nq question: who founded town 7?"),
+    ],
+)
+def test_a_locality_question_is_asked_as_the_option_says(tmp_path: Path, asked: str, wanted: str) -> None:
+    flat = easyedit(1, locality_prompt="nq question: who founded town 7", locality_ground_truth="Founder7")
+    for record in (evaluation(7), flat):
+        data = Zsre(path=lines(tmp_path, record), locality_question=asked).load()
+        assert [probe.prompt for probe in data.edits[0].locality] == [wanted]
+        assert [request.prompt for request in data.upstream] == [wanted]
+
+
+def test_the_gold_answers_may_be_the_targets_of_locality(tmp_path: Path) -> None:
+    asked = [{"prompt": "a?", "ground_truth": ["b", "c"]}, {"prompt": "d?", "ground_truth": []}]
+    for record, wanted in (
+        (evaluation(7), ("who founded town 7", "Founder7", ())),
+        (easyedit(1, locality={"K": asked}), ("a?", "b", ("c",))),
+    ):
+        (request,) = load(tmp_path, record, locality_target="gold").edits
+        assert [(probe.prompt, probe.target, probe.answers) for probe in request.locality] == [wanted]
+
+
+def test_the_true_answers_may_be_the_targets_and_no_record_is_then_left_out(tmp_path: Path) -> None:
+    records = [evaluation(1), evaluation(2, alt="uniforms"), evaluation(3, alt="")]
+    data = load(tmp_path, *records, target="answers")
+    assert [(r.target, r.answers) for r in data.edits] == [("uniforms", ("shirts",))] * 3
+    assert [(r.target, r.answers) for r in data.holdout] == [("uniforms", ("shirts",))] * 3
+    assert data.left_out == {}
+
+
+def test_records_with_one_answer_named_ans_are_read(tmp_path: Path) -> None:
+    record = changed(evaluation(1), {"alt": ..., "answers": ..., "ans": "aircraft"})
+    (request,) = load(tmp_path, record).edits
+    assert (request.prompt, request.target, request.answers) == ("What does Firm1 make?", "aircraft", ())
+    assert [probe.prompt for probe in request.locality] == ["who founded town 1"]
+    path = lines(tmp_path, record, {**record, "ans": ""})
+    assert error_of(path=path) == f"{path}:2: field 'ans': is empty"
+
+
+def test_a_causal_model_completes_uncut_questions(tmp_path: Path) -> None:
+    path = lines(tmp_path, evaluation(1))
+    stream = Zsre(path=path, task="completion", max_new_tokens=32)
+    assert (stream.task, stream.max_new_tokens) == ("completion", 32)
+    assert (stream.max_input_tokens, stream.max_target_tokens) == (None, None)
+    assert stream.load() == Zsre(path=path).load()
+    assert (Zsre(path=path).max_new_tokens, Zsre(path=path).max_input_tokens) == (20, 20)
+
+
+@pytest.mark.parametrize(
     ("options", "names"),
-    [({}, "stream.path="), ({"path": ""}, "stream.path="), ({"path": "x", "upstream_path": " "}, "upstream_path=")],
+    [
+        ({}, "stream.path="),
+        ({"path": ""}, "stream.path="),
+        ({"path": "x", "upstream_path": " "}, "upstream_path="),
+        ({"path": "x", "task": "completions"}, "stream.task=completions is not known; did you mean 'completion'?"),
+        ({"path": "x", "target": "ans"}, "stream.target=ans is not known"),
+        ({"path": "x", "locality_question": "?"}, "stream.locality_question=? should hold {} once"),
+        ({"path": "x", "locality_question": "{} {}"}, "stream.locality_question={} {} should hold {} once"),
+        ({"path": "x", "locality_target": "true"}, "stream.locality_target=true is not known"),
+        ({"path": "x", "max_new_tokens": 0}, "stream.max_new_tokens=0"),
+    ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], names: str) -> None:
     assert names in error_of(**options)
