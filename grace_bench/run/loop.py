@@ -19,7 +19,7 @@ from grace_bench.run.backlog import LOOKAHEAD, Backlog, PendingCandidate, Queued
 from grace_bench.run.cost import CostMeter
 from grace_bench.run.evaluated import evaluated_requests, prompts_to_ask, thinned, with_answers
 from grace_bench.run.observer import RunObserver
-from grace_bench.run.position import Position, Step, walk
+from grace_bench.run.position import Position, Step, reached_together, walk
 from grace_bench.run.randomness import load_random_state, random_state
 from grace_bench.run.recorder import EvaluationRecorder
 from grace_bench.run.records import edit_record
@@ -73,6 +73,7 @@ class RunLoop:
         self.recorder = EvaluationRecorder(strategy.evaluator)
         self._answers: dict[str, str | int] | None = None
         self._judged: dict[int, ItemScore] = {}
+        self._batches = reached_together(benchmark.data.edits, schedule.edits_at_once)
         self._backlog = Backlog(
             strategy=strategy,
             rescorer=self.rescorer,
@@ -240,8 +241,7 @@ class RunLoop:
 
     def _reached_with(self, index: int) -> range:
         """The indices of the candidates that are reached together with this one."""
-        first = index - index % self.schedule.edits_at_once
-        return range(first, min(first + self.schedule.edits_at_once, len(self.benchmark.data.edits)))
+        return next(reached for reached in self._batches if index in reached)
 
     def _take_candidate(self, index: int, before: ItemScore) -> None:
         """Edits a candidate if it is to be edited, and adds it to the backlog."""

@@ -161,6 +161,14 @@ def test_a_batch_that_fails_is_undone_and_made_one_by_one(tmp_path: Path) -> Non
     assert last[0] == last[1]
 
 
+def test_a_group_is_never_separated(tmp_path: Path) -> None:
+    groups = [None, "a", "a", "b", "b", "b", "b", "b", "b", None, None, "c", "c"]
+    points = zip(Points().load().edits, groups, strict=False)
+    requests = tuple(point.model_copy(update={"group": group}) for point, group in points)
+    run(tmp_path, Together, stream=Points(requests=requests), edit="all", edits_at_once=4)
+    assert Together.sizes == [3, 6, 4]
+
+
 @pytest.mark.parametrize(
     ("editor", "schedule"),
     [
