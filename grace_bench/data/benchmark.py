@@ -46,6 +46,33 @@ class EditExperience(CLExperience):
         return trained
 
 
+class BatchExperience(CLExperience):
+    """Several requests that are edited together, as one Avalanche experience.
+
+    In train mode an editor may read `prompts` and `targets`, and `subjects` if it declares that it needs them.
+
+    Args:
+        requests: The requests, in their order.
+    """
+
+    def __init__(self, requests: Sequence[EditRequest]) -> None:
+        super().__init__(current_experience=0, origin_stream=None)
+        self.prompts = tuple(request.prompt for request in requests)
+        self.targets = tuple(request.target for request in requests)
+        self.subjects = tuple(request.subject for request in requests)
+        self.requests = tuple(requests)
+        self._as_attributes("prompts", "targets", use_in_train=True, use_in_eval=True)
+        self._as_attributes("subjects", "requests")
+
+    def for_editor(self, *, needs_subject: bool) -> "BatchExperience":
+        """Returns the experience in train mode, its subjects readable only if the editor needs them."""
+        experience = BatchExperience(self.requests)
+        if needs_subject:
+            experience.__dict__["subjects"].use_in_train = True
+        trained: BatchExperience = experience.train()
+        return trained
+
+
 class EvalExperience(CLExperience):
     """All requests of an evaluation stream, as one Avalanche experience.
 

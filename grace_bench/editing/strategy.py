@@ -41,6 +41,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         evaluator: Avalanche's evaluation plugin, with metrics and loggers.
 
     Attributes:
+        edits_together: Whether a batch of requests is one operation, as for MEMIT. Other editors get one request at a
+            time.
         needs_subject: Whether `edit` reads the subjects of requests.
         needs_replay: Whether the editor stores earlier requests.
         needs_meta_training: Whether `meta_train` must run before the first edit.
@@ -58,6 +60,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     """
 
     registered_name: ClassVar[str]
+    edits_together: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
     needs_replay: ClassVar[bool] = False
     needs_meta_training: ClassVar[bool] = False
@@ -171,7 +174,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
             EditFailure: If the edit fails; it is undone. An error that the editor raised is its cause.
             UserError: If the target is not one of the model's labels.
         """
-        outcome = self._attempt(self._batch_of_one(prompt, target, subject))
+        outcome = self._attempt(self._batch_of([prompt], [target], [subject]))
         flushed = self._finish_all()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome
@@ -242,7 +245,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         fault = class_fault(cls) or constructor_fault(cls, base=EditorStrategy, given=GIVEN_BY_THE_HARNESS)
         if fault is not None:
             return fault
-        for flag in ("needs_subject", "needs_replay", "needs_meta_training", "freezes_weights"):
+        for flag in ("edits_together", "needs_subject", "needs_replay", "needs_meta_training", "freezes_weights"):
             if type(value := getattr(cls, flag)) is not bool:
                 return f"{flag} of {cls.__name__} is {value!r}: set it to True or False"
         tasks = cls.supported_tasks

@@ -15,7 +15,7 @@ from grace_bench.data.avalanche import (
     TrainingPlugin,
     trigger_plugins,
 )
-from grace_bench.data.benchmark import EditExperience, EvalExperience
+from grace_bench.data.benchmark import BatchExperience, EditExperience, EvalExperience
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.guard import failed_outcome
@@ -43,7 +43,7 @@ class EditingTemplate(BaseTemplate):
 
     Attributes:
         n_edits: Number of edits made so far, failed ones included.
-        outcome: The outcome of the last edit.
+        outcomes: The outcomes of the last training experience's edits, in the order of its requests.
         experience: The experience in progress.
         scores: The scores of the evaluation experience in progress.
         record: The record of the current candidate, during `after_candidate`.
@@ -55,6 +55,7 @@ class EditingTemplate(BaseTemplate):
         UserError: If a plugin needs a training loop that editing does not have.
     """
 
+    edits_together: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
 
     def __init__(
@@ -67,11 +68,16 @@ class EditingTemplate(BaseTemplate):
         self.model: EditableModel = model
         self.evaluator = evaluator
         self.n_edits = 0
-        self.outcome = EditOutcome()
+        self.outcomes: list[EditOutcome] = []
         self.scores: list[ItemScore] = []
         self.record: EditRecord | None = None
         self.request: EditRequest | None = None
         self.score_requests: Callable[[Sequence[EditRequest]], list[ItemScore]] = model.score
+
+    @property
+    def outcome(self) -> EditOutcome:
+        """The outcome of the last edit."""
+        return self.outcomes[-1] if self.outcomes else EditOutcome()
 
     @abstractmethod
     def _attempt(self, batch: EditBatch) -> EditOutcome:
@@ -87,24 +93,43 @@ class EditingTemplate(BaseTemplate):
         trigger_plugins(self, "after_candidate")
         self.request = self.record = None
 
-    def _batch_of_one(self, prompt: str, target: str | int, subject: str | None) -> EditBatch:
+    def _batch_of(
+        self, prompts: Sequence[str], targets: Sequence[str | int], subjects: Sequence[str | None]
+    ) -> EditBatch:
         return EditBatch(
-            prompts=(prompt,),
-            targets=(target,),
-            subjects=(subject,) if self.needs_subject else None,
-            encoded=self.model.encode_batch([prompt], [target]),
+            prompts=tuple(prompts),
+            targets=tuple(targets),
+            subjects=tuple(subjects) if self.needs_subject else None,
+            encoded=self.model.encode_batch(prompts, targets),
         )
 
     def _train_exp(self, experience: Any, eval_streams: Any, **kwargs: Any) -> None:
-        visible = cast(EditExperience, experience).for_editor(needs_subject=self.needs_subject)
+        visible = cast(EditExperience | BatchExperience, experience).for_editor(needs_subject=self.needs_subject)
         self.experience = visible
-        subject = visible.subject if self.needs_subject else None
-        batch = self._batch_of_one(visible.prompt, visible.target, subject)
-        try:
-            self.outcome = self._attempt(batch)
-        except EditFailure as failure:
-            self.outcome = failed_outcome(failure)
-        self.n_edits += 1
+        if isinstance(visible, BatchExperience):
+            prompts, targets = visible.prompts, visible.targets
+            subjects = visible.subjects if self.needs_subject else (None,) * len(prompts)
+        else:
+            prompts, targets = (visible.prompt,), (visible.target,)
+            subjects = (visible.subject if self.needs_subject else None,)
+        self.outcomes = self._edit_together(prompts, targets, subjects)
+        self.n_edits += len(prompts)
+
+    def _edit_together(
+        self, prompts: Sequence[str], targets: Sequence[str | int], subjects: Sequence[str | None]
+    ) -> list[EditOutcome]:
+        """Edits requests as one batch if the editor takes batches; one by one if it takes none or the batch fails."""
+        is_one = len(prompts) == 1
+        if is_one or self.edits_together:
+            try:
+                return [self._attempt(self._batch_of(prompts, targets, subjects))] * len(prompts)
+            except EditFailure as failure:
+                if is_one:
+                    return [failed_outcome(failure)]
+        outcomes: list[EditOutcome] = []
+        for prompt, target, subject in zip(prompts, targets, subjects, strict=True):
+            outcomes += self._edit_together([prompt], [target], [subject])
+        return outcomes
 
     def _eval_exp(self, **kwargs: Any) -> None:
         experience = cast(EvalExperience, self.experience)

@@ -245,7 +245,8 @@ class _Planner:
             upstream=sample(model, data.upstream, math.ceil(part)),
             accurate=sample(model, data.accurate, math.ceil(n_scored - part)),
         )
-        self.trials.append(Trial(benchmark=reduced, strategy=self.strategy, n_edits=n_edits))
+        schedule = self.settings.schedule
+        self.trials.append(Trial(benchmark=reduced, strategy=self.strategy, n_edits=n_edits, schedule=schedule))
         return self.trials[-1]
 
     def _share(self) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from grace_bench.data.benchmark import EditBenchmark
@@ -35,6 +35,7 @@ class Trial(RunObserver):
         benchmark: The run's streams, reduced.
         strategy: The editor, without edits; the trial leaves its edits in it.
         n_edits: How many edits to make, if so many candidates are errors.
+        schedule: The run's schedule.
 
     Attributes:
         position: Where the trial ended.
@@ -50,10 +51,10 @@ class Trial(RunObserver):
         seconds: All of it.
     """
 
-    def __init__(self, *, benchmark: EditBenchmark, strategy: EditorStrategy, n_edits: int) -> None:
+    def __init__(self, *, benchmark: EditBenchmark, strategy: EditorStrategy, n_edits: int, schedule: Schedule) -> None:
         self.evaluations: list[Timed] = []
         self.n_groups, self.defers, self.ask_seconds = 0, False, 0.0
-        schedule = Schedule(max_edits=n_edits, eval_every=n_edits, max_upstream=None)
+        schedule = replace(schedule, max_edits=n_edits, eval_every=n_edits, max_upstream=None)
         loop = RunLoop(benchmark=benchmark, strategy=strategy, schedule=schedule, observer=self)
         self.position, self.edit_times = loop.position, loop.meter.edit_times
         self.is_incremental = loop.rescorer.is_incremental

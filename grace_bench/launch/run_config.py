@@ -222,6 +222,20 @@ class RunConfig:
         _one_of("shuffle", "stream", optional=True),
         default_in_hash=False,
     )
+    edit: Literal["errors", "all"] = _option(
+        "errors",
+        "edit the requests that the model, as edited so far, gets wrong, or all",
+        _one_of("errors", "all"),
+        default_in_hash=False,
+        in_protocol=True,
+    )
+    edits_at_once: int = _option(
+        1,
+        "judge so many requests before one is edited; editors of batches edit them together",
+        _whole(1),
+        default_in_hash=False,
+        in_protocol=True,
+    )
     max_edits: int | None = _option(
         None,
         "stop at exactly this many edits; null for the whole stream",

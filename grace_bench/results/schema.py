@@ -192,6 +192,8 @@ class Protocol(BaseModel):
 
     Attributes:
         order: Whether the candidates were shuffled, or taken in the order of the stream.
+        edit: Which requests were edited: those that the model got wrong, or all.
+        edits_at_once: How many requests were reached together.
         normalise: How answers were normalised before they were compared.
     """
 
@@ -199,6 +201,8 @@ class Protocol(BaseModel):
 
     version: int = 1
     split: str
+    edit: Literal["errors", "all"] = "errors"
+    edits_at_once: int = 1
     order: Literal["shuffle", "stream"] = "shuffle"
     main_score: str
     higher_is_better: bool

@@ -68,7 +68,7 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
         "dtype": str(model.dtype).removeprefix("torch."),
         "editor": {"name": strategy.registered_name, **strategy.settings()},
         "seed": settings.seed,
-        **vars(settings.schedule),
+        **settings.schedule.changed(),
         **{name: getattr(settings, name) for name in ("split", "batch_size", "engine")},
         **order,
         # What has its default is left out, so that checkpoints made before it was an option still fit.
@@ -143,6 +143,8 @@ def result_of(
             order=benchmark.order,
             main_score=task.main_score,
             higher_is_better=task.higher_is_better,
+            edit=settings.schedule.edit,
+            edits_at_once=settings.schedule.edits_at_once,
             max_edits=settings.schedule.max_edits,
             eval_every=settings.schedule.eval_every,
             max_upstream=settings.schedule.max_upstream,

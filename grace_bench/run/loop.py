@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grace_bench.common.progress import Progress
-from grace_bench.common.state import copied
+from grace_bench.common.state import copied, restored
 from grace_bench.common.text import visible
-from grace_bench.data.benchmark import EditBenchmark, eval_stream
+from grace_bench.data.benchmark import BatchExperience, EditBenchmark, eval_stream
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.batch import EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import RunFailure
 from grace_bench.evaluation.rescoring import Rescorer
@@ -18,7 +19,7 @@ from grace_bench.run.backlog import LOOKAHEAD, Backlog, PendingCandidate, Queued
 from grace_bench.run.cost import CostMeter
 from grace_bench.run.evaluated import evaluated_requests, prompts_to_ask, thinned, with_answers
 from grace_bench.run.observer import RunObserver
-from grace_bench.run.position import Position, Step, walk
+from grace_bench.run.position import Position, Step, reached_together, walk
 from grace_bench.run.randomness import load_random_state, random_state
 from grace_bench.run.recorder import EvaluationRecorder
 from grace_bench.run.records import edit_record
@@ -71,6 +72,8 @@ class RunLoop:
         strategy.score_requests = self.rescorer.score
         self.recorder = EvaluationRecorder(strategy.evaluator)
         self._answers: dict[str, str | int] | None = None
+        self._judged: dict[int, ItemScore] = {}
+        self._batches = reached_together(benchmark.data.edits, schedule.edits_at_once)
         self._backlog = Backlog(
             strategy=strategy,
             rescorer=self.rescorer,
@@ -101,7 +104,7 @@ class RunLoop:
         for step in walk(self.schedule, self.position):
             if step is Step.TAKE_CANDIDATE:
                 yield self.position.index
-                self._take_candidate(self.position.index)
+                self._take_candidates(self.position.index)
             elif step is Step.EVALUATE:
                 self.evaluate()
             else:
@@ -163,6 +166,7 @@ class RunLoop:
                 for metric in (evaluator.metrics if evaluator else [])
             },
             "recorder": self.recorder.state_dict(),
+            "judged": [[index, score.state_dict()] for index, score in self._judged.items()],
             "random": random_state(),
         }
 
@@ -174,6 +178,8 @@ class RunLoop:
         self.meter.load_state_dict(state["cost"])
         self.rescorer.load_state_dict(state["scores"])
         self.recorder.load_state_dict(state["recorder"])
+        # Checkpoints made before requests could be reached together have none.
+        self._judged = {int(index): restored(ItemScore, score) for index, score in state.get("judged", ())}
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["answers"] is not None:
@@ -198,24 +204,86 @@ class RunLoop:
         self._answers = dict(answers)
         self.benchmark = with_answers(self.benchmark, answers)
 
-    def _take_candidate(self, index: int) -> None:
-        """Scores a candidate, edits it if the model gets it wrong, and adds it to the backlog."""
-        request = self.benchmark.data.edits[index]
+    def _take_candidates(self, index: int) -> None:
+        """Takes the next candidate, or for an editor of batches all that are reached together."""
+        if self.schedule.edits_at_once > 1 and self.strategy.edits_together:
+            self._take_batch(index)
+        elif self.schedule.edits_at_once > 1 and self.schedule.edit == "errors":
+            if self._judge_together(index):
+                self._take_candidate(index, self._judged[index])
+        elif self._is_ready(self.benchmark.data.edits[index], index):
+            self._take_candidate(index, self._score_before(self.benchmark.data.edits[index], index))
+
+    def _is_ready(self, request: EditRequest, index: int) -> bool:
+        """Finishes pending edits if a candidate's score depends on them; whether it still is the next one."""
         if self._depends_on_pending(request):
             self.settle()
+        # If a pending edit fails, the candidates after it are repeated.
+        return self.position.index == index
+
+    def _judge_together(self, index: int) -> bool:
+        """Scores all candidates that are reached together with this one, before the first is edited.
+
+        Returns:
+            Whether this candidate still is the next one.
+        """
+        reached = self._reached_with(index)
+        if reached[0] != index and index in self._judged:
+            return True
+        if self.strategy.n_pending:
+            self.settle()
             if self.position.index != index:
-                # A pending edit failed, and the candidates after it are repeated.
-                return
-        before = self._score_before(request, index)
+                return False
+        with self.meter.scoring():
+            scores = self.rescorer.score([self.benchmark.data.edits[i] for i in reached])
+        self._judged = dict(zip(reached, scores, strict=True))
+        return True
+
+    def _reached_with(self, index: int) -> range:
+        """The indices of the candidates that are reached together with this one."""
+        return next(reached for reached in self._batches if index in reached)
+
+    def _take_candidate(self, index: int, before: ItemScore) -> None:
+        """Edits a candidate if it is to be edited, and adds it to the backlog."""
         outcome, seconds = None, 0.0
-        if not before.correct:
+        if self._is_edited(before):
             started = time.perf_counter()
             self.strategy.train(self.benchmark.streams["edits"][index], eval_streams=[])
-            outcome, seconds = self.strategy.outcome, time.perf_counter() - started
+            (outcome,), seconds = self.strategy.outcomes, time.perf_counter() - started
         self.position.advance(edited=outcome is not None)
         self._backlog.add_candidate(PendingCandidate(index, self.position.n_edits, before, outcome, seconds))
         if self._backlog.must_settle():
             self.settle()
+
+    def _is_edited(self, before: ItemScore) -> bool:
+        return self.schedule.edit == "all" or not before.correct
+
+    def _take_batch(self, index: int) -> None:
+        """Scores the candidates that are reached together, and edits those to be edited as one batch."""
+        reached, edits, n_before = self._reached_with(index), self.benchmark.data.edits, self.position.n_edits
+        if self.strategy.n_pending:
+            self.settle()
+        with self.meter.scoring():
+            scores = self.rescorer.score([edits[i] for i in reached])
+        edited = [i for i, score in zip(reached, scores, strict=True) if self._is_edited(score)]
+        if self.schedule.max_edits is not None and len(edited) > (room := self.schedule.max_edits - n_before):
+            edited = edited[:room]
+            reached = range(index, edited[-1] + 1)
+        outcomes: dict[int, EditOutcome] = {}
+        started = time.perf_counter()
+        if edited:
+            self.strategy.train(BatchExperience([edits[i] for i in edited]), eval_streams=[])
+            outcomes = dict(zip(edited, self.strategy.outcomes, strict=True))
+        seconds = (time.perf_counter() - started) / max(1, len(edited))
+        for i in reached:
+            self.position.advance(edited=i in outcomes)
+        for i, before in zip(reached, scores, strict=False):
+            n_edits, outcome = self.position.n_edits, outcomes.get(i)
+            took = seconds if outcome is not None else 0.0
+            self._backlog.add_candidate(PendingCandidate(i, n_edits, before, outcome, took))
+        self.settle()
+        if self.schedule.is_due(self.position.n_edits, since=n_before):
+            self.evaluate()
 
     def _depends_on_pending(self, request: EditRequest) -> bool:
         """Returns whether the pending edits must be finished before a candidate can be scored."""

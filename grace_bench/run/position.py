@@ -105,6 +105,30 @@ class Position:
         self.edited.append(index)
 
 
+def reached_together(candidates: Sequence[EditRequest], most: int) -> list[range]:
+    """Returns the indices of the candidates in batches of at most `most`; only a larger group makes a larger batch.
+
+    The members of a group follow each other, and are never separated.
+    """
+    batches: list[range] = []
+    first = 0
+    while first < len(candidates):
+        end = _end_of_group(candidates, first)
+        while end < len(candidates) and _end_of_group(candidates, end) - first <= most:
+            end = _end_of_group(candidates, end)
+        batches.append(range(first, end))
+        first = end
+    return batches
+
+
+def _end_of_group(candidates: Sequence[EditRequest], first: int) -> int:
+    """The index after the group that begins with a candidate."""
+    group, end = candidates[first].group, first + 1
+    while group is not None and end < len(candidates) and candidates[end].group == group:
+        end += 1
+    return end
+
+
 def walk(schedule: Schedule, position: Position) -> Iterator[Step]:
     """Yields the steps of a run, from its current position to its end.
 

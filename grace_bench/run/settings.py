@@ -1,12 +1,15 @@
 """The settings of a run beside its stream, model and editor."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from grace_bench.common.options import check_whole
+from grace_bench.common.options import check_choice, check_whole
 from grace_bench.data.stream import Normalise, Order
 from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tokens import SpecialTokens, TargetSpace, TextFormat
+
+EditedRequests = Literal["errors", "all"]
+"""Which of the requests that a run reaches are edited."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +17,11 @@ class Schedule:
     """When a run edits and evaluates.
 
     Attributes:
+        edit: Which of the requests reached are edited: `errors`, those that the model, as edited so far, gets wrong, or
+            `all`.
+        edits_at_once: How many requests are reached together. With `errors` all of them are judged before the first is
+            edited. Editors that declare `edits_together` edit them as one batch, after which `n_edits` has grown by
+            as many as were edited.
         max_edits: Stop at exactly this many edits; None for the whole stream.
         eval_every: Evaluate after every this many edits, and at the start and the end.
         max_upstream: Score at most this many upstream requests, spread evenly over the stream; None for all.
@@ -22,19 +30,34 @@ class Schedule:
         UserError: If one of them is not a whole number of at least 1.
     """
 
+    edit: EditedRequests = "errors"
+    edits_at_once: int = 1
     max_edits: int | None = None
     eval_every: int = 50
     max_upstream: int | None = 500
 
     def __post_init__(self) -> None:
+        check_choice("edit", self.edit, get_args(EditedRequests))
+        check_whole("edits_at_once", self.edits_at_once, least=1)
         check_whole("eval_every", self.eval_every, least=1)
         for name in ("max_edits", "max_upstream"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), least=1)
 
-    def is_due(self, n_edits: int) -> bool:
-        """Returns whether an evaluation is due after `n_edits` edits."""
-        return n_edits % self.eval_every == 0
+    def is_due(self, n_edits: int, *, since: int | None = None) -> bool:
+        """Returns whether an evaluation is due after `n_edits` edits.
+
+        Args:
+            n_edits: The number of edits.
+            since: The number before the batch that was just edited; None if it was a single request.
+        """
+        is_passed = since is not None and n_edits // self.eval_every > since // self.eval_every
+        return is_passed or n_edits % self.eval_every == 0
+
+    def changed(self) -> dict[str, Any]:
+        """Returns the fields without those that are younger than checkpoints and have their default."""
+        young = {"edit": "errors", "edits_at_once": 1}
+        return {name: value for name, value in vars(self).items() if young.get(name, ...) != value}
 
     def is_full(self, n_edits: int) -> bool:
         """Returns whether the run makes no more edits after `n_edits`."""

@@ -103,6 +103,8 @@ device_map: null
 seed: 0
 split: edits
 order: null
+edit: errors
+edits_at_once: 1
 max_edits: null
 eval_every: 50
 max_upstream: 500
