@@ -81,8 +81,9 @@ class Answered:
     contested: Tensor | None = None
 
     def notes(self) -> list[dict[str, Any]]:
-        """Returns B dicts of facts about the answering entries, with the field names of `ItemScore`."""
+        """Returns B dicts of facts about the answering entries, with the field names of `ItemScore`; None for none."""
         if self.entry is None or self.distance is None or self.contested is None:
-            return [{}] * len(self.versions)
+            # A codebook may be empty again, after all of its edits failed.
+            return [{"entry": None, "distance": None, "contested": None}] * len(self.versions)
         columns = zip(self.entry.tolist(), self.distance.tolist(), self.contested.tolist(), strict=True)
         return [{"entry": entry, "distance": distance, "contested": flag} for entry, distance, flag in columns]

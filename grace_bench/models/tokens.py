@@ -307,6 +307,10 @@ class PromptTokenizer:
         """Returns the text of ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def stops_in(self, ids: Iterable[int]) -> bool:
+        """Returns whether a free answer would stop at one of the ids."""
+        return not self._stops.isdisjoint(ids)
+
     def has_line_break(self, ids: Iterable[int]) -> bool:
         """Returns whether some of the ids hold a line break."""
         return not self._newlines.isdisjoint(ids)

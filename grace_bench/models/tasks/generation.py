@@ -15,7 +15,7 @@ from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
 from grace_bench.models.tasks.base import Answerability, ItemScore, Task, notes_of, token_losses
-from grace_bench.models.tasks.text_scores import exact_match, normalize_answer, reference_f1, token_f1
+from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
 from grace_bench.models.tokens import PromptTokenizer
 
 _LINES = "more than one line"
@@ -115,10 +115,11 @@ class GenerationTask(Task):
         texts = [tokens.decode(ids) if len(ids) == longest else text for text, ids in answers]
         free = [tokens.answer(ids[: self.max_new_tokens])[0] for _, ids in answers]
         lacking = [self._lacking(tokens, ids) for _, ids in answers]
-        given_back = [text for text, reason in zip(free, lacking, strict=True) if reason is None]
+        free = [text if _has_words(text, given) else "" for text, (given, _) in zip(free, answers, strict=True)]
+        given_back = [text for text, reason in zip(free, lacking, strict=True) if text and reason is None]
         # In its normal form an answer may be accepted already; then the scores of others should not change.
-        accepted = [*texts, *(text for text in given_back if normalize_answer(text) and not matches(text, texts))]
-        free = [text for text in free if normalize_answer(text)]
+        accepted = [*texts, *(text for text in given_back if not matches(text, texts))]
+        free = [text for text in free if text]
         is_answerable = any(matches(text, accepted) for text in free)
         return _Accepted(
             texts=tuple(accepted),
@@ -137,7 +138,7 @@ class GenerationTask(Task):
         given = content[: self.max_new_tokens]
         if tokens.has_line_break(given):
             return _LINES
-        if not tokens.special_ids.isdisjoint(given) and len(tokens.answer(given)[1]) < len(content):
+        if tokens.stops_in(given):
             return _SPECIAL
         if len(content) > self.max_new_tokens:
             return f"longer than max_new_tokens={self.max_new_tokens}"
@@ -301,6 +302,11 @@ def _mean_losses(model: Network, encoded: EncodedBatch) -> list[float]:
     assert batch.content is not None
     losses: list[float] = ((token_losses(logits, batch) * batch.content).sum(dim=1) / batch.content.sum(dim=1)).tolist()
     return losses
+
+
+def _has_words(text: str, given: str) -> bool:
+    """Whether what came back of a text says anything: not if of all its letters and digits only punctuation is left."""
+    return bool(text.strip()) and (any(map(str.isalnum, text)) or not any(map(str.isalnum, given)))
 
 
 def _answers_of(request: EditRequest) -> list[str]:

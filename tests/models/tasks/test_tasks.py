@@ -295,6 +295,14 @@ def test_targets_that_no_free_answer_can_equal_are_counted_by_reason(task: str, 
     assert model.task.longest_target(model, requests) == 7
 
 
+def test_punctuation_that_is_left_of_a_text_is_no_answer(make_model: MakeModel) -> None:
+    model = make_model("completion", max_new_tokens=8)
+    requests = [EditRequest(id=text, prompt=PROMPT, target=text) for text in ("Москва ?", "Rome Москва ?", "?")]
+    found = model.task.answerability(model, requests)
+    assert found.unanswerable == {"characters that the tokenizer cannot give back": 1}
+    assert found.n_given_back == 1
+
+
 def test_a_target_that_is_answerable_only_by_its_name_of_a_special_token_is_text(make_model: MakeModel) -> None:
     request = EditRequest(id="1", prompt=PROMPT, target="</s> Rome")
     model = make_model("completion", max_new_tokens=8)
