@@ -147,9 +147,13 @@ def layer_call_of(
     assert state.query is not None
     n_rows = len(state.query)
     for tensor in (given, leaving):
+        if tensor.dim() == 3 and len(tensor) != n_rows:
+            raise UserError(f"layer={layer_name} does not have the texts of a batch in its first dimension")
         if tensor.dim() == 2 and not _has_every_token(tensor, n_rows, state):
             raise UserError(f"layer={layer_name} is called with a part of the tokens: name a module around it")
     inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
+    if state.step == 0 and min(inputs.shape[1], outputs.shape[1]) < state.length:
+        raise UserError(f"layer={layer_name} is called more than once a pass, not always with every token")
     state.length = state.length or outputs.shape[1]
     query = state.query.to(outputs.device)
     position = torch.where(query < 0, query + state.length, query).clamp(max=state.length - 1)

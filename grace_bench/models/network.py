@@ -262,8 +262,9 @@ class Network(nn.Module):
         logits = self.logits(batch)[0].float()
         if logits.dim() == 1:
             return logits
-        n_decoder = batch.lengths[0][1]
-        return logits[:n_decoder] if n_decoder else logits[batch.inputs["attention_mask"][0].bool()]
+        if "decoder_input_ids" in batch.inputs:
+            return logits[: batch.lengths[0][1] or None]
+        return logits[batch.inputs["attention_mask"][0].bool()]
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:

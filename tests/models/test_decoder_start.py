@@ -1,5 +1,6 @@
 """The token with which a decoder starts: where it is looked up, and that training and generation agree on it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,9 @@ def test_answers_are_greedy_and_unforced_whatever_the_modules_own_settings(word_
         assert wrapped(module, word_tokenizer).answer(["the capital of Peru"]) == greedy
 
 
-def test_a_model_that_names_no_start_token_is_refused_in_one_line() -> None:
-    class Bare:
-        pad_token_id = eos_token_id = 1
-        model_max_length = 9
-
-        def __call__(self, *_: Any, **__: Any) -> Any:
-            return {"input_ids": [3, 1]}
-
+def test_a_model_that_names_no_start_token_is_refused_in_one_line(word_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.bos_token = None
     with pytest.raises(UserError, match="names no token for its decoder to start with") as refused:
-        wrapped(bart(), Bare()).encode_batch(["Peru"])
+        wrapped(bart(), tokenizer).encode_batch(["Peru"])
     assert "\n" not in str(refused.value)

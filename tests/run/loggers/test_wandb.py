@@ -221,9 +221,10 @@ def test_a_missing_wandb_does_not_hurt_the_run_and_is_said_once(
 
 
 def test_a_wandb_that_cannot_start_does_not_hurt_the_run_and_is_said_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result, folder, _ = run_toy(tmp_path, "wandb.mode=offline", "wandb.project='a/b:c'", editor="none")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "no number")
+    result, folder, _ = run_toy(tmp_path, "wandb.mode=offline", editor="none")
     unhurt(result, folder, capsys.readouterr().err)
 
 
