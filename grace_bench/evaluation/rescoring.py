@@ -245,6 +245,7 @@ def _hashable(value: Any) -> Hashable:
 
 
 def _note_query(call: LayerCall) -> Tensor:
-    if call.state.step == 0:
+    # A layer that is called several times a pass is looked up at its first call.
+    if call.state.step == 0 and call.state.activation is None:
         call.state.activation = call.query.detach()
     return call.output

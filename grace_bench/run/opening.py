@@ -175,11 +175,12 @@ def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
     """Makes sure that model, layer and stream fit together, before anything is written.
 
     Raises:
-        UserError: If the layer cannot be edited, or the model lacks a target.
+        UserError: If the layer cannot be edited, the model lacks a target, or is to be causal and is not.
     """
     data = benchmark.data
     if data.edits:
         first = data.edits[0]
+        model.task.check_reading(model, first)
         model.layer_call(model.encode_batch([first.prompt], [first.target]))
     model.check_targets(_requests_with_targets(benchmark))
 

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from grace_bench.data.requests import EditRequest
+from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
@@ -117,3 +118,18 @@ def test_a_codebook_finds_its_entries_in_every_batch(
         together = model.score_batch(requests(task))
     assert [item.entry for item in together] == [0, 1, 2, 3]
     assert all(item.distance == pytest.approx(0, abs=1e-4) for item in together)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_an_encoder_is_not_taken_for_a_causal_model(is_decoder: bool, word_tokenizer: Any) -> None:
+    def build(size: int) -> nn.Module:
+        config = transformers.BertConfig(vocab_size=size, is_decoder=is_decoder, **SIZES, **ENDS)
+        return transformers.BertLMHeadModel(config)
+
+    model = editable(build, "completion", "bert.encoder.layer.0.output.dense", word_tokenizer)
+    request = requests("completion")[0]
+    if is_decoder:
+        model.task.check_reading(model, request)
+    else:
+        with pytest.raises(UserError, match=r"is not causal: .* is_decoder=true"):
+            model.task.check_reading(model, request)

@@ -215,6 +215,13 @@ class Task(ABC):
         """Returns how many tokens the longest accepted answer has with its end token; None without free answers."""
         return None
 
+    def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: B027 - most models may read ahead
+        """Makes sure that the model reads texts in the direction that the task needs.
+
+        Raises:
+            UserError: If tokens change what a causal model makes of those before them.
+        """
+
     # Text in, batches out.
 
     def tokens(self, model: Network) -> PromptTokenizer:
@@ -384,6 +391,25 @@ class Task(ABC):
         assert batch.labels is not None
         wrong = (logits.argmax(dim=-1) != batch.labels) & (batch.labels != IGNORED)
         return not bool(wrong.any())
+
+
+@torch.no_grad()
+def check_causal(task: Task, model: Network, request: EditRequest) -> None:
+    """Compares the logits after a prompt with those that the model gives when the target follows.
+
+    Raises:
+        UserError: If they differ: an encoder was loaded as a causal model, for one.
+    """
+    if not request.prompt.strip():
+        return
+    alone, followed = (task.encode(model, [request.prompt], targets) for targets in (None, [request.target]))
+    with model.bypassing():
+        own, other = (model.logits(batch)[0, batch.query[0]].float() for batch in (alone, followed))
+    if bool((own - other).abs().max() > torch.finfo(model.dtype).eps ** 0.5 * own.abs().max()):
+        raise UserError(
+            f"model {model.name} is not causal: what follows a prompt changes how it reads the prompt; an encoder that "
+            f"is to serve {task.name} has is_decoder=true in its config.json"
+        )
 
 
 def token_losses(logits: Tensor, batch: EncodedBatch) -> Tensor:

@@ -14,7 +14,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
-from grace_bench.models.tasks.base import Answerability, ItemScore, Task, notes_of, token_losses
+from grace_bench.models.tasks.base import Answerability, ItemScore, Task, check_causal, notes_of, token_losses
 from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
 from grace_bench.models.tokens import PromptTokenizer
 
@@ -257,6 +257,9 @@ class Completion(GenerationTask):
         if getattr(model.config, "is_encoder_decoder", False) or not callable(getattr(model.module, "generate", None)):
             return "a causal language model that generates"
         return "a tokenizer" if model.tokenizer is None else None
+
+    def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: D102
+        check_causal(self, model, request)
 
     def _encode(
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide

@@ -7,7 +7,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.models import encoding
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide
 from grace_bench.models.network import Network
-from grace_bench.models.tasks.base import ItemScore, Task, mean, notes_of, token_losses
+from grace_bench.models.tasks.base import ItemScore, Task, check_causal, mean, notes_of, token_losses
 
 _OUTLIER = 1000.0
 
@@ -30,6 +30,9 @@ class LanguageModelling(Task):
         if getattr(model.config, "is_encoder_decoder", False) or not is_causal:
             return "a causal language model"
         return "a tokenizer" if model.tokenizer is None else None
+
+    def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: D102
+        check_causal(self, model, request)
 
     def _encode(
         self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
