@@ -212,7 +212,7 @@ class Network(nn.Module):
         """Whether each row of a batch is answered as if it were alone, whatever padding it has.
 
         The positions of some models count padding, and some recurrent models read it. The first batch with padding
-        decides, by a comparison of one of its rows with itself alone.
+        decides, by a comparison of two of its rows with themselves alone.
 
         Args:
             batch: The batch.
@@ -230,12 +230,19 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def _agrees_with_itself(self, batch: EncodedBatch, *, generates: bool) -> bool | None:
-        """Compares the most padded row beside the longest one with itself alone; None if the logits contain NaN."""
-        order = sorted(range(len(batch)), key=batch.lengths.__getitem__)
+        """Compares the most and the least padded row with themselves alone; None if the logits contain NaN."""
+        lengths = batch.lengths
+        order = sorted(range(len(batch)), key=lengths.__getitem__)
+        least_padded = max(row for row in range(len(order)) if lengths[order[row]] != lengths[order[-1]])
+        compared = dict.fromkeys((order[0], order[least_padded]))
+        found = [self._agrees_alone(batch, row, order[-1], generates=generates) for row in compared]
+        return None if None in found else all(found)
+
+    def _agrees_alone(self, batch: EncodedBatch, row: int, longest: int, *, generates: bool) -> bool | None:
         observe = self._first_steps if generates else self._scored_logits
         with self.bypassing():
             # Two rows: some models ignore the mask of a single one.
-            together, alone = observe(batch.rows([order[0], order[-1]])), observe(batch.unpadded(order[:1]))
+            together, alone = observe(batch.rows([row, longest])), observe(batch.unpadded([row]))
         if bool(alone.isnan().any()):
             return None
         rounding = torch.finfo(self.dtype).eps ** 0.5 * float(alone.abs().max())

@@ -216,10 +216,10 @@ class Task(ABC):
         return None
 
     def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: B027 - most models may read ahead
-        """Makes sure that the model reads texts in the direction that the task needs.
+        """Makes sure that the model can answer a request, and reads texts in the direction that the task needs.
 
         Raises:
-            UserError: If tokens change what a causal model makes of those before them.
+            UserError: If it fails, or if tokens change what a causal model makes of those before them.
         """
 
     # Text in, batches out.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grace_bench.data.requests import EditRequest
+from grace_bench.errors import UserError, reason_of
 from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
@@ -148,6 +149,12 @@ class GenerationTask(Task):
     def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """Returns the token ids of targets after their prompts, end token included, cut like targets in training."""
 
+    def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: D102
+        try:
+            self.answers(model, [request.prompt])
+        except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"model {model.name} cannot generate an answer: {reason_of(error)}") from error
+
     def _contrasts(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
         """For each request with a contrast: whether its first answer is likelier (Meng et al. 2022)."""
         pairs = [request.contrast or () for request in requests]
@@ -259,6 +266,7 @@ class Completion(GenerationTask):
         return "a tokenizer" if model.tokenizer is None else None
 
     def check_reading(self, model: Network, request: EditRequest) -> None:  # noqa: D102
+        super().check_reading(model, request)
         check_causal(self, model, request)
 
     def _encode(
