@@ -33,6 +33,7 @@ class EncodedBatch:
         labels: (B,) class ids, or (B, T) token ids aligned with the logits; `IGNORED` positions carry no loss.
         target_ids: The wanted answer of each row, without padding; editors compare labels by it.
         content: (B, T) bool, the labelled positions that are text rather than the end token; None without labels.
+        pad_id: The token that fills up the rows.
     """
 
     inputs: dict[str, Tensor]
@@ -40,6 +41,7 @@ class EncodedBatch:
     labels: Tensor | None = None
     target_ids: tuple[tuple[int, ...], ...] = ()
     content: Tensor | None = None
+    pad_id: int = 0
 
     def __len__(self) -> int:
         return len(self.query)
@@ -157,10 +159,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: PaddingSide) -> tuple[T
 
 
 def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
-    """Concatenates right-padded batches, padded to the longest.
-
-    Padding is token 0, which every mask hides.
-    """
+    """Concatenates right-padded batches, padded to the longest."""
     if len(batches) == 1:
         return batches[0]
 
@@ -171,13 +170,18 @@ def stack(batches: Sequence[EncodedBatch]) -> EncodedBatch:
         width = max(tensor.shape[1] for tensor in given)
         return torch.cat([functional.pad(tensor, (0, width - tensor.shape[1]), value=value) for tensor in given])
 
-    inputs = {name: joined([batch.inputs[name] for batch in batches], 0) for name in batches[0].inputs}
+    inputs = {
+        # Some models find padding by its token.
+        name: joined([batch.inputs[name] for batch in batches], batches[0].pad_id if name.endswith("input_ids") else 0)
+        for name in batches[0].inputs
+    }
     return EncodedBatch(
         inputs={name: tensor for name, tensor in inputs.items() if tensor is not None},
         query=torch.cat([batch.query for batch in batches]),
         labels=joined([batch.labels for batch in batches], IGNORED),
         target_ids=tuple(ids for batch in batches for ids in batch.target_ids),
         content=joined([batch.content for batch in batches], 0),
+        pad_id=batches[0].pad_id,
     )
 
 
@@ -206,6 +210,7 @@ def encode_classification(
         query=last_token(mask),
         labels=None if labels is None else torch.tensor(labels, dtype=torch.long),
         target_ids=() if labels is None else tuple((int(label),) for label in labels),
+        pad_id=tokens.pad_id,
     )
 
 
@@ -231,7 +236,7 @@ def encode_seq2seq(
     query = torch.zeros(len(rows), dtype=torch.long) if query_in_decoder else last_token(mask)
     if targets is None:
         inputs["decoder_input_ids"] = torch.full((len(rows), 1), decoder_start, dtype=torch.long)
-        return EncodedBatch(inputs=inputs, query=query)
+        return EncodedBatch(inputs=inputs, query=query, pad_id=tokens.pad_id)
     answers = [tokens.with_end(answer, max_target_length) for answer in tokens.answer_ids(targets)]
     return seq2seq_batch(inputs, query, answers, end=tokens.end_id, pad_id=tokens.pad_id, decoder_start=decoder_start)
 
@@ -255,6 +260,7 @@ def seq2seq_batch(
         labels=labels,
         target_ids=tuple(tuple(answer) for answer in answers),
         content=(given == 1) & (labels != (IGNORED if end is None else end)),
+        pad_id=pad_id,
     )
 
 
@@ -346,7 +352,7 @@ def causal_batch(
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     query = starts + torch.tensor(query_offsets)
     if not labelled:
-        return EncodedBatch(inputs=inputs, query=query)
+        return EncodedBatch(inputs=inputs, query=query, pad_id=pad_id)
     labels = torch.full_like(ids, IGNORED)
     for i, (row, n_prompt) in enumerate(zip(rows, prompt_lengths, strict=True)):
         first = int(starts[i]) + n_prompt - 1
@@ -355,6 +361,7 @@ def causal_batch(
         inputs=inputs,
         query=query,
         labels=labels,
+        pad_id=pad_id,
         target_ids=tuple(tuple(row[n:]) for row, n in zip(rows, prompt_lengths, strict=True)),
         content=(labels != IGNORED) & (labels != (IGNORED if end is None else end)),
     )

@@ -45,6 +45,12 @@ def longest_target(module: nn.Module) -> int | None:
     return _limit_of_decoder(module) if _is_encoder_decoder(module) else None
 
 
+def first_position(module: nn.Module) -> int:
+    """Returns the position of the first token of a text: RoBERTa and its kin number the tokens from padding_idx + 1."""
+    tables = (part for name, part in _text_parts(module) if _is_position_table(name, part))
+    return next((int(table.padding_idx) + 1 for table in tables if table.padding_idx is not None), 0)
+
+
 def _is_encoder_decoder(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
@@ -76,10 +82,9 @@ def _position_tables(module: nn.Module, config: Any, *, is_decoder: bool) -> Ite
     # A decoder that predicts several tokens at a time reads the next position too.
     ahead = int(is_decoder and getattr(config, "ngram", None) is not None)
     for name, part in _text_parts(module):
-        weight: Any = getattr(part, "weight", None)
-        is_table = hasattr(part, "padding_idx") and isinstance(weight, Tensor) and weight.dim() == 2
-        if not is_table or "position" not in name or "relative" in name:
+        if not _is_position_table(name, part):
             continue
+        weight = part.weight
         if part.padding_idx is not None:
             # RoBERTa and its kin number the tokens from padding_idx + 1, and padding stays at padding_idx.
             yield len(weight) - int(part.padding_idx) - 1 - ahead
@@ -87,6 +92,12 @@ def _position_tables(module: nn.Module, config: Any, *, is_decoder: bool) -> Ite
             limit = len(weight) - int(getattr(part, "offset", 0)) - ahead
             step = _padded_to(config, is_decoder=is_decoder)
             yield limit - limit % step if limit >= step else limit
+
+
+def _is_position_table(name: str, part: Any) -> bool:
+    weight = getattr(part, "weight", None)
+    is_table = hasattr(part, "padding_idx") and isinstance(weight, Tensor) and weight.dim() == 2
+    return is_table and "position" in name and "relative" not in name
 
 
 def _text_parts(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:

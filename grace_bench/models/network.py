@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.models.calls import LayerCall, QueryState, activations_of, layer_call_of
 from grace_bench.models.encoding import EncodedBatch
-from grace_bench.models.limits import longest_input, longest_target
+from grace_bench.models.limits import first_position, longest_input, longest_target
 from grace_bench.models.padding import BEGIN_TOKENS, embedding_of, padded_for, with_known_padding
 from grace_bench.models.sequences import SequenceTracker
 
@@ -169,8 +169,7 @@ class Network(nn.Module):
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in batch.inputs.items()
         }
-        if "position_ids" in inputs and "position_ids" not in self._accepted:
-            inputs = {name: tensor for name, tensor in inputs.items() if name != "position_ids"}
+        inputs = self._with_positions(inputs)
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
         padded, padding = padded_for(self.module, inputs)
@@ -178,6 +177,25 @@ class Network(nn.Module):
             outputs = self.module(**padded, **arguments)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
         return logits.to(batch.query.device)
+
+    def generation_inputs(self, batch: EncodedBatch) -> dict[str, Tensor]:
+        """Returns the arguments of the module's `generate` for a batch of prompts."""
+        inputs = self._with_positions(batch.inputs)
+        # By itself, generate counts positions from 0.
+        names = ("input_ids", "attention_mask", *(("position_ids",) if self._first_position else ()))
+        return {name: inputs[name] for name in names if name in inputs}
+
+    def _with_positions(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs with positions as the model counts them, or without, if it does not accept any."""
+        given = dict(inputs)
+        positions = given.pop("position_ids", None)
+        if positions is not None and "position_ids" in self._accepted:
+            given["position_ids"] = positions + self._first_position
+        return given
+
+    @cached_property
+    def _first_position(self) -> int:
+        return first_position(self.module)
 
     @contextmanager
     def greedy(self) -> Iterator[None]:
@@ -212,7 +230,7 @@ class Network(nn.Module):
         """Whether each row of a batch is answered as if it were alone, whatever padding it has.
 
         The positions of some models count padding, and some recurrent models read it. The first batch with padding
-        decides, by a comparison of two of its rows with themselves alone.
+        decides, by a comparison of a few of its rows with themselves alone.
 
         Args:
             batch: The batch.
@@ -230,11 +248,12 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def _agrees_with_itself(self, batch: EncodedBatch, *, generates: bool) -> bool | None:
-        """Compares the most and the least padded row with themselves alone; None if the logits contain NaN."""
+        """Compares the most and the least padded rows with themselves alone; None if the logits contain NaN."""
         lengths = batch.lengths
         order = sorted(range(len(batch)), key=lengths.__getitem__)
         least_padded = max(row for row in range(len(order)) if lengths[order[row]] != lengths[order[-1]])
-        compared = dict.fromkeys((order[0], order[least_padded]))
+        shortest_answer = min(order, key=lambda row: lengths[row][1])
+        compared = dict.fromkeys((order[0], order[least_padded], shortest_answer))
         found = [self._agrees_alone(batch, row, order[-1], generates=generates) for row in compared]
         return None if None in found else all(found)
 
@@ -256,7 +275,7 @@ class Network(nn.Module):
         """(2, V) logits of the first row's first two generated tokens."""
         with self.querying(batch.query), self.greedy():
             steps = self.module.generate(  # type: ignore[operator]
-                **{name: batch.inputs[name] for name in ("input_ids", "attention_mask")},
+                **self.generation_inputs(batch),
                 max_new_tokens=2,
                 min_new_tokens=2,
                 output_logits=True,

@@ -49,6 +49,12 @@ def fnet(size: int) -> nn.Module:
     return transformers.FNetForSequenceClassification(config)
 
 
+def roberta(size: int) -> nn.Module:
+    """Numbers its tokens from the padding token's id on."""
+    config = transformers.RobertaConfig(vocab_size=size, is_decoder=True, max_position_embeddings=64, **SIZES, **ENDS)
+    return transformers.RobertaForCausalLM(config)
+
+
 def gpt2(size: int) -> nn.Module:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=size, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS)
@@ -61,6 +67,7 @@ CASES = [
     (rwkv, "completion", "rwkv.blocks.0.feed_forward.value"),
     (fnet, "classification", "fnet.encoder.layer.0.output.dense"),
     (gpt2, "completion", "transformer.h.0.mlp.c_fc"),
+    (roberta, "completion", "roberta.encoder.layer.1.output.dense"),
 ]
 
 
@@ -102,10 +109,10 @@ def test_an_answer_does_not_depend_on_the_batch(
         assert one.score == pytest.approx(other.score, abs=1e-4)
         assert one.others == pytest.approx(other.others, abs=1e-4)
     assert torch.allclose(model.queries(PROMPTS), torch.cat([model.queries([p]) for p in PROMPTS]), atol=1e-4)
-    assert bool(model.engine.notes) == (build is not gpt2)
+    assert bool(model.engine.notes) == (build not in (gpt2, roberta))
 
 
-@pytest.mark.parametrize(("build", "task", "layer"), CASES[:1] + CASES[3:4], ids=["bart", "fnet"])
+@pytest.mark.parametrize(("build", "task", "layer"), [CASES[0], CASES[3], CASES[5]], ids=["bart", "fnet", "roberta"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_codebook_finds_its_entries_in_every_batch(
     build: Callable[[int], nn.Module], task: str, layer: str, word_tokenizer: Any

@@ -190,7 +190,7 @@ class GenerationTask(Task):
         return self.by_length(model, batch, partial(self._generate_batch, model), generates=True)
 
     def _generate_batch(self, model: Network, batch: EncodedBatch) -> list[tuple[str, list[int], dict[str, Any]]]:
-        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        inputs = model.generation_inputs(batch)
         tokens = self.tokens(model)
         with model.querying(batch.query), model.greedy():
             output = model.module.generate(  # type: ignore[operator]
