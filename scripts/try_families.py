@@ -83,11 +83,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def state(report: Mapping[str, Any]) -> str:
-    """Returns `no model`, or the worst outcome of the checks: `crash`, `differs`, `refused` or `ok`."""
+    """Returns `no model`, or the worst outcome of the checks: `crash`, `differs`, `fails`, `refused` or `ok`."""
     if report["not_made"] is not None:
         return "no model"
     states = {said.partition(":")[0].partition(",")[0] for said in report["outcomes"].values()}
-    return next(state for state in ("crash", "differs", "refused", "ok") if state in states)
+    return next(state for state in ("crash", "differs", "fails", "refused", "ok") if state in states)
 
 
 def told(report: Mapping[str, Any]) -> str:
@@ -103,7 +103,7 @@ def table(reports: Iterable[Mapping[str, Any]], versions: str) -> str:
     by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for report in reports:
         by_kind[report["family"].partition("-")[0]].append(report)
-    columns = ("ok", "refused", "differs", "crash", "no model")
+    columns = ("ok", "refused", "fails", "differs", "crash", "no model")
     lines = [
         f"As of {date.today():%-d %B %Y}, with {versions}:",
         "",

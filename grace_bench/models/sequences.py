@@ -87,7 +87,7 @@ class SequenceTracker:
             return
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = _cache_in(given)
-        continues = _holds_tokens(cache)
+        continues = self._holds_tokens(cache)
         if not self.state.is_open:
             # A direct call of the module: it continues the prompt that its cache comes from, or reads a new prompt.
             known = self._continued.get(cache) if continues else None
@@ -102,6 +102,19 @@ class SequenceTracker:
         state.is_whole = not continues and not is_piece
         if state.query is None:
             state.query = self._default_query(given)
+
+    def _holds_tokens(self, cache: Any) -> bool:
+        """Whether a model has read tokens into a cache."""
+        if cache is None:
+            return False
+        try:
+            return bool(cache.get_seq_length())
+        except ValueError:
+            # The state of a recurrent model (Mamba) counts no tokens.
+            return bool(cache.has_previous_state())
+        except AttributeError:
+            # A state of a class of its own (xLSTM): it holds what passes seen here have read.
+            return cache in self._continued
 
     def _end_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         # Attached inside a pass, the tracker sees the end of calls whose start it did not see.
@@ -153,17 +166,6 @@ class _Generate:
             for tracker in self.trackers:
                 stack.enter_context(tracker.generating(args, kwargs))
             return self._generate(*args, **kwargs)
-
-
-def _holds_tokens(cache: Any) -> bool:
-    """Whether a model has read tokens into a cache."""
-    if cache is None:
-        return False
-    try:
-        return bool(cache.get_seq_length())
-    except ValueError:
-        # The state of a recurrent model (Mamba) counts no tokens.
-        return bool(cache.has_previous_state())
 
 
 def _are_tokens(value: Any) -> bool:

@@ -476,7 +476,7 @@ class Report:
     Attributes:
         family: Its name.
         model_class: The name of its class.
-        outcomes: For each check `ok`, or `refused`, `differs` or `crash` and what was said.
+        outcomes: For each check `ok`, or `refused`, `fails`, `differs` or `crash` and what was said.
         not_made: Why there is no tiny model; None if there is one.
     """
 
@@ -487,8 +487,8 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """The checks that neither passed nor were refused in one line."""
-        return [f"{name}: {said}" for name, said in self.outcomes.items() if not said.startswith(("ok", "refused"))]
+        """The checks in which the harness differed from itself or crashed."""
+        return [f"{name}: {said}" for name, said in self.outcomes.items() if said.startswith(("differs", "crash"))]
 
 
 def check_family(family: Family, folder: Path, *, seconds: int = 60) -> Report:
@@ -597,6 +597,7 @@ def _compare_batches(family: Family, model: EditableModel) -> str:
     """Scores all requests in one batch and one at a time; a causal model scores running text as well."""
     data = Questions(family.task).load()
     requests = [*data.edits, *data.upstream]
+    model.task.check_reading(model, requests[0])
     given = {family.task: requests}
     if family.kind == "causal":
         given["language_modelling"] = [
@@ -656,7 +657,7 @@ def _compare_engines(family: Family, model: EditableModel, *, editor: str, optio
         return f"crash: {said[0]}"
     failed = [row["failed"] for row in exact.edits.values() if row["failed"]]
     if len(failed) == len(exact.edits):
-        return f"crash: every edit failed, the first: {reason_of(Exception(failed[0]))}"
+        return f"fails: every edit, with both engines: {reason_of(Exception(failed[0]))}"
     return f"ok, {len(failed)} failed: {failed[0]}" if failed else "ok"
 
 

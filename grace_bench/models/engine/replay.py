@@ -253,17 +253,27 @@ class Replay:
         recording = self._record(run, plan)
         for _ in range(2):
             # Twice, because code that changes its arguments in place shows only at the second replay.
-            if not torch.equal(self.play(run, recording, kind), whole[0]):
+            if not self._plays(run, recording, kind, whole[0]):
                 raise CannotReplayError("a replay does not give what the whole model gives")
         narrowest = replace(plan, n_narrow=_n_narrow(plan, recording, outputs, uses.entered))
         if narrowest == plan:
             return plan
         narrow = replace(recording, n_narrow=narrowest.n_narrow).narrowed()
         try:
-            agrees = all(torch.equal(self.play(run, narrow, kind), whole[0]) for _ in range(2))
+            agrees = all(self._plays(run, narrow, kind, whole[0]) for _ in range(2))
         except CannotReplayError:
             agrees = False
         return narrowest if agrees else plan
+
+    def _plays(self, run: Run, recording: Recording, kind: str, whole: Tensor) -> bool:
+        """Whether a replay gives the logits of the whole model."""
+        try:
+            return torch.equal(self.play(run, recording, kind), whole)
+        except CannotReplayError:
+            raise
+        except Exception as error:
+            # Modules may hand values on past their outputs: some of Gemma 3n's layers read others' keys and values.
+            raise CannotReplayError("a part of the model needs more than the outputs of those before it") from error
 
     def _find_calls(self, run: Run) -> _Plan:
         """The modules that finish before the layer starts, or with it, while their parent is running."""

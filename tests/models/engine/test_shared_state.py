@@ -177,6 +177,56 @@ def test_the_observed_output_of_a_layer_is_its_own_whatever_the_model_adds_to_it
     assert torch.equal(call.output, model.layer(call.input))
 
 
+class Writer(nn.Module):
+    """Leaves its states in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, hidden: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
+        states["first"] = self.inner(hidden)
+        return states["first"].tanh()
+
+
+class Reader(nn.Module):
+    """Reads the states that another module left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, hidden: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.inner(hidden) + states["first"]
+
+
+class Sharing(nn.Module):
+    """Hands states on past the outputs of its modules, as Gemma 3n does with keys and values."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(size, 16), nn.Linear(16, size)
+        self.writer, self.reader = Writer(), Reader()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        states: dict[str, torch.Tensor] = {}
+        logits: torch.Tensor = self.head(self.reader(self.writer(self.embed(input_ids), states), states))
+        return logits
+
+
+def test_states_that_modules_hand_on_past_their_outputs_are_computed_in_each_pass(word_tokenizer: Any) -> None:
+    model = EditableModel(
+        Sharing(len(word_tokenizer)), layer="reader.inner", task="language_modelling", tokenizer=word_tokenizer
+    )
+    batch = model.encode_batch([QUESTIONS[0][0]], [QUESTIONS[0][1]])
+    with torch.no_grad(), model.engine.remembering():
+        with pytest.warns(RuntimeWarning, match="needs more than the outputs"):
+            first = model.labelled_logits(batch)[0]
+        again = model.labelled_logits(batch)[0]
+    assert torch.equal(first, again)
+    assert torch.equal(first, model.logits(batch))
+
+
 def test_a_layer_that_is_called_with_some_of_the_tokens_is_refused(word_tokenizer: Any) -> None:
     layer = "encoder.block.1.layer.1.mlp.experts.expert_0.wo"
     model = editable(switch, layer, word_tokenizer, engine="exact")
