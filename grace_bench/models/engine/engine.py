@@ -35,7 +35,7 @@ from grace_bench.models.engine.replay import (
     patched,
     run_to_layer,
 )
-from grace_bench.models.network import Network
+from grace_bench.models.network import Network, agree
 
 EngineName = Literal["exact", "plain"]
 
@@ -328,14 +328,13 @@ class ExactEngine(Engine):
         gradient = self._gradient(run, since=start)
         if gradient is None or bool(gradient.isnan().any()):
             return None
-        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(gradient.abs().max())
         for _ in range(2):
             try:
                 # A pass may write into what the backward pass of it, or of the next one, still needs.
                 found = self._gradient(other, since=0)
             except RuntimeError:
                 return False
-            if found is None or not bool((found - gradient).abs().max() <= rounding):
+            if found is None or not agree(found, gradient, self.model.dtype):
                 return False
         return True
 
@@ -394,8 +393,6 @@ class ExactEngine(Engine):
         columns = tail.arguments.get("logits_to_keep")
         if columns is not None:
             whole = whole[:, tail.start + columns]
-        # Half of the digits: a wrong pruning differs by far more, and bfloat16 has few digits to compare.
-        rounding = torch.finfo(self.model.dtype).eps ** 0.5 * float(whole.abs().max())
         try:
             run = self._pruned(batch, tail)
             for _ in range(2):
@@ -404,7 +401,7 @@ class ExactEngine(Engine):
                     return False
                 # Behind a cache, products have fewer rows and may round differently from the first layer on.
                 enters_alike = bool(tail.start) or all(map(torch.equal, entered, entered_pruned))
-                if not (enters_alike and bool((whole - pruned).abs().max() <= rounding)):
+                if not (enters_alike and agree(pruned, whole, self.model.dtype)):
                     return False
         except Exception:
             # A custom block with the name of a known one may fail in any way.

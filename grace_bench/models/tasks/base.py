@@ -23,7 +23,7 @@ from grace_bench.data.stream import Normalise
 from grace_bench.errors import UserError
 from grace_bench.models.calls import QueryState
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, check_texts, least
-from grace_bench.models.network import Network
+from grace_bench.models.network import Network, agree
 from grace_bench.models.tokens import PromptTokenizer, TextFormat
 
 Row = TypeVar("Row")
@@ -405,7 +405,7 @@ def check_causal(task: Task, model: Network, request: EditRequest) -> None:
     alone, followed = (task.encode(model, [request.prompt], targets) for targets in (None, [request.target]))
     with model.bypassing():
         own, other = (model.logits(batch)[0, batch.query[0]].float() for batch in (alone, followed))
-    if bool((own - other).abs().max() > torch.finfo(model.dtype).eps ** 0.5 * own.abs().max()):
+    if not bool((own - other).isnan().any()) and not agree(other, own, model.dtype):
         raise UserError(
             f"model {model.name} is not causal: what follows a prompt changes how it reads the prompt; an encoder that "
             f"is to serve {task.name} has is_decoder=true in its config.json"
