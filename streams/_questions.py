@@ -1,11 +1,42 @@
-"""Parts of streams of questions: locality probes, upstream requests made from them, optional texts."""
+"""Streams of questions in the user's files: what they share, locality probes, optional texts."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from grace_bench.common.options import check_choice
-from grace_bench.data.requests import DerivedRequest, EditRequest, Probe
+from grace_bench.common.options import check_choice, check_text, check_whole
+from grace_bench.data.requests import DerivedRequest, EditRequest, Probe, TaskName
+from grace_bench.errors import UserError
 from grace_bench.streams._lines import Record
+from grace_bench.streams._records import Files, RecordStream, Source
+
+
+class QuestionStream(RecordStream):
+    """A stream of questions whose data the user has to name.
+
+    Args:
+        path: A file or a folder.
+        max_new_tokens: The largest number of tokens that free generation may produce.
+        on_error: `raise`, or `skip` to leave broken records out and count them.
+
+    Raises:
+        UserError: If no path is given; says where the files are.
+    """
+
+    task: TaskName = "completion"
+    where: ClassVar[str]
+    """What `stream.path` should name, and where it is found."""
+
+    def __init__(self, *, path: str | None, max_new_tokens: int, on_error: str) -> None:
+        if path is None:
+            raise UserError(f"stream={self.registered_name} needs stream.path={self.where}")
+        check_text("stream.path", path)
+        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
+        self.path = path
+        self.max_new_tokens = max_new_tokens
+        self.on_error = on_error
+
+    def sources(self) -> tuple[Source, ...]:
+        return (Files(self.path),)
 
 
 def check_locality_target(value: str) -> None:

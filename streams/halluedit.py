@@ -4,15 +4,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.requests import EditRequest, Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
-from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
-from grace_bench.streams._questions import given, kept_answers, pair, within
-from grace_bench.streams._records import Format, Reader, RecordStream, Source
+from grace_bench.streams._questions import QuestionStream, given, kept_answers, pair, within
+from grace_bench.streams._records import Format, Reader, Source
 from grace_bench.streams._tables import CsvFiles
 
 _HOPS = range(2, 7)
@@ -45,7 +43,7 @@ _FORMAT = Format("HalluEditBench", _Row, frozenset({"question", "object", "subje
 
 
 @register_stream("halluedit")
-class HalluEdit(RecordStream):
+class HalluEdit(QuestionStream):
     """Facts that a language model gets wrong, with questions around each (HalluEditBench, one CSV file a topic).
 
     A row has the columns `question`, `object` (the answer), `subject`; optionally `topic`, `relation`,
@@ -66,7 +64,7 @@ class HalluEdit(RecordStream):
         UserError: If no path is given.
     """
 
-    task: TaskName = "completion"
+    where = "FILE: a CSV file of github.com/llm-editing/HalluEditBench, data/questions/hallucination_final"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="HalluEditBench, github.com/llm-editing/HalluEditBench",
         revision="the file as read",
@@ -76,22 +74,14 @@ class HalluEdit(RecordStream):
     )
 
     def __init__(self, *, path: str | None = None, max_new_tokens: int = 32, on_error: str = "raise") -> None:
-        if path is None:
-            raise UserError(
-                "stream=halluedit needs stream.path=FILE: a CSV file of github.com/llm-editing/HalluEditBench, "
-                "data/questions/hallucination_final"
-            )
-        check_text("stream.path", path)
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
-        self.path = path
-        self.max_new_tokens = max_new_tokens
-        self.on_error = on_error
+        super().__init__(path=path, max_new_tokens=max_new_tokens, on_error=on_error)
 
     def sources(self) -> tuple[Source, ...]:
         return (CsvFiles(self.path),)
 
     def read(self, reader: Reader) -> StreamData:
-        edits = tuple(reader.read(CsvFiles(self.path), [_FORMAT], _request))
+        (source,) = self.sources()
+        edits = tuple(reader.read(source, [_FORMAT], _request))
         return StreamData(edits=edits, upstream=tuple(kept_answers(edits)), holdout=tuple(rephrased(edits)))
 
 

@@ -4,15 +4,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.requests import EditRequest, Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
-from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
-from grace_bench.streams._questions import given
-from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
+from grace_bench.streams._questions import QuestionStream, given
+from grace_bench.streams._records import Format, Reader
 
 
 class _Target(BaseModel):
@@ -54,7 +52,7 @@ _FORMAT = Format("MQuAKE", _Case, frozenset({"case_id", "requested_rewrite", "qu
 
 
 @register_stream("mquake")
-class Mquake(RecordStream):
+class Mquake(QuestionStream):
     """Edits, and multi-hop questions whose answers follow from them (MQuAKE-CF and MQuAKE-T).
 
     A record is a case: `case_id`, `requested_rewrite`, `questions`, `new_answer`; optionally `new_answer_alias` and
@@ -78,7 +76,7 @@ class Mquake(RecordStream):
         UserError: If no path is given.
     """
 
-    task: TaskName = "completion"
+    where = "FILE: MQuAKE-CF.json, MQuAKE-CF-3k.json or MQuAKE-T.json from github.com/princeton-nlp/MQuAKE"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="MQuAKE, github.com/princeton-nlp/MQuAKE",
         revision="the file as read",
@@ -89,22 +87,11 @@ class Mquake(RecordStream):
     )
 
     def __init__(self, *, path: str | None = None, max_new_tokens: int = 32, on_error: str = "raise") -> None:
-        if path is None:
-            raise UserError(
-                "stream=mquake needs stream.path=FILE: MQuAKE-CF.json, MQuAKE-CF-3k.json or MQuAKE-T.json from "
-                "github.com/princeton-nlp/MQuAKE"
-            )
-        check_text("stream.path", path)
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
-        self.path = path
-        self.max_new_tokens = max_new_tokens
-        self.on_error = on_error
-
-    def sources(self) -> tuple[Source, ...]:
-        return (Files(self.path),)
+        super().__init__(path=path, max_new_tokens=max_new_tokens, on_error=on_error)
 
     def read(self, reader: Reader) -> StreamData:
-        cases = reader.read(Files(self.path), [_FORMAT], _requests, id_fields=["case_id"])
+        (source,) = self.sources()
+        cases = reader.read(source, [_FORMAT], _requests, id_fields=["case_id"])
         edits = tuple(request for case in cases for request in case)
         return StreamData(edits=edits, holdout=tuple(rephrased(edits)))
 

@@ -5,15 +5,21 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from grace_bench.common.options import check_choice, check_text, check_whole
+from grace_bench.common.options import check_choice
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import StreamData, StreamMetadata
-from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
-from grace_bench.streams._questions import check_locality_target, given, kept_answers, locality_probe, within
-from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
+from grace_bench.streams._questions import (
+    QuestionStream,
+    check_locality_target,
+    given,
+    kept_answers,
+    locality_probe,
+    within,
+)
+from grace_bench.streams._records import Format, Reader
 
 INSTRUCTION = "Answer the question briefly.\n\nQuestion: {}\nAnswer:"
 
@@ -43,7 +49,7 @@ _FORMAT = Format("QAEdit", _Question, frozenset({"id", "prompt", "target"}))
 
 
 @register_stream("qaedit")
-class QaEdit(RecordStream):
+class QaEdit(QuestionStream):
     """Real questions of Natural Questions, TriviaQA and SimpleQA, asked bare, with an instruction or in a chat.
 
     Records have `id`, `prompt`, `target`; optionally `source`, `subject`, `rephrase` and `locality`, a list of `loc`
@@ -65,7 +71,7 @@ class QaEdit(RecordStream):
         UserError: If no path is given.
     """
 
-    task: TaskName = "completion"
+    where = "FILE: QAEdit's JSON from github.com/WanliYoung/Revisit-Editing-Evaluation"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="QAEdit, github.com/WanliYoung/Revisit-Editing-Evaluation",
         revision="the file as read",
@@ -83,30 +89,19 @@ class QaEdit(RecordStream):
         max_new_tokens: int = 32,
         on_error: str = "raise",
     ) -> None:
-        if path is None:
-            raise UserError(
-                "stream=qaedit needs stream.path=FILE: QAEdit's JSON from "
-                "github.com/WanliYoung/Revisit-Editing-Evaluation"
-            )
-        check_text("stream.path", path)
+        super().__init__(path=path, max_new_tokens=max_new_tokens, on_error=on_error)
         check_choice("stream.context", context, tuple(_CONTEXTS))
         check_locality_target(locality_target)
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
-        self.path = path
         self.context = context
         self.locality_target = locality_target
-        self.max_new_tokens = max_new_tokens
-        self.on_error = on_error
         self.chat = context == "chat"
 
-    def sources(self) -> tuple[Source, ...]:
-        return (Files(self.path),)
-
     def read(self, reader: Reader) -> StreamData:
+        (source,) = self.sources()
         convert = partial(
             _request, template=_CONTEXTS[self.context], locality_target=self.locality_target, first_seen={}
         )
-        edits = tuple(reader.read(Files(self.path), [_FORMAT], convert))
+        edits = tuple(reader.read(source, [_FORMAT], convert))
         return StreamData(edits=edits, upstream=tuple(kept_answers(edits)), holdout=tuple(rephrased(edits)))
 
 

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from grace_bench.common.options import check_text, check_whole
 from grace_bench.data.derived import rephrased
-from grace_bench.data.requests import EditRequest, Probe, TaskName
+from grace_bench.data.requests import EditRequest, Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
-from grace_bench.errors import UserError
 from grace_bench.registry import register_stream
 from grace_bench.streams._lines import Filled, Record
 from grace_bench.streams._questions import (
+    QuestionStream,
     check_locality_target,
     given,
     kept_answers,
@@ -22,7 +21,7 @@ from grace_bench.streams._questions import (
     pair,
     within,
 )
-from grace_bench.streams._records import Files, Format, Reader, RecordStream, Source
+from grace_bench.streams._records import Files, Format, Reader, Source
 
 _DATES = re.compile(r"\d{8}_\d{8}")
 
@@ -68,7 +67,7 @@ class _NamedFiles(Files):
 
 
 @register_stream("wikibigedit")
-class WikiBigEdit(RecordStream):
+class WikiBigEdit(QuestionStream):
     """Questions about facts that changed in Wikidata, by time step.
 
     Records come in one of two formats; fields that are not named here are ignored, and optional ones may be null or
@@ -95,7 +94,7 @@ class WikiBigEdit(RecordStream):
         UserError: If no path is given.
     """
 
-    task: TaskName = "completion"
+    where = ": the files wiki_big_edit_*.json of huggingface.co/datasets/lukasthede/WikiBigEdit, or LocFT's"
     order = "stream"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="WikiBigEdit, github.com/ExplainableML/WikiBigEdit",
@@ -113,25 +112,17 @@ class WikiBigEdit(RecordStream):
         max_new_tokens: int = 32,
         on_error: str = "raise",
     ) -> None:
-        if path is None:
-            raise UserError(
-                "stream=wikibigedit needs stream.path=: the files wiki_big_edit_*.json of "
-                "huggingface.co/datasets/lukasthede/WikiBigEdit, or LocFT's"
-            )
-        check_text("stream.path", path)
+        super().__init__(path=path, max_new_tokens=max_new_tokens, on_error=on_error)
         check_locality_target(locality_target)
-        check_whole("stream.max_new_tokens", max_new_tokens, least=1)
-        self.path = path
         self.locality_target = locality_target
-        self.max_new_tokens = max_new_tokens
-        self.on_error = on_error
 
     def sources(self) -> tuple[Source, ...]:
         return (_NamedFiles(self.path),)
 
     def read(self, reader: Reader) -> StreamData:
+        (source,) = self.sources()
         convert = partial(_request, locality_target=self.locality_target)
-        edits = tuple(reader.read(_NamedFiles(self.path), _FORMATS, convert))
+        edits = tuple(reader.read(source, _FORMATS, convert))
         return StreamData(edits=edits, upstream=tuple(kept_answers(edits)), holdout=tuple(rephrased(edits)))
 
 
