@@ -84,6 +84,7 @@ class EditSuccess(EditMetric):
     order = 40
     always_has_column = True
     shown_in = ("table", "report", "bar", "curves", "summary", "tuning", "dashboard")
+    part_columns = ("holdout", "locality", "portability")
 
     def __init__(self) -> None:
         super().__init__()

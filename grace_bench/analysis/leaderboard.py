@@ -484,16 +484,18 @@ def _columns(results: Sequence[RunResult], metrics: Metrics, score: str | None) 
     protocol = results[0].protocol
     measured = [
         Column(
-            name=info.name,
-            header=info.header,
+            name=info.name + part,
+            header=info.header + part,
             decimals=info.digits(protocol),
             higher_is_better=info.direction(protocol),
             metric=info,
-            streams=metrics.streams_of(info),
+            streams=() if part else metrics.streams_of(info),
             score=score,
         )
         for info in metrics.shown("table")
-        if info.always_has_column or any(_figure(result, info.name) is not None for result in results)
+        for part in ("", *(f"/{stream}" for stream in info.part_columns))
+        if (info.always_has_column and not part)
+        or any(_figure(result, info.name + part) is not None for result in results)
     ]
     failed = Column(name="n_failed", header="failed", decimals=1, higher_is_better=None)
     return (
@@ -828,7 +830,9 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     """Returns a flat record for each row, with the same fields in each."""
     columns = dict.fromkeys(column.name for table in leaderboard.tables for column in table.columns)
     # Some tables have columns that others lack; scores stay together, before the costs.
-    ordered = [i.name for i in leaderboard.metrics.shown("table") if not i.is_cost and i.name in columns]
+    shown = [info for info in leaderboard.metrics.shown("table") if not info.is_cost]
+    names = [name for i in shown for name in (i.name, *(f"{i.name}/{stream}" for stream in i.part_columns))]
+    ordered = [name for name in names if name in columns]
     ordered += [name for name in columns if name not in ordered]
     is_split = any(table.conditions for table in leaderboard.tables)
     records = []

@@ -44,6 +44,7 @@ class EditMetric(PluginMetric[float]):
         latex_instead_of: In LaTeX, the metric that it replaces if no run has a value of that metric.
         section: Title and explanation of a section of its own in the W&B dashboard.
         parts: The suffixes of values `name/suffix` that have a panel in that section.
+        part_columns: The evaluation streams whose values `name/stream` have columns of their own in a leaderboard.
     """
 
     registered_name: ClassVar[str]
@@ -68,6 +69,7 @@ class EditMetric(PluginMetric[float]):
     latex_instead_of: ClassVar[str | None] = None
     section: ClassVar[tuple[str, str] | None] = None
     parts: ClassVar[tuple[str, ...]] = ()
+    part_columns: ClassVar[tuple[str, ...]] = ()
 
     def value(self, strategy: EditorStrategy, value: float, suffix: str = "") -> MetricValue:
         """Returns a value under the metric's name or `name/suffix`, at the current candidate's number of edits."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grace_bench.common.state import restored
-from grace_bench.data.requests import EditRequest
+from grace_bench.data.requests import DerivedRequest, EditRequest, Unedited
 from grace_bench.editing.batch import Answered
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.tasks.base import ItemScore
@@ -159,7 +159,11 @@ class Rescorer:
 
     def _key(self, request: EditRequest) -> str:
         """The digest of all fields of a request that affect its score; the texts would make checkpoints large."""
-        parts = request.prompt, request.target, request.answers, request.contrast or ()
+        parts: tuple[Any, ...] = request.prompt, request.target, request.answers, request.contrast or ()
+        if isinstance(request, DerivedRequest) and request.is_locality:
+            # The same question may be asked as upstream, without what locality compares with.
+            said = request.unedited or Unedited()
+            parts = (*parts, "locality", request.gold, request.target_from_model, said.text, said.tokens)
         if parts not in self._names:
             self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self._names[parts]

@@ -59,6 +59,7 @@ class MetricInfo:
     latex_instead_of: str | None
     section: tuple[str, str] | None
     parts: tuple[str, ...]
+    part_columns: tuple[str, ...]
 
     @property
     def header(self) -> str:

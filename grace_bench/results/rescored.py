@@ -106,6 +106,10 @@ def _rescored(
         value = _value(metrics, protocol, info, score)
         if info.is_main_score and (value is not None or info.name in found):
             found[info.name] = value
+        for stream in info.part_columns:
+            name = f"{info.name}/{stream}"
+            if name in metrics and score != main_score_of(protocol, stream):
+                found[name] = metrics.get(f"{name}/{score}")
     for info in infos:
         if info.averages and score_info(score).higher_is_better:
             parts = [found.get(name) for name in info.averages]

@@ -9,7 +9,7 @@ import pytest
 
 from grace_bench.data.avalanche import EvaluationPlugin
 from grace_bench.data.benchmark import EditBenchmark
-from grace_bench.data.requests import EditRequest, Probe
+from grace_bench.data.requests import DerivedRequest, EditRequest, Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editors.ft import FineTune
@@ -65,9 +65,11 @@ def benchmark() -> EditBenchmark:
         EditRequest(id=f"h{i}", prompt=request.rephrases[0], target=request.target, fact=request.id)
         for i, request in enumerate(edits)
     )
+    # The question of a locality probe again, as upstream: it is not compared with the unedited model there.
+    asked = DerivedRequest(id="u", prompt="the currency in France is", target="", target_from_model=True)
     return EditBenchmark(
         name="capitals",
-        data=StreamData(edits=edits, upstream=edits[:1], holdout=holdout),
+        data=StreamData(edits=edits, upstream=(*edits[:1], asked), holdout=holdout),
         task="completion",
         metadata=StreamMetadata(source="this test", revision="1", license="MIT"),
         fingerprint="f",
@@ -111,7 +113,8 @@ def loop(
     model = make_model("completion", max_new_tokens=3)
     make, options = EDITORS_TRIED.get(editor, (Together, {"n_iter": 5, "lr": 0.01}))
     metric = Kept()
-    evaluator = EvaluationPlugin(metric, loggers=[] if logger is None else [logger], collect_all=False)
+    others = [cls() for name, cls in METRICS.classes().items() if name != metric.registered_name]
+    evaluator = EvaluationPlugin(metric, *others, loggers=[] if logger is None else [logger], collect_all=False)
     model.serving(model.task, engine=engine, memory_mb=None)
     strategy = make(model=model, evaluator=evaluator, **options)
     settings = Schedule(**{"edit": "all", "eval_every": 100, "score_after": "all", **schedule})
@@ -161,6 +164,27 @@ def test_later_edits_change_what_an_edit_left_behind_and_not_its_own_clock(
     first, *_, last = logger.records
     assert last.metrics["ES/holdout"] == final["ES/holdout"]
     assert "ES/holdout" not in first.metrics
+
+
+@pytest.mark.parametrize("editor", [*EDITORS_TRIED])
+def test_every_score_of_the_last_evaluation_is_that_of_the_edited_model(
+    make_model: Callable[..., EditableModel], editor: str
+) -> None:
+    run, _ = loop(make_model, editor)
+    run.run()
+    final, model = run.metrics(), run.strategy.model
+    assert run._unedited is not None
+    asked = {
+        "TRR": ("upstream", [*run.benchmark.data.upstream]),
+        "Holdout": ("holdout", [*run.benchmark.data.holdout]),
+        "Locality": ("locality", run._unedited.probes_of(requests(), "locality")),
+        "Portability": ("portability", run._unedited.probes_of(requests(), "portability")),
+    }
+    for metric, (stream, items) in asked.items():
+        found = {name.partition("/")[2]: value for name, value in final.items() if name.partition("/")[0] == metric}
+        wanted = model.task.aggregate(model.score(items), stream=stream)
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert ("agreement" in found) == (stream == "locality")
 
 
 def test_only_the_target_is_scored_after_an_edit_unless_asked(make_model: Callable[..., EditableModel]) -> None:
