@@ -269,3 +269,47 @@ def test_complete_inputs_are_cut_as_the_tokenizer_cuts_them(max_length: int) -> 
                 continue
             expected = tokenizer("a the well is dry", truncation=True, max_length=max_length)["input_ids"]
             assert PromptTokenizer(tokenizer).closed_ids(["a the well is dry"], max_length=max_length) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("generated", "by_line", "by_sentence"),
+    [
+        ("Paris. It is", "Paris. It is", "Paris"),
+        ("Paris", "Paris", "Paris"),
+        ("one\ntwo. three", "one", "one"),
+        (" a. b\nc", "a. b", "a"),
+        # As the papers have it: the point of a number or of an abbreviation is a full stop too.
+        ("3.5 m", "3.5 m", "3"),
+    ],
+)
+def test_a_free_answer_ends_at_a_line_break_or_at_the_first_full_stop(
+    generated: str, by_line: str, by_sentence: str
+) -> None:
+    tokenizer = bytes_of()
+    ids = tokenizer(generated, add_special_tokens=False)["input_ids"]
+    for stop, expected in (("newline", by_line), ("sentence", by_sentence)):
+        tokens = PromptTokenizer(tokenizer, TextFormat(stop=stop))  # type: ignore[arg-type]
+        text, kept = tokens.answer(ids)
+        assert text == expected
+        assert read(tokenizer, kept).strip().startswith(expected)
+        stops = {read(tokenizer, [token]) for token in tokens.stop_ids}
+        assert "\n" in stops
+        assert ("." in stops) == (stop == "sentence")
+
+
+def test_a_full_stop_within_a_target_ends_its_free_answer_early_and_one_at_its_end_does_not() -> None:
+    tokenizer = bytes_of()
+    inside = {
+        text: PromptTokenizer(tokenizer, TextFormat(stop="sentence")).has_full_stop_inside(
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+        for text in ("Paris.", "Paris", "U.S.", "St. Kitts")
+    }
+    assert inside == {"Paris.": False, "Paris": False, "U.S.": True, "St. Kitts": True}
+    ids = tokenizer("U.S.", add_special_tokens=False)["input_ids"]
+    assert not PromptTokenizer(tokenizer).has_full_stop_inside(ids)
+
+
+def test_another_place_to_stop_is_refused() -> None:
+    with pytest.raises(UserError, match="protocol.stop"):
+        TextFormat(stop="paragraph")  # type: ignore[arg-type]
