@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from hydra_zen.errors import HydraZenException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_bench.common.text import on_one_line
 from grace_bench.common.wandb_account import check_project
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.launch.model_presets import GROUP, KEY, fill_in, preset_node
 from grace_bench.launch.presets import register_presets
 from grace_bench.launch.run_config import SHORT, RunConfig, default_options
 from grace_bench.launch.typed import quote_plain_text, refuse_several, texts_of
@@ -25,6 +28,10 @@ from grace_bench.registry import EDITORS, STREAMS, Registry
 
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
 """What Hydra and the libraries beneath it raise for overrides that are no settings."""
+
+_NEVER = 1_000_000_000
+# The last edit is evaluated in any case.
+OmegaConf.register_new_resolver("at_the_end", lambda n_edits: _NEVER if n_edits is None else n_edits, replace=True)
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
 _COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = (("stream", STREAMS), ("editor", EDITORS))
@@ -43,19 +50,27 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     overrides = prepare_overrides(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.launch.conf", version_base="1.3"):
-            return resolved(hydra.compose("run", overrides))
+            return resolved(hydra.compose("run", overrides), note=note)
     except NOT_COMPOSED as error:
         raise UserError(one_line(error)) from error
 
 
-def resolved(config: DictConfig) -> RunConfig:
+def resolved(config: DictConfig, *, note: Callable[[str], None] | None = None) -> RunConfig:
     """Returns what Hydra composed as a frozen, checked configuration.
+
+    Args:
+        config: What Hydra composed; the values of its preset are added to it.
+        note: Takes a line on what was published for another model than the run's.
 
     Raises:
         UserError: If an option has a value that it cannot have.
         OmegaConfBaseException: If a reference leads nowhere.
     """
+    said = fill_in(config)
+    if said is not None and note is not None:
+        note(said)
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain.pop(KEY, None)
     run_config = RunConfig.from_plain(plain)
     # Not for a run that is read from its folder: W&B only shows it.
     check_project("wandb.project", run_config.wandb.project)
@@ -101,6 +116,11 @@ def default_component(group: str) -> str:
     return str(name)
 
 
+def note(text: str) -> None:
+    """Prints a line on standard error about a setting that nobody typed."""
+    print(f"grace-bench: {on_one_line(text)}", file=sys.stderr)
+
+
 def one_line(error: Exception) -> str:
     """Returns a message that Hydra or OmegaConf spread over several lines as one."""
     unknown = re.match(r"Could not override '([^']+)'", str(error))
@@ -140,6 +160,17 @@ def _register_configs(overrides: Sequence[str]) -> None:
                     raise
                 continue
             store.store(group=group, name=name, node=node, provider="grace-bench")
+            if registry is EDITORS:
+                for paper in _choices("paper"):
+                    node = preset_node(name, paper)
+                    store.store(
+                        group=GROUP, name=f"auto_{paper}_{name}", node=node, package="_global_", provider="grace-bench"
+                    )
+
+
+def _choices(group: str) -> list[str]:
+    """The configuration files of a group, by name."""
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
 
 
 def _names_of(group: str, given: Mapping[str, str]) -> list[str]:
@@ -177,8 +208,8 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
     tuning budget of either only where nothing of them is set by hand.
     """
     given = given_options(overrides)
-    for group in ("paper", "tuned"):
-        known = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    for group in ("paper", "tuned", "preset"):
+        known = _choices(group)
         for name in _names_of(group, given):
             if name not in known:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")

@@ -247,13 +247,18 @@ def default_layer(module: Any) -> str:
     depths = (getattr(config, key, None) for key in ("num_layers", "num_hidden_layers", "n_layer"))
     depth = next((value for value in depths if value is not None), None)
     model_type = getattr(config, "model_type", type(module).__name__)
-    layer = _LAYERS.get((model_type, depth))
+    layer = layer_by_size(model_type, depth)
     if layer is None:
         size = "" if depth is None else f" of {depth} layers"
         layers = last_projections(module)
         hint = f", for example layer={layers[len(layers) // 2]}" if layers else ""
         raise UserError(f"no layer is known for a {model_type}{size}: name one with layer={hint}")
     return layer
+
+
+def layer_by_size(model_type: str, depth: int | None) -> str | None:
+    """Returns the default layer of an architecture of that many blocks; None if none is known."""
+    return _LAYERS.get((model_type, depth))
 
 
 def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None:
@@ -288,6 +293,24 @@ def last_projections(module: Any) -> list[str]:
             sizes[numbered[1]] += part.weight.numel()
     large = (found for name, found in blocks.items() if 2 * sizes[name] >= max(sizes.values()))
     return [path for _, path in sorted(next(large, {}).items())]
+
+
+def projections_by_config(folder: str) -> list[str]:
+    """Returns the `last_projections` of the model in a folder, without its weights.
+
+    Returns:
+        Dotted paths; none if transformers cannot make such a model from its config.json alone.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, config.architectures[0])
+        with torch.device("meta"):
+            return last_projections(cls(config))
+    except Exception:  # What transformers raises for a configuration that it does not know is its own.
+        return []
 
 
 def _called_on_text(module: Any) -> dict[str, Any]:
