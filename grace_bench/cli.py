@@ -149,8 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
-    list_ = commands.add_parser("list", help="list editors, streams, models and metrics")
-    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics"])
+    list_ = commands.add_parser("list", help="list editors, streams, models and metrics, or presets")
+    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics", "presets"])
     list_.set_defaults(command=_list)
 
     show = commands.add_parser("show", help="one request of a run: before its edit, after it, and at the end")
@@ -269,6 +269,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.kind == "presets":
+        return _list_presets()
     from rich.markup import escape
     from rich.table import Table
 
@@ -297,6 +299,18 @@ def _list(options: argparse.Namespace) -> int:
         for name, text in rows:
             table.add_row(name, escape(visible(text)))
         console.print(table)
+    return 0
+
+
+def _list_presets() -> int:
+    from rich.text import Text
+
+    from grace_bench.common.terminal import table_console
+    from grace_bench.launch.model_presets import preset_lines
+
+    console = table_console()
+    for line in preset_lines():
+        console.print(Text(line), soft_wrap=True)
     return 0
 
 

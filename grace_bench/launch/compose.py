@@ -29,6 +29,8 @@ from grace_bench.registry import EDITORS, STREAMS, Registry
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
 """What Hydra and the libraries beneath it raise for overrides that are no settings."""
 
+N_EDITS = "n_edits"
+"""How papers name `max_edits`; several values are a sweep by themselves."""
 _NEVER = 1_000_000_000
 # The last edit is evaluated in any case.
 OmegaConf.register_new_resolver("at_the_end", lambda n_edits: _NEVER if n_edits is None else n_edits, replace=True)
@@ -91,6 +93,8 @@ def prepare_overrides(overrides: Sequence[str]) -> list[str]:
 def _written_out(override: str) -> str:
     """An override with the full name of an option that was typed by its short one."""
     name, _, value = override.partition("=")
+    if name == N_EDITS:
+        return f"max_edits={value}"
     return f"{SHORT[name]}={value}" if name in SHORT and not value.startswith("{") else override
 
 
@@ -213,6 +217,8 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
         for name in _names_of(group, given):
             if name not in known:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    if N_EDITS in given:
+        _check_n_edits(given)
     models = [] if given.get("model", "null") == "null" else texts_of(given["model"])
     is_other_model = any(resolve_model(model).stream is None for model in models)
     added = ["tuned=none"] if is_other_model and "tuned" not in given else []
@@ -223,3 +229,11 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
     if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
         added.append("tuning_budget=null")
     return [*overrides, *added]
+
+
+def _check_n_edits(given: Mapping[str, str]) -> None:
+    value = given[N_EDITS]
+    if given.get("paper", "none") == "none":
+        raise UserError(f"{N_EDITS}={value} belongs to a paper, as paper=wise; type max_edits={value} without one")
+    if "max_edits" in given:
+        raise UserError(f"{N_EDITS}={value} and max_edits={given['max_edits']} say the same: give one of them")

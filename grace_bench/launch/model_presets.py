@@ -7,6 +7,7 @@ these are, `sources.yaml` whose settings count first.
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -159,6 +160,20 @@ def choose(editor: str, model: str, *, paper: str = "none") -> Chosen:
     return chosen if layered is None else _with_layer(chosen, layered, editor, shape, model)
 
 
+def preset_lines() -> list[str]:
+    """Returns what `list presets` prints: a line for each editor and model, and under it the settings."""
+    lines: list[str] = []
+    names = [f"{preset.model} ({preset.variant})" if preset.variant else preset.model for preset in presets()]
+    n_editor, n_name = max(len(preset.editor) for preset in presets()), max(map(len, names))
+    for preset, name in zip(presets(), names, strict=True):
+        layers = _shortened(preset.layers) or "no layer of its own"
+        unusable = "" if preset.editor in EDITORS.entries() else f"; not usable: there is no editor {preset.editor!r} yet"
+        lines.append(f"{preset.editor:<{n_editor}}  {name:<{n_name}}  {layers}  ({preset.source}{unusable})")
+        lines += [f"    {_assignments(preset.options)}"] if preset.options else []
+        lines += [f"    without an option: {_assignments(preset.untranslated)}"] if preset.untranslated else []
+    return lines
+
+
 def preset_node(editor: str, paper: str) -> dict[str, Any]:
     """Returns the node by which a configuration takes the presets of an editor.
 
@@ -198,6 +213,21 @@ def fill_in(config: DictConfig) -> str | None:
     missing = "nothing" if chosen.note else "no layer"
     taken = ", ".join(filter(None, (chosen.note, layer_note)))
     return f"{missing} is published for editor {editor} on {config.model}: {taken}"
+
+
+def _shortened(layers: Sequence[str]) -> str:
+    """Layers that differ only in the number of their block as one: `transformer.h.{13,14,15}.mlp.c_proj`."""
+    numbers: dict[str, list[str]] = {}
+    for layer in layers:
+        path, number, rest = re.match(r"(.*?\.)(\d+)(.*)", layer).groups()  # type: ignore[union-attr]
+        numbers.setdefault(f"{path}#{rest}", []).append(number)
+    return " ".join(
+        path.replace("#", found[0] if len(found) == 1 else f"{{{','.join(found)}}}") for path, found in numbers.items()
+    )
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
 
 
 def _parameters(editor: str) -> Mapping[str, inspect.Parameter]:

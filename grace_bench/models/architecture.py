@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from grace_bench.common.files import readable
@@ -112,7 +111,7 @@ def shape_of(config: Mapping[str, Any], folder: str = "") -> ModelShape | None:
 
 
 def read_shape(model: str) -> ModelShape | None:
-    """Returns the shape of a model by its config.json; None if the file is not on this machine or does not say.
+    """Returns the shape of a model by its config.json; None if the file cannot be had or does not say.
 
     Args:
         model: A short name, a folder or a hub id.
@@ -120,15 +119,9 @@ def read_shape(model: str) -> ModelShape | None:
     Raises:
         UserError: If the name looks like a folder and there is none, or the folder contains no model.
     """
-    source = resolve_model(model)
-    path = Path(source.path) / "config.json"
-    if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(source.path, "config.json", revision=source.revision)
-        if not isinstance(cached, str):
-            return None
-        path = Path(cached)
+    path = resolve_model(model).config_file()
+    if path is None:
+        return None
     try:
         config = json.loads(readable(path).read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError):

@@ -132,6 +132,23 @@ class ModelSource:
             return weights, str(folder)
         return weights, str(self._download(self.tokenizer, None, _TOKENIZER_FILES))
 
+    def config_file(self) -> Path | None:
+        """Returns the path of config.json, downloaded if it is missing; None if the hub does not give it."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            return folder / "config.json"
+        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(self.path, "config.json", revision=self.revision)
+            if isinstance(cached, str):
+                return Path(cached)
+            # Checked first, because a download hangs on a network that drops requests.
+            HfApi().model_info(self.path, revision=self.revision, timeout=_SECONDS_TO_REACH_THE_HUB)
+            return Path(hf_hub_download(self.path, "config.json", revision=self.revision))
+        except Exception:  # The hub's client raises errors of its HTTP library, which differ by release.
+            return None
+
     def content_hash(self) -> str | None:
         """Returns the SHA-256 of the names and contents of the files in a model's folder; None for a hub model."""
         folder = Path(self.path)
