@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
+    board.add_argument("--published", metavar="PAPER", help="beside the paper's own numbers, which are not ranked")
     board.set_defaults(command=_leaderboard)
 
     report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
@@ -324,8 +325,14 @@ def _show(options: argparse.Namespace) -> int:
 def _leaderboard(options: argparse.Namespace) -> int:
     from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
 
+    if options.published is not None and options.compare is not None:
+        raise UserError("--published stands under the tables of a leaderboard, not under --compare")
     leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream")
-    if options.compare is None:
+    if options.published is not None:
+        from grace_bench.analysis.published import print_with_published
+
+        print_with_published(leaderboard, options.published, options.format)
+    elif options.compare is None:
         print_leaderboard(leaderboard, options.format)
     else:
         from grace_bench.analysis.compare import compare_editors, print_comparisons

@@ -167,7 +167,7 @@ def preset_lines() -> list[str]:
     n_editor, n_name = max(len(preset.editor) for preset in presets()), max(map(len, names))
     for preset, name in zip(presets(), names, strict=True):
         layers = _shortened(preset.layers) or "no layer of its own"
-        unusable = "" if preset.editor in EDITORS.entries() else f"; not usable: there is no editor {preset.editor!r} yet"
+        unusable = "" if preset.editor in EDITORS.entries() else f"; no editor {preset.editor!r} yet: not usable"
         lines.append(f"{preset.editor:<{n_editor}}  {name:<{n_name}}  {layers}  ({preset.source}{unusable})")
         lines += [f"    {_assignments(preset.options)}"] if preset.options else []
         lines += [f"    without an option: {_assignments(preset.untranslated)}"] if preset.untranslated else []
@@ -227,7 +227,9 @@ def _shortened(layers: Sequence[str]) -> str:
 
 
 def _assignments(values: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
+    return " ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+    )
 
 
 def _parameters(editor: str) -> Mapping[str, inspect.Parameter]:
