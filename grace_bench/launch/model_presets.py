@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grace_bench.errors import UserError
-from grace_bench.models.architecture import ModelShape, corresponding, read_shape
+from grace_bench.models.architecture import ModelShape, corresponding, is_portable, read_shape
 from grace_bench.models.zoo import layer_by_size, resolve_model
 from grace_bench.registry import EDITORS
 
@@ -291,7 +291,15 @@ def _nearness(shape: ModelShape, model: str, paper: str) -> Callable[[Preset], t
         known, is_variant = _models()[preset.model], preset.variant is not None
         if not known.is_shape_of(shape):
             is_of_type = shape.model_type in known.model_type
-            return (1, not is_of_type, is_variant, abs(math.log(known.shape.n_weights / shape.n_weights)), by_source)
+            is_like_it = is_of_type or all(map(is_portable, preset.layers))
+            return (
+                1,
+                not is_of_type,
+                not is_like_it,
+                is_variant,
+                abs(math.log(known.shape.n_weights / shape.n_weights)),
+                by_source,
+            )
         is_named = preset.model in Path(model).name.lower()
         is_as_long = _may_equal(shape.max_length, known.max_length)
         return (0, not is_named, not is_as_long, names.index(preset.model), is_variant, by_source)

@@ -61,7 +61,7 @@ _PARTS = {suffix: part for blocks in _ARCHITECTURES.values() for part, suffix in
 
 # A field of config.json has these names in one architecture or another.
 _FIELDS = {
-    "n_layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
     "max_length": ("max_position_embeddings", "n_positions"),
@@ -137,6 +137,15 @@ def number_of(layer: str) -> int:
     27
     """
     return int(_split(layer)[1])
+
+
+def is_portable(layer: str) -> bool:
+    """Returns whether it is known to which part of its block a layer belongs, so that other architectures have it too.
+
+    >>> is_portable("transformer.h.3.mlp.c_proj"), is_portable("transformer.h.3.attn.c_attn")
+    (True, False)
+    """
+    return _split(layer)[2] in _PARTS
 
 
 def corresponding(layer: str, of: ModelShape, shape: ModelShape) -> str | None:

@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -301,9 +301,14 @@ def last_projections(module: Any) -> list[str]:
     Returns:
         Dotted paths; none for a model that cannot read a text by itself.
     """
+    return _last_of_blocks(_called_on_text(module))
+
+
+def _last_of_blocks(matrices: Mapping[str, Any]) -> list[str]:
+    """The last of some matrices in each block of the first numbered list of modules, small ones left out."""
     blocks: dict[str, dict[int, str]] = {}
     sizes: Counter[str] = Counter()
-    for path, part in _called_on_text(module).items():
+    for path, part in matrices.items():
         numbered = re.match(r"(.*?)\.(\d+)\.", path)
         if numbered is not None:
             blocks.setdefault(numbered[1], {})[int(numbered[2])] = path
@@ -313,21 +318,31 @@ def last_projections(module: Any) -> list[str]:
 
 
 def projections_by_config(folder: str) -> list[str]:
-    """Returns the `last_projections` of the model in a folder, without its weights.
+    """Returns the last matrix of each block of the model in a folder, in order, without loading its weights.
+
+    They are as `last_projections` finds them, but by the order in which the model holds its modules.
 
     Returns:
-        Dotted paths; none if transformers cannot make such a model from its config.json alone.
+        Dotted paths; none if transformers cannot make the model from its config.json alone.
     """
     import torch
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        cls = getattr(transformers, config.architectures[0])
         with torch.device("meta"):
-            return last_projections(cls(config))
+            module = getattr(transformers, config.architectures[0])(config)
+        width = config.get_text_config().hidden_size
     except Exception:  # What transformers raises for a configuration that it does not know is its own.
         return []
+    matrices = {
+        path: part
+        for path, part in module.named_modules()
+        if (weight := getattr(part, "weight", None)) is not None
+        and weight.dim() == 2
+        and weight.shape[1 if isinstance(part, transformers.pytorch_utils.Conv1D) else 0] == width
+    }
+    return _last_of_blocks(matrices)
 
 
 def _called_on_text(module: Any) -> dict[str, Any]:
