@@ -51,6 +51,7 @@ the run it is for; a finished training is reused, an interrupted one resumed.
   grace-bench meta-train editor=mend stream=atlas-qa
   grace-bench run editor=mend stream=atlas-qa max_edits=100
 """
+_SCORE_HELP = "by this score of the panel instead of the runs' main scores (docs/scores.md)"
 _FIGURE_HELP = """usage: grace-bench figure KIND [RUNS ... | option=value ...] --out DIR
 
 Draws a figure as SVG and PNG.
@@ -62,6 +63,7 @@ Draws a figure as SVG and PNG.
 
   RUNS        run folders, or folders that contain some; a figure for each stream and model in them
   --out DIR   the folder to write; figures of the same names in it are replaced
+  --score NAME  of runs: by this score of the panel instead of their main scores (docs/scores.md)
 """
 
 
@@ -162,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
+    board.add_argument("--score", metavar="NAME", help=_SCORE_HELP)
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
     board.add_argument("--published", metavar="PAPER", help="beside the paper's own numbers, which are not ranked")
     board.set_defaults(command=_leaderboard)
@@ -169,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
     report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
+    report.add_argument("--score", metavar="NAME", help=_SCORE_HELP)
     report.set_defaults(command=_report)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
     dashboard.add_argument("project", nargs="?", default="grace-bench", help="the W&B project (default grace-bench)")
@@ -327,7 +331,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
     if options.published is not None and options.compare is not None:
         raise UserError("--published stands under the tables of a leaderboard, not under --compare")
-    leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream")
+    leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream", score=options.score)
     if options.published is not None:
         from grace_bench.analysis.published import print_with_published
 
@@ -345,7 +349,7 @@ def _report(options: argparse.Namespace) -> int:
     from grace_bench.analysis.report import write_report
     from grace_bench.common.terminal import say
 
-    say(str(write_report(options.runs, options.out)))
+    say(str(write_report(options.runs, options.out, score=options.score)))
     return 0
 
 
@@ -367,10 +371,11 @@ def _figure(arguments: list[str]) -> int:
     parser.add_argument("kind")
     parser.add_argument("given", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--score")
     options = parser.parse_intermixed_args(arguments)
     from grace_bench.common.terminal import say
 
-    draw(options.kind, options.given, options.out, say=say)
+    draw(options.kind, options.given, options.out, score=options.score, say=say)
     return 0
 
 

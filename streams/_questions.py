@@ -58,7 +58,7 @@ def locality_probe(prompt: str, answers: Sequence[str], *, target: str) -> tuple
     """
     metadata = {"ground_truth": [*answers]}
     if target == "unedited":
-        return (Probe(prompt=prompt, metadata=metadata),)
+        return (Probe(prompt=prompt, gold=tuple(answers), metadata=metadata),)
     if not answers:
         return ()
     return (Probe(prompt=prompt, target=answers[0], answers=tuple(answers[1:]), metadata=metadata),)

@@ -172,7 +172,7 @@ def _request(record: Record[_Rome | _EasyEdit], *, gold: bool) -> EditRequest:
 
 
 def _neighbour(prompt: str, *, true: str, new: str, gold: bool) -> Probe:
-    return Probe(prompt=prompt, target=true if gold else None, contrast=(true, new))
+    return Probe(prompt=prompt, target=true if gold else None, gold=() if gold else (true,), contrast=(true, new))
 
 
 def _from_rome(record: Record[Any], *, gold: bool) -> EditRequest:

@@ -26,6 +26,7 @@ from grace_bench.errors import UserError, did_you_mean
 from grace_bench.results.comparability import differences, group_comparable, value_text
 from grace_bench.results.metric_info import MetricInfo, Metrics, metric_infos
 from grace_bench.results.reading import RESULT_FILE, find_result_files, flattened, read_result, read_settings
+from grace_bench.results.rescored import all_rescored
 from grace_bench.results.schema import Protocol, RunResult
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
@@ -49,6 +50,7 @@ class Column:
         higher_is_better: Which end is best; None if neither is.
         metric: The metric's description; None for a count or a time of the run itself.
         streams: The evaluation streams whose items the metric averages; none if it is no mean of items.
+        score: The score of the panel that the runs are read by; None for their main score.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Column:
     higher_is_better: bool | None
     metric: MetricInfo | None = None
     streams: tuple[str, ...] = ()
+    score: str | None = None
 
     @property
     def is_score(self) -> bool:
@@ -207,6 +210,8 @@ class Leaderboard:
             compared.
         by_stream: Whether the models of a stream share one table; otherwise each model has its own, so that editors are
             compared on equal terms. Streams never share a table, because their scores have no common scale.
+        score: The score of the panel by which the results were read (`rescored`); None for their main scores.
+        left_out: Lines about runs that are not among the results, for the notes of the first table.
 
     Attributes:
         tables: In alphabetical order of stream and model; of several on one stream and model, the largest first.
@@ -217,7 +222,13 @@ class Leaderboard:
     """
 
     def __init__(
-        self, results: Sequence[RunResult], *, folders: Sequence[Path | None] = (), by_stream: bool = False
+        self,
+        results: Sequence[RunResult],
+        *,
+        folders: Sequence[Path | None] = (),
+        by_stream: bool = False,
+        score: str | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
         if not results:
             raise UserError("a leaderboard needs at least one finished run")
@@ -231,26 +242,32 @@ class Leaderboard:
             groups = list(_groups(on_stream, by_stream=by_stream))
             conditions = differences([[run.result for run in group] for group in groups])
             for group, own in zip(groups, conditions, strict=True):
-                kept, left_out = _kept_apart(group)
-                table = _build_table(kept, editors, self.metrics)
-                tables.append(replace(table, conditions=own, left_out=left_out))
+                kept, not_shown = _kept_apart(group)
+                table = _build_table(kept, editors, self.metrics, score)
+                tables.append(replace(table, conditions=own, left_out=not_shown))
+        tables[0] = replace(tables[0], left_out=(*tables[0].left_out, *left_out))
         self.tables: tuple[Table, ...] = tuple(tables)
 
     @classmethod
-    def read(cls, paths: Iterable[Path], *, by_stream: bool = False) -> "Leaderboard":
+    def read(cls, paths: Iterable[Path], *, by_stream: bool = False, score: str | None = None) -> "Leaderboard":
         """Makes a leaderboard of the runs in some folders.
 
         Args:
             paths: As in `find_result_files`.
             by_stream: As in the constructor.
+            score: A score of the panel by which the runs are read instead of their main scores. Runs that did not
+                record it are left out, and named.
 
         Raises:
-            UserError: If a path contains no result, or a result is broken.
+            UserError: If a path contains no result, a result is broken, there is no such score, or no run recorded it.
         """
-        files = find_result_files(paths)
         # A result file under another name may lie beside the files of another run.
-        folders = [file.parent if file.name == RESULT_FILE else None for file in files]
-        return cls([read_result(file) for file in files], folders=folders, by_stream=by_stream)
+        found = [
+            (read_result(file), file.parent if file.name == RESULT_FILE else None) for file in find_result_files(paths)
+        ]
+        runs, left_out = all_rescored(found, score)
+        results, folders = zip(*runs, strict=True)
+        return cls(results, folders=folders, by_stream=by_stream, score=score, left_out=left_out)
 
 
 def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
@@ -398,16 +415,18 @@ def _reason_left_out(shown: _Run, other: _Run) -> str:
     )
 
 
-def _build_table(runs: Sequence[_Run], editors: Sequence[str], metrics: Metrics) -> Table:
+def _build_table(runs: Sequence[_Run], editors: Sequence[str], metrics: Metrics, score: str | None) -> Table:
     first = runs[0].result
-    columns = _columns([run.result for run in runs], metrics)
+    columns = _columns([run.result for run in runs], metrics, score)
     by_configuration: dict[tuple[Any, ...], list[_Run]] = {}
     for run in runs:
         by_configuration.setdefault(run.configuration, []).append(run)
     groups = list(by_configuration.values())
     rows = [_build_row(group, columns, _differing_settings(group[0], groups)) for group in groups]
     ranking = [info.name for info in metrics.ranking]
-    ranked_by = next((name for name in ranking if any(name in row.cells for row in rows)), ranking[-1])
+    # Some scores exist on one stream alone.
+    others = [column.name for column in columns if column.streams]
+    ranked_by = next((name for name in (*ranking, *others) if any(name in row.cells for row in rows)), ranking[-1])
     sign = -1 if first.protocol.higher_is_better else 1
 
     def rank(row: Row) -> tuple[Any, ...]:
@@ -455,10 +474,12 @@ def compare_rows(first: Row, second: Row, column: Column) -> Comparison:
         if not row.folders:
             raise UserError("the run folders are not known")
     names = (first.name, second.name)
-    return compare(first.folders, second.folders, names=names, streams=column.streams, metric=column.name)
+    return compare(
+        first.folders, second.folders, names=names, streams=column.streams, metric=column.name, score=column.score
+    )
 
 
-def _columns(results: Sequence[RunResult], metrics: Metrics) -> tuple[Column, ...]:
+def _columns(results: Sequence[RunResult], metrics: Metrics, score: str | None) -> tuple[Column, ...]:
     """Returns the measured columns: scores, the number of edits, costs."""
     protocol = results[0].protocol
     measured = [
@@ -469,6 +490,7 @@ def _columns(results: Sequence[RunResult], metrics: Metrics) -> tuple[Column, ..
             higher_is_better=info.direction(protocol),
             metric=info,
             streams=metrics.streams_of(info),
+            score=score,
         )
         for info in metrics.shown("table")
         if info.always_has_column or any(_figure(result, info.name) is not None for result in results)
@@ -578,6 +600,7 @@ def _caption(table: Table) -> str:
         ", ".join(table.models),
         *([table.distinction] if table.distinction else []),
         f"{table.protocol.main_score}, {direction} is better",
+        *([f"locality by {table.protocol.locality_score}"] if table.protocol.locality_score else []),
         f"ranked by {table.ranked_by}",
     )
     return visible(" · ".join(parts))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.analysis.leaderboard import (
+    MISSING,
     Column,
     Leaderboard,
     Row,
@@ -25,8 +26,10 @@ from grace_bench.analysis.leaderboard import (
     marked_text,
     table_notes,
 )
+from grace_bench.analysis.scorings import scorings
 from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL
 from grace_bench.common.files import write_atomically
+from grace_bench.common.scores import score_info
 from grace_bench.common.text import visible
 from grace_bench.common.untrusted import check_run_folder
 from grace_bench.errors import UserError
@@ -48,6 +51,7 @@ from grace_bench.results.curves import (
 )
 from grace_bench.results.metric_info import MetricInfo, Metrics
 from grace_bench.results.reading import find_result_files, read_evaluations, read_result
+from grace_bench.results.rescored import all_rescored, rescored_evaluation
 from grace_bench.results.schema import Evaluation, RunResult
 
 TRAITS = {"needs_subject": "S", "needs_replay": "R", "needs_meta_training": "M", "freezes_weights": "F"}
@@ -67,25 +71,28 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        result: Its `result.json`.
-        evaluations: Its `metrics.jsonl`.
+        result: Its `result.json`, read by the report's score.
+        recorded: Its `result.json` as it is.
+        evaluations: Its `metrics.jsonl`, read by the report's score.
         edits: Its edits, as they are answered at the end of the run.
         config: Its `config.yaml` as text; empty for a run from Python, which has none.
     """
 
     folder: Path
     result: RunResult
+    recorded: RunResult
     evaluations: Sequence[Evaluation]
     edits: Sequence[KeptEdit]
     config: str
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
+def write_report(paths: Sequence[Path], out: Path, *, score: str | None = None) -> Path:
     """Writes the page.
 
     Args:
         paths: Run folders, or folders that contain some.
         out: The folder that receives `index.html`; an earlier report there is replaced.
+        score: As in `read_runs`.
 
     Returns:
         The page's path.
@@ -96,7 +103,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """
     page = out / _PAGE
     _refuse_foreign(page)
-    html = render_report(read_runs(paths))
+    html = render_report(*read_runs(paths, score=score), score=score)
     try:
         write_atomically(page, html)
     except OSError as error:
@@ -104,35 +111,49 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     return page
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path], *, score: str | None = None) -> tuple[list[Run], tuple[str, ...]]:
     """Reads run folders.
 
+    Args:
+        paths: Run folders, or folders that contain some.
+        score: The score of the panel by which the runs are read; None for their main scores.
+
+    Returns:
+        The runs, and lines about those that did not record the score.
+
     Raises:
-        UserError: If there is no finished run, a file of one is missing or broken, naming file and line, or a link in a
-            run folder points outside it.
+        UserError: If there is no finished run, none with that score, a file of one is missing or broken, naming file
+            and line, or a link in a run folder points outside it.
     """
-    runs = []
-    for file in find_result_files(paths):
+    files = find_result_files(paths)
+    for file in files:
         check_run_folder(file.parent)
-        folder, result = file.parent, read_result(file)
-        config = folder / "config.yaml"
+    found, left_out = all_rescored([(result := read_result(file), (result, file.parent)) for file in files], score)
+    runs = []
+    for result, (recorded, folder) in found:
+        config, protocol = folder / "config.yaml", recorded.protocol
         runs.append(
             Run(
                 folder=folder,
                 result=result,
-                evaluations=read_evaluations(folder / "metrics.jsonl"),
-                edits=kept_edits(folder, int(result.metrics.get("n_edits") or 0)),
+                recorded=recorded,
+                evaluations=[
+                    rescored_evaluation(line, protocol, score) for line in read_evaluations(folder / "metrics.jsonl")
+                ],
+                edits=kept_edits(folder, int(result.metrics.get("n_edits") or 0), score=score),
                 config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             )
         )
-    return runs
+    return runs, left_out
 
 
-def render_report(runs: Sequence[Run]) -> str:
+def render_report(runs: Sequence[Run], left_out: Sequence[str] = (), *, score: str | None = None) -> str:
     """Returns the page as HTML.
 
     Args:
         runs: The runs, at least one.
+        left_out: Lines about runs that are not shown.
+        score: The score by which the runs were read; None for their main scores.
 
     Raises:
         UserError: If there are no runs.
@@ -141,7 +162,9 @@ def render_report(runs: Sequence[Run]) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    board = Leaderboard([run.result for run in runs], folders=[run.folder for run in runs])
+    board = Leaderboard(
+        [run.result for run in runs], folders=[run.folder for run in runs], score=score, left_out=left_out
+    )
     by_result = {id(run.result): run for run in runs}
     labels = sorted({(row.editor, row.name) for table in board.tables for row in table.rows})
     index = {name: number for number, (_, name) in enumerate(labels)}
@@ -288,6 +311,7 @@ class _Group:
             "glance": self._glance(),
             "notes": table_notes(table),
             "differences": list(self._differences()),
+            "scorings": list(self._scorings()),
             "forgetting": [self._forgetting(row, runs) for row, runs in zip(table.rows, self.runs, strict=True)],
             "charts": [{"group": name, **chart} for chart in (*self._curves(name), *self._others(name))],
             "runs": [self._run(row, run) for row, runs in zip(table.rows, self.runs, strict=True) for run in runs],
@@ -387,6 +411,28 @@ class _Group:
                     "n_items": found.n_items,
                     "n_seeds": found.n_seeds,
                 }
+
+    def _scorings(self) -> Iterator[dict[str, Any]]:
+        """Yields how far the scores of the panel lie apart, a table a metric."""
+        for found in scorings([[run.recorded for run in runs] for runs in self.runs], self.metrics):
+            decimals = [score_info(score).decimals for score in found.scores]
+            yield {
+                "metric": found.metric.header,
+                "scores": found.scores,
+                "lines": [
+                    {
+                        "label": self.index[row.name],
+                        "name": row.name,
+                        "style": _style(self.index[row.name]),
+                        "values": [
+                            {"value": value, "text": MISSING if value is None else f"{value:.{digits}f}"}
+                            for value, digits in zip(values, decimals, strict=True)
+                        ],
+                        "apart": {"value": apart, "text": MISSING if apart is None else f"{apart:.3f}"},
+                    }
+                    for row, values, apart in zip(self.table.rows, found.values, found.apart, strict=True)
+                ],
+            }
 
     def _forgetting(self, row: Row, runs: Sequence[Run]) -> dict[str, Any]:
         def series(info: MetricInfo) -> list[Series]:

@@ -9,17 +9,19 @@ from statistics import fmean, variance
 
 import numpy as np
 
+from grace_bench.common.scores import OUTLIER, ScoreInfo, score_info
 from grace_bench.errors import UserError
 from grace_bench.results.comparability import refuse_mixtures
 from grace_bench.results.reading import read_predictions, read_result
+from grace_bench.results.rescored import rescored
 from grace_bench.results.schema import RunResult
 
 SIGNIFICANCE_LEVEL = 0.05
 
 _Item = tuple[str, str]
 """Request id and probe."""
-_Scores = Mapping[str, Mapping[_Item, float]]
-"""Scores at the end of a run, by stream and item."""
+_Scores = Mapping[str, Mapping[_Item, tuple[float, int]]]
+"""Scores at the end of a run with their numbers of tokens, by stream and item."""
 
 _MAX_DRAWS = 2_000_000
 """Number of request indices drawn at once, to bound memory."""
@@ -67,6 +69,7 @@ def compare(
     names: tuple[str, str],
     streams: Sequence[str],
     metric: str,
+    score: str | None = None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
@@ -98,6 +101,8 @@ def compare(
         names: The names of the two in the result.
         streams: The evaluation streams whose items are compared; several streams are averaged, and each is resampled.
         metric: The score's name in the result.
+        score: The score of the panel by which items are compared; None for the runs' main score. Items of a score that
+            is weighted by tokens have that weight.
         n_resamples: Number of resamples; the smallest p-value is about its reciprocal.
         seed: Seeds the resampling.
 
@@ -105,19 +110,19 @@ def compare(
         UserError: If the runs cannot be compared: measured differently, no seed or no item in common, or predictions
             missing or broken.
     """
-    runs = [_runs_by_seed(folders) for folders in (first, second)]
+    runs = [_runs_by_seed(folders, score) for folders in (first, second)]
     results = [result for side in runs for result, _ in side.values()]
     refuse_mixtures(results)
     if len({result.stream.name for result in results}) != 1:
         raise UserError(f"{names[0]} and {names[1]} were not run on one stream")
-    is_perplexity = not results[0].protocol.higher_is_better
+    by = score_info(score or results[0].protocol.main_score)
     seeds = sorted(runs[0].keys() & runs[1].keys())
     if not seeds:
         raise UserError(f"{names[0]} and {names[1]} have no seed in common")
     pairs: dict[int, list[_Pairs]] = {}
     for number in seeds:
-        one, two = (_final_scores(side[number][1]) for side in runs)
-        of_roles = [_pair(one.get(role, {}), two.get(role, {}), log=is_perplexity) for role in streams]
+        one, two = (_final_scores(side[number][1], score) for side in runs)
+        of_roles = [_pair(one.get(role, {}), two.get(role, {}), by) for role in streams]
         if all(part.differences for part in of_roles):
             pairs[number] = of_roles
     if not pairs:
@@ -171,23 +176,30 @@ class _Pairs:
 
     Attributes:
         differences: Score of the first minus that of the second.
+        weights: The weight of each item in the mean.
         n_unpaired: Items of only one run.
         n_nan: Shared items without two finite scores.
     """
 
     differences: Mapping[_Item, float]
+    weights: Mapping[_Item, float]
     n_unpaired: int
     n_nan: int
 
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return sum(self.weights.values())
+
     def mean(self) -> float:
-        """Returns the mean difference."""
-        return sum(self.differences.values()) / len(self.differences)
+        """Returns the weighted mean difference."""
+        return sum(self.weights[item] * difference for item, difference in self.differences.items()) / self.weight
 
     def variance(self) -> float:
         """Returns the sampling variance of the mean, counting the items of a request as one draw; 0 for one request."""
-        mean, deviations = self.mean(), defaultdict[str, float](float)
-        for (request_id, _), difference in self.differences.items():
-            deviations[request_id] += (difference - mean) / len(self.differences)
+        mean, weight, deviations = self.mean(), self.weight, defaultdict[str, float](float)
+        for item, difference in self.differences.items():
+            deviations[item[0]] += self.weights[item] * (difference - mean) / weight
         n_requests = len(deviations)
         return sum(d * d for d in deviations.values()) * n_requests / (n_requests - 1) if n_requests > 1 else 0.0
 
@@ -209,10 +221,11 @@ class _Sample:
         sums: dict[str, float] = defaultdict(float)
         weights: dict[str, float] = defaultdict(float)
         for part in pairs:
-            weight = 1 / (len(part.differences) * len(pairs))
-            for (request_id, _), difference in sorted(part.differences.items()):
-                sums[request_id] += weight * difference
-                weights[request_id] += weight
+            share = 1 / (part.weight * len(pairs))
+            for item, difference in sorted(part.differences.items()):
+                weight = share * part.weights[item]
+                sums[item[0]] += weight * difference
+                weights[item[0]] += weight
         requests = sorted(sums)
         return cls(np.array([sums[name] for name in requests]), np.array([weights[name] for name in requests]))
 
@@ -237,41 +250,48 @@ def _seed_error(pairs: Sequence[Sequence[_Pairs]]) -> float:
     return math.sqrt(max(0.0, variance(means) - fmean(sampling)) / len(pairs))
 
 
-def _runs_by_seed(folders: Sequence[Path]) -> dict[int, tuple[RunResult, Path]]:
+def _runs_by_seed(folders: Sequence[Path], score: str | None) -> dict[int, tuple[RunResult, Path]]:
     runs: dict[int, tuple[RunResult, Path]] = {}
     for folder in folders:
-        result = read_result(folder / "result.json")
+        result = rescored(read_result(folder / "result.json"), score)
         if result.seed in runs:
             raise UserError(f"{runs[result.seed][1]} and {folder} are both of seed {result.seed}")
         runs[result.seed] = (result, folder)
     return runs
 
 
-def _final_scores(folder: Path) -> _Scores:
+def _final_scores(folder: Path, score: str | None) -> _Scores:
     path = folder / "predictions.parquet"
+    column, more = "score", []
+    if score is not None:
+        info = score_info(score)
+        column, more = info.column, ["n_tokens"] if info.pooling == "tokens" else []
     last = max((row["n_edits"] for row in read_predictions(path, columns=["n_edits"])), default=0)
-    scores: dict[str, dict[_Item, float]] = defaultdict(dict)
-    columns = ["stream", "request_id", "probe", "score"]
+    scores: dict[str, dict[_Item, tuple[float, int]]] = defaultdict(dict)
+    columns = ["stream", "request_id", "probe", column, *more]
     for row in read_predictions(path, columns=columns, filters=[("n_edits", "=", last)]):
         item = (row["request_id"], row["probe"])
         if item in scores[row["stream"]]:
             raise UserError(f"{path}: two scores of request '{item[0]}' in '{row['stream']}' at the end")
-        scores[row["stream"]][item] = math.nan if row["score"] is None else row["score"]
+        value = math.nan if row[column] is None else row[column]
+        scores[row["stream"]][item] = (value, row.get("n_tokens") or 1)
     return scores
 
 
-def _pair(first: Mapping[_Item, float], second: Mapping[_Item, float], *, log: bool) -> _Pairs:
+def _pair(first: Mapping[_Item, tuple[float, int]], second: Mapping[_Item, tuple[float, int]], by: ScoreInfo) -> _Pairs:
     shared = sorted(first.keys() & second.keys())
-    one, two = (np.array([scores[item] for item in shared], dtype=float) for scores in (first, second))
+    one, two = (np.array([scores[item][0] for item in shared], dtype=float) for scores in (first, second))
     with np.errstate(divide="ignore", invalid="ignore"):
-        differences = np.log(one) - np.log(two) if log else one - two
+        if by.pooling == "outliers":
+            one, two = (np.where(np.isnan(values), math.nan, values > OUTLIER) for values in (one, two))
+        elif by.is_perplexity:
+            one, two = np.log(one), np.log(two)
+        differences = one - two
     finite = np.isfinite(differences)
+    kept = [item for item, is_finite in zip(shared, finite, strict=True) if is_finite]
     return _Pairs(
-        differences={
-            item: difference
-            for item, difference, is_finite in zip(shared, differences.tolist(), finite, strict=True)
-            if is_finite
-        },
+        differences=dict(zip(kept, differences[finite].tolist(), strict=True)),
+        weights={item: float(first[item][1]) if by.pooling == "tokens" else 1.0 for item in kept},
         n_unpaired=len(first.keys() ^ second.keys()),
         n_nan=int(np.count_nonzero(~finite)),
     )

@@ -37,11 +37,13 @@ def probe_requests(requests: Iterable[EditRequest], kind: str) -> tuple[DerivedR
             prompt=probe.prompt,
             target="" if probe.target is None else probe.target,
             answers=probe.answers,
+            gold=probe.gold,
             group=probe.group,
             contrast=probe.contrast,
             metadata=probe.metadata,
             probe_of=request.id,
             target_from_model=probe.target is None,
+            is_locality=kind == "locality",
         )
         for request in requests
         for i, probe in enumerate(getattr(request, kind))

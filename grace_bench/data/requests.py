@@ -1,6 +1,7 @@
 """Edit requests: one error to fix, with the texts needed to evaluate the edit."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -27,6 +28,8 @@ class Probe(BaseModel):
         prompt: The input text.
         target: The right answer; None for the unedited model's own answer.
         answers: Further accepted answers besides the target.
+        gold: The right answers where the target is the unedited model's own, the preferred one first. They are scored
+            beside it, and do not count as accepted.
         group: An id that probes of one request share if any of them answered rightly is enough; None if the probe
             stands alone.
         contrast: Two answers, of which the first should be likelier; None to compare no answers.
@@ -38,6 +41,7 @@ class Probe(BaseModel):
     prompt: Annotated[str, StringConstraints(min_length=1)]
     target: str | int | None = None
     answers: tuple[str, ...] = ()
+    gold: tuple[str, ...] = ()
     group: Name | None = None
     contrast: Contrast | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -51,7 +55,7 @@ class Probe(BaseModel):
     def _without_younger_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out fields that older versions did not have, unless given: fingerprints stay equal across versions."""
         content: dict[str, Any] = serialize(self)
-        return {name: value for name, value in content.items() if value or name not in ("answers", "group")}
+        return {name: value for name, value in content.items() if value or name not in ("answers", "gold", "group")}
 
 
 class EditRequest(BaseModel):
@@ -104,16 +108,40 @@ class EditRequest(BaseModel):
         return self.id if self.fact is None else self.fact
 
 
+@dataclass(frozen=True)
+class Unedited:
+    """What the unedited model says to a locality probe.
+
+    Attributes:
+        text: Its free answer; None for tasks without free answers.
+        tokens: Its most likely token at each position of the reference answer; None if they were not asked for.
+    """
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+
+
 class DerivedRequest(EditRequest):
     """A request made from another, or one whose target is the unedited model's answer; never read from a user's file.
 
     Attributes:
         probe_of: The id of the edit that this probe belongs to; None if the request is not a probe.
         target_from_model: Whether the target is the unedited model's own answer.
+        is_locality: Whether it is a locality probe.
+        gold: As in `Probe`.
+        unedited: What the unedited model says to a locality probe; None if it was not asked.
     """
 
     probe_of: str | None = None
     target_from_model: bool = False
+    is_locality: bool = False
+    gold: tuple[str, ...] = ()
+    unedited: Unedited | None = None
+
+    @property
+    def reference(self) -> str:
+        """The answer along which tokens are compared with the unedited model's: the gold answer, or else the target."""
+        return self.gold[0] if self.gold else str(self.target)
 
 
 def is_contrast(given: Any) -> bool:
@@ -138,12 +166,15 @@ def content_of(request: EditRequest) -> dict[str, Any]:
     and younger fields are present only if they are given.
     """
     younger = ("group", "step")
-    content = request.model_dump(mode="json", exclude={"fact", "contrast", "probe_of", "target_from_model", *younger})
+    derived = set(DerivedRequest.model_fields) - set(EditRequest.model_fields)
+    content = request.model_dump(mode="json", exclude={"fact", "contrast", *derived, *younger})
     content |= _given(request, younger)
     content["metadata"] |= _given(request, ("fact", "contrast", "target_from_model"))
     for kind in ("locality", "portability"):
         for probe, record in zip(getattr(request, kind), content[kind], strict=True):
             del record["contrast"]
+            # Gold answers are only scored beside the target.
+            record.pop("gold", None)
             record["metadata"] |= _given(probe, ("contrast",))
     return content
 

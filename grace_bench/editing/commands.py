@@ -70,8 +70,11 @@ class Trial(Protocol):
 OpenTrial = Callable[[Sequence[str]], Trial]
 """Opens a trial from settings of a run, such as `stream=toy`; raises `UserError` if they are invalid."""
 
-DrawFromRuns = Callable[[Sequence[Path], Path], list[Path]]
-"""The type of the function that `FigureKind.draw` names if the figure takes runs."""
+DrawFromRuns = Callable[..., list[Path]]
+"""The function that `FigureKind.draw` names if the figure takes runs: it gets their paths and the folder to write.
+
+If it shows scores, it also has a keyword argument `score`, the score of the panel to show, None for the main one.
+"""
 
 DrawFromOptions = Callable[[Sequence[str], Path, OpenTrial], list[Path]]
 """The type of the function that `FigureKind.draw` names if the figure takes options."""

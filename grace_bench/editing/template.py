@@ -1,7 +1,7 @@
 """Avalanche's view of an editor: each training experience is an edit, each evaluation experience a scoring."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 from grace_bench.data.avalanche import (
@@ -48,6 +48,8 @@ class EditingTemplate(BaseTemplate):
         scores: The scores of the evaluation experience in progress.
         record: The record of the current candidate, during `after_candidate`.
         request: The request of that candidate, with all its fields.
+        scored_after: What was scored right after that candidate's edit, by the name of its stream: `edited` for the
+            request itself. Empty if it was not edited.
         score_requests: Scores the requests of an evaluation experience. A run replaces it by a function that rescores
             only answers that may have changed.
 
@@ -72,6 +74,7 @@ class EditingTemplate(BaseTemplate):
         self.scores: list[ItemScore] = []
         self.record: EditRecord | None = None
         self.request: EditRequest | None = None
+        self.scored_after: Mapping[str, Sequence[ItemScore]] = {}
         self.score_requests: Callable[[Sequence[EditRequest]], list[ItemScore]] = model.score
 
     @property
@@ -87,11 +90,13 @@ class EditingTemplate(BaseTemplate):
     def _finish_all(self) -> Sequence[EditOutcome]:
         """Finishes pending edits; raises `EditFailure` if one of them failed."""
 
-    def observe_candidate(self, request: EditRequest, record: EditRecord) -> None:
+    def observe_candidate(
+        self, request: EditRequest, record: EditRecord, *, scored_after: Mapping[str, Sequence[ItemScore]] | None = None
+    ) -> None:
         """Calls `after_candidate` of metric plugins and loggers with a candidate whose record is complete."""
-        self.request, self.record = request, record
+        self.request, self.record, self.scored_after = request, record, scored_after or {}
         trigger_plugins(self, "after_candidate")
-        self.request = self.record = None
+        self.request, self.record, self.scored_after = None, None, {}
 
     def _batch_of(
         self, prompts: Sequence[str], targets: Sequence[str | int], subjects: Sequence[str | None]

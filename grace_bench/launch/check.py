@@ -324,8 +324,13 @@ def _candidates(result: RunResult, edits: Sequence[EditRecord]) -> Iterator[Find
 
 def _evaluations(result: RunResult, evaluations: Sequence[Evaluation]) -> Iterator[Finding]:
     n_edits, every = int(result.metrics.get("n_edits") or 0), result.protocol.eval_every
-    clocks = sorted({*range(0, n_edits + 1, every), n_edits})
-    yield _compared("evaluations", [evaluation.n_edits for evaluation in evaluations], clocks)
+    found = [evaluation.n_edits for evaluation in evaluations]
+    if every == "step" or result.protocol.edits_at_once > 1:
+        # An evaluation waits for the end of a batch or a time step, which the run folder does not name.
+        clocks = sorted({0, *(n for n in found if 0 < n < n_edits), n_edits})
+    else:
+        clocks = sorted({*range(0, n_edits + 1, every), n_edits})
+    yield _compared("evaluations", found, clocks)
     own = {name for name, entry in METRICS.entries().items() if entry.origin == "grace_bench"}
     for what, recorded, of in (
         ("before", result.before, evaluations[:1]),

@@ -1,5 +1,6 @@
 """The kinds of figures, as `grace-bench figure` names them: curves, and what editors declare."""
 
+import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -45,7 +46,7 @@ def figure_help() -> str:
     return "\n".join(lines)
 
 
-def draw(kind: str, given: Sequence[str], out: Path, *, say: Callable[[str], None]) -> None:
+def draw(kind: str, given: Sequence[str], out: Path, *, say: Callable[[str], None], score: str | None = None) -> None:
     """Draws the figures of one kind, and says where they are.
 
     Args:
@@ -53,6 +54,7 @@ def draw(kind: str, given: Sequence[str], out: Path, *, say: Callable[[str], Non
         given: Run folders or settings of a run, whichever the kind takes.
         out: Receives the figures.
         say: Takes lines for the user.
+        score: The score of the panel by which runs are drawn; None for their main scores.
 
     Raises:
         UserError: If there is no such kind, nothing to draw, or what is given cannot be.
@@ -66,7 +68,12 @@ def draw(kind: str, given: Sequence[str], out: Path, *, say: Callable[[str], Non
     if found["takes"] == "runs":
         if not given:
             raise UserError(f"figure {kind} needs run folders, or folders that hold some")
-        files = named_function(found["draw"])([Path(path) for path in given], out)
+        function, more = named_function(found["draw"]), {} if score is None else {"score": score}
+        if more and "score" not in inspect.signature(function).parameters:
+            raise UserError(f"--score={score}: figure {kind} shows no scores")
+        files = function([Path(path) for path in given], out, **more)
+    elif score is not None:
+        raise UserError(f"--score={score}: figure {kind} shows no runs")
     else:
         from grace_bench.launch.memory_trial import open_trial
 

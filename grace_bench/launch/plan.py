@@ -32,7 +32,7 @@ from grace_bench.run.cost import peak_rss
 from grace_bench.run.description import plan_of
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
-from grace_bench.run.opening import check_fit, check_subjects, open_benchmark, own_threads, prepare_editor
+from grace_bench.run.opening import check_fit, check_steps, check_subjects, open_benchmark, own_threads, prepare_editor
 from grace_bench.run.settings import RunSettings
 
 # Trials go on until they took this share of the run they foresee, within these seconds.
@@ -139,6 +139,7 @@ def plan_benchmark(
         ) as opened,
     ):
         check_fit(opened.model, opened.benchmark)
+        check_steps(opened.benchmark, settings.schedule)
         watchers = [JsonlLogger(Path(name)), PredictionsLogger(Path(name)), *loggers(Path(name))]
         metrics = [metric() for metric in METRICS.classes().values()]
         evaluator = EvaluationPlugin(*metrics, loggers=watchers, collect_all=False)
@@ -269,6 +270,7 @@ class _Planner:
             self.settings.schedule,
             is_incremental=self.trials[-1].is_incremental,
             is_edited=is_edited,
+            compares_with_unedited=self.strategy.model.task.compares_with_unedited,
         )
 
     def _phases(self, counts: Counts) -> list[Phase]:

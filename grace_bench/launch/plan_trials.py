@@ -9,7 +9,14 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import EditableModel
-from grace_bench.run.evaluated import evaluated_requests, prompts_to_ask, thinned
+from grace_bench.run.evaluated import (
+    UneditedModel,
+    distinct,
+    evaluated_requests,
+    prompts_to_ask,
+    reachable,
+    thinned,
+)
 from grace_bench.run.loop import RunLoop
 from grace_bench.run.observer import RunObserver
 from grace_bench.run.position import Position, Step, walk
@@ -133,7 +140,12 @@ class Counts:
 
 
 def count_run(
-    benchmark: EditBenchmark, schedule: Schedule, *, is_incremental: bool, is_edited: Callable[[int], bool]
+    benchmark: EditBenchmark,
+    schedule: Schedule,
+    *,
+    is_incremental: bool,
+    is_edited: Callable[[int], bool],
+    compares_with_unedited: bool = False,
 ) -> Counts:
     """Walks through a run's schedule without a model, and counts what it does.
 
@@ -142,9 +154,12 @@ def count_run(
         schedule: Its schedule.
         is_incremental: Whether only what may have changed is scored again.
         is_edited: Says of each candidate, by index, whether it will be edited.
+        compares_with_unedited: Whether locality probes are compared with the unedited model.
     """
     data = thinned(benchmark, schedule.max_upstream).data
-    answers = dict.fromkeys(prompts_to_ask(data), "")
+    candidates = reachable(data, schedule)
+    unedited = UneditedModel(dict.fromkeys(prompts_to_ask(data, candidates), ""))
+    n_compared = len(distinct(unedited.probes_of(candidates, "locality"))) if compares_with_unedited else 0
     position, evaluations = Position(data.edits), list[Evaluation]()
     before: Mapping[str, Sequence[EditRequest]] = {}
     for step in walk(schedule, position):
@@ -152,7 +167,9 @@ def count_run(
             position.advance(edited=is_edited(position.index))
         elif step is Step.EVALUATE and position.last_evaluation != position.n_edits:
             position.last_evaluation = position.n_edits
-            streams = evaluated_requests(data, edited=position.edited, superseded=position.superseded, answers=answers)
+            streams = evaluated_requests(
+                data, edited=position.edited, superseded=position.superseded, unedited=unedited
+            )
             n_fresh = 0
             for name, requests in streams.items():
                 known = before.get(name, ())
@@ -165,7 +182,12 @@ def count_run(
             before = streams
             sizes = {name: len(requests) for name, requests in streams.items()}
             evaluations.append(Evaluation(position.n_edits, sizes, n_fresh))
-    return Counts(asked=len(answers), candidates=position.index, edits=position.n_edits, evaluations=evaluations)
+    return Counts(
+        asked=len(unedited.answers) + n_compared,
+        candidates=position.index,
+        edits=position.n_edits,
+        evaluations=evaluations,
+    )
 
 
 def sample(model: EditableModel, requests: Sequence[EditRequest], n: int) -> tuple[EditRequest, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import psutil
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_bench.common.scores import check_score, score_info
 from grace_bench.common.terminal import progress_bars, say
 from grace_bench.errors import UserError
 from grace_bench.launch import tuning
@@ -47,10 +48,11 @@ def run_command(overrides: Sequence[str]) -> int:
             raise UserError(one_line(error)) from error
         return 0
     preset = given.get("sweep")
+    score, overrides = _tuning_score(preset, overrides)
     task = RunTask(prepare=meta_train_if_needed if preset == _TUNING else None)
     runs = run_sweep(_parts(preset, overrides), task=task, name=sweep_name(preset, overrides))
     if preset == _TUNING:
-        tuning.conclude(runs, say=say)
+        tuning.conclude(runs, score=score, say=say)
     return exit_code(runs)
 
 
@@ -91,7 +93,9 @@ def _configurations(overrides: Sequence[str]) -> list[RunConfig]:
     if not is_sweep:
         return [compose(overrides)]
     configs = []
-    for sweep_run in composed_runs(_parts(given_options(overrides).get("sweep"), overrides), "plan"):
+    preset = given_options(overrides).get("sweep")
+    _, overrides = _tuning_score(preset, overrides)
+    for sweep_run in composed_runs(_parts(preset, overrides), "plan"):
         if sweep_run.outcome is not None or sweep_run.config is None:
             reason = sweep_run.outcome.reason if sweep_run.outcome is not None else "has no configuration"
             raise UserError(f"{sweep_run.label}: {reason}")
@@ -108,6 +112,24 @@ def _is_sweep(overrides: Sequence[str]) -> tuple[bool, list[str]]:
     given = given_options(kept)
     is_sweep = "sweep" in given or len(texts_of(given.get(N_EDITS, ""))) > 1
     return is_sweep or any(override in flags for override in overrides), kept
+
+
+def _tuning_score(preset: str | None, overrides: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The score by which a tuning chooses, None for the main score, and the overrides without it.
+
+    Raises:
+        UserError: If there is no such score, or the trials would not record it.
+    """
+    given = given_options(overrides)
+    score = given.get("score")
+    if preset != _TUNING or score is None:
+        return None, overrides
+    check_score("score", score)
+    if score_info(score).is_optional and "scores" not in given:
+        raise UserError(
+            f"score={score} is only computed if it is asked for: add scores=[{score}] and the others wanted"
+        )
+    return score, [override for override in overrides if not override.startswith("score=")]
 
 
 def _parts(preset: str | None, overrides: Sequence[str]) -> list[list[str]]:

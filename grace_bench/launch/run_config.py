@@ -8,12 +8,13 @@ add a field of the same name to `RunSettings` too.
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
 from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
+from grace_bench.common.scores import STOPS, check_score, check_scores
 from grace_bench.errors import UserError
 from grace_bench.models.tokens import SPECIAL_TOKENS, TARGET_SPACES
 from grace_bench.registry import EDITORS, STREAMS, Registry
@@ -96,6 +97,26 @@ class ProtocolOptions:
         "how answers are compared: squad, or strict to tell numbers and symbols apart; null for the stream's own",
         _one_of("squad", "strict", optional=True),
         default_in_hash=False,
+    )
+    main_score: str | None = _option(
+        None,
+        "the score that ranks the results, one of the panel (docs/scores.md); null for the task's own",
+        check_score,
+        default_in_hash=False,
+    )
+    locality_score: str | None = _option(
+        None,
+        "the same for Locality, where it may be agreement or token_agreement; null for the main score",
+        check_score,
+        default_in_hash=False,
+        in_protocol=True,
+    )
+    stop: str = _option(
+        "newline",
+        "where a free answer ends besides the end token: newline, or sentence for the first full stop too",
+        _one_of(*STOPS),
+        default_in_hash=False,
+        in_protocol=True,
     )
     special_tokens: str = _option(
         "text",
@@ -242,7 +263,25 @@ class RunConfig:
         _whole(1, unless=None),
         in_protocol=True,
     )
-    eval_every: int = _option(50, "evaluate after every so many edits", _whole(1), in_protocol=True)
+    eval_every: int | str = _option(
+        50,
+        "evaluate after every so many edits; step for after every time step of the stream",
+        _whole(1, unless="step"),
+        in_protocol=True,
+    )
+    score_after: Literal["target", "all"] = _option(
+        "target",
+        "what is scored right after each edit: its target, or all for its rephrasings and probes too",
+        _one_of("target", "all"),
+        default_in_hash=False,
+        in_protocol=True,
+    )
+    scores: Sequence[str] | None = _option(
+        None,
+        "the scores of the panel to compute, as [exact_match,contains]; null for all but fluency",
+        check_scores,
+        default_in_hash=False,
+    )
     max_upstream: int | None = _option(
         500, "score at most so many upstream requests; null for all", _whole(1, unless=None), in_protocol=True
     )

@@ -25,6 +25,7 @@ from grace_bench.launch.typed import texts_of
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_result
+from grace_bench.results.rescored import rescored
 from grace_bench.results.schema import RunResult
 
 PRESETS = Path("presets")
@@ -82,25 +83,38 @@ def searches(overrides: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def conclude(runs: Sequence[SweepRun], *, say: Callable[[str], None]) -> None:
-    """Prints the trials of a tuning and writes the best setting of each stream and editor as a preset."""
+def conclude(runs: Sequence[SweepRun], *, say: Callable[[str], None], score: str | None = None) -> None:
+    """Prints the trials of a tuning and writes the best setting of each stream and editor as a preset.
+
+    Args:
+        runs: The trials.
+        say: Takes lines for the user.
+        score: The score of the panel by which the best is chosen; None for the main score.
+
+    Raises:
+        UserError: If a trial did not record that score.
+    """
     pairs: dict[tuple[str, str], list[SweepRun]] = defaultdict(list)
     for sweep_run in runs:
         # A trial without a configuration is reported by the sweep.
         if sweep_run.config is not None:
             pairs[sweep_run.config.stream.name, sweep_run.config.editor.name].append(sweep_run)
     for (stream, editor), trials in pairs.items():
-        _choose(stream, editor, trials, say)
+        _choose(stream, editor, trials, score, say)
 
 
 def quality(result: RunResult) -> float:
     """Returns what is maximised: the metric that ranks tables (Avg).
 
     Without it, for perplexity, that is minus the mean logarithm of the metrics that it names for this (ERR, ARR, TRR).
+    Where the score exists on one stream alone, it is that stream's metric.
     """
     preferred = metric_infos().ranking[0]
     value = result.metrics.get(preferred.name)
-    if value is None:
+    if value is None and result.protocol.higher_is_better:
+        known = (result.metrics.get(info.name) for info in metric_infos() if info.is_main_score)
+        value = next((figure for figure in known if figure is not None), -math.inf)
+    elif value is None:
         values = [result.metrics.get(name) or math.inf for name in preferred.log_averages]
         value = -sum(map(math.log, values)) / len(values)
     return -math.inf if math.isnan(value) else float(value)
@@ -115,7 +129,9 @@ def _shown_metrics() -> list[str]:
     ]
 
 
-def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[[str], None]) -> None:
+def _choose(
+    stream: str, editor: str, trials: Sequence[SweepRun], score: str | None, say: Callable[[str], None]
+) -> None:
     given = dict.fromkeys(item.partition("=")[0] for run in trials for item in run.overrides)
     names = [name for name in given if name == "layer" or name.startswith("editor.")]
     results: dict[tuple[str, ...], list[RunResult]] = defaultdict(list)
@@ -127,7 +143,7 @@ def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[
         setting = tuple(_values([_value_of(run.config, name)]) for name in names)
         configs.setdefault(setting, run.config)
         if run.outcome is not None and run.outcome.state != "failed" and run.folder is not None:
-            results[setting].append(read_result(run.folder / "result.json"))
+            results[setting].append(rescored(read_result(run.folder / "result.json"), score))
     scores = {
         setting: fmean(map(quality, results[setting])) if len(results[setting]) == len(seeds) else -math.inf
         for setting in configs
@@ -139,7 +155,8 @@ def _choose(stream: str, editor: str, trials: Sequence[SweepRun], say: Callable[
         return
     most = max(trial.metrics.get("n_edits") or 0 for found in results.values() for trial in found)
     max_edits = configs[best].max_edits
-    budget = f"{len(trials)} runs of {'' if most == max_edits else 'at most '}{max_edits} validation edits"
+    by = "" if score is None else f", by {score}"
+    budget = f"{len(trials)} runs of {'' if most == max_edits else 'at most '}{max_edits} validation edits{by}"
     chosen = " ".join(f"{name}={value}" for name, value in zip(names, best, strict=True))
     say(f"{editor} on {stream}: best of {budget}: {chosen}")
     preset = _preset(configs[best], names, budget)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 
 from grace_bench.common.options import check_choice, check_flag
+from grace_bench.common.scores import STOPS, Stop
 from grace_bench.errors import UserError
 
 TargetSpace = Literal["auto", "always", "never"]
@@ -27,6 +28,7 @@ _SPACELESS = re.compile(
     "\u2e80-\u312f\u31a0-\u31ff\u3220-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff9f"
     "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
+_FULL_STOP = "."
 _PLACEHOLDER = "grace-bench-message"
 # Templates may write the date; then the tokens of a prompt would depend on the day of the run. A macro hides the
 # function that transformers gives them, which arguments cannot replace.
@@ -39,7 +41,7 @@ _DATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """How prompts and targets are written as tokens.
+    """How prompts and targets are written as tokens, and where free answers end.
 
     Attributes:
         chat: Whether prompts go through the tokenizer's chat template, as a user's message.
@@ -48,6 +50,8 @@ class TextFormat:
             before white space, and beside a character of a script that is written without spaces.
         special_tokens: `text` if the names of special tokens in prompts and targets are ordinary text, `parse` if they
             stand for the tokens.
+        stop: Where free answers end besides the end token: at a `newline`, or at the first full stop of a `sentence`
+            too.
 
     Raises:
         UserError: If a field is not one of its choices, or there is a system message without a chat.
@@ -57,8 +61,10 @@ class TextFormat:
     system: str | None = None
     target_space: TargetSpace = "auto"
     special_tokens: SpecialTokens = "text"
+    stop: Stop = "newline"
 
     def __post_init__(self) -> None:
+        check_choice("protocol.stop", self.stop, STOPS)
         check_flag("chat", self.chat)
         check_choice("target_space", self.target_space, TARGET_SPACES)
         check_choice("protocol.special_tokens", self.special_tokens, SPECIAL_TOKENS)
@@ -293,31 +299,50 @@ class PromptTokenizer:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """The tokens at which a free answer stops: those that end it, and all that hold a line break."""
-        ends = (token for token in (self.tokenizer.eos_token_id, self.end_id) if token is not None)
-        return list(dict.fromkeys((*ends, *self._newline_ids)))
+        """The tokens at which a free answer stops: those that end it, and all that hold a line break or a full stop."""
+        return list(dict.fromkeys((*self.end_ids, *self._newline_ids, *self._full_stop_ids)))
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text by themselves."""
+        ends = (self.tokenizer.eos_token_id, self.end_id)
+        return list(dict.fromkeys(int(token) for token in ends if token is not None))
 
     def answer(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """Returns the text of generated ids up to the first line break, and the ids up to the first that stops."""
+        """Returns the text of generated ids, and the ids up to the first that stops.
+
+        The text ends before the first line break, and with `stop="sentence"` before the first full stop.
+        """
         end = next((i + 1 for i, token in enumerate(ids) if token in self._stops), len(ids))
         kept = list(ids[:end])
-        return self.decode(kept).partition("\n")[0].strip(), kept
+        text = self.decode(kept).partition("\n")[0]
+        if self.format.stop == "sentence":
+            text = text.partition(_FULL_STOP)[0]
+        return text.strip(), kept
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def stops_in(self, ids: Iterable[int]) -> bool:
-        """Returns whether a free answer would stop at one of the ids."""
-        return not self._stops.isdisjoint(ids)
+    def ends_in(self, ids: Iterable[int]) -> bool:
+        """Returns whether one of the ids ends a text by itself."""
+        return not set(self.end_ids).isdisjoint(ids)
 
     def has_line_break(self, ids: Iterable[int]) -> bool:
         """Returns whether some of the ids hold a line break."""
         return not self._newlines.isdisjoint(ids)
 
+    def has_full_stop_inside(self, ids: Sequence[int]) -> bool:
+        """Returns whether a free answer ends at a full stop before the last of the ids' characters."""
+        return self.format.stop == "sentence" and _FULL_STOP in self.decode(ids).strip()[:-1]
+
     @cached_property
     def _newline_ids(self) -> tuple[int, ...]:
-        return _newline_ids(self.tokenizer)
+        return _ids_that_hold("\n", self.tokenizer)
+
+    @cached_property
+    def _full_stop_ids(self) -> tuple[int, ...]:
+        return _ids_that_hold(_FULL_STOP, self.tokenizer) if self.format.stop == "sentence" else ()
 
     @cached_property
     def _newlines(self) -> frozenset[int]:
@@ -522,7 +547,7 @@ def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-@lru_cache(maxsize=8)
-def _newline_ids(tokenizer: Any) -> tuple[int, ...]:
+@lru_cache(maxsize=16)
+def _ids_that_hold(character: str, tokenizer: Any) -> tuple[int, ...]:
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return tuple(i for i, text in enumerate(texts) if "\n" in text)
+    return tuple(i for i, text in enumerate(texts) if character in text)

@@ -18,10 +18,11 @@ _HASH_DIGITS = 12
 def conditions(result: RunResult) -> dict[Condition, Any]:
     """Returns the values that every run in one table must share with this run.
 
-    These are the stream's task and content, the protocol except for the tuning budget, and for each model name its
-    dtype and weights.
+    These are the stream's task and content, the protocol except for the tuning budget and for what is scored besides
+    the main scores, and for each model name its dtype and weights.
     """
-    protocol = result.protocol.model_dump(mode="json", include=set(Protocol.model_fields) - {"tuning_budget"})
+    shared = set(Protocol.model_fields) - {"tuning_budget", "scores", "score_after"}
+    protocol = result.protocol.model_dump(mode="json", include=shared)
     return {
         ("stream.fingerprint", None): result.stream.fingerprint,
         ("stream.task", None): result.stream.task,

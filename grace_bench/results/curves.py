@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from grace_bench.common.scores import score_info
 from grace_bench.results.reading import read_edits, read_predictions
 from grace_bench.results.schema import Evaluation
 
@@ -148,26 +149,28 @@ def edits_forgotten_after(learned: Series, kept: Series, *, higher_is_better: bo
     )
 
 
-def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
+def kept_edits(folder: Path, n_edits: int, *, score: str | None = None) -> list[KeptEdit]:
     """Reads the edits of a run with their state at its end, in order, without the superseded ones.
 
     Args:
         folder: The run folder.
         n_edits: The edits that the run made.
+        score: The score of the panel by which they are read; None for the main score.
 
     Raises:
         UserError: If `edits.jsonl` or `predictions.parquet` is missing or broken.
     """
     records = read_edits(folder / "edits.jsonl")
+    column = "score" if score is None else score_info(score).column
     at_end = read_predictions(
         folder / "predictions.parquet",
-        columns=["request_id", "score", "text"],
+        columns=["request_id", column, "text"],
         filters=[("stream", "=", "edited"), ("n_edits", "=", n_edits)],
     )
     edits = []
     for row in at_end:
         record = records.get(row["request_id"])
-        if record is None or not record.edited or row["score"] is None:
+        if record is None or not record.edited or row[column] is None:
             continue
         edits.append(
             KeptEdit(
@@ -179,8 +182,8 @@ def kept_edits(folder: Path, n_edits: int) -> list[KeptEdit]:
                 before_text=record.before_text,
                 after_text=record.after_text,
                 end_text=row["text"],
-                score_after=record.score_after,
-                score_end=row["score"],
+                score_after=record.score_after if score is None else record.scores_after.get(column),
+                score_end=row[column],
             )
         )
     return sorted(edits, key=lambda edit: edit.n_edits)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from grace_bench.common.scores import score_info
 from grace_bench.errors import UserError
 from grace_bench.registry import METRICS
 from grace_bench.results.schema import Protocol
@@ -81,7 +82,7 @@ class MetricInfo:
         """Returns the digits after the point of a mean over runs."""
         if self.is_count:
             return 1
-        return 2 if self.is_main_score and protocol.main_score == "perplexity" else self.decimals
+        return score_info(protocol.main_score).decimals if self.is_main_score else self.decimals
 
     def text(self, value: float) -> str:
         """Returns the value of one run as text, without the name."""

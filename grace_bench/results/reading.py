@@ -13,7 +13,15 @@ from grace_bench.common.files import readable
 from grace_bench.common.text import visible
 from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError, first_error
-from grace_bench.results.schema import PREDICTIONS, SCHEMA_VERSION, EditRecord, Evaluation, EvaluationLine, RunResult
+from grace_bench.results.schema import (
+    PREDICTIONS,
+    SCHEMA_VERSION,
+    YOUNG_COLUMNS,
+    EditRecord,
+    Evaluation,
+    EvaluationLine,
+    RunResult,
+)
 
 RESULT_FILE = "result.json"
 _NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
@@ -83,6 +91,8 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
     try:
         schema = pq.read_schema(readable(path))
         for field in PREDICTIONS:
+            if field.name in YOUNG_COLUMNS and field.name not in (*schema.names, *columns):
+                continue
             if field.name not in schema.names or schema.field(field.name).type != field.type:
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
         table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)

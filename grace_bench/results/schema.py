@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, PlainSerializer
 
 from grace_bench.common.files import hash_file
+from grace_bench.common.scores import ITEM_SCORES
 
 SCHEMA_VERSION = 1
 PREDICTIONS = pa.schema(
@@ -24,9 +25,13 @@ PREDICTIONS = pa.schema(
         ("entry", pa.int64()),
         ("distance", pa.float64()),
         ("text", pa.string()),
+        ("n_tokens", pa.int64()),
+        *((name, pa.float64()) for name in ITEM_SCORES),
     ]
 )
-"""The columns of `predictions.parquet`."""
+"""The columns of `predictions.parquet`; `score` is the main score, and the last ones are all scores by name."""
+YOUNG_COLUMNS = frozenset(("n_tokens", *ITEM_SCORES))
+"""The columns that runs made before they were recorded do not have."""
 
 RUN_FILES = (
     "config.yaml",
@@ -62,6 +67,8 @@ class EditRecord(BaseModel):
             runs made before they were recorded.
         before_text, after_text: The answer before and after the edit.
         score_before, score_after: The main score before and after the edit; `score_after` is None if it was not edited.
+        scores_after: All scores after the edit by name; empty if it was not edited, and in runs made before they were
+            recorded.
         loss: Loss at the edit's last step.
         steps: Gradient steps taken.
         seconds: Duration of the edit, without scoring.
@@ -82,6 +89,7 @@ class EditRecord(BaseModel):
     after_text: str | None = None
     score_before: JsonFloat
     score_after: JsonFloat = None
+    scores_after: dict[str, JsonFloat] = {}
     loss: JsonFloat = None
     steps: int = 0
     seconds: float = 0.0
@@ -195,6 +203,10 @@ class Protocol(BaseModel):
         edit: Which requests were edited: those that the model got wrong, or all.
         edits_at_once: How many requests were reached together.
         normalise: How answers were normalised before they were compared.
+        locality_score: The main score of locality probes; None for `main_score`.
+        stop: Where free answers ended.
+        score_after: What was scored right after each edit.
+        scores: The scores that were asked for; None for all but fluency.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -205,9 +217,12 @@ class Protocol(BaseModel):
     edits_at_once: int = 1
     order: Literal["shuffle", "stream"] = "shuffle"
     main_score: str
+    locality_score: str | None = None
     higher_is_better: bool
     max_edits: int | None
-    eval_every: int
+    eval_every: int | Literal["step"]
+    score_after: Literal["target", "all"] = "target"
+    scores: list[str] | None = None
     max_upstream: int | None
     max_new_tokens: int
     max_input_tokens: int | None = None
@@ -216,6 +231,7 @@ class Protocol(BaseModel):
     query: str
     prefix_length: int
     normalise: Literal["squad", "strict"] = "squad"
+    stop: Literal["newline", "sentence"] = "newline"
     chat: bool = False
     chat_system: str | None = None
     target_space: str = "auto"

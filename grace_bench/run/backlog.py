@@ -22,6 +22,8 @@ from grace_bench.models.tasks.base import ItemScore
 from grace_bench.run.cost import CostMeter
 from grace_bench.run.position import Position
 
+ScoredAfter = Mapping[str, Sequence[ItemScore]]
+"""What was scored right after an edit, by the name of its stream, `edited` for the request; empty without an edit."""
 LOOKAHEAD = 32
 """Maximum number of candidates scored together, and of edits in the backlog."""
 
@@ -76,6 +78,8 @@ class Backlog:
         candidates: All candidates of the stream.
         meter: Counts the time spent scoring.
         requests_of: Returns all requests that an evaluation scores.
+        related_to: Returns the requests beside a candidate's own that are scored right after its edit, by the name of
+            their stream.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Backlog:
         candidates: Sequence[EditRequest],
         meter: CostMeter,
         requests_of: Callable[[QueuedEvaluation], Sequence[EditRequest]],
+        related_to: Callable[[EditRequest], Mapping[str, Sequence[EditRequest]]],
     ) -> None:
         self._strategy = strategy
         self._rescorer = rescorer
@@ -94,6 +99,7 @@ class Backlog:
         self._candidates = candidates
         self._meter = meter
         self._requests_of = requests_of
+        self._related_to = related_to
         self._entries: list[PendingCandidate | QueuedEvaluation] = []
         # After a flush that raised, edits up to this index are flushed one by one, which shows the one to blame.
         self._alone_until = -1
@@ -124,7 +130,7 @@ class Backlog:
     def settle(
         self,
         *,
-        record: Callable[[PendingCandidate, ItemScore | None], None],
+        record: Callable[[PendingCandidate, ScoredAfter], None],
         evaluate: Callable[[QueuedEvaluation], None],
     ) -> None:
         """Finishes pending edits and empties the backlog.
@@ -133,7 +139,7 @@ class Backlog:
         after it, and the backlog forgets what came later.
 
         Args:
-            record: Called with each candidate and its score right after its edit, None if it was not edited.
+            record: Called with each candidate and what was scored right after its edit.
             evaluate: Called with each queued evaluation, to run it.
         """
         self._flush()
@@ -145,7 +151,7 @@ class Backlog:
             for entry in entries:
                 with self._as_of(entry.n_edits):
                     if isinstance(entry, PendingCandidate):
-                        record(entry, after.get(entry.index))
+                        record(entry, after.get(entry.index, {}))
                     else:
                         evaluate(entry)
 
@@ -176,7 +182,7 @@ class Backlog:
 
     def _score_after(
         self, edits: Sequence[PendingCandidate], evaluations: Sequence[QueuedEvaluation]
-    ) -> dict[int, ItemScore]:
+    ) -> dict[int, ScoredAfter]:
         """Scores requests right after their edits, by index, together with the requests of queued evaluations."""
         scorer, together = self._rescorer, [self._candidates[edit.index] for edit in edits]
         if len(evaluations) > 1:
@@ -193,7 +199,27 @@ class Backlog:
                     with self._as_of(edit.n_edits):
                         after[edit.index] = scorer.score([self._candidates[edit.index]])[0]
                 changed.add(edit.outcome.key)
-        return after
+            return {
+                edit.index: {"edited": [after[edit.index]], **related}
+                for edit, related in zip(edits, self._score_related(edits), strict=True)
+            }
+
+    def _score_related(self, edits: Sequence[PendingCandidate]) -> list[ScoredAfter]:
+        """Scores what is related to each edit, right after it."""
+        related = [self._related_to(self._candidates[edit.index]) for edit in edits]
+        if not any(related):
+            return [{} for _ in edits]
+        if self._rescorer.is_incremental:
+            # Few answers differ between these edits, so most scores can be copied from the last one.
+            self._rescorer.score(
+                [request for streams in related for requests in streams.values() for request in requests]
+            )
+        scored: list[ScoredAfter] = []
+        for edit, streams in zip(edits, related, strict=True):
+            with self._as_of(edit.n_edits):
+                items = iter(self._rescorer.score([request for requests in streams.values() for request in requests]))
+            scored.append({name: [next(items) for _ in requests] for name, requests in streams.items()})
+        return scored
 
     def _flush(self) -> None:
         """Finishes the pending edits; if one fails, sets the run's position back."""

@@ -60,6 +60,11 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
     # Only if they are not what every run did before there was a choice, so that older checkpoints can be resumed.
     order = {} if benchmark.order == "shuffle" else {"order": benchmark.order}
     normalise = {} if model.task.normalise == "squad" else {"normalise": model.task.normalise}
+    scores = {
+        name: value
+        for name in ("main_score", "locality_score", "scores")
+        if (value := getattr(settings, name)) is not None
+    }
     return {
         "stream": benchmark.fingerprint,
         "model": model.fingerprint,
@@ -76,6 +81,7 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
             "query": settings.query,
             "prefix_length": settings.prefix_length,
             **normalise,
+            **scores,
             **model.task.format.changed(),
         },
         "max_new_tokens": benchmark.max_new_tokens,
@@ -142,11 +148,14 @@ def result_of(
             split=settings.split,
             order=benchmark.order,
             main_score=task.main_score,
+            locality_score=settings.locality_score,
             higher_is_better=task.higher_is_better,
             edit=settings.schedule.edit,
             edits_at_once=settings.schedule.edits_at_once,
             max_edits=settings.schedule.max_edits,
             eval_every=settings.schedule.eval_every,
+            score_after=settings.schedule.score_after,
+            scores=None if settings.scores is None else [*settings.scores],
             max_upstream=settings.schedule.max_upstream,
             max_new_tokens=task.max_new_tokens,
             max_input_tokens=task.max_input_tokens,
@@ -154,6 +163,7 @@ def result_of(
             query=task.query,
             prefix_length=task.prefix_length,
             normalise=task.normalise,
+            stop=task.format.stop,
             chat=task.format.chat,
             chat_system=task.format.system,
             target_space=task.format.target_space,

@@ -15,9 +15,18 @@ from grace_bench.errors import RunFailure
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.results.schema import Cost
-from grace_bench.run.backlog import LOOKAHEAD, Backlog, PendingCandidate, QueuedEvaluation
+from grace_bench.run.backlog import LOOKAHEAD, Backlog, PendingCandidate, QueuedEvaluation, ScoredAfter
 from grace_bench.run.cost import CostMeter
-from grace_bench.run.evaluated import evaluated_requests, prompts_to_ask, thinned, with_answers
+from grace_bench.run.evaluated import (
+    RelatedRequests,
+    UneditedModel,
+    distinct,
+    evaluated_requests,
+    prompts_to_ask,
+    reachable,
+    thinned,
+    with_answers,
+)
 from grace_bench.run.observer import RunObserver
 from grace_bench.run.position import Position, Step, reached_together, walk
 from grace_bench.run.randomness import load_random_state, random_state
@@ -71,9 +80,12 @@ class RunLoop:
         self.rescorer = Rescorer(strategy)
         strategy.score_requests = self.rescorer.score
         self.recorder = EvaluationRecorder(strategy.evaluator)
-        self._answers: dict[str, str | int] | None = None
+        self._unedited: UneditedModel | None = None
+        self._related: RelatedRequests | None = None
         self._judged: dict[int, ItemScore] = {}
-        self._batches = reached_together(benchmark.data.edits, schedule.edits_at_once)
+        self._batches = reached_together(
+            benchmark.data.edits, schedule.edits_at_once, by_step=schedule.eval_every == "step"
+        )
         self._backlog = Backlog(
             strategy=strategy,
             rescorer=self.rescorer,
@@ -81,6 +93,7 @@ class RunLoop:
             candidates=benchmark.data.edits,
             meter=self.meter,
             requests_of=lambda queued: [request for requests in self._streams(queued).values() for request in requests],
+            related_to=lambda request: {} if self._related is None else self._related.of(request),
         )
 
     def run(self) -> None:
@@ -99,7 +112,7 @@ class RunLoop:
         Yields:
             The index of the next candidate.
         """
-        if self._answers is None:
+        if self._unedited is None:
             self._ask_unedited()
         for step in walk(self.schedule, self.position):
             if step is Step.TAKE_CANDIDATE:
@@ -159,7 +172,7 @@ class RunLoop:
             "scores": self.rescorer.state_dict(),
             "engine": self.strategy.model.engine.state_dict(),
             "before": dict(self.before),
-            "answers": None if self._answers is None else dict(self._answers),
+            "answers": None if self._unedited is None else self._unedited.state_dict(),
             "tracebacks": self.tracebacks.state_dict(),
             "metrics": {
                 metric.registered_name: copied(metric.state_dict())
@@ -183,7 +196,7 @@ class RunLoop:
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["answers"] is not None:
-            self._take_answers(state["answers"])
+            self._take_answers(UneditedModel.from_state(state["answers"]))
         self.tracebacks.load_state_dict(state["tracebacks"])
         if self.strategy.evaluator is not None:
             for metric in self.strategy.evaluator.metrics:
@@ -194,15 +207,24 @@ class RunLoop:
         """Collects the unedited model's answers, which are the targets of some requests."""
         if self.strategy.n_edits:
             raise RuntimeError("a run begins with an editor that has made no edit")
-        prompts, seconds = prompts_to_ask(self.benchmark.data), self.meter.eval_seconds
+        model, candidates = self.strategy.model, reachable(self.benchmark.data, self.schedule)
+        prompts, seconds = prompts_to_ask(self.benchmark.data, candidates), self.meter.eval_seconds
+        n_asked = len(prompts)
         with self.meter.scoring():
-            answers = self.strategy.model.ask(prompts, progress=self.progress)
-        self._take_answers(dict(zip(prompts, answers, strict=True)))
-        self.observer.asked(len(prompts), seconds=self.meter.eval_seconds - seconds)
+            answers = model.ask(prompts, progress=self.progress)
+            unedited = UneditedModel(dict(zip(prompts, answers, strict=True)))
+            if model.task.compares_with_unedited:
+                probes = distinct(unedited.probes_of(candidates, "locality"))
+                n_asked += len(probes)
+                unedited.learn(probes, model.task.unedited(model, probes, progress=self.progress))
+        self._take_answers(unedited)
+        self.observer.asked(n_asked, seconds=self.meter.eval_seconds - seconds)
 
-    def _take_answers(self, answers: Mapping[str, str | int]) -> None:
-        self._answers = dict(answers)
-        self.benchmark = with_answers(self.benchmark, answers)
+    def _take_answers(self, unedited: UneditedModel) -> None:
+        self._unedited = unedited
+        self.benchmark = with_answers(self.benchmark, unedited.answers)
+        if self.schedule.score_after == "all":
+            self._related = RelatedRequests(self.benchmark.data, unedited)
 
     def _take_candidates(self, index: int) -> None:
         """Takes the next candidate, or for an editor of batches all that are reached together."""
@@ -300,8 +322,8 @@ class RunLoop:
         with self.meter.scoring():
             return scorer.score(together)[0]
 
-    def _record(self, candidate: PendingCandidate, after: ItemScore | None) -> None:
-        """Writes the record of a candidate; `after` is its score right after its edit."""
+    def _record(self, candidate: PendingCandidate, after: ScoredAfter) -> None:
+        """Writes the record of a candidate; `after` was scored right after its edit."""
         request, outcome = self.benchmark.data.edits[candidate.index], candidate.outcome
         if outcome is not None:
             self.meter.edit_times.append(candidate.seconds)
@@ -310,8 +332,8 @@ class RunLoop:
             self.tracebacks.add(outcome, request_id=request.id, n_edits=candidate.n_edits)
             if self.strict and outcome.failed is not None and self.stopped is None:
                 self.stopped = visible(f"edit {candidate.n_edits} (request '{request.id}') failed: {outcome.failed}")
-        named = self.strategy.model.task.named(request.target)
-        self.strategy.observe_candidate(request, edit_record(candidate, after, request=request, target=named))
+        record = edit_record(candidate, after, request=request, task=self.strategy.model.task)
+        self.strategy.observe_candidate(request, record, scored_after=after)
 
     def _carry_out(self, queued: QueuedEvaluation) -> None:
         """Scores every evaluation stream."""
@@ -325,7 +347,7 @@ class RunLoop:
         self.observer.evaluated(streams, seconds=self.meter.eval_seconds - seconds)
 
     def _streams(self, queued: QueuedEvaluation) -> dict[str, Sequence[EditRequest]]:
-        assert self._answers is not None
+        assert self._unedited is not None
         return evaluated_requests(
-            self.benchmark.data, edited=queued.edited, superseded=queued.superseded, answers=self._answers
+            self.benchmark.data, edited=queued.edited, superseded=queued.superseded, unedited=self._unedited
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +27,7 @@ from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.zoo import resolve_model
 from grace_bench.registry import STREAMS
 from grace_bench.run.randomness import seed_everything
-from grace_bench.run.settings import RunSettings
+from grace_bench.run.settings import RunSettings, Schedule
 
 _ANSWER_TOKENS = 16
 """Maximum number of tokens of a free answer, where no target says how long answers are."""
@@ -105,6 +106,9 @@ def open_benchmark(
         query=settings.query,
         prefix_length=settings.prefix_length,
         normalise=settings.normalise or source.normalise,
+        main_score=settings.main_score,
+        locality_score=settings.locality_score,
+        scores=settings.scores,
         batch_size=1 if settings.engine == "plain" else settings.batch_size,
         batch_tokens=settings.batch_tokens,
         max_input_tokens=source.max_input_tokens,
@@ -183,6 +187,22 @@ def check_fit(model: EditableModel, benchmark: EditBenchmark) -> None:
         model.task.check_reading(model, first)
         model.layer_call(model.encode_batch([first.prompt], [first.target]))
     model.check_targets(_requests_with_targets(benchmark))
+
+
+def check_steps(benchmark: EditBenchmark, schedule: Schedule) -> None:
+    """Makes sure that a run which evaluates after every time step takes the steps one after another.
+
+    Raises:
+        UserError: If the stream has no time steps, or requests of different steps are mixed.
+    """
+    if schedule.eval_every != "step":
+        return
+    steps = [request.step for request in benchmark.data.edits]
+    if None in steps:
+        raise UserError(f"eval_every=step: stream '{benchmark.name}' has requests without a time step")
+    changes = sum(one != other for one, other in pairwise(steps))
+    if changes >= len(set(steps)):
+        raise UserError("eval_every=step: requests of different time steps are mixed: order=stream keeps their order")
 
 
 def check_subjects(strategy: EditorStrategy, benchmark: EditBenchmark) -> None:

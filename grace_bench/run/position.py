@@ -75,6 +75,13 @@ class Position:
         for i in kept:
             self._add(i)
 
+    def is_due(self, schedule: Schedule) -> bool:
+        """Returns whether the schedule wants an evaluation before the next candidate."""
+        if schedule.eval_every != "step":
+            return schedule.is_due(self.n_edits)
+        at, candidates = self.index, self._candidates
+        return at == 0 or (at < len(candidates) and candidates[at].step != candidates[at - 1].step)
+
     def is_at_the_end(self, schedule: Schedule) -> bool:
         """Returns whether the stream is exhausted or the run has made all its edits."""
         return schedule.is_full(self.n_edits) or self.index >= len(self._candidates)
@@ -105,16 +112,23 @@ class Position:
         self.edited.append(index)
 
 
-def reached_together(candidates: Sequence[EditRequest], most: int) -> list[range]:
+def reached_together(candidates: Sequence[EditRequest], most: int, *, by_step: bool = False) -> list[range]:
     """Returns the indices of the candidates in batches of at most `most`; only a larger group makes a larger batch.
 
     The members of a group follow each other, and are never separated.
+
+    Args:
+        candidates: The candidates, in the order of the run.
+        most: The largest batch.
+        by_step: Whether a batch ends where a time step ends.
     """
     batches: list[range] = []
     first = 0
     while first < len(candidates):
         end = _end_of_group(candidates, first)
         while end < len(candidates) and _end_of_group(candidates, end) - first <= most:
+            if by_step and candidates[end].step != candidates[end - 1].step:
+                break
             end = _end_of_group(candidates, end)
         batches.append(range(first, end))
         first = end
@@ -137,7 +151,7 @@ def walk(schedule: Schedule, position: Position) -> Iterator[Step]:
         position: The current position. The caller advances it by each step before requesting the next.
     """
     while True:
-        if schedule.is_due(position.n_edits):
+        if position.is_due(schedule):
             yield Step.EVALUATE
         if not position.is_at_the_end(schedule):
             yield Step.TAKE_CANDIDATE

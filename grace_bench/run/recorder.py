@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from grace_bench.common.scores import ITEM_SCORES
 from grace_bench.data.avalanche import BaseLogger, EvaluationPlugin, MetricValue
 from grace_bench.data.derived import edit_id
 from grace_bench.editing.strategy import EditorStrategy
@@ -38,7 +39,7 @@ class EvaluationRecorder(BaseLogger):
 
     def after_eval_exp(self, strategy: EditorStrategy, metric_values: list[MetricValue]) -> None:
         """Collects the predictions on one stream."""
-        stream = strategy.experience.origin_stream.name
+        stream, no_scores = strategy.experience.origin_stream.name, dict.fromkeys(ITEM_SCORES)
         for request, item in zip(strategy.experience.requests, strategy.scores, strict=True):
             edit = edit_id(request)
             self._predictions.append(
@@ -51,6 +52,9 @@ class EvaluationRecorder(BaseLogger):
                     "entry": item.entry,
                     "distance": item.distance,
                     "text": item.text,
+                    "n_tokens": item.n_tokens,
+                    **no_scores,
+                    **strategy.model.task.columns(item, stream=stream),
                 }
             )
 

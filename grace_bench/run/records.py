@@ -2,23 +2,24 @@
 
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditOutcome
-from grace_bench.models.tasks.base import ItemScore
+from grace_bench.models.tasks.base import Task
 from grace_bench.results.schema import LONGEST_TEXT, EditRecord
-from grace_bench.run.backlog import PendingCandidate
+from grace_bench.run.backlog import PendingCandidate, ScoredAfter
 
 
 def edit_record(
-    candidate: PendingCandidate, after: ItemScore | None, *, request: EditRequest, target: str
+    candidate: PendingCandidate, scored_after: ScoredAfter, *, request: EditRequest, task: Task
 ) -> EditRecord:
     """Returns the record of a candidate.
 
     Args:
         candidate: The candidate, its edit finished.
-        after: Its score right after its edit; None if it was not edited.
+        scored_after: What was scored right after its edit; empty if it was not edited.
         request: Its request.
-        target: The wanted answer, or its label's name.
+        task: The task that scored it.
     """
     outcome, before = candidate.outcome or EditOutcome(), candidate.before
+    after = next(iter(scored_after.get("edited", ())), None)
     return EditRecord(
         index=candidate.index,
         id=request.id,
@@ -26,11 +27,12 @@ def edit_record(
         edited=after is not None,
         n_edits=candidate.n_edits,
         prompt=_cut(request.prompt),
-        target=_cut(target),
+        target=_cut(task.named(request.target)),
         before_text=before.text,
         after_text=None if after is None else after.text,
         score_before=before.score,
         score_after=None if after is None else after.score,
+        scores_after={} if after is None else {**task.columns(after, stream="edited")},
         loss=outcome.loss,
         steps=outcome.steps,
         seconds=candidate.seconds,

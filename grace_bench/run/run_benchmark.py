@@ -17,7 +17,7 @@ from grace_bench.run.description import environment_of, identity_of, plan_of, re
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.run.loop import RunLoop
-from grace_bench.run.opening import check_fit, check_subjects, open_benchmark, own_threads, prepare_editor
+from grace_bench.run.opening import check_fit, check_steps, check_subjects, open_benchmark, own_threads, prepare_editor
 from grace_bench.run.resumable import ResumableRun
 from grace_bench.run.settings import RunSettings
 from grace_bench.run.tracebacks import Tracebacks
@@ -95,6 +95,7 @@ def run_benchmark(
         progress=progress,
     ) as opened:
         check_fit(opened.model, opened.benchmark)
+        check_steps(opened.benchmark, settings.schedule)
         if say is not None:
             for line in opened.answerability.lines():
                 say(line)

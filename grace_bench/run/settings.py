@@ -1,9 +1,11 @@
 """The settings of a run beside its stream, model and editor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from grace_bench.common.options import check_choice, check_whole
+from grace_bench.common.scores import Stop
 from grace_bench.data.stream import Normalise, Order
 from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tokens import SpecialTokens, TargetSpace, TextFormat
@@ -23,7 +25,10 @@ class Schedule:
             edited. Editors that declare `edits_together` edit them as one batch, after which `n_edits` has grown by
             as many as were edited.
         max_edits: Stop at exactly this many edits; None for the whole stream.
-        eval_every: Evaluate after every this many edits, and at the start and the end.
+        eval_every: Evaluate after every this many edits, or after every time `step` of the stream; and at the start and
+            the end.
+        score_after: What is scored right after each edit: its `target`, or `all` for its holdout requests, locality and
+            portability probes too.
         max_upstream: Score at most this many upstream requests, spread evenly over the stream; None for all.
 
     Raises:
@@ -33,30 +38,35 @@ class Schedule:
     edit: EditedRequests = "errors"
     edits_at_once: int = 1
     max_edits: int | None = None
-    eval_every: int = 50
+    eval_every: int | Literal["step"] = 50
+    score_after: Literal["target", "all"] = "target"
     max_upstream: int | None = 500
 
     def __post_init__(self) -> None:
         check_choice("edit", self.edit, get_args(EditedRequests))
         check_whole("edits_at_once", self.edits_at_once, least=1)
-        check_whole("eval_every", self.eval_every, least=1)
+        check_choice("score_after", self.score_after, ("target", "all"))
+        if self.eval_every != "step":
+            check_whole("eval_every", self.eval_every, least=1)
         for name in ("max_edits", "max_upstream"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), least=1)
 
     def is_due(self, n_edits: int, *, since: int | None = None) -> bool:
-        """Returns whether an evaluation is due after `n_edits` edits.
+        """Returns whether an evaluation is due after `n_edits` edits; with `step`, `Position.is_due` knows.
 
         Args:
             n_edits: The number of edits.
             since: The number before the batch that was just edited; None if it was a single request.
         """
+        if self.eval_every == "step":
+            return False
         is_passed = since is not None and n_edits // self.eval_every > since // self.eval_every
         return is_passed or n_edits % self.eval_every == 0
 
     def changed(self) -> dict[str, Any]:
         """Returns the fields without those that are younger than checkpoints and have their default."""
-        young = {"edit": "errors", "edits_at_once": 1}
+        young = {"edit": "errors", "edits_at_once": 1, "score_after": "target"}
         return {name: value for name, value in vars(self).items() if young.get(name, ...) != value}
 
     def is_full(self, n_edits: int) -> bool:
@@ -77,6 +87,10 @@ class RunSettings:
         prefix_length: Tokens of running text that are read but not scored.
         normalise: How answers are normalised before they are compared: `squad` or `strict`; None for the stream's
             default.
+        main_score: The score that ranks the results; None for the task's own.
+        locality_score: The main score of locality probes; None for the same.
+        stop: Where a free answer ends: at a `newline`, or at the first full stop of a `sentence` too.
+        scores: The scores of the panel to compute; None for all but fluency.
         chat: Whether prompts go through the tokenizer's chat template.
         chat_system: The system message of the chat; None for none.
         target_space: The space between a prompt and its target: `auto`, `always` or `never`.
@@ -100,6 +114,10 @@ class RunSettings:
     query: str = "prefix"
     prefix_length: int = 8
     normalise: Normalise | None = None
+    main_score: str | None = None
+    locality_score: str | None = None
+    stop: Stop = "newline"
+    scores: Sequence[str] | None = None
     chat: bool = False
     chat_system: str | None = None
     target_space: TargetSpace = "auto"
@@ -125,4 +143,5 @@ class RunSettings:
             system=self.chat_system,
             target_space=self.target_space,
             special_tokens=self.special_tokens,
+            stop=self.stop,
         )

@@ -494,7 +494,7 @@ def test_a_broken_result_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"eval_every":50', '"eval_every":"often"'))
     with pytest.raises(UserError) as caught:
         Leaderboard.read([tmp_path])
-    assert str(caught.value).startswith(f"{path}: field 'protocol.eval_every'")
+    assert str(caught.value).startswith(f"{path}: field 'protocol.eval_every")
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ edit: errors
 edits_at_once: 1
 max_edits: null
 eval_every: 50
+score_after: target
+scores: null
 max_upstream: 500
 batch_size: 64
 batch_tokens: 16384
@@ -124,6 +126,9 @@ protocol:
   query: prefix
   prefix_length: 8
   normalise: null
+  main_score: null
+  locality_score: null
+  stop: newline
   special_tokens: text
 out: runs
 existing: reuse

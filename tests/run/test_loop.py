@@ -915,8 +915,10 @@ def test_the_unedited_model_is_asked_each_question_once_before_the_first_edit(
     run, task = _neighbours(make_model, max_edits=1)
     run.run()
     assert run.strategy.n_edits == 1
-    assert len(task.asked) == len(_QUESTIONS), "each once, those of candidates that are never reached too"
-    assert set(task.asked) == {(0, prompt) for prompt in _QUESTIONS}
+    # A locality probe with a target is asked too, to be compared with later.
+    questions = {*_QUESTIONS, "the river is"}
+    assert len(task.asked) == len(questions), "each once, those of candidates that are never reached too"
+    assert set(task.asked) == {(0, prompt) for prompt in questions}
 
 
 def test_locality_is_measured_against_the_answers_of_the_model_before_any_edit(

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 _SWEEP = ("TRR", "ERR", "Holdout", "n_keys")
 
 
-def draw_sweep(paths: Sequence[Path], out: Path) -> list[Path]:
+def draw_sweep(paths: Sequence[Path], out: Path, *, score: str | None = None) -> list[Path]:
     """Draws scores by deferral radius and edited block, a figure for each stream and model (the paper's Figure 4).
 
     Args:
         paths: Run folders of `grace`, or folders that contain some; runs of other editors are skipped.
         out: Receives the figures.
+        score: The score of the panel by which the runs are drawn; None for their main scores.
 
     Returns:
         The files.
@@ -31,7 +32,7 @@ def draw_sweep(paths: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         UserError: If there are no runs with several radii or layers, or the runs differ in other settings too.
     """
-    groups = [group for group in read_groups(paths) if len(_sweep_runs(group.table)) > 1]
+    groups = [group for group in read_groups(paths, score=score) if len(_sweep_runs(group.table)) > 1]
     if not groups:
         raise UserError(
             "no runs of grace among those given differ in editor.eps_init or layer alone: a sweep makes some, as in "

@@ -17,11 +17,13 @@ from grace_bench.analysis.figures.drawing import (
     save,
     styled,
 )
-from grace_bench.analysis.leaderboard import Leaderboard, Row, Table
+from grace_bench.analysis.leaderboard import Leaderboard, Table
+from grace_bench.common.scores import score_info
 from grace_bench.results.curves import Point, mean_curve, series_of
 from grace_bench.results.metric_info import MetricInfo, Metrics
 from grace_bench.results.reading import RESULT_FILE, find_result_files, read_evaluations, read_result
-from grace_bench.results.schema import Evaluation, Protocol
+from grace_bench.results.rescored import all_rescored, rescored_evaluation
+from grace_bench.results.schema import Evaluation, Protocol, RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,38 +49,53 @@ class Group:
     evaluations: tuple[tuple[Sequence[Evaluation], ...], ...]
 
 
-def draw_curves(paths: Sequence[Path], out: Path) -> list[Path]:
+def draw_curves(paths: Sequence[Path], out: Path, *, score: str | None = None) -> list[Path]:
     """Draws the scores over a stream of edits, a figure for each stream and model (Hartvigsen et al. 2023, Figure 3).
 
     Args:
         paths: Run folders, or folders that contain some.
         out: Receives the figures.
+        score: The score of the panel by which the runs are drawn; None for their main scores.
 
     Returns:
         The files.
 
     Raises:
-        UserError: If there is no finished run.
+        UserError: If there is no finished run, or none with that score.
     """
-    return draw_each(read_groups(paths), out, "curves", curves_figure)
+    return draw_each(read_groups(paths, score=score), out, "curves", curves_figure)
 
 
-def read_groups(paths: Sequence[Path]) -> list[Group]:
+def read_groups(paths: Sequence[Path], *, score: str | None = None) -> list[Group]:
     """Reads runs, grouped as leaderboards group them: by stream and model, one protocol each.
 
+    Args:
+        paths: Run folders, or folders that contain some.
+        score: As in `Leaderboard`.
+
     Raises:
-        UserError: If there is no finished run, or a file of one is broken.
+        UserError: If there is no finished run, a file of one is broken, or no run has that score.
     """
-    files = find_result_files(paths)
-    results = [read_result(file) for file in files]
-    folders = {id(result): file.parent for result, file in zip(results, files, strict=True)}
+    found = [(result := read_result(file), (file, result.protocol)) for file in find_result_files(paths)]
+    runs, left_out = all_rescored(found, score)
+    own = {id(result): of for result, of in runs}
 
-    def evaluations(row: Row) -> tuple[Sequence[Evaluation], ...]:
-        return tuple(read_evaluations(folders[id(result)] / "metrics.jsonl") for result in row.results)
+    def evaluations(result: RunResult) -> Sequence[Evaluation]:
+        file, protocol = own[id(result)]
+        return [rescored_evaluation(line, protocol, score) for line in read_evaluations(file.parent / "metrics.jsonl")]
 
-    board = Leaderboard(results, folders=[file.parent if file.name == RESULT_FILE else None for file in files])
+    board = Leaderboard(
+        [result for result, _ in runs],
+        folders=[file.parent if file.name == RESULT_FILE else None for _, (file, _) in runs],
+        score=score,
+        left_out=left_out,
+    )
     return [
-        Group(table=table, metrics=board.metrics, evaluations=tuple(evaluations(row) for row in table.rows))
+        Group(
+            table=table,
+            metrics=board.metrics,
+            evaluations=tuple(tuple(map(evaluations, row.results)) for row in table.rows),
+        )
         for table in board.tables
     ]
 
@@ -176,15 +193,15 @@ def name_values(axes: "Axes", info: MetricInfo, protocol: Protocol) -> None:
         axes.yaxis.set_major_locator(_counts())
     elif not info.is_main_score:
         return
-    elif protocol.main_score == "perplexity":
+    elif score_info(protocol.main_score).is_perplexity:
         drawn = [float(value) for line in axes.lines for value in np.asarray(line.get_ydata(), dtype=float)]
         if drawn and max(drawn) > _WIDE * min(drawn) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
-        axes.set_ylabel("perplexity, lower is better")
+        axes.set_ylabel(f"{protocol.main_score}, lower is better")
     else:
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(-0.03, max(1.03, 1.05 * axes.dataLim.ymax))
         axes.set_ylabel(protocol.main_score)
 
 

@@ -18,12 +18,14 @@ from torch.nn import functional
 
 from grace_bench.common.options import check_choice, check_whole
 from grace_bench.common.progress import Progress
-from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.common.scores import ScoreInfo, check_scores, score_info
+from grace_bench.data.requests import DerivedRequest, EditRequest, TaskName, Unedited
 from grace_bench.data.stream import Normalise
 from grace_bench.errors import UserError
 from grace_bench.models.calls import QueryState
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, check_texts, least
 from grace_bench.models.network import Network, agree
+from grace_bench.models.tasks.token_scores import perplexity_outliers, perplexity_weighted
 from grace_bench.models.tokens import PromptTokenizer, TextFormat
 
 Row = TypeVar("Row")
@@ -40,10 +42,10 @@ class ItemScore:
     """The model's answer to one request, with its scores.
 
     Attributes:
-        score: The task's main score.
+        score: The main score; NaN if the item lacks it.
         text: The answer as text; empty for language modelling.
         correct: Whether the answer counts as right; None in tasks where every candidate is an error.
-        others: The task's other scores by name.
+        others: Its other scores by name, those that it lacks left out.
         n_tokens: Number of scored tokens, for the token-weighted perplexity.
         entry: The codebook entry that answered, -1 for none; None without a codebook or with an empty one.
         distance: Distance of the query to the nearest entry.
@@ -117,6 +119,9 @@ class Task(ABC):
         max_target_tokens: Targets, end token included, and the answers accepted beside them are cut to this length.
         label_names: The names of the label ids, for display; classification only.
         format: How prompts and targets are written as tokens.
+        main_score: The score that ranks the results; None for the task's own.
+        locality_score: The main score of locality probes; None for `main_score`.
+        scores: The scores to compute besides the main ones; None for all that need no long generation.
 
     Raises:
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
@@ -127,12 +132,15 @@ class Task(ABC):
     """The transformers class that loads a model for this task."""
     model_kind: ClassVar[str]
     """The kind of model that this class loads, with its article."""
-    main_score: ClassVar[str]
-    higher_is_better: ClassVar[bool] = True
-    other_scores: ClassVar[tuple[str, ...]] = ()
-    generates: ClassVar[bool] = False
+    main_score: str
+    """The score that ranks the results; the class has the task's own."""
+    panel: ClassVar[tuple[str, ...]]
+    """All scores that the task can compute."""
+    generates: bool = False
     """Whether answers are generated token by token, each of which reads all weights once per batch."""
-    carried_scores: ClassVar[tuple[str, ...]] = ()
+    carried_scores: ClassVar[frozenset[str]] = frozenset(
+        ("contrast", "agreement", "token_agreement", "gold", "fluency")
+    )
     """Scores that exist only for requests with the fields that they need."""
     takes_chat: ClassVar[bool] = False
     """Whether prompts are questions, which can be put into a chat."""
@@ -150,6 +158,9 @@ class Task(ABC):
         max_target_tokens: int | None = None,
         label_names: Sequence[str] = (),
         format: TextFormat | None = None,
+        main_score: str | None = None,
+        locality_score: str | None = None,
+        scores: Sequence[str] | None = None,
     ) -> None:
         check_choice("protocol.query", query, ("prefix", "last_token"))
         check_choice("protocol.normalise", normalise, get_args(Normalise))
@@ -169,8 +180,29 @@ class Task(ABC):
         self.format = format or TextFormat()
         if self.format.chat and not self.takes_chat:
             raise UserError(f"chat=true is for qa and completion, not for {self.name}")
+        check_scores("scores", scores)
+        named = (("protocol.main_score", main_score), ("protocol.locality_score", locality_score))
+        for option, name in (*named, *(("scores", name) for name in scores or ())):
+            if name is not None and name not in self.panel:
+                raise UserError(f"{option}={name}: {self.name} has no such score (it has {', '.join(self.panel)})")
+        if main_score is not None and score_info(main_score).only_for_locality:
+            raise UserError(f"protocol.main_score={main_score} exists only for locality: see protocol.locality_score")
+        self.main_score = main_score or type(self).main_score
+        self.locality_score = locality_score or self.main_score
+        default = (name for name in self.panel if not score_info(name).is_optional)
+        self.scores = frozenset((*(default if scores is None else scores), self.main_score, self.locality_score))
         self._tokens: PromptTokenizer | None = None
         self._counts: dict[tuple[str, bool], int] = {}
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of the main score."""
+        return score_info(self.main_score).higher_is_better
+
+    @property
+    def compares_with_unedited(self) -> bool:
+        """Whether a score of locality probes needs the unedited model."""
+        return not self.scores.isdisjoint(("agreement", "token_agreement"))
 
     # What each task defines.
 
@@ -355,17 +387,83 @@ class Task(ABC):
         has_name = isinstance(target, int) and target < len(self.label_names)
         return self.label_names[int(target)] if has_name else str(target)
 
-    def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
-        """Returns the mean of the main score under "" and of every other score under its name, leaving out NaN.
+    @torch.no_grad()
+    def unedited(
+        self, model: Network, requests: Sequence[DerivedRequest], *, progress: Progress | None = None
+    ) -> list[Unedited]:
+        """Returns what the model, before its first edit, says to locality probes whose targets are known.
 
-        A score that no item has is absent. If there are items whose main score is NaN, `n_nan` is their number.
+        Args:
+            model: The model.
+            requests: The probes.
+            progress: Called after every batch.
         """
-        means = {"": mean(item.score for item in items)}
-        means |= {name: mean(item.others[name] for item in items) for name in self.other_scores}
-        for name in self.carried_scores:
-            carried = [item.others[name] for item in items if name in item.others]
-            means |= {name: mean(carried)} if carried else {}
-        n_nan = sum(math.isnan(item.score) for item in items)
+        results: dict[int, Unedited] = {}
+        for chunk in self.batches([self.size(model, r.prompt, (r.target, r.reference)) for r in requests]):
+            results.update(zip(chunk, self.unedited_batch(model, [requests[i] for i in chunk]), strict=True))
+            if progress is not None:
+                progress("locality of the unedited model", len(results), len(requests))
+        return [results[i] for i in range(len(requests))]
+
+    def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:
+        """Does what `unedited` does, for probes of similar length."""
+        return [Unedited() for _ in requests]
+
+    def main_of(self, stream: str) -> str:
+        """Returns the main score of an evaluation stream."""
+        return self.locality_score if stream == "locality" else self.main_score
+
+    def item(self, request: EditRequest, scores: Mapping[str, float], **fields: Any) -> ItemScore:
+        """Returns the scores of an item with the one that ranks it apart.
+
+        Args:
+            request: The request.
+            scores: Its scores by the names of their columns (`ScoreInfo.column`).
+            fields: The other fields of `ItemScore`.
+        """
+        is_locality = isinstance(request, DerivedRequest) and request.is_locality
+        main = score_info(self.locality_score if is_locality else self.main_score).column
+        others = {name: value for name, value in scores.items() if name != main}
+        return ItemScore(score=scores.get(main, math.nan), others=others, **fields)
+
+    def columns(self, item: ItemScore, *, stream: str) -> dict[str, float]:
+        """Returns all scores of an item of an evaluation stream by column; the main one is NaN if the item lacks it."""
+        return {**item.others, score_info(self.main_of(stream)).column: item.score}
+
+    def aggregate(self, items: Sequence[ItemScore], *, stream: str = "") -> dict[str, float]:
+        """Returns the main score of items under "", and every other score that some of them have under its name.
+
+        Scores that are NaN are left out. If there are items whose main score is NaN because the model's numbers are
+        not finite, `n_nan` is their number.
+
+        Args:
+            items: The items of one stream.
+            stream: The evaluation stream, if it has a main score of its own.
+        """
+        main = self.main_of(stream)
+        found = [(item, self.columns(item, stream=stream)) for item in items]
+
+        def pooled(info: ScoreInfo) -> float:
+            known = [
+                (item, value) for item, scores in found if not math.isnan(value := scores.get(info.column, math.nan))
+            ]
+            values = [value for _, value in known]
+            if info.pooling == "tokens":
+                return perplexity_weighted(values, [item.n_tokens for item, _ in known])
+            if info.pooling == "outliers":
+                return perplexity_outliers(values)
+            if info.name == "token_accuracy" and info.name != main:
+                # Runs so far computed it in float32.
+                values = [torch.tensor(value, dtype=torch.float32).item() for value in values]
+            return mean(values)
+
+        means = {"": pooled(score_info(main))}
+        for name in self.panel:
+            info = score_info(name)
+            is_there = name not in self.carried_scores or any(info.column in scores for _, scores in found)
+            if name != main and name in self.scores and is_there:
+                means[name] = pooled(info)
+        n_nan = 0 if main in self.carried_scores else sum(math.isnan(item.score) for item in items)
         if n_nan:
             means["n_nan"] = float(n_nan)
         return means

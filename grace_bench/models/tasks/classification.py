@@ -21,6 +21,7 @@ class Classification(Task):
     auto_class = "AutoModelForSequenceClassification"
     model_kind = "a classifier"
     main_score = "accuracy"
+    panel = ("accuracy",)
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102
         if is_language_model(model):

@@ -8,18 +8,20 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from grace_bench.data.requests import EditRequest
+from grace_bench.data.requests import DerivedRequest, EditRequest, Unedited
 from grace_bench.errors import UserError, reason_of
 from grace_bench.models import encoding
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, least
 from grace_bench.models.network import Network
 from grace_bench.models.tasks.base import Answerability, ItemScore, Task, check_causal, notes_of, token_losses
-from grace_bench.models.tasks.text_scores import exact_match, reference_f1, token_f1
+from grace_bench.models.tasks.continuing import fluencies, generated_rows, labelled_tokens, predicted_tokens
+from grace_bench.models.tasks.text_scores import agreement, contains, exact_match, reference_f1, token_f1
+from grace_bench.models.tasks.token_scores import contrast, token_accuracy, token_agreement
 from grace_bench.models.tokens import PromptTokenizer
 
 _LINES = "more than one line"
+_SENTENCES = "more than one sentence"
 _SPECIAL = "the text of a special token"
 _CHARACTERS = "characters that the tokenizer cannot give back"
 _ENDLESS = "the tokenizer has no end token"
@@ -45,8 +47,18 @@ class GenerationTask(Task):
 
     main_score = "f1"
     generates = True
-    other_scores = ("exact_match", "token_accuracy", "reference_f1")
-    carried_scores = ("contrast",)
+    panel = (
+        "f1",
+        "exact_match",
+        "contains",
+        "token_accuracy",
+        "reference_f1",
+        "contrast",
+        "agreement",
+        "token_agreement",
+        "gold",
+        "fluency",
+    )
     takes_chat = True
     _generation_side: ClassVar[PaddingSide]
 
@@ -58,29 +70,99 @@ class GenerationTask(Task):
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
         generated = self._generate(model, prompts)
         forced = self.encode(model, prompts, targets)
-        accuracies = self.by_length(model, forced, partial(_token_accuracies, model))
-        contrasts = self._contrasts(model, requests)
-        items = []
-        for i, (accepted_here, (text, ids, note)) in enumerate(
-            zip(self._accepted(model, requests), generated, strict=True)
+        panels: list[dict[str, float]] = []
+        accepted_answers = self._accepted(model, requests)
+        for i, (request, accepted, (text, ids, _)) in enumerate(
+            zip(requests, accepted_answers, generated, strict=True)
         ):
-            accepted = accepted_here.texts
-            match = exact_match(text, accepted, normalise=self.normalise)
-            items.append(
-                ItemScore(
-                    score=token_f1(text, accepted, normalise=self.normalise),
-                    text=text,
-                    correct=match == 1.0,
-                    others={
-                        "exact_match": match,
-                        "token_accuracy": accuracies[i],
-                        "reference_f1": reference_f1(ids, forced.target_ids[i]),
-                        **contrasts[i],
-                    },
-                    **note,
-                )
-            )
-        return items
+            panels.append(self._of_text(request, text, accepted.texts))
+            panels[-1]["reference_f1"] = reference_f1(ids, forced.target_ids[i])
+        for others in (
+            self._token_scores(model, requests, forced),
+            self._contrasts(model, requests) if "contrast" in self.scores else (),
+            fluencies(self, model, prompts) if "fluency" in self.scores else (),
+        ):
+            for panel, more in zip(panels, others, strict=False):
+                panel |= more
+        return [
+            self.item(request, self._ordered(panel), text=text, correct=panel["exact_match"] == 1.0, **note)
+            for request, panel, (text, _, note) in zip(requests, panels, generated, strict=True)
+        ]
+
+    def _of_text(self, request: EditRequest, text: str, accepted: Sequence[str]) -> dict[str, float]:
+        """The scores of a free answer."""
+        how: dict[str, Any] = {"normalise": self.normalise}
+        scores = {
+            "f1": token_f1(text, accepted, **how),
+            "exact_match": exact_match(text, accepted, **how),
+            "contains": contains(text, accepted, **how),
+        }
+        if isinstance(request, DerivedRequest) and request.is_locality:
+            if request.unedited is not None and request.unedited.text is not None:
+                scores["agreement"] = agreement(text, request.unedited.text, **how)
+            gold = request.gold if request.target_from_model else accepted
+            if gold:
+                scores["gold"] = exact_match(text, gold, **how)
+        return scores
+
+    def _ordered(self, panel: Mapping[str, float]) -> dict[str, float]:
+        """The scores that the run asks for, in the order of the panel."""
+        return {name: panel[name] for name in self.panel if name in panel and name in self.scores}
+
+    def _token_scores(
+        self, model: Network, requests: Sequence[EditRequest], forced: EncodedBatch
+    ) -> list[dict[str, float]]:
+        """Token accuracy along the targets, and along reference answers the agreement with the unedited model."""
+        scores: list[dict[str, float]] = [{} for _ in requests]
+        along = {
+            i: request
+            for i, request in enumerate(requests)
+            if isinstance(request, DerivedRequest) and request.unedited and request.unedited.tokens is not None
+        }
+        predicted: dict[int, Sequence[int]] = {}
+        if "token_accuracy" in self.scores or any(
+            request.reference == str(request.target) for request in along.values()
+        ):
+            rows = self.by_length(model, forced, partial(_predicted_and_wanted, model))
+            for i, (given, wanted) in enumerate(rows):
+                scores[i]["token_accuracy"] = token_accuracy(given, wanted)
+                predicted[i] = given
+        for i, tokens in self._along_references(model, along, predicted).items():
+            unedited = along[i].unedited
+            assert unedited is not None
+            assert unedited.tokens is not None
+            scores[i]["token_agreement"] = token_agreement(tokens, unedited.tokens)
+        return scores
+
+    def _along_references(
+        self, model: Network, along: Mapping[int, DerivedRequest], predicted: Mapping[int, Sequence[int]]
+    ) -> dict[int, Sequence[int]]:
+        """The predicted tokens along reference answers; those along the target are known."""
+        known = {i: predicted[i] for i, request in along.items() if request.reference == str(request.target)}
+        others = {i: request for i, request in along.items() if i not in known}
+        if not others:
+            return known
+        prompts, answers = zip(*((request.prompt, request.reference) for request in others.values()), strict=True)
+        rows = self.by_length(model, self.encode(model, prompts, answers), partial(_predicted_and_wanted, model))
+        return known | {i: given for i, (given, _) in zip(others, rows, strict=True)}
+
+    def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:  # noqa: D102
+        texts = self._unedited_texts(model, requests) if "agreement" in self.scores else [None for _ in requests]
+        tokens: list[tuple[int, ...] | None] = [None for _ in requests]
+        if "token_agreement" in self.scores:
+            prompts, answers = [request.prompt for request in requests], [request.reference for request in requests]
+            rows = self.by_length(model, self.encode(model, prompts, answers), partial(_predicted_and_wanted, model))
+            tokens = [tuple(given) for given, _ in rows]
+        return [Unedited(text=text, tokens=along) for text, along in zip(texts, tokens, strict=True)]
+
+    def _unedited_texts(self, model: Network, requests: Sequence[DerivedRequest]) -> list[str | None]:
+        """Free answers; where they are the targets they were given already."""
+        texts: list[str | None] = [str(r.target) if r.target_from_model else None for r in requests]
+        asked = [i for i, request in enumerate(requests) if not request.target_from_model]
+        if asked:
+            for i, answer in zip(asked, self.answers(model, [requests[i].prompt for i in asked]), strict=True):
+                texts[i] = str(answer)
+        return texts
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:  # noqa: D102
         room = least(self._count(model, prompt, is_prompt=True) + self.max_new_tokens, model.max_length) or 1
@@ -139,7 +221,9 @@ class GenerationTask(Task):
         given = content[: self.max_new_tokens]
         if tokens.has_line_break(given):
             return _LINES
-        if tokens.stops_in(given):
+        if tokens.has_full_stop_inside(given):
+            return _SENTENCES
+        if tokens.ends_in(given):
             return _SPECIAL
         if len(content) > self.max_new_tokens:
             return f"longer than max_new_tokens={self.max_new_tokens}"
@@ -164,7 +248,7 @@ class GenerationTask(Task):
             prompts = [requests[i].prompt for i in carrying]
             first, second = (self._losses(model, prompts, [pairs[i][side] for i in carrying]) for side in (0, 1))
             for i, likelier, less_likely in zip(carrying, first, second, strict=True):
-                scores[i] = {"contrast": float(likelier < less_likely)}
+                scores[i] = {"contrast": contrast(likelier, less_likely)}
         return scores
 
     @torch.no_grad()
@@ -190,25 +274,15 @@ class GenerationTask(Task):
         return self.by_length(model, batch, partial(self._generate_batch, model), generates=True)
 
     def _generate_batch(self, model: Network, batch: EncodedBatch) -> list[tuple[str, list[int], dict[str, Any]]]:
-        inputs = model.generation_inputs(batch)
         tokens = self.tokens(model)
-        with model.querying(batch.query), model.greedy():
-            output = model.module.generate(  # type: ignore[operator]
-                **inputs,
-                max_new_tokens=least(self.max_new_tokens, self._room(model, inputs)),
-                eos_token_id=tokens.stop_ids,
-                pad_token_id=tokens.pad_id,
-            )
-        answers = map(tokens.answer, output[:, self._n_given(inputs) :].tolist())
-        return [(*answer, note) for answer, note in zip(answers, notes_of(model.last_state, len(batch)), strict=True)]
+        longest = least(self.max_new_tokens, self._room(model, batch))
+        rows = generated_rows(self, model, batch, max_new_tokens=longest, stops=tokens.stop_ids)
+        notes = notes_of(model.last_state, len(batch))
+        return [(*tokens.answer(row), note) for row, note in zip(rows, notes, strict=True)]
 
     @abstractmethod
-    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
-        """Returns how many tokens the model can write after its inputs; None without a limit."""
-
-    @abstractmethod
-    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
-        """Returns how many tokens at the start of a generated row were given."""
+    def _room(self, model: Network, batch: EncodedBatch) -> int | None:
+        """Returns how many tokens the model can write after a batch of prompts; None without a limit."""
 
 
 class QuestionAnswering(GenerationTask):
@@ -240,11 +314,8 @@ class QuestionAnswering(GenerationTask):
             query_in_decoder=model.layer_in_decoder,
         )
 
-    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
+    def _room(self, model: Network, batch: EncodedBatch) -> int | None:
         return model.max_target_length
-
-    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
-        return 1
 
     def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         tokens = self.tokens(model)
@@ -285,11 +356,8 @@ class Completion(GenerationTask):
             max_target_length=self.max_target_tokens,
         )
 
-    def _room(self, model: Network, inputs: Mapping[str, Tensor]) -> int | None:
-        return None if model.max_length is None else max(1, model.max_length - self._n_given(inputs))
-
-    def _n_given(self, inputs: Mapping[str, Tensor]) -> int:
-        return inputs["input_ids"].shape[1]
+    def _room(self, model: Network, batch: EncodedBatch) -> int | None:
+        return None if model.max_length is None else max(1, model.max_length - batch.inputs["input_ids"].shape[1])
 
     def _target_ids(self, model: Network, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         tokens = self.tokens(model)
@@ -298,13 +366,10 @@ class Completion(GenerationTask):
 
 
 @torch.no_grad()
-def _token_accuracies(model: Network, encoded: EncodedBatch) -> list[float]:
-    """The share of each row's target tokens, without the end token, that are the most likely ones."""
+def _predicted_and_wanted(model: Network, encoded: EncodedBatch) -> list[tuple[list[int], list[int]]]:
+    """The most likely tokens at the positions of each row's target, without the end token, and the target's own."""
     logits, batch = model.labelled_logits(encoded)
-    assert batch.content is not None
-    hits = (logits.argmax(dim=-1) == batch.labels) & batch.content
-    accuracies: list[float] = (hits.sum(dim=1) / batch.content.sum(dim=1)).tolist()
-    return accuracies
+    return [*zip(predicted_tokens(logits, batch), labelled_tokens(batch), strict=True)]
 
 
 def _mean_losses(model: Network, encoded: EncodedBatch) -> list[float]:

@@ -1,15 +1,15 @@
 """Language modelling: sentences that follow a text, or running text."""
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
-from grace_bench.data.requests import EditRequest
+from grace_bench.data.requests import DerivedRequest, EditRequest, Unedited
 from grace_bench.models import encoding
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide
 from grace_bench.models.network import Network
-from grace_bench.models.tasks.base import ItemScore, Task, check_causal, mean, notes_of, token_losses
-
-_OUTLIER = 1000.0
+from grace_bench.models.tasks.base import ItemScore, Task, check_causal, notes_of, token_losses
+from grace_bench.models.tasks.continuing import fluencies, predicted_tokens
+from grace_bench.models.tasks.token_scores import perplexity, token_agreement
 
 
 class LanguageModelling(Task):
@@ -22,7 +22,11 @@ class LanguageModelling(Task):
     auto_class = "AutoModelForCausalLM"
     model_kind = "a causal language model"
     main_score = "perplexity"
-    higher_is_better = False
+    panel = ("perplexity", "perplexity_weighted", "perplexity_outliers", "token_agreement", "fluency")
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.generates = "fluency" in self.scores
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102
         # A transformers model has a configuration and can generate if it is causal; other modules cannot be checked.
@@ -52,28 +56,36 @@ class LanguageModelling(Task):
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
 
-        def run(encoded: EncodedBatch) -> list[ItemScore]:
+        def run(encoded: EncodedBatch) -> list[tuple[float, int, list[int], dict[str, Any]]]:
             logits, batch = model.labelled_logits(encoded)
             assert batch.labels is not None
             counts = (batch.labels != IGNORED).sum(dim=1)
             totals = token_losses(logits, batch).double().sum(dim=1)
             notes = notes_of(model.last_state, len(batch))
-            return [
-                ItemScore(score=math.exp(min(total / count, 700.0)) if count else math.nan, n_tokens=count, **note)
-                for total, count, note in zip(totals.tolist(), counts.tolist(), notes, strict=True)
-            ]
+            return [*zip(totals.tolist(), counts.tolist(), predicted_tokens(logits, batch), notes, strict=True)]
 
-        return self.by_length(model, self.encode(model, prompts, targets), run)
+        rows = self.by_length(model, self.encode(model, prompts, targets), run)
+        fluent = fluencies(self, model, prompts) if "fluency" in self.scores else [{} for _ in requests]
+        return [
+            self.item(
+                request,
+                {"perplexity": perplexity(total, count), **self._agreement(request, tokens), **more},
+                n_tokens=count,
+                **note,
+            )
+            for request, (total, count, tokens, note), more in zip(requests, rows, fluent, strict=True)
+        ]
 
-    def aggregate(self, items: Sequence[ItemScore]) -> dict[str, float]:
-        """Adds `perplexity_weighted`, the perplexity of all tokens together, and `perplexity_outliers`.
+    def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:  # noqa: D102
+        def run(encoded: EncodedBatch) -> list[list[int]]:
+            return predicted_tokens(*model.labelled_logits(encoded))
 
-        The latter is the share of texts whose perplexity is above 1,000.
-        """
-        means = super().aggregate(items)
-        finite = [item for item in items if not math.isnan(item.score)]
-        n_tokens = sum(item.n_tokens for item in finite)
-        nll = sum(math.log(item.score) * item.n_tokens for item in finite)
-        means["perplexity_weighted"] = math.exp(nll / n_tokens) if n_tokens else math.nan
-        means["perplexity_outliers"] = mean(float(item.score > _OUTLIER) for item in finite)
-        return means
+        prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
+        rows = self.by_length(model, self.encode(model, prompts, targets), run)
+        return [Unedited(tokens=tuple(tokens)) for tokens in rows]
+
+    def _agreement(self, request: EditRequest, tokens: Sequence[int]) -> dict[str, float]:
+        unedited = getattr(request, "unedited", None)
+        if unedited is None or unedited.tokens is None:
+            return {}
+        return {"token_agreement": token_agreement(tokens, unedited.tokens)}

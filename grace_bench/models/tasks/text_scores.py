@@ -86,6 +86,34 @@ def exact_match(answer: str, accepted: Iterable[str], *, normalise: Normalise = 
     return float(any(given == normalised(text) for text in accepted))
 
 
+def contains(answer: str, accepted: Iterable[str], *, normalise: Normalise = "squad") -> float:
+    """Returns 1.0 if the normalised answer contains one of the accepted ones, else 0.0 (Mallen et al. 2023).
+
+    Under `strict` it must contain all words of it in a row, so that "15" does not contain "5".
+
+    >>> contains("It is the euro, since 1999", ["Euro"]), contains("15 towns", ["5"])
+    (1.0, 1.0)
+    >>> contains("15 towns", ["5"], normalise="strict")
+    0.0
+    """
+    if normalise == "strict":
+        given = _words(answer, normalise)
+        return float(any(_is_part(_words(text, normalise), given) for text in accepted))
+    given_text = normalize_answer(answer)
+    wanted = map(normalize_answer, accepted)
+    # An empty text is in every other one.
+    return float(any(text in given_text if text else not given_text for text in wanted))
+
+
+def agreement(answer: str, unedited: str, *, normalise: Normalise = "squad") -> float:
+    """Returns 1.0 if the normalised answer is the unedited model's, else 0.0.
+
+    >>> agreement("The euro.", "euro"), agreement("franc", "euro")
+    (1.0, 0.0)
+    """
+    return exact_match(answer, [unedited], normalise=normalise)
+
+
 def token_f1(answer: str, accepted: Iterable[str], *, normalise: Normalise = "squad") -> float:
     """Returns the best F1 between the bags of words of the answer and of an accepted one (SQuAD).
 
@@ -129,6 +157,13 @@ def _pieces(word: str, *, keep_punctuation: bool) -> Iterator[str]:
             piece, is_character = piece + character, begins
     if piece:
         yield piece
+
+
+def _is_part(words: Sequence[str], of: Sequence[str]) -> bool:
+    """Whether words stand in a row among others; an empty text is part of an empty one alone."""
+    if not words:
+        return not of
+    return any(list(of[i : i + len(words)]) == list(words) for i in range(len(of) - len(words) + 1))
 
 
 def _canonical(text: str) -> str:

@@ -143,8 +143,10 @@ class WandbLogger(RunLogger):
             records = read_edits(self._folder / "edits.jsonl").values()
             for age, score in err_by_age(self._folder, int(result.metrics["n_edits"] or 0)):
                 run.log({"age": age, "ERR_by_age": score})
-            rows = [list(record.model_dump(mode="json").values()) for record in records]
-            run.log({"edits": wandb.Table(columns=list(EditRecord.model_fields), data=rows)})
+            # A table takes no dictionaries; the other scores after an edit are in the run folder.
+            columns = [name for name in EditRecord.model_fields if name != "scores_after"]
+            rows = [[*record.model_dump(mode="json", include={*columns}).values()] for record in records]
+            run.log({"edits": wandb.Table(columns=columns, data=rows)})
             run.summary.update({f"final/{name}": value for name, value in result.metrics.items()})
             run.summary.update({f"cost/{name}": value for name, value in result.cost.model_dump().items()})
             artifact = wandb.Artifact(f"{result.stream.name}-{result.editor.name}-s{result.seed}", type="run")

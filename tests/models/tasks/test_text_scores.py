@@ -290,7 +290,13 @@ def test_reference_f1_is_symmetric_and_the_closed_form_of_precision_and_recall(
 
 
 def answered(score: float, token_accuracy: float = 1.0) -> ItemScore:
-    others = {"exact_match": float(score == 1.0), "token_accuracy": token_accuracy, "reference_f1": score / 2}
+    match = float(score == 1.0)
+    others = {
+        "exact_match": match,
+        "contains": match,
+        "token_accuracy": token_accuracy,
+        "reference_f1": score / 2,
+    }
     return ItemScore(score=score, others=others)
 
 
@@ -305,7 +311,9 @@ def language_modelling() -> Task:
 
 def test_every_score_is_averaged_under_its_own_name() -> None:
     means = get_task("qa").aggregate([answered(1.0), answered(0.5), answered(0.0, token_accuracy=0.25)])
-    assert means == pytest.approx({"": 0.5, "exact_match": 1 / 3, "token_accuracy": 0.75, "reference_f1": 0.25})
+    assert means == pytest.approx(
+        {"": 0.5, "exact_match": 1 / 3, "contains": 1 / 3, "token_accuracy": 0.75, "reference_f1": 0.25}
+    )
 
 
 def test_an_item_that_lacks_one_of_the_other_scores_is_left_out_of_that_mean_alone() -> None:
