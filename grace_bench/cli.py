@@ -226,7 +226,8 @@ def _run_help() -> str:
             "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
             "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
             "tuned=FOLDER takes your own, as sweep=tune writes them.",
-            f"paper=NAME applies a published setting: {papers}.",
+            f"paper=NAME applies a published setting: {papers}; n_edits=1,10,100 under it sweeps max_edits.",
+            "preset=auto takes what was published for editor and model (grace-bench list presets), as some papers do.",
             f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
             "hydra/launcher=ray, submitit_slurm or submitit_local runs a sweep on other machines or processes.",
         ]

@@ -164,12 +164,10 @@ def _register_configs(overrides: Sequence[str]) -> None:
                     raise
                 continue
             store.store(group=group, name=name, node=node, provider="grace-bench")
-            if registry is EDITORS:
-                for paper in _choices("paper"):
-                    node = preset_node(name, paper)
-                    store.store(
-                        group=GROUP, name=f"auto_{paper}_{name}", node=node, package="_global_", provider="grace-bench"
-                    )
+    for paper in _names_of("paper", given) or ["none"]:
+        for editor in _names_of("editor", given) or [default_component("editor")]:
+            node = preset_node(editor, paper)
+            store.store(group=GROUP, name=f"auto_{paper}_{editor}", node=node, package="_global_")
 
 
 def _choices(group: str) -> list[str]:

@@ -142,9 +142,7 @@ def test_help_names_every_paper(capsys: pytest.CaptureFixture[str]) -> None:
 # --- protocols of causal models --------------------------------------------------------------------------------------
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="no slices of public data sets beside the repository"
-)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no slices of public data sets beside the repository")
 
 ALL_AT_THE_END = {"edit": "all", "score_after": "target"}
 PROTOCOLS: dict[tuple[str, str], dict[str, Any]] = {
