@@ -103,8 +103,9 @@ def _rescored(
 ) -> dict[str, float | None]:
     found = dict(metrics)
     for info in infos:
-        if info.is_main_score:
-            found[info.name] = _value(metrics, protocol, info, score)
+        value = _value(metrics, protocol, info, score)
+        if info.is_main_score and (value is not None or info.name in found):
+            found[info.name] = value
     for info in infos:
         if info.averages and score_info(score).higher_is_better:
             parts = [found.get(name) for name in info.averages]
