@@ -15,6 +15,7 @@ from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
 from grace_bench.launch.model_presets import ANY_MODEL, choose, presets
 from grace_bench.launch.run_config import RunConfig, hash_config
+from grace_bench.launch.sweep import composed_runs
 from grace_bench.models.architecture import ModelShape, corresponding, number_of
 from grace_bench.registry import EDITORS
 
@@ -203,6 +204,31 @@ def test_without_paper_or_preset_nothing_is_taken(folder: MakeFolder) -> None:
     assert hash_config(plain.plain()) == hash_config(compose([*given, "preset=none"]).plain())
     assert "preset" not in plain.plain()
     assert "preset" not in composed("editor=grace", f"model={folder(QWEN)}").plain()
+
+
+def test_each_run_of_a_sweep_takes_the_preset_of_its_editor_and_model(
+    folder: MakeFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ",".join((folder(GPT_J, "gptj"), folder(SMOLLM, "smollm")))
+    given = ["paper=locft", "stream.path=x", "editor=ft,grace", f"model={models}", "seed=0,1"]
+    runs = [run.config for run in composed_runs([given], "sweep")]
+    layers = {(run.editor.name, str(run.model).rpartition("/")[2], run.layer) for run in runs if run is not None}
+    assert len(runs) == 8
+    assert layers == {
+        ("ft", "gptj", "transformer.h.21.mlp.fc_out"),
+        ("ft", "smollm", "model.layers.22.mlp.down_proj"),
+        ("grace", "gptj", "transformer.h.25.mlp.fc_out"),
+        ("grace", "smollm", "model.layers.29.mlp.down_proj"),
+    }
+    assert len(capsys.readouterr().err.splitlines()) == 2, "one line for all seeds"
+
+
+def test_ones_own_tuned_settings_win_over_a_preset(folder: MakeFolder, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "zsre"
+    own.mkdir(parents=True)
+    (own / "grace.yaml").write_text("editor:\n  lr: 0.125\ntuning_budget: mine\n", encoding="utf-8")
+    run = compose(["paper=wise", "stream.path=x", "editor=grace", f"model={folder(QWEN)}", f"tuned={own.parent}"])
+    assert (run.editor.settings["lr"], run.editor.settings["n_iter"], run.tuning_budget) == (0.125, 50, "mine")
 
 
 def test_a_model_of_which_no_configuration_is_at_hand_keeps_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
