@@ -151,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
-    list_ = commands.add_parser("list", help="list editors, streams, models and metrics")
-    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics"])
+    list_ = commands.add_parser("list", help="list editors, streams, models and metrics, or presets")
+    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics", "presets"])
     list_.set_defaults(command=_list)
 
     show = commands.add_parser("show", help="one request of a run: before its edit, after it, and at the end")
@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.add_argument("--score", metavar="NAME", help=_SCORE_HELP)
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
+    board.add_argument("--published", metavar="PAPER", help="beside the paper's own numbers, which are not ranked")
     board.set_defaults(command=_leaderboard)
 
     report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
@@ -225,7 +226,8 @@ def _run_help() -> str:
             "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
             "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
             "tuned=FOLDER takes your own, as sweep=tune writes them.",
-            f"paper=NAME applies a published setting: {papers}.",
+            f"paper=NAME applies a published setting: {papers}; n_edits=1,10,100 under it sweeps max_edits.",
+            "preset=auto takes what was published for editor and model (grace-bench list presets), as some papers do.",
             f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
             "hydra/launcher=ray, submitit_slurm or submitit_local runs a sweep on other machines or processes.",
         ]
@@ -273,6 +275,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.kind == "presets":
+        return _list_presets()
     from rich.markup import escape
     from rich.table import Table
 
@@ -304,6 +308,18 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _list_presets() -> int:
+    from rich.text import Text
+
+    from grace_bench.common.terminal import table_console
+    from grace_bench.launch.model_presets import preset_lines
+
+    console = table_console()
+    for line in preset_lines():
+        console.print(Text(line), soft_wrap=True)
+    return 0
+
+
 def _show(options: argparse.Namespace) -> int:
     from grace_bench.analysis.show import show_request
 
@@ -314,8 +330,14 @@ def _show(options: argparse.Namespace) -> int:
 def _leaderboard(options: argparse.Namespace) -> int:
     from grace_bench.analysis.leaderboard import Leaderboard, print_leaderboard
 
+    if options.published is not None and options.compare is not None:
+        raise UserError("--published stands under the tables of a leaderboard, not under --compare")
     leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream", score=options.score)
-    if options.compare is None:
+    if options.published is not None:
+        from grace_bench.analysis.published import print_with_published
+
+        print_with_published(leaderboard, options.published, options.format)
+    elif options.compare is None:
         print_leaderboard(leaderboard, options.format)
     else:
         from grace_bench.analysis.compare import compare_editors, print_comparisons

@@ -45,7 +45,8 @@ class Average(EditMetric):
     def after_eval_exp(self, strategy: EditorStrategy) -> None:
         """Stores the main score of the stream."""
         if strategy.scores and strategy.model.task.higher_is_better:
-            self._means[strategy.experience.origin_stream.name] = strategy.model.task.aggregate(strategy.scores)[""]
+            means = strategy.model.task.aggregate(strategy.scores)
+            self._means |= {strategy.experience.origin_stream.name: means[""]} if "" in means else {}
 
     def after_eval(self, strategy: EditorStrategy) -> MetricValue | None:
         """Emits the mean if every part is known."""

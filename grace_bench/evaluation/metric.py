@@ -115,7 +115,7 @@ class StreamMetric(EditMetric):
 
     @staticmethod
     def measure(items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:
-        """Returns values by suffix, with the metric's own under "".
+        """Returns values by suffix, with the metric's own under ""; without that if no item has the score.
 
         Args:
             items: The scored items of the stream, at least one.
@@ -132,7 +132,7 @@ class StreamMetric(EditMetric):
         if strategy.experience.origin_stream.name != self.stream or not strategy.scores:
             return None
         values = self.values(strategy.scores, strategy.model.task)
-        self._last = values[""]
+        self._last = values.get("")
         return [self.value(strategy, value, suffix) for suffix, value in values.items()]
 
     def result(self) -> float | None:  # noqa: D102

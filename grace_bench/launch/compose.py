@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from hydra_zen.errors import HydraZenException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grace_bench.common.text import on_one_line
 from grace_bench.common.wandb_account import check_project
 from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.launch.model_presets import GROUP, KEY, fill_in, preset_node
 from grace_bench.launch.presets import register_presets
 from grace_bench.launch.run_config import SHORT, RunConfig, default_options
 from grace_bench.launch.typed import quote_plain_text, refuse_several, texts_of
@@ -25,6 +28,12 @@ from grace_bench.registry import EDITORS, STREAMS, Registry
 
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, OverflowError, RecursionError)
 """What Hydra and the libraries beneath it raise for overrides that are no settings."""
+
+N_EDITS = "n_edits"
+"""How papers name `max_edits`; several values are a sweep by themselves."""
+_NEVER = 1_000_000_000
+# The last edit is evaluated in any case.
+OmegaConf.register_new_resolver("at_the_end", lambda n_edits: _NEVER if n_edits is None else n_edits, replace=True)
 
 _GIVEN_BY_THE_RUN = ("model", "plugins", "evaluator")
 _COMPONENTS: tuple[tuple[str, Registry[Any]], ...] = (("stream", STREAMS), ("editor", EDITORS))
@@ -43,19 +52,27 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     overrides = prepare_overrides(overrides)
     try:
         with hydra.initialize_config_module(config_module="grace_bench.launch.conf", version_base="1.3"):
-            return resolved(hydra.compose("run", overrides))
+            return resolved(hydra.compose("run", overrides), note=note)
     except NOT_COMPOSED as error:
         raise UserError(one_line(error)) from error
 
 
-def resolved(config: DictConfig) -> RunConfig:
+def resolved(config: DictConfig, *, note: Callable[[str], None] | None = None) -> RunConfig:
     """Returns what Hydra composed as a frozen, checked configuration.
+
+    Args:
+        config: What Hydra composed; the values of its preset are added to it.
+        note: Takes a line on what was published for another model than the run's.
 
     Raises:
         UserError: If an option has a value that it cannot have.
         OmegaConfBaseException: If a reference leads nowhere.
     """
+    said = fill_in(config)
+    if said is not None and note is not None:
+        note(said)
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain.pop(KEY, None)
     run_config = RunConfig.from_plain(plain)
     # Not for a run that is read from its folder: W&B only shows it.
     check_project("wandb.project", run_config.wandb.project)
@@ -76,6 +93,8 @@ def prepare_overrides(overrides: Sequence[str]) -> list[str]:
 def _written_out(override: str) -> str:
     """An override with the full name of an option that was typed by its short one."""
     name, _, value = override.partition("=")
+    if name == N_EDITS:
+        return f"max_edits={value}"
     return f"{SHORT[name]}={value}" if name in SHORT and not value.startswith("{") else override
 
 
@@ -99,6 +118,11 @@ def default_component(group: str) -> str:
     """Returns the stream or editor of a run that names none, from the defaults in `conf/run.yaml`."""
     (name,) = (entry[group] for entry in OmegaConf.load(CONFIG_FOLDER / "run.yaml").defaults if group in entry)
     return str(name)
+
+
+def note(text: str) -> None:
+    """Prints a line on standard error about a setting that nobody typed."""
+    print(f"grace-bench: {on_one_line(text)}", file=sys.stderr)
 
 
 def one_line(error: Exception) -> str:
@@ -140,6 +164,15 @@ def _register_configs(overrides: Sequence[str]) -> None:
                     raise
                 continue
             store.store(group=group, name=name, node=node, provider="grace-bench")
+    for paper in _names_of("paper", given) or ["none"]:
+        for editor in _names_of("editor", given) or [default_component("editor")]:
+            node = preset_node(editor, paper)
+            store.store(group=GROUP, name=f"auto_{paper}_{editor}", node=node, package="_global_")
+
+
+def _choices(group: str) -> list[str]:
+    """The configuration files of a group, by name."""
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
 
 
 def _names_of(group: str, given: Mapping[str, str]) -> list[str]:
@@ -177,11 +210,13 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
     tuning budget of either only where nothing of them is set by hand.
     """
     given = given_options(overrides)
-    for group in ("paper", "tuned"):
-        known = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    for group in ("paper", "tuned", "preset"):
+        known = _choices(group)
         for name in _names_of(group, given):
             if name not in known:
                 raise UserError(f"no {group} {name!r}{did_you_mean(name, known)} (there are: {', '.join(known)})")
+    if N_EDITS in given:
+        _check_n_edits(given)
     models = [] if given.get("model", "null") == "null" else texts_of(given["model"])
     is_other_model = any(resolve_model(model).stream is None for model in models)
     added = ["tuned=none"] if is_other_model and "tuned" not in given else []
@@ -192,3 +227,11 @@ def _with_consequences(overrides: Sequence[str]) -> list[str]:
     if "tuning_budget" not in given and any(name == "layer" or name.startswith("editor.") for name in given):
         added.append("tuning_budget=null")
     return [*overrides, *added]
+
+
+def _check_n_edits(given: Mapping[str, str]) -> None:
+    value = given[N_EDITS]
+    if given.get("paper", "none") == "none":
+        raise UserError(f"{N_EDITS}={value} belongs to a paper, as paper=wise; type max_edits={value} without one")
+    if "max_edits" in given:
+        raise UserError(f"{N_EDITS}={value} and max_edits={given['max_edits']} say the same: give one of them")

@@ -12,13 +12,14 @@ from grace_bench.common.terminal import progress_bars, say
 from grace_bench.errors import UserError
 from grace_bench.launch import tuning
 from grace_bench.launch.arguments import run_arguments
-from grace_bench.launch.compose import compose, given_options, one_line
+from grace_bench.launch.compose import N_EDITS, compose, given_options, one_line
 from grace_bench.launch.meta_training import meta_train_if_needed
 from grace_bench.launch.plan import Forecast, plan_benchmark, print_forecast, print_sum
 from grace_bench.launch.run_config import RunConfig
 from grace_bench.launch.run_folder import run_or_reuse
 from grace_bench.launch.sweep import composed_runs, exit_code, preset_parts, run_sweep, sweep_name
 from grace_bench.launch.sweep_run import RunTask
+from grace_bench.launch.typed import texts_of
 from grace_bench.run.loggers.wandb import WandbLogger
 
 _TUNING = "tune"
@@ -108,7 +109,9 @@ def _is_sweep(overrides: Sequence[str]) -> tuple[bool, list[str]]:
     # Figure 4 of the paper is a sweep, and may be asked for like the paper's settings all the same.
     names = {"paper=figure4": "sweep=figure4"}
     kept = [names.get(override, override) for override in overrides if override not in flags]
-    return any(override in flags for override in overrides) or "sweep" in given_options(kept), kept
+    given = given_options(kept)
+    is_sweep = "sweep" in given or len(texts_of(given.get(N_EDITS, ""))) > 1
+    return is_sweep or any(override in flags for override in overrides), kept
 
 
 def _tuning_score(preset: str | None, overrides: Sequence[str]) -> tuple[str | None, Sequence[str]]:

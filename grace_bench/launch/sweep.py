@@ -27,6 +27,7 @@ from grace_bench.launch.compose import (
     CONFIG_FOLDER,
     NOT_COMPOSED,
     given_options,
+    note,
     one_line,
     prepare_overrides,
     resolved,
@@ -165,6 +166,13 @@ def _runs(multirun: DictConfig, loader: ConfigLoader) -> Iterable[SweepRun]:
     """Yields the runs that Hydra's own sweeper would launch for a multirun."""
     parser = OverridesParser.create(config_loader=loader)
     overrides = parser.parse_overrides(list(multirun.hydra.overrides.task))
+    noted: set[str] = set()
+
+    def told(text: str) -> None:
+        if text not in noted:
+            noted.add(text)
+            note(text)
+
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     for chosen in batch:
         composed = loader.load_sweep_config(multirun, chosen)
@@ -172,7 +180,7 @@ def _runs(multirun: DictConfig, loader: ConfigLoader) -> Iterable[SweepRun]:
             del composed["hydra"]
         sweep_run = SweepRun(chosen)
         try:
-            sweep_run.config = resolved(composed)
+            sweep_run.config = resolved(composed, note=told)
             sweep_run.folder = folder_of(sweep_run.config)
         except (UserError, OmegaConfBaseException) as error:
             sweep_run.outcome = Outcome.of_mistake(error)

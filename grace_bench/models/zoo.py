@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -132,6 +132,23 @@ class ModelSource:
             return weights, str(folder)
         return weights, str(self._download(self.tokenizer, None, _TOKENIZER_FILES))
 
+    def config_file(self) -> Path | None:
+        """Returns the path of config.json, downloaded if it is missing; None if the hub does not give it."""
+        folder = Path(self.path)
+        if folder.is_dir():
+            return folder / "config.json"
+        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(self.path, "config.json", revision=self.revision)
+            if isinstance(cached, str):
+                return Path(cached)
+            # Checked first, because a download hangs on a network that drops requests.
+            HfApi().model_info(self.path, revision=self.revision, timeout=_SECONDS_TO_REACH_THE_HUB)
+            return Path(hf_hub_download(self.path, "config.json", revision=self.revision))
+        except Exception:  # The hub's client raises errors of its HTTP library, which differ by release.
+            return None
+
     def content_hash(self) -> str | None:
         """Returns the SHA-256 of the names and contents of the files in a model's folder; None for a hub model."""
         folder = Path(self.path)
@@ -247,13 +264,18 @@ def default_layer(module: Any) -> str:
     depths = (getattr(config, key, None) for key in ("num_layers", "num_hidden_layers", "n_layer"))
     depth = next((value for value in depths if value is not None), None)
     model_type = getattr(config, "model_type", type(module).__name__)
-    layer = _LAYERS.get((model_type, depth))
+    layer = layer_by_size(model_type, depth)
     if layer is None:
         size = "" if depth is None else f" of {depth} layers"
         layers = last_projections(module)
         hint = f", for example layer={layers[len(layers) // 2]}" if layers else ""
         raise UserError(f"no layer is known for a {model_type}{size}: name one with layer={hint}")
     return layer
+
+
+def layer_by_size(model_type: str, depth: int | None) -> str | None:
+    """Returns the default layer of an architecture of that many blocks; None if none is known."""
+    return _LAYERS.get((model_type, depth))
 
 
 def mark_checkpoint(folder: Path, stream: str, layer: str | None = None) -> None:
@@ -279,15 +301,48 @@ def last_projections(module: Any) -> list[str]:
     Returns:
         Dotted paths; none for a model that cannot read a text by itself.
     """
+    return _last_of_blocks(_called_on_text(module))
+
+
+def _last_of_blocks(matrices: Mapping[str, Any]) -> list[str]:
+    """The last of some matrices in each block of the first numbered list of modules, small ones left out."""
     blocks: dict[str, dict[int, str]] = {}
     sizes: Counter[str] = Counter()
-    for path, part in _called_on_text(module).items():
+    for path, part in matrices.items():
         numbered = re.match(r"(.*?)\.(\d+)\.", path)
         if numbered is not None:
             blocks.setdefault(numbered[1], {})[int(numbered[2])] = path
             sizes[numbered[1]] += part.weight.numel()
     large = (found for name, found in blocks.items() if 2 * sizes[name] >= max(sizes.values()))
     return [path for _, path in sorted(next(large, {}).items())]
+
+
+def projections_by_config(folder: str) -> list[str]:
+    """Returns the last matrix of each block of the model in a folder, in order, without loading its weights.
+
+    They are as `last_projections` finds them, but by the order in which the model holds its modules.
+
+    Returns:
+        Dotted paths; none if transformers cannot make the model from its config.json alone.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            module = getattr(transformers, config.architectures[0])(config)
+        width = config.get_text_config().hidden_size
+    except Exception:  # What transformers raises for a configuration that it does not know is its own.
+        return []
+    matrices = {
+        path: part
+        for path, part in module.named_modules()
+        if (weight := getattr(part, "weight", None)) is not None
+        and weight.dim() == 2
+        and weight.shape[1 if isinstance(part, transformers.pytorch_utils.Conv1D) else 0] == width
+    }
+    return _last_of_blocks(matrices)
 
 
 def _called_on_text(module: Any) -> dict[str, Any]:

@@ -311,5 +311,5 @@ def test_a_full_stop_within_a_target_ends_its_free_answer_early_and_one_at_its_e
 
 
 def test_another_place_to_stop_is_refused() -> None:
-    with pytest.raises(UserError, match="protocol.stop"):
+    with pytest.raises(UserError, match=r"protocol\.stop"):
         TextFormat(stop="paragraph")  # type: ignore[arg-type]

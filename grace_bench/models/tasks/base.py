@@ -431,7 +431,9 @@ class Task(ABC):
         return {**item.others, score_info(self.main_of(stream)).column: item.score}
 
     def aggregate(self, items: Sequence[ItemScore], *, stream: str = "") -> dict[str, float]:
-        """Returns the main score of items under "", and every other score that some of them have under its name.
+        """Returns the main score of items under "", and every other score under its name.
+
+        Those that exist for some requests only (`carried_scores`) are absent if no item has them.
 
         Scores that are NaN are left out. If there are items whose main score is NaN because the model's numbers are
         not finite, `n_nan` is their number.
@@ -457,7 +459,8 @@ class Task(ABC):
                 values = [torch.tensor(value, dtype=torch.float32).item() for value in values]
             return mean(values)
 
-        means = {"": pooled(score_info(main))}
+        has_main = main not in self.carried_scores or any(not math.isnan(item.score) for item in items)
+        means = {"": pooled(score_info(main))} if has_main else {}
         for name in self.panel:
             info = score_info(name)
             is_there = name not in self.carried_scores or any(info.column in scores for _, scores in found)
@@ -498,9 +501,14 @@ def check_causal(task: Task, model: Network, request: EditRequest) -> None:
     Raises:
         UserError: If they differ: an encoder was loaded as a causal model, for one.
     """
-    if not request.prompt.strip():
+    prompt = request.prompt
+    alone, followed = (task.encode(model, [prompt], targets) for targets in (None, [request.target]))
+    while prompt.strip() and not torch.equal(alone.query, followed.query):
+        # A prompt that is cut to make room for the target is another prompt.
+        prompt = prompt[-(len(prompt) // 2) :] if len(prompt) > 1 else ""
+        alone, followed = (task.encode(model, [prompt], targets) for targets in (None, [request.target]))
+    if not prompt.strip():
         return
-    alone, followed = (task.encode(model, [request.prompt], targets) for targets in (None, [request.target]))
     with model.bypassing():
         own, other = (model.logits(batch)[0, batch.query[0]].float() for batch in (alone, followed))
     if not bool((own - other).isnan().any()) and not agree(other, own, model.dtype):

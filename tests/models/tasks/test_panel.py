@@ -283,6 +283,16 @@ def test_an_item_without_the_main_score_is_left_out_of_its_mean_and_is_no_nan_of
     assert math.isnan(items[0].score)
     assert means[""] == items[1].score
     assert "n_nan" not in means
+    assert "" not in model.task.aggregate(items[:1]), "a stream without the score has no value rather than NaN"
+
+
+def test_a_prompt_that_is_cut_for_its_target_is_no_sign_of_a_model_that_reads_ahead(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    model = make_model("language_modelling")
+    assert model.max_length is not None
+    long = "what is the capital of Peru " * model.max_length
+    model.task.check_reading(model, EditRequest(id="a", prompt=long, target="the river is the Sol of Peru"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,271 @@
+"""Presets published for models: which one a model gets, what it gets without one, and that what is typed wins."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from grace_bench.cli import main
+from grace_bench.errors import UserError
+from grace_bench.launch.compose import compose
+from grace_bench.launch.model_presets import ANY_MODEL, choose, presets
+from grace_bench.launch.run_config import RunConfig, hash_config
+from grace_bench.launch.sweep import composed_runs
+from grace_bench.models.architecture import ModelShape, corresponding, number_of
+from grace_bench.registry import EDITORS
+
+LLAMA_2: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+}
+LLAMA_3 = {**LLAMA_2, "intermediate_size": 14336, "max_position_embeddings": 8192}
+LLAMA_3_1 = {**LLAMA_3, "max_position_embeddings": 131072}
+MISTRAL = {**LLAMA_3, "model_type": "mistral", "max_position_embeddings": 32768}
+QWEN = {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584}
+GPT_J = {"model_type": "gptj", "n_layer": 28, "n_embd": 4096}
+GPT2_XL = {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600}
+SMOLLM = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576}
+
+MakeFolder = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> MakeFolder:
+    """Makes a model's folder that holds nothing but its config.json."""
+
+    def make(config: dict[str, Any], name: str = "model") -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return make
+
+
+def composed(*overrides: str) -> RunConfig:
+    return compose(["stream=zsre", "stream.path=x", "preset=auto", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("config", "editor", "layer"),
+    [
+        (LLAMA_2, "grace", "model.layers.27.mlp.down_proj"),
+        (LLAMA_3, "ft", "model.layers.21.mlp.down_proj"),
+        (LLAMA_3, "rome", "model.layers.5.mlp.down_proj"),
+        (MISTRAL, "ft", "model.layers.21.mlp.down_proj"),
+        (QWEN, "ft", "model.layers.27.mlp.down_proj"),
+        (QWEN, "grace", "model.layers.18.mlp.down_proj"),
+        (GPT_J, "grace", "transformer.h.25.mlp.fc_out"),
+        (GPT_J, "rome", "transformer.h.5.mlp.fc_out"),
+        (GPT2_XL, "rome", "transformer.h.17.mlp.c_proj"),
+        (GPT2_XL, "grace", "transformer.h.35.mlp.c_fc"),
+        # Editors whose settings name no layer act where the repository's other editors do.
+        (GPT_J, "defer", "transformer.h.25.mlp.fc_out"),
+        (QWEN, "lora", "model.layers.27.mlp.down_proj"),
+    ],
+)
+def test_a_model_is_recognised_by_its_size_and_edited_where_it_was_published(
+    config: dict[str, Any], editor: str, layer: str, folder: MakeFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = composed(f"editor={editor}", f"model={folder(config)}")
+    assert run.layer == layer
+    assert run.tuning_budget == "published"
+    assert capsys.readouterr().err == ""
+
+
+def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(folder: MakeFolder) -> None:
+    settings = composed("editor=grace", f"model={folder(QWEN)}").editor.settings
+    assert {name: settings[name] for name in ("n_iter", "eps_init", "lr", "replacement")} == {
+        "n_iter": 50,
+        "eps_init": 1.0,
+        "lr": 1.0,
+        "replacement": "replace_last",
+    }
+    settings = composed("editor=rome", f"model={folder(LLAMA_3)}").editor.settings
+    assert (settings["n_iter"], settings["weight_decay"], settings["kl_weight"]) == (25, 0.001, 0.0625)
+
+
+def test_an_editor_of_several_layers_gets_them_all(folder: MakeFolder) -> None:
+    run = composed("editor=mend", f"model={folder(GPT_J)}")
+    layers = [f"transformer.h.{number}.mlp.fc_out" for number in range(18, 27)]
+    assert (run.editor.settings["layers"], run.layer) == (layers, layers[-1])
+
+
+def test_models_that_differ_only_inside_their_blocks_or_in_length_are_told_apart(folder: MakeFolder) -> None:
+    budgets = [
+        composed("editor=lora", f"model={folder(config)}").editor.settings["n_iter"]
+        for config in (LLAMA_2, LLAMA_3, LLAMA_3_1)
+    ]
+    assert budgets == [70, 70, 50]
+    # GRACE's settings are there for Llama 2, not for Llama 3.
+    assert composed("editor=grace", f"model={folder(LLAMA_3)}").tuning_budget == "published for llama-2-7b"
+
+
+def test_the_papers_authors_come_before_others(folder: MakeFolder) -> None:
+    model = folder(GPT2_XL)
+    assert choose("ft", model, paper="wise").layer == "transformer.h.0.mlp.c_proj"
+    assert choose("ft", model, paper="alphaedit").layer == "transformer.h.1.mlp.c_proj"
+
+
+def test_a_model_without_a_preset_gets_the_layer_at_the_same_relative_depth_and_a_line(
+    folder: MakeFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = folder(SMOLLM, "smollm")
+    run = composed("editor=ft", f"model={model}")
+    # 21 of 28 blocks, in a model of the same type.
+    assert run.layer == "model.layers.22.mlp.down_proj"
+    assert run.tuning_budget == "published for llama-3.2-3b"
+    (line,) = capsys.readouterr().err.splitlines()
+    for text in ("ft", model, run.layer, "model.layers.21.mlp.down_proj", "llama-3.2-3b", "zjunlp/EasyEdit@"):
+        assert text in line
+
+
+def test_relative_depth_crosses_architectures() -> None:
+    llama = ModelShape(model_type="llama", n_layers=32, hidden_size=4096)
+    for n_layers, number in ((30, 25), (12, 10), (2, 1), (1, 0)):
+        gpt2 = ModelShape(model_type="gpt2", n_layers=n_layers, hidden_size=64)
+        found = corresponding("model.layers.27.mlp.down_proj", llama, gpt2)
+        assert found == f"transformer.h.{number}.mlp.c_proj"
+    gptj = ModelShape(model_type="gptj", n_layers=28, hidden_size=4096)
+    assert corresponding("model.layers.16.mlp.gate_proj", llama, gptj) == "transformer.h.14.mlp.fc_in"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("qwen2", {"num_key_value_heads": 2}),
+        ("mistral", {"num_key_value_heads": 2}),
+        ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}),
+        ("gpt2", {}),
+        ("gptj", {"rotary_dim": 4}),
+        ("gpt_neox", {}),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("falcon", {}),
+        ("phi", {}),
+        # No table names the layers of these.
+        ("mamba", {}),
+        ("mpt", {"n_heads": 4}),
+        ("lfm2", {"num_key_value_heads": 2, "full_attn_idxs": [1]}),
+    ],
+)
+@pytest.mark.parametrize("editor", ["grace", "none"])
+def test_the_layer_chosen_for_a_model_without_a_preset_is_one_that_it_has(
+    kind: str, settings: dict[str, Any], editor: str, folder: MakeFolder
+) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+    config: Any = transformers.AutoConfig.for_model(kind, **{**sizes, "intermediate_size": 64, **settings})
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(config)
+    content = {**config.to_dict(), "architectures": [type(module).__name__]}
+    run = composed(f"editor={editor}", f"model={folder(json.loads(json.dumps(content, default=str)))}")
+    assert run.layer is not None
+    assert run.layer in dict(module.named_modules())
+    assert 0 <= number_of(run.layer) < 3
+
+
+def test_a_model_whose_layers_are_unknown_is_one_line_that_asks_for_a_layer(folder: MakeFolder) -> None:
+    model = folder({"model_type": "unheard-of", "num_hidden_layers": 3, "hidden_size": 8})
+    with pytest.raises(UserError, match=r"no layer of a unheard-of is known .*name one with layer="):
+        composed("editor=ft", f"model={model}")
+    assert composed("editor=ft", f"model={model}", "layer=here").layer == "here"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_typed_wins_over_a_preset(order: int, folder: MakeFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["editor=grace", f"model={folder(QWEN)}", "layer=mine", "editor.lr=0.25"][::order]
+    run = composed(*given)
+    assert (run.layer, run.editor.settings["lr"], run.editor.settings["n_iter"]) == ("mine", 0.25, 50)
+    assert run.tuning_budget is None, "what is set by hand is no longer what was published"
+    off = composed(*given[:2] if order == 1 else given[2:], "preset=none")
+    assert (off.layer, off.editor.settings["n_iter"], off.tuning_budget) == (None, 100, None)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_line_is_about_a_layer_that_was_typed(folder: MakeFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    composed("editor=none", f"model={folder(GPT_J)}", "layer=mine")
+    assert capsys.readouterr().err == ""
+    composed("editor=ft", f"model={folder(SMOLLM)}", "layer=mine")
+    assert "layer=" not in capsys.readouterr().err
+
+
+def test_without_paper_or_preset_nothing_is_taken(folder: MakeFolder) -> None:
+    given = ["stream=zsre", "stream.path=x", "editor=grace", f"model={folder(QWEN)}"]
+    plain = compose(given)
+    assert (plain.layer, plain.editor.settings["n_iter"]) == (None, 100)
+    assert hash_config(plain.plain()) == hash_config(compose([*given, "preset=none"]).plain())
+    assert "preset" not in plain.plain()
+    assert "preset" not in composed("editor=grace", f"model={folder(QWEN)}").plain()
+
+
+def test_each_run_of_a_sweep_takes_the_preset_of_its_editor_and_model(
+    folder: MakeFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ",".join((folder(GPT_J, "gptj"), folder(SMOLLM, "smollm")))
+    given = ["paper=locft", "stream.path=x", "editor=ft,grace", f"model={models}", "seed=0,1"]
+    runs = [run.config for run in composed_runs([given], "sweep")]
+    layers = {(run.editor.name, str(run.model).rpartition("/")[2], run.layer) for run in runs if run is not None}
+    assert len(runs) == 8
+    assert layers == {
+        ("ft", "gptj", "transformer.h.21.mlp.fc_out"),
+        ("ft", "smollm", "model.layers.22.mlp.down_proj"),
+        ("grace", "gptj", "transformer.h.25.mlp.fc_out"),
+        ("grace", "smollm", "model.layers.29.mlp.down_proj"),
+    }
+    assert len(capsys.readouterr().err.splitlines()) == 2, "one line for all seeds"
+
+
+def test_ones_own_tuned_settings_win_over_a_preset(folder: MakeFolder, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "zsre"
+    own.mkdir(parents=True)
+    (own / "grace.yaml").write_text("editor:\n  lr: 0.125\ntuning_budget: mine\n", encoding="utf-8")
+    run = compose(["paper=wise", "stream.path=x", "editor=grace", f"model={folder(QWEN)}", f"tuned={own.parent}"])
+    assert (run.editor.settings["lr"], run.editor.settings["n_iter"], run.tuning_budget) == (0.125, 50, "mine")
+
+
+def test_a_model_of_which_no_configuration_is_at_hand_keeps_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = composed("editor=ft", "model=nobody/nothing")
+    assert (run.layer, run.editor.settings["lr"], run.tuning_budget) == (None, 0.01, None)
+
+
+def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "stream=toy", "preset=atuo"]) == 2
+    assert "no preset 'atuo'; did you mean 'auto'? (there are: auto, none)" in capsys.readouterr().err
+
+
+def test_every_entry_names_its_source_and_only_options_that_its_editor_has() -> None:
+    registered = EDITORS.entries()
+    for preset in presets():
+        repository, _, place = preset.source.partition("@")
+        assert repository.count("/") == 1
+        assert ":" in place
+        assert all(number_of(layer) >= 0 for layer in preset.layers)
+        if preset.editor in registered:
+            parameters = inspect.signature(EDITORS.get(preset.editor)).parameters
+            assert set(preset.options) <= set(parameters)
+        assert preset.model != ANY_MODEL or not preset.layers
+
+
+def test_list_presets_shows_editor_model_layers_and_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    def line(*texts: str) -> str:
+        return next(line for line in lines if all(text in line for text in texts))
+
+    shown = line("rome", "gpt2-xl", "transformer.h.17.mlp.c_proj", "kmeng01/memit@80426fd:hparams/ROME/gpt2-xl.json")
+    assert "no editor" not in shown
+    shown = line("memit", "llama-3-8b", "model.layers.{4,5,6,7,8}.mlp.down_proj", "jianghoucheng/AlphaEdit@")
+    assert "no editor 'memit' yet" in shown
+    assert line("norm_constraint=0.0005")
+    for preset in presets():
+        assert any(preset.source in line and preset.editor in line for line in lines)
