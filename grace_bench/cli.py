@@ -151,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
 
-    list_ = commands.add_parser("list", help="list editors, streams, models and metrics, or presets")
-    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics", "presets"])
+    list_ = commands.add_parser("list", help="list editors, streams, models, metrics and scores, or presets")
+    list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics", "scores", "presets"])
     list_.set_defaults(command=_list)
 
     show = commands.add_parser("show", help="one request of a run: before its edit, after it, and at the end")
@@ -280,20 +280,22 @@ def _list(options: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from grace_bench.common.scores import PANEL
     from grace_bench.common.terminal import table_console
     from grace_bench.models.zoo import known_models
     from grace_bench.registry import EDITORS, METRICS, STREAMS
 
     console = table_console()
     kinds = {"editors": EDITORS, "streams": STREAMS, "metrics": METRICS}
-    for kind in ("editors", "streams", "models", "metrics"):
+    fixed = {"models": known_models, "scores": lambda: {info.name: info.summary for info in PANEL}}
+    for kind in ("editors", "streams", "models", "metrics", "scores"):
         if options.kind not in (None, kind):
             continue
         if kind in kinds:
             kinds[kind].report_problems()
         rows = (
-            [(name, summary) for name, summary in known_models().items()]
-            if kind == "models"
+            [*fixed[kind]().items()]
+            if kind in fixed
             else [
                 (entry.name, entry.summary + ("" if entry.origin == "grace_bench" else f" [{entry.origin}]"))
                 for entry in kinds[kind].entries().values()

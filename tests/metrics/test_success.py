@@ -41,7 +41,7 @@ def candidate(index: int, score: float | None) -> Any:
         score_before=0.0,
         score_after=score,
     )
-    return SimpleNamespace(record=record, n_edits=index)
+    return SimpleNamespace(record=record, n_edits=index, scored_after={})
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1), st.just(math.nan)), max_size=30))
