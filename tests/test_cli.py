@@ -718,6 +718,7 @@ KINDS = {
     "streams": lambda: list(STREAMS.entries()),
     "models": lambda: list(known_models()),
     "metrics": lambda: list(METRICS.entries()),
+    "scores": lambda: [info.name for info in PANEL],
 }
 
 
