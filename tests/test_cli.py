@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import grace_bench.streams
 from grace_bench.cli import main
+from grace_bench.common.scores import PANEL
 from grace_bench.launch.compose import compose
 from grace_bench.launch.run_config import hash_config
 from grace_bench.launch.run_folder import folder_of, read_plain_config, write_config
