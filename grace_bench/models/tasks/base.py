@@ -139,9 +139,9 @@ class Task(ABC):
     generates: bool = False
     """Whether answers are generated token by token, each of which reads all weights once per batch."""
     carried_scores: ClassVar[frozenset[str]] = frozenset(
-        ("contrast", "agreement", "token_agreement", "gold", "fluency")
+        ("contains", "token_accuracy", "contrast", "agreement", "token_agreement", "gold", "fluency")
     )
-    """Scores that exist only for requests with the fields that they need."""
+    """Scores that exist only for requests with what they need, if only a target that says something."""
     takes_chat: ClassVar[bool] = False
     """Whether prompts are questions, which can be put into a chat."""
 

@@ -1,5 +1,6 @@
 """Tasks whose answers are generated freely and compared as text: question answering and completion."""
 
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +96,10 @@ class GenerationTask(Task):
         scores = {
             "f1": token_f1(text, accepted, **how),
             "exact_match": exact_match(text, accepted, **how),
-            "contains": contains(text, accepted, **how),
         }
+        # A model may have had nothing to say to a probe, which every other answer contains.
+        if any(answer.strip() for answer in accepted):
+            scores["contains"] = contains(text, accepted, **how)
         if isinstance(request, DerivedRequest) and request.is_locality:
             if request.unedited is not None and request.unedited.text is not None:
                 scores["agreement"] = agreement(text, request.unedited.text, **how)
@@ -107,7 +110,8 @@ class GenerationTask(Task):
 
     def _ordered(self, panel: Mapping[str, float]) -> dict[str, float]:
         """The scores that the run asks for, in the order of the panel."""
-        return {name: panel[name] for name in self.panel if name in panel and name in self.scores}
+        known = {name: value for name, value in panel.items() if name in self.scores and not math.isnan(value)}
+        return {name: known[name] for name in self.panel if name in known}
 
     def _token_scores(
         self, model: Network, requests: Sequence[EditRequest], forced: EncodedBatch

@@ -181,6 +181,18 @@ def test_the_gold_answer_of_a_probe_is_not_an_accepted_one(make_model: Callable[
     assert item.others["gold"] == 1.0
 
 
+def test_nothing_is_contained_in_and_no_token_is_equal_to_an_answer_without_text(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    model = make_model("completion")
+    fields = {"id": "p", "prompt": "the currency in Peru is", "is_locality": True, "target_from_model": True}
+    probe = DerivedRequest(**fields, target="")
+    (item,) = model.score([probe.model_copy(update={"unedited": model.task.unedited(model, [probe])[0]})])
+    assert item.text
+    assert (item.score, item.others["exact_match"]) == (0.0, 0.0)
+    assert {"contains", "token_accuracy", "token_agreement"}.isdisjoint(item.others)
+
+
 def test_perplexities_are_those_of_a_loop_and_of_torchmetrics(make_model: Callable[..., EditableModel]) -> None:
     from torchmetrics.text import Perplexity
 
