@@ -51,7 +51,7 @@ from grace_bench.results.curves import (
 )
 from grace_bench.results.metric_info import MetricInfo, Metrics
 from grace_bench.results.reading import find_result_files, read_evaluations, read_result
-from grace_bench.results.rescored import all_rescored, rescored_evaluation
+from grace_bench.results.rescored import all_rescored, rescored_evaluations
 from grace_bench.results.schema import Evaluation, RunResult
 
 TRAITS = {"needs_subject": "S", "needs_replay": "R", "needs_meta_training": "M", "freezes_weights": "F"}
@@ -137,9 +137,7 @@ def read_runs(paths: Sequence[Path], *, score: str | None = None) -> tuple[list[
                 folder=folder,
                 result=result,
                 recorded=recorded,
-                evaluations=[
-                    rescored_evaluation(line, protocol, score) for line in read_evaluations(folder / "metrics.jsonl")
-                ],
+                evaluations=rescored_evaluations(read_evaluations(folder / "metrics.jsonl"), protocol, score),
                 edits=kept_edits(folder, int(result.metrics.get("n_edits") or 0), score=score),
                 config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
             )

@@ -34,9 +34,12 @@ def scorings(rows: Sequence[Sequence[RunResult]], metrics: Metrics) -> list[Scor
         rows: The runs of each editor, as they were recorded.
         metrics: The descriptions of all registered metrics.
     """
+    recorded = [[(result, recorded_scores(result, metrics)) for result in row] for row in rows]
     by_score = {
-        score: [[rescored(result, score) for result in row if score in recorded_scores(result)] for row in rows]
-        for score in dict.fromkeys(name for row in rows for result in row for name in recorded_scores(result))
+        score: [
+            [rescored(result, score, metrics=metrics) for result, names in row if score in names] for row in recorded
+        ]
+        for score in dict.fromkeys(name for row in recorded for _, names in row for name in names)
     }
     found = []
     for info in (info for info in metrics if info.is_main_score and not info.averages):

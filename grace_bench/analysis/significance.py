@@ -13,7 +13,7 @@ from grace_bench.common.scores import OUTLIER, ScoreInfo, score_info
 from grace_bench.errors import UserError
 from grace_bench.results.comparability import refuse_mixtures
 from grace_bench.results.reading import read_predictions, read_result
-from grace_bench.results.rescored import rescored
+from grace_bench.results.rescored import all_rescored
 from grace_bench.results.schema import RunResult
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -252,8 +252,8 @@ def _seed_error(pairs: Sequence[Sequence[_Pairs]]) -> float:
 
 def _runs_by_seed(folders: Sequence[Path], score: str | None) -> dict[int, tuple[RunResult, Path]]:
     runs: dict[int, tuple[RunResult, Path]] = {}
-    for folder in folders:
-        result = rescored(read_result(folder / "result.json"), score)
+    found, _ = all_rescored([(read_result(folder / "result.json"), folder) for folder in folders], score)
+    for result, folder in found:
         if result.seed in runs:
             raise UserError(f"{runs[result.seed][1]} and {folder} are both of seed {result.seed}")
         runs[result.seed] = (result, folder)

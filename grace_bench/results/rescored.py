@@ -15,7 +15,7 @@ from grace_bench.results.schema import Evaluation, Protocol, RunResult
 T = TypeVar("T")
 
 
-def rescored(result: RunResult, score: str | None) -> RunResult:
+def rescored(result: RunResult, score: str | None, *, metrics: Metrics | None = None) -> RunResult:
     """Returns the result as if a score of the panel had been the run's main score; None leaves it as it is.
 
     Every metric on the scale of the main score takes the value that the run recorded for this score (`ERR/contains`).
@@ -24,6 +24,7 @@ def rescored(result: RunResult, score: str | None) -> RunResult:
     Args:
         result: A finished run.
         score: The score's name.
+        metrics: The descriptions of all registered metrics, if they are at hand.
 
     Raises:
         UserError: If there is no such score, or the run did not record it.
@@ -31,16 +32,16 @@ def rescored(result: RunResult, score: str | None) -> RunResult:
     if score is None:
         return result
     info, protocol = score_info(score), result.protocol
-    infos = metric_infos()
-    metrics = _rescored(result.metrics, protocol, score, infos)
-    if all(metrics.get(one.name) is None for one in infos if one.is_main_score):
-        known = ", ".join(recorded_scores(result))
+    infos = metrics or metric_infos()
+    values = _rescored(result.metrics, protocol, score, infos)
+    if all(values.get(one.name) is None for one in infos if one.is_main_score):
+        known = ", ".join(recorded_scores(result, infos))
         raise UserError(f"run {visible(result.run_id)} has no score {score} (it has {known})")
     by_score = {"main_score": score, "locality_score": None, "higher_is_better": info.higher_is_better}
     return result.model_copy(
         update={
             "protocol": protocol.model_copy(update=by_score),
-            "metrics": metrics,
+            "metrics": values,
             "before": _rescored(result.before, protocol, score, infos),
         }
     )
@@ -60,10 +61,10 @@ def all_rescored(
     """
     if score is not None:
         score_info(score)
-    found, lacking = [], []
+    found, lacking, metrics = [], [], metric_infos()
     for result, more in runs:
         try:
-            found.append((rescored(result, score), more))
+            found.append((rescored(result, score, metrics=metrics), more))
         except UserError as error:
             lacking.append(str(error))
     if lacking and not found:
@@ -71,25 +72,33 @@ def all_rescored(
     return found, tuple(lacking)
 
 
-def rescored_evaluation(evaluation: Evaluation, protocol: Protocol, score: str | None) -> Evaluation:
-    """Returns an evaluation by another score.
+def rescored_evaluations(
+    evaluations: Sequence[Evaluation], protocol: Protocol, score: str | None
+) -> Sequence[Evaluation]:
+    """Returns evaluations by another score.
 
     Args:
-        evaluation: One evaluation of a run.
+        evaluations: Evaluations of one run.
         protocol: The run's own protocol.
         score: As in `rescored`.
     """
     if score is None:
-        return evaluation
-    return replace(evaluation, metrics=_rescored(evaluation.metrics, protocol, score, metric_infos()))
+        return evaluations
+    infos = metric_infos()
+    return [replace(line, metrics=_rescored(line.metrics, protocol, score, infos)) for line in evaluations]
 
 
-def recorded_scores(result: RunResult) -> list[str]:
-    """Returns the scores of the panel by which a run can be ranked, in the order of the panel."""
-    infos = [info for info in metric_infos() if info.is_main_score]
-    metrics, protocol = result.metrics, result.protocol
+def recorded_scores(result: RunResult, metrics: Metrics) -> list[str]:
+    """Returns the scores of the panel by which a run can be ranked, in the order of the panel.
+
+    Args:
+        result: A finished run.
+        metrics: The descriptions of all registered metrics.
+    """
+    infos = [info for info in metrics if info.is_main_score]
+    values, protocol = result.metrics, result.protocol
     return [
-        score.name for score in PANEL if any(_value(metrics, protocol, info, score.name) is not None for info in infos)
+        score.name for score in PANEL if any(_value(values, protocol, info, score.name) is not None for info in infos)
     ]
 
 

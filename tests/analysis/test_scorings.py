@@ -24,7 +24,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.metric_info import metric_infos
 from grace_bench.results.reading import read_evaluations, read_result
-from grace_bench.results.rescored import recorded_scores, rescored, rescored_evaluation
+from grace_bench.results.rescored import recorded_scores, rescored, rescored_evaluations
 from grace_bench.results.schema import YOUNG_COLUMNS
 
 COUNTRIES = ("France", "Italy", "Peru", "Spain", "Japan", "Kenya")
@@ -195,12 +195,12 @@ def test_perplexity_of_all_tokens_weighs_texts_by_their_tokens(text_runs: list[P
 
 def test_an_evaluation_by_another_score_keeps_the_costs(runs: Path) -> None:
     result = read_result(runs / "grace" / "result.json")
-    (*_, last) = read_evaluations(runs / "grace" / "metrics.jsonl")
-    by_score = rescored_evaluation(last, result.protocol, "contains").metrics
+    lines = read_evaluations(runs / "grace" / "metrics.jsonl")
+    last, by_score = lines[-1], rescored_evaluations(lines, result.protocol, "contains")[-1].metrics
     assert by_score["ERR"] == last.metrics["ERR/contains"]
     assert by_score["n_keys"] == last.metrics["n_keys"]
     assert by_score["Avg"] == pytest.approx((by_score["TRR"] + by_score["ERR"]) / 2)  # type: ignore[operator]
-    assert rescored_evaluation(last, result.protocol, None) is last
+    assert rescored_evaluations(lines, result.protocol, None) is lines
     assert rescored(result, "f1").metrics == result.metrics
 
 
@@ -257,7 +257,7 @@ def test_tuning_chooses_by_a_score(runs: Path) -> None:
             assert quality(by_score) == expected
     with pytest.raises(UserError, match="has no score fluency"):
         rescored(results["ft"], "fluency")
-    assert "f1" in recorded_scores(results["ft"])
+    assert "f1" in recorded_scores(results["ft"], metric_infos())
 
 
 def test_a_tuning_by_fluency_needs_trials_that_record_it(capsys: pytest.CaptureFixture[str]) -> None:

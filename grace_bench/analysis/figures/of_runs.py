@@ -22,7 +22,7 @@ from grace_bench.common.scores import score_info
 from grace_bench.results.curves import Point, mean_curve, series_of
 from grace_bench.results.metric_info import MetricInfo, Metrics
 from grace_bench.results.reading import RESULT_FILE, find_result_files, read_evaluations, read_result
-from grace_bench.results.rescored import all_rescored, rescored_evaluation
+from grace_bench.results.rescored import all_rescored, rescored_evaluations
 from grace_bench.results.schema import Evaluation, Protocol, RunResult
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_groups(paths: Sequence[Path], *, score: str | None = None) -> list[Grou
 
     def evaluations(result: RunResult) -> Sequence[Evaluation]:
         file, protocol = own[id(result)]
-        return [rescored_evaluation(line, protocol, score) for line in read_evaluations(file.parent / "metrics.jsonl")]
+        return rescored_evaluations(read_evaluations(file.parent / "metrics.jsonl"), protocol, score)
 
     board = Leaderboard(
         [result for result, _ in runs],
