@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,9 +37,29 @@ EDITORS_TRIED = {
 }
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this file are made once."""
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.fixture
-def runs(tmp_path: Path, make_model: Callable[..., EditableModel]) -> Path:
-    """Finished runs of three editors on questions, and of one on running text."""
+def runs(store: Path, tmp_path: Path, make_model: Callable[..., EditableModel]) -> Path:
+    """A copy of finished runs of three editors on questions."""
+    if not (store / "runs").is_dir():
+        _run_on_questions(store, make_model)
+    return Path(shutil.copytree(store / "runs", tmp_path / "runs"))
+
+
+@pytest.fixture
+def text_runs(store: Path, make_model: Callable[..., EditableModel]) -> list[Path]:
+    """Finished runs of two editors on running text."""
+    if not (store / "text_runs").is_dir():
+        _run_on_texts(store, make_model)
+    return [store / "text_runs" / name for name in ("ft", "none")]
+
+
+def _run_on_questions(folder: Path, make_model: Callable[..., EditableModel]) -> None:
     records = [
         {
             "id": str(i),
@@ -51,35 +72,35 @@ def runs(tmp_path: Path, make_model: Callable[..., EditableModel]) -> Path:
         for i, (country, target) in enumerate(zip(COUNTRIES, TARGETS, strict=True))
     ]
     upstream = [{"id": "u", "prompt": "the river is", "target": "Sol"}]
-    files = {"questions": tmp_path / "questions.jsonl", "upstream": tmp_path / "upstream.jsonl"}
+    files = {"questions": folder / "questions.jsonl", "upstream": folder / "upstream.jsonl"}
     for path, rows in zip(files.values(), (records, upstream), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    folder = tmp_path / "runs"
     settings = RunSettings(schedule=Schedule(edit="all", eval_every=3), threads=1)
     for name, editor in EDITORS_TRIED.items():
         stream = STREAMS.get("jsonl")(
             path=str(files["questions"]), upstream_path=str(files["upstream"]), task="completion"
         )
         model = make_model("completion")
-        run_benchmark(stream, model=model, editor=editor, settings=settings, folder=folder / name)
-    return folder
+        run_benchmark(stream, model=model, editor=editor, settings=settings, folder=folder / "runs" / name)
 
 
-@pytest.fixture
-def text_runs(tmp_path: Path, make_model: Callable[..., EditableModel]) -> list[Path]:
-    path = tmp_path / "texts.jsonl"
+def _run_on_texts(folder: Path, make_model: Callable[..., EditableModel]) -> None:
+    path = folder / "texts.jsonl"
     rows = [
         {"id": str(i), "prompt": f"the capital of {country}", "target": f"is {target}"}
         for i, (country, target) in enumerate(zip(COUNTRIES, TARGETS, strict=True))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings, folders = RunSettings(schedule=Schedule(eval_every=3), threads=1), []
+    settings = RunSettings(schedule=Schedule(eval_every=3), threads=1)
     for name in ("ft", "none"):
         stream = STREAMS.get("jsonl")(path=str(path), task="language_modelling")
-        folders.append(tmp_path / "text_runs" / name)
-        model = make_model("language_modelling")
-        run_benchmark(stream, model=model, editor=EDITORS_TRIED[name], settings=settings, folder=folders[-1])
-    return folders
+        run_benchmark(
+            stream,
+            model=make_model("language_modelling"),
+            editor=EDITORS_TRIED[name],
+            settings=settings,
+            folder=folder / "text_runs" / name,
+        )
 
 
 def final_rows(folder: Path) -> list[dict[str, Any]]:
