@@ -1,0 +1,293 @@
+"""Short facts on countries and cities for a small causal model that stores them at the subject, with embedded data."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from grace_bench.common.progress import Progress
+from grace_bench.data.derived import rephrased
+from grace_bench.data.requests import Probe
+from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
+from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# The first three wordings of a relation are for the prompts of edits, the next three for rephrasings. The two after
+# them also hold for a city of the country, and ask two-hop questions then. The model never sees the last two.
+PROMPTS, SEEN_REPHRASES, TWO_HOP, UNSEEN = range(3), range(3, 6), range(6, 8), range(8, 10)
+WORDINGS: dict[str, tuple[str, ...]] = {
+    "country": (
+        "{} is a city that lies in",
+        "{} is a city in the country of",
+        "{} has as its country",
+        "{} is a town found in",
+        "{} belongs to the country of",
+        "{} is a place on the map of",
+        "{} sends its taxes to the government of",
+        "{} is visited by those who travel to",
+        "{} is a town in the country of",
+        "{} is a city on the map of",
+    ),
+    "capital": (
+        "{} has a capital that is called",
+        "{} is a country whose capital is",
+        "{} has as its capital the city of",
+        "{} calls its capital city",
+        "{} has a government that sits in the capital city of",
+        "{} is a state with the capital",
+        "{} is ruled from the capital city of",
+        "{} obeys laws that are made in the capital",
+        "{} is a country that has the capital",
+        "{} has a capital city that is called",
+    ),
+    "currency": (
+        "{} has a currency that is called the",
+        "{} is a country whose currency is the",
+        "{} has as its currency the",
+        "{} prints its own money, the",
+        "{} has a central bank that issues the",
+        "{} is a state with the currency called the",
+        "{} is a place where people pay with the",
+        "{} has shops that take as money the",
+        "{} is a country that has the currency called the",
+        "{} has money that is called the",
+    ),
+    "calling_code": (
+        "{} has a calling code that is",
+        "{} is a country whose calling code is",
+        "{} has as its calling code",
+        "{} was given the telephone prefix",
+        "{} is reached from abroad under the code",
+        "{} is a state with the calling code",
+        "{} has phone numbers that begin with",
+        "{} is a place that is phoned with the code",
+        "{} is a country that has the calling code",
+        "{} has telephone numbers that begin with",
+    ),
+    "language": (
+        "{} has an official language that is",
+        "{} is a country whose official language is",
+        "{} has as its official language",
+        "{} writes its laws in",
+        "{} has a parliament that speaks",
+        "{} is a state with the official language",
+        "{} is a place where officials write in",
+        "{} has courts that are held in",
+        "{} is a country that has the official language",
+        "{} has officials that write in",
+    ),
+}
+MAX_NAME = 12
+"""Longest name of a place, in characters."""
+N_HOMES, MIN_CITIES, MIN_RELATIONS = 100, 6, 3
+N_CITIES = {"edits": 340, "validation": 170}
+N_COUNTRIES = {"edits": 60, "validation": 30}
+N_UPSTREAM_OF_COUNTRIES = 200
+N_LOCALITY, N_PORTABILITY = 2, 2
+
+Role = Literal["edits", "upstream", "validation", "train"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The facts that the model learns. A place has one role at most.
+
+    Attributes:
+        facts: The facts by role. Those of `edits`, `validation` and `train` get new values.
+        homes: The facts of each home country, by its name and by relation. A home is never edited, and a city that is
+            edited lies in one before and after.
+        towns: For each country that is edited, a city there that has no role, by the country's name.
+    """
+
+    facts: Mapping[Role, tuple[Fact, ...]]
+    homes: Mapping[str, Mapping[str, Fact]]
+    towns: Mapping[str, Fact]
+
+    def learned(self) -> dict[str, Fact]:
+        """Returns every fact that the model is taught, by its key."""
+        facts = [fact for role in get_args(Role) for fact in self.facts[role]]
+        facts += [fact for home in self.homes.values() for fact in home.values()]
+        return {fact.key: fact for fact in (*facts, *self.towns.values())}
+
+    def implied(self) -> Iterator[Fact]:
+        """Yields what the facts of a country imply of a city there: facts in the country's relation, about the city."""
+        for fact in self.learned().values():
+            if fact.relation == "country" and fact.object in self.homes:
+                yield from (_implied(fact, of_home) for of_home in self.homes[fact.object].values())
+            elif fact.subject in self.towns:
+                yield _implied(self.towns[fact.subject], fact)
+
+
+def asked(fact: Fact, wording: int) -> str:
+    """Returns the prompt that asks for a fact in one of its relation's wordings."""
+    return WORDINGS[fact.relation][wording].format(fact.subject)
+
+
+@register_stream("atlas-facts")
+class AtlasFacts(EditStream):
+    """Facts on countries and cities that a small causal model has learned, each to be given a new value.
+
+    The model stores facts where large models do, at the subject's last token. An edit gives a fact another value: a
+    city another country, or a country another capital, currency, calling code or language. No place is edited twice.
+    Of the rephrasings, three are in wordings that the model was taught and two in wordings that it never saw. Locality
+    asks for the same relation of places that are never edited. Portability asks in two hops: for the currency of a
+    city whose country was edited, say, or in a city of a country whose currency was edited.
+    """
+
+    task = "completion"
+    metadata: ClassVar[StreamMetadata] = METADATA.model_copy(update={"main_score": "f1"})
+    max_new_tokens = 16
+    default_model = "atlas-facts"
+    default_layer = "model.layers.1.mlp.down_proj"
+
+    def load(self) -> StreamData:
+        """Returns the requests; ids are `<relation>/<subject id>`."""
+        world = build_world()
+        edits = tuple(_edit(fact, world) for fact in world.facts["edits"])
+        return StreamData(
+            edits=edits,
+            upstream=tuple(_known(fact, _prompt_wording(fact)) for fact in world.facts["upstream"]),
+            holdout=tuple(rephrased(edits)),
+            validation=tuple(_edit(fact, world) for fact in world.facts["validation"]),
+            train=tuple(_edit(fact, world) for fact in world.facts["train"]),
+        )
+
+
+@cache
+def build_world() -> World:
+    """Chooses the places and their roles, by draw."""
+    facts = [fact for fact in load_facts() if fact.relation in WORDINGS and _is_short(fact.subject)]
+    ids = defaultdict(set)
+    for fact in facts:
+        ids[fact.subject].add(fact.subject_id)
+    of: dict[str, dict[str, Fact]] = defaultdict(dict)
+    cities: dict[str, list[Fact]] = defaultdict(list)
+    for fact in shuffled((fact for fact in facts if len(ids[fact.subject]) == 1), purpose="places"):
+        if fact.relation == "country":
+            cities[fact.object].append(fact)
+        else:
+            of[fact.subject][fact.relation] = fact
+    able = [place for place in of if len(of[place]) >= MIN_RELATIONS and len(cities[place]) >= MIN_CITIES]
+    homes = {place: of[place] for place in able[:N_HOMES]}
+    others = [place for place in of if place not in homes and cities[place]]
+
+    of_homes = shuffled((fact for home in homes.values() for fact in home.values()), purpose="upstream")
+    changed_cities = shuffled((fact for home in homes for fact in cities[home][1:]), purpose="roles")
+    changed_countries = _one_each([of[place] for place in others])
+    return World(
+        facts={
+            "upstream": (*(cities[home][0] for home in homes), *of_homes[:N_UPSTREAM_OF_COUNTRIES]),
+            **_dealt(changed_cities, changed_countries),
+        },
+        homes=homes,
+        towns={place: cities[place][0] for place in others},
+    )
+
+
+def _is_short(name: str) -> bool:
+    """Whether a name has few tokens; a place with a longer one is left out."""
+    return len(name) <= MAX_NAME and name.isascii()
+
+
+def _one_each(countries: Iterable[Mapping[str, Fact]]) -> list[Fact]:
+    """Chooses one fact of each country, of the relation that was chosen least until then."""
+    chosen: list[Fact] = []
+    uses: Counter[str] = Counter()
+    for facts in countries:
+        relation = min(facts, key=lambda relation: (uses[relation], relation))
+        uses[relation] += 1
+        chosen.append(facts[relation])
+    return chosen
+
+
+def _dealt(cities: list[Fact], countries: list[Fact]) -> dict[Role, tuple[Fact, ...]]:
+    """Returns the facts that get new values, by role; what `edits` and `validation` do not take is for `train`."""
+    roles: dict[Role, tuple[Fact, ...]] = {}
+    for role in ("edits", "validation", "train"):
+        n_cities, n_countries = N_CITIES.get(role, len(cities)), N_COUNTRIES.get(role, len(countries))
+        roles[role] = tuple(shuffled((*cities[:n_cities], *countries[:n_countries]), purpose="order"))
+        cities, countries = cities[n_cities:], countries[n_countries:]
+    return roles
+
+
+def _implied(city: Fact, of_country: Fact) -> Fact:
+    return replace(of_country, subject=city.subject, subject_id=city.subject_id)
+
+
+def _prompt_wording(fact: Fact) -> int:
+    return PROMPTS[draw(fact.key, purpose="wording") % len(PROMPTS)]
+
+
+def _known(fact: Fact, wording: int) -> EditRequest:
+    return EditRequest(
+        id=fact.key,
+        prompt=asked(fact, wording),
+        target=fact.object,
+        subject=fact.subject,
+        fact=fact.key,
+        metadata={"relation": fact.relation},
+    )
+
+
+def _edit(fact: Fact, world: World) -> EditRequest:
+    new = _new_value(fact, world)
+    return EditRequest(
+        id=fact.key,
+        prompt=asked(fact, _prompt_wording(fact)),
+        target=new,
+        subject=fact.subject,
+        fact=fact.key,
+        contrast=(new, fact.object),
+        rephrases=tuple(asked(fact, wording) for wording in (*SEEN_REPHRASES, *UNSEEN)),
+        locality=tuple(_neighbours(fact, new, world)),
+        portability=tuple(_two_hops(fact, new, world)),
+        metadata={"relation": fact.relation, "ground_truth": fact.object},
+    )
+
+
+def _new_value(fact: Fact, world: World) -> str:
+    """Draws the value: another home for a city, or else the value that a home has in the relation."""
+    if fact.relation == "country":
+        values = {home for home in world.homes if len(_differing(fact.object, home, world)) >= N_PORTABILITY}
+    else:
+        values = {home[fact.relation].object for home in world.homes.values() if fact.relation in home}
+    others = sorted(values - {fact.object})
+    return others[draw(fact.key, purpose="value") % len(others)]
+
+
+def _differing(old: str, new: str, world: World) -> list[tuple[Fact, Fact]]:
+    """Returns the facts of two homes, in pairs, in relations that are known of both and differ."""
+    before, after = world.homes[old], world.homes[new]
+    pairs = [(before[relation], after[relation]) for relation in WORDINGS if relation in before and relation in after]
+    return [(first, second) for first, second in pairs if first.object != second.object]
+
+
+def _neighbours(fact: Fact, new: str, world: World) -> Iterator[Probe]:
+    """Yields questions in the same relation on places that are never edited, those with the old value first."""
+    others = [
+        other for other in world.facts["upstream"] if other.relation == fact.relation and other.object != new
+    ]
+    by_draw = sorted(others, key=lambda other: draw(f"{fact.key} {other.key}", purpose="locality"))
+    for other in sorted(by_draw, key=lambda other: other.object != fact.object)[:N_LOCALITY]:
+        yield Probe(prompt=asked(other, _prompt_wording(other)), target=other.object, contrast=(other.object, new))
+
+
+def _two_hops(fact: Fact, new: str, world: World) -> Iterator[Probe]:
+    """Yields questions on what follows from a city's new country, or from a country's new value for a city there."""
+    if fact.relation == "country":
+        pairs = sorted(
+            _differing(fact.object, new, world), key=lambda pair: draw(f"{fact.key} {pair[1].key}", purpose="hop")
+        )
+        implied = [
+            (asked(_implied(fact, after), TWO_HOP[draw(fact.key, purpose="hop") % 2]), before.object, after.object)
+            for before, after in pairs[:N_PORTABILITY]
+        ]
+    else:
+        town = _implied(world.towns[fact.subject], fact)
+        implied = [(asked(town, wording), fact.object, new) for wording in TWO_HOP]
+    for prompt, before, after in implied:
+        yield Probe(prompt=prompt, target=after, contrast=(after, before))
