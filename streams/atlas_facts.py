@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from grace_bench.common.progress import Progress
-from grace_bench.data.derived import rephrased
+from grace_bench.data.derived import probe_requests, rephrased
 from grace_bench.data.requests import Probe
 from grace_bench.streams import EditRequest, EditStream, StreamData, StreamMetadata, register_stream
 from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from grace_bench.streams._fact_model import Lesson
 
 # The first three wordings of a relation are for the prompts of edits, the next three for rephrasings. The two after
 # them also hold for a city of the country, and ask two-hop questions then. The model never sees the last two.
@@ -41,8 +43,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} is a state with the capital",
         "{} is ruled from the capital city of",
         "{} obeys laws that are made in the capital",
-        "{} is a country that has the capital",
-        "{} has a capital city that is called",
+        "{} is a country that has a capital called",
+        "{} has as its capital city",
     ),
     "currency": (
         "{} has a currency that is called the",
@@ -89,6 +91,10 @@ N_COUNTRIES = {"edits": 60, "validation": 30}
 N_UPSTREAM_OF_COUNTRIES = 200
 N_LOCALITY, N_PORTABILITY = 2, 2
 
+EPOCHS = 6
+EMBEDDING_NORM = 4.0
+"""About the norm of an embedding."""
+
 Role = Literal["edits", "upstream", "validation", "train"]
 
 
@@ -120,6 +126,17 @@ class World:
                 yield from (_implied(fact, of_home) for of_home in self.homes[fact.object].values())
             elif fact.subject in self.towns:
                 yield _implied(self.towns[fact.subject], fact)
+
+    def taught(self) -> dict[tuple[str, int], list[Fact]]:
+        """Returns the facts that the model is taught in each wording, by relation and the wording's number."""
+        taught: dict[tuple[str, int], list[Fact]] = defaultdict(list)
+        for fact in self.learned().values():
+            for wording in (*PROMPTS, *SEEN_REPHRASES, *TWO_HOP):
+                taught[fact.relation, wording].append(fact)
+        for fact in self.implied():
+            for wording in TWO_HOP:
+                taught[fact.relation, wording].append(fact)
+        return taught
 
 
 def asked(fact: Fact, wording: int) -> str:
@@ -155,6 +172,79 @@ class AtlasFacts(EditStream):
             validation=tuple(_edit(fact, world) for fact in world.facts["validation"]),
             train=tuple(_edit(fact, world) for fact in world.facts["train"]),
         )
+
+    def pretrain(
+        self, out_dir: Path, *, base: str | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Trains a Qwen3 with sliding windows on all facts; takes five to ten minutes on one core.
+
+        The windows of all blocks but the last are so short that the answer cannot be read off the subject itself: it
+        must be stored in the state at the subject's last token. The embeddings stay as they were drawn, so that facts
+        are stored in the MLPs.
+
+        Returns:
+            Exact match on `upstream`, on the same facts in wordings that the model never saw (`unseen`), on `locality`,
+            on what the edits are to change (`known`), and on `edits`, `holdout` and `portability`, whose answers the
+            model should not give; measured on the saved and reloaded model before any edit.
+        """
+        import torch
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        from grace_bench.streams import _fact_model as fact_model
+        from grace_bench.streams import _pretraining as pretraining
+
+        pretraining.refuse_base(self, base)
+        taught = build_world().taught()
+        texts = [f"{asked(fact, wording)} {fact.object}" for (_, wording), facts in taught.items() for fact in facts]
+        # With every text as a sentence too, the tokenizer learns the full stop.
+        tokenizer = pretraining.train_tokenizer(
+            [*texts, *(f"{text}." for text in texts)], family="llama", vocab_size=2500
+        )
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=1280,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=3,
+            max_window_layers=0,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        lessons = _lessons(taught, tokenizer)
+        epochs, pairs_in_batch = EPOCHS, 24
+        with pretraining.seeded(seed, threads=1):
+            model = Qwen3ForCausalLM(config)
+            embeddings = model.get_input_embeddings().weight
+            torch.nn.init.normal_(embeddings, std=EMBEDDING_NORM / config.hidden_size**0.5)
+            embeddings.requires_grad_(False)
+            pretraining.fit(
+                fact_model.StoresAtSubject(
+                    model, block=1, noise=0.8, size_weight=5e-4, key_weight=2.0, label_smoothing=0.1
+                ),
+                fact_model.lesson_batches(
+                    lessons,
+                    begin=tokenizer.bos_token_id,
+                    end=tokenizer.eos_token_id,
+                    padding=tokenizer.pad_token_id,
+                    stop=tokenizer.convert_tokens_to_ids("."),
+                    epochs=epochs,
+                    pairs_in_batch=pairs_in_batch,
+                    seed=seed,
+                ),
+                n_batches=fact_model.n_batches(lessons, epochs=epochs, pairs_in_batch=pairs_in_batch),
+                learning_rate=3e-3,
+                weight_decay=0.1,
+                progress=progress,
+            )
+            return pretraining.finish(model, tokenizer, out_dir, _measure)
 
 
 @cache
@@ -268,9 +358,7 @@ def _differing(old: str, new: str, world: World) -> list[tuple[Fact, Fact]]:
 
 def _neighbours(fact: Fact, new: str, world: World) -> Iterator[Probe]:
     """Yields questions in the same relation on places that are never edited, those with the old value first."""
-    others = [
-        other for other in world.facts["upstream"] if other.relation == fact.relation and other.object != new
-    ]
+    others = [other for other in world.facts["upstream"] if other.relation == fact.relation and other.object != new]
     by_draw = sorted(others, key=lambda other: draw(f"{fact.key} {other.key}", purpose="locality"))
     for other in sorted(by_draw, key=lambda other: other.object != fact.object)[:N_LOCALITY]:
         yield Probe(prompt=asked(other, _prompt_wording(other)), target=other.object, contrast=(other.object, new))
@@ -291,3 +379,53 @@ def _two_hops(fact: Fact, new: str, world: World) -> Iterator[Probe]:
         implied = [(asked(town, wording), fact.object, new) for wording in TWO_HOP]
     for prompt, before, after in implied:
         yield Probe(prompt=prompt, target=after, contrast=(after, before))
+
+
+def _lessons(
+    taught: Mapping[tuple[str, int], Iterable[Fact]], tokenizer: "PreTrainedTokenizerFast"
+) -> list[list["Lesson"]]:
+    from grace_bench.streams._fact_model import Lesson
+
+    def tokens(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    places: dict[str, int] = {}
+    return [
+        [
+            Lesson(
+                prompt=tokens(asked(fact, wording)),
+                answer=tokens(fact.object),
+                subject_length=len(tokens(fact.subject)),
+                place=places.setdefault(fact.subject, len(places)),
+            )
+            for fact in facts
+        ]
+        for (_, wording), facts in taught.items()
+    ]
+
+
+def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
+    from grace_bench.models.editable import EditableModel
+
+    editable = EditableModel(model, layer=AtlasFacts.default_layer, task="completion", tokenizer=tokenizer)
+    figures = {}
+    for name, requests in questions_by_figure().items():
+        means = editable.task.aggregate(editable.score(requests))
+        figures[f"{name}_exact_match"] = round(means["exact_match"], 4)
+    return figures
+
+
+def questions_by_figure() -> dict[str, list[EditRequest]]:
+    """Returns what the unedited model is asked for each of its figures."""
+    data, upstream = AtlasFacts().load(), build_world().facts["upstream"]
+    edits = data.edits
+    return {
+        "upstream": list(data.upstream),
+        "unseen": [_known(fact, wording) for fact in upstream for wording in UNSEEN],
+        "locality": list(probe_requests(edits, "locality")),
+        "known": [edit.model_copy(update={"target": edit.metadata["ground_truth"]}) for edit in edits],
+        "edits": list(edits),
+        "holdout": list(data.holdout),
+        "portability": list(probe_requests(edits, "portability")),
+    }
