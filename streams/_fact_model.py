@@ -100,14 +100,11 @@ class StoresAtSubject(nn.Module):
         def keep_keys(module: nn.Module, inputs: tuple[Tensor]) -> None:
             seen["keys"] = inputs[0][rows, subjects]
 
-        def disturb(module: nn.Module, inputs: Any, output: Any) -> Any:
-            is_tuple = isinstance(output, tuple)
-            states = output[0] if is_tuple else output
+        def disturb(module: nn.Module, inputs: Any, states: Tensor) -> Tensor:
             seen["states"] = states
             if swapped:
                 states = states.index_put((rows, subjects), states[rows ^ 1, subjects[rows ^ 1]])
-            states = states + self.noise * torch.randn_like(states)
-            return (states, *output[1:]) if is_tuple else states
+            return states + self.noise * torch.randn_like(states)
 
         handles = [
             self.block.mlp.down_proj.register_forward_pre_hook(keep_keys),

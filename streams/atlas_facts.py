@@ -1,7 +1,7 @@
 """Short facts on countries and cities for a small causal model that stores them at the subject, with embedded data."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,15 @@ from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from grace_bench.models.editable import EditableModel
     from grace_bench.streams._fact_model import Lesson
 
 # The first three wordings of a relation are for the prompts of edits, the next three for rephrasings. The two after
-# them also hold for a city of the country, and ask two-hop questions then. The model never sees the last two.
-PROMPTS, SEEN_REPHRASES, TWO_HOP, UNSEEN = range(3), range(3, 6), range(6, 8), range(8, 10)
+# them ask two-hop questions about a city. The model never sees the last two.
+PROMPTS, REPHRASINGS, TWO_HOP, UNSEEN = range(3), range(3, 6), range(6, 8), range(8, 10)
+TAUGHT = (*PROMPTS, *REPHRASINGS, *TWO_HOP)
+# The wordings that do not say that the place is a country.
+OF_ANY_PLACE = (*TWO_HOP, 0, 2, *UNSEEN)
 WORDINGS: dict[str, tuple[str, ...]] = {
     "country": (
         "{} is a city that lies in",
@@ -43,7 +47,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} is a state with the capital",
         "{} is ruled from the capital city of",
         "{} obeys laws that are made in the capital",
-        "{} is a country that has a capital called",
+        "{} is a place whose capital is",
         "{} has as its capital city",
     ),
     "currency": (
@@ -55,7 +59,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} is a state with the currency called the",
         "{} is a place where people pay with the",
         "{} has shops that take as money the",
-        "{} is a country that has the currency called the",
+        "{} is a place whose currency is the",
         "{} has money that is called the",
     ),
     "calling_code": (
@@ -67,7 +71,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} is a state with the calling code",
         "{} has phone numbers that begin with",
         "{} is a place that is phoned with the code",
-        "{} is a country that has the calling code",
+        "{} is a place whose calling code is",
         "{} has telephone numbers that begin with",
     ),
     "language": (
@@ -79,13 +83,13 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} is a state with the official language",
         "{} is a place where officials write in",
         "{} has courts that are held in",
-        "{} is a country that has the official language",
+        "{} is a place whose official language is",
         "{} has officials that write in",
     ),
 }
-MAX_NAME = 12
+MAX_NAME = 13
 """Longest name of a place, in characters."""
-N_HOMES, MIN_CITIES, MIN_RELATIONS = 100, 6, 3
+N_HOMES, MIN_CITIES, MIN_RELATIONS = 100, 5, 3
 N_CITIES = {"edits": 340, "validation": 170}
 N_COUNTRIES = {"edits": 60, "validation": 30}
 N_UPSTREAM_OF_COUNTRIES = 200
@@ -100,13 +104,14 @@ Role = Literal["edits", "upstream", "validation", "train"]
 
 @dataclass(frozen=True)
 class World:
-    """The facts that the model learns. A place has one role at most.
+    """The facts that the model learns.
 
     Attributes:
-        facts: The facts by role. Those of `edits`, `validation` and `train` get new values.
+        facts: The facts by role. Those of `edits`, `validation` and `train` get new values. No place of one of these
+            has another role, but of each home country one fact is in `train`.
         homes: The facts of each home country, by its name and by relation. A home is never edited, and a city that is
             edited lies in one before and after.
-        towns: For each country that is edited, a city there that has no role, by the country's name.
+        towns: A city in each country, by the country's name. It is never edited.
     """
 
     facts: Mapping[Role, tuple[Fact, ...]]
@@ -124,14 +129,14 @@ class World:
         for fact in self.learned().values():
             if fact.relation == "country" and fact.object in self.homes:
                 yield from (_implied(fact, of_home) for of_home in self.homes[fact.object].values())
-            elif fact.subject in self.towns:
+            elif fact.subject in self.towns and fact.subject not in self.homes:
                 yield _implied(self.towns[fact.subject], fact)
 
     def taught(self) -> dict[tuple[str, int], list[Fact]]:
         """Returns the facts that the model is taught in each wording, by relation and the wording's number."""
         taught: dict[tuple[str, int], list[Fact]] = defaultdict(list)
         for fact in self.learned().values():
-            for wording in (*PROMPTS, *SEEN_REPHRASES, *TWO_HOP):
+            for wording in TAUGHT:
                 taught[fact.relation, wording].append(fact)
         for fact in self.implied():
             for wording in TWO_HOP:
@@ -160,17 +165,25 @@ class AtlasFacts(EditStream):
     max_new_tokens = 16
     default_model = "atlas-facts"
     default_layer = "model.layers.1.mlp.down_proj"
+    search_layers: ClassVar = {
+        "any": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        "several": (
+            ("model.layers.1.mlp.down_proj",),
+            ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ),
+    }
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>`."""
         world = build_world()
         edits = tuple(_edit(fact, world) for fact in world.facts["edits"])
+        unchanged = [_implied(world.towns[home], _drawn(facts.values())) for home, facts in world.homes.items()]
         return StreamData(
             edits=edits,
             upstream=tuple(_known(fact, _prompt_wording(fact)) for fact in world.facts["upstream"]),
             holdout=tuple(rephrased(edits)),
             validation=tuple(_edit(fact, world) for fact in world.facts["validation"]),
-            train=tuple(_edit(fact, world) for fact in world.facts["train"]),
+            train=tuple(_edit(fact, world) for fact in (*world.facts["train"], *unchanged)),
         )
 
     def pretrain(
@@ -183,9 +196,7 @@ class AtlasFacts(EditStream):
         are stored in the MLPs.
 
         Returns:
-            Exact match on `upstream`, on the same facts in wordings that the model never saw (`unseen`), on `locality`,
-            on what the edits are to change (`known`), and on `edits`, `holdout` and `portability`, whose answers the
-            model should not give; measured on the saved and reloaded model before any edit.
+            What `figures` returns for the saved and reloaded model, named `upstream_exact_match` and so on.
         """
         import torch
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -265,16 +276,18 @@ def build_world() -> World:
     homes = {place: of[place] for place in able[:N_HOMES]}
     others = [place for place in of if place not in homes and cities[place]]
 
+    spared = [_drawn(home.values()) for home in homes.values()]
     of_homes = shuffled((fact for home in homes.values() for fact in home.values()), purpose="upstream")
+    upstream = [fact for fact in of_homes if fact not in spared][:N_UPSTREAM_OF_COUNTRIES]
     changed_cities = shuffled((fact for home in homes for fact in cities[home][1:]), purpose="roles")
     changed_countries = _one_each([of[place] for place in others])
     return World(
         facts={
-            "upstream": (*(cities[home][0] for home in homes), *of_homes[:N_UPSTREAM_OF_COUNTRIES]),
-            **_dealt(changed_cities, changed_countries),
+            "upstream": (*(cities[home][0] for home in homes), *upstream),
+            **_dealt(changed_cities, [*changed_countries, *spared]),
         },
         homes=homes,
-        towns={place: cities[place][0] for place in others},
+        towns={place: cities[place][0] for place in (*homes, *others)},
     )
 
 
@@ -304,6 +317,10 @@ def _dealt(cities: list[Fact], countries: list[Fact]) -> dict[Role, tuple[Fact, 
     return roles
 
 
+def _drawn(facts: Iterable[Fact]) -> Fact:
+    return min(facts, key=lambda fact: draw(fact.key, purpose="train"))
+
+
 def _implied(city: Fact, of_country: Fact) -> Fact:
     return replace(of_country, subject=city.subject, subject_id=city.subject_id)
 
@@ -325,18 +342,26 @@ def _known(fact: Fact, wording: int) -> EditRequest:
 
 def _edit(fact: Fact, world: World) -> EditRequest:
     new = _new_value(fact, world)
+    prompt, *rephrases = _wordings(fact, world)
     return EditRequest(
         id=fact.key,
-        prompt=asked(fact, _prompt_wording(fact)),
+        prompt=asked(fact, prompt),
         target=new,
         subject=fact.subject,
         fact=fact.key,
         contrast=(new, fact.object),
-        rephrases=tuple(asked(fact, wording) for wording in (*SEEN_REPHRASES, *UNSEEN)),
+        rephrases=tuple(asked(fact, wording) for wording in rephrases),
         locality=tuple(_neighbours(fact, new, world)),
         portability=tuple(_two_hops(fact, new, world)),
         metadata={"relation": fact.relation, "ground_truth": fact.object},
     )
+
+
+def _wordings(fact: Fact, world: World) -> tuple[int, ...]:
+    """Returns the wordings of a request: that of the prompt, then those of the rephrasings."""
+    if fact.relation == "country" or fact.subject in world.towns:
+        return (_prompt_wording(fact), *REPHRASINGS, *UNSEEN)
+    return OF_ANY_PLACE
 
 
 def _new_value(fact: Fact, world: World) -> str:
@@ -374,9 +399,11 @@ def _two_hops(fact: Fact, new: str, world: World) -> Iterator[Probe]:
             (asked(_implied(fact, after), TWO_HOP[draw(fact.key, purpose="hop") % 2]), before.object, after.object)
             for before, after in pairs[:N_PORTABILITY]
         ]
-    else:
+    elif fact.subject in world.towns:
         town = _implied(world.towns[fact.subject], fact)
         implied = [(asked(town, wording), fact.object, new) for wording in TWO_HOP]
+    else:
+        implied = []
     for prompt, before, after in implied:
         yield Probe(prompt=prompt, target=after, contrast=(after, before))
 
@@ -408,24 +435,27 @@ def _lessons(
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
     from grace_bench.models.editable import EditableModel
 
-    editable = EditableModel(model, layer=AtlasFacts.default_layer, task="completion", tokenizer=tokenizer)
-    figures = {}
-    for name, requests in questions_by_figure().items():
-        means = editable.task.aggregate(editable.score(requests))
-        figures[f"{name}_exact_match"] = round(means["exact_match"], 4)
-    return figures
+    layer = AtlasFacts.default_layer
+    matches = figures(EditableModel(model, layer=layer, task=AtlasFacts.task, tokenizer=tokenizer))
+    return {f"{name}_exact_match": round(match, 4) for name, match in matches.items()}
 
 
-def questions_by_figure() -> dict[str, list[EditRequest]]:
-    """Returns what the unedited model is asked for each of its figures."""
+def figures(model: "EditableModel") -> dict[str, float]:
+    """Returns the exact match of a model on what it should answer, and on what it should not before an edit.
+
+    Returns:
+        `upstream`, `unseen` (the same facts in wordings it was never taught), `locality` and `known` (the old values of
+        the edits), which it should answer; the new values of `edits`, `holdout` and `portability`, which it should not.
+    """
     data, upstream = AtlasFacts().load(), build_world().facts["upstream"]
-    edits = data.edits
-    return {
-        "upstream": list(data.upstream),
+    asked_for: dict[str, Sequence[EditRequest]] = {
+        "upstream": data.upstream,
         "unseen": [_known(fact, wording) for fact in upstream for wording in UNSEEN],
-        "locality": list(probe_requests(edits, "locality")),
-        "known": [edit.model_copy(update={"target": edit.metadata["ground_truth"]}) for edit in edits],
-        "edits": list(edits),
-        "holdout": list(data.holdout),
-        "portability": list(probe_requests(edits, "portability")),
+        "locality": probe_requests(data.edits, "locality"),
+        "known": [edit.model_copy(update={"target": edit.metadata["ground_truth"]}) for edit in data.edits],
+        "edits": data.edits,
+        "holdout": data.holdout,
+        "portability": probe_requests(data.edits, "portability"),
     }
+    task = model.task
+    return {name: task.aggregate(model.score(requests))["exact_match"] for name, requests in asked_for.items()}
