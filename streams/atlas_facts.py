@@ -16,7 +16,6 @@ from grace_bench.streams._atlas import METADATA, Fact, draw, load_facts, shuffle
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from grace_bench.models.editable import EditableModel
     from grace_bench.streams._fact_model import Lesson
 
 # The first three wordings of a relation are for the prompts of edits, the next three for rephrasings. The two after
@@ -196,7 +195,8 @@ class AtlasFacts(EditStream):
         are stored in the MLPs.
 
         Returns:
-            What `figures` returns for the saved and reloaded model, named `upstream_exact_match` and so on.
+            Exact match on `requests_of_figures`, named `upstream_exact_match` and so on, measured on the saved and
+            reloaded model before any edit.
         """
         import torch
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -214,8 +214,8 @@ class AtlasFacts(EditStream):
         config = Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=1280,
-            num_hidden_layers=3,
+            intermediate_size=1024,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=32,
@@ -224,7 +224,7 @@ class AtlasFacts(EditStream):
             use_sliding_window=True,
             sliding_window=3,
             max_window_layers=0,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -435,20 +435,22 @@ def _lessons(
 def _measure(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast") -> dict[str, float]:
     from grace_bench.models.editable import EditableModel
 
-    layer = AtlasFacts.default_layer
-    matches = figures(EditableModel(model, layer=layer, task=AtlasFacts.task, tokenizer=tokenizer))
-    return {f"{name}_exact_match": round(match, 4) for name, match in matches.items()}
+    editable = EditableModel(model, layer=AtlasFacts.default_layer, task="completion", tokenizer=tokenizer)
+    figures = {}
+    for name, requests in requests_of_figures().items():
+        means = editable.task.aggregate(editable.score(requests))
+        figures[f"{name}_exact_match"] = round(means["exact_match"], 4)
+    return figures
 
 
-def figures(model: "EditableModel") -> dict[str, float]:
-    """Returns the exact match of a model on what it should answer, and on what it should not before an edit.
+def requests_of_figures() -> dict[str, Sequence[EditRequest]]:
+    """Returns the requests of each figure of the unedited model.
 
-    Returns:
-        `upstream`, `unseen` (the same facts in wordings it was never taught), `locality` and `known` (the old values of
-        the edits), which it should answer; the new values of `edits`, `holdout` and `portability`, which it should not.
+    It should answer `upstream`, `unseen` (the same facts in wordings that it was never taught), `locality` and `known`
+    (the edits with their old values), but give none of the new values of `edits`, `holdout` and `portability`.
     """
     data, upstream = AtlasFacts().load(), build_world().facts["upstream"]
-    asked_for: dict[str, Sequence[EditRequest]] = {
+    return {
         "upstream": data.upstream,
         "unseen": [_known(fact, wording) for fact in upstream for wording in UNSEEN],
         "locality": probe_requests(data.edits, "locality"),
@@ -457,5 +459,3 @@ def figures(model: "EditableModel") -> dict[str, float]:
         "holdout": data.holdout,
         "portability": probe_requests(data.edits, "portability"),
     }
-    task = model.task
-    return {name: task.aggregate(model.score(requests))["exact_match"] for name, requests in asked_for.items()}
