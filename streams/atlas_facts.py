@@ -86,19 +86,19 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{} has officials that write in",
     ),
 }
+Role = Literal["edits", "upstream", "validation", "train"]
+
 MAX_NAME = 13
 """Longest name of a place, in characters."""
 N_HOMES, MIN_CITIES, MIN_RELATIONS = 100, 5, 3
-N_CITIES = {"edits": 340, "validation": 170}
-N_COUNTRIES = {"edits": 60, "validation": 30}
+N_CITIES: dict[Role, int] = {"edits": 340, "validation": 170}
+N_COUNTRIES: dict[Role, int] = {"edits": 60, "validation": 30}
 N_UPSTREAM_OF_COUNTRIES = 200
 N_LOCALITY, N_PORTABILITY = 2, 2
 
 EPOCHS = 6
 EMBEDDING_NORM = 4.0
 """About the norm of an embedding."""
-
-Role = Literal["edits", "upstream", "validation", "train"]
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,11 @@ class AtlasFacts(EditStream):
     default_model = "atlas-facts"
     default_layer = "model.layers.1.mlp.down_proj"
     search_layers: ClassVar = {
-        "any": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        "any": ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
+        "mlp_output": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
         "several": (
             ("model.layers.1.mlp.down_proj",),
-            ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+            ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
         ),
     }
 
@@ -190,9 +191,8 @@ class AtlasFacts(EditStream):
     ) -> dict[str, float]:
         """Trains a Qwen3 with sliding windows on all facts; takes five to ten minutes on one core.
 
-        The windows of all blocks but the last are so short that the answer cannot be read off the subject itself: it
-        must be stored in the state at the subject's last token. The embeddings stay as they were drawn, so that facts
-        are stored in the MLPs.
+        The first two blocks attend to three tokens only, so that a fact is looked up at its subject and read from there
+        by the third. The embeddings stay as they were drawn, so that facts are stored in the MLPs.
 
         Returns:
             Exact match on `requests_of_figures`, named `upstream_exact_match` and so on, measured on the saved and
@@ -214,8 +214,8 @@ class AtlasFacts(EditStream):
         config = Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=1024,
-            num_hidden_layers=4,
+            intermediate_size=1280,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=32,
@@ -224,7 +224,7 @@ class AtlasFacts(EditStream):
             use_sliding_window=True,
             sliding_window=3,
             max_window_layers=0,
-            layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -284,7 +284,7 @@ def build_world() -> World:
     return World(
         facts={
             "upstream": (*(cities[home][0] for home in homes), *upstream),
-            **_dealt(changed_cities, [*changed_countries, *spared]),
+            **_dealt(changed_cities, changed_countries, spared),
         },
         homes=homes,
         towns={place: cities[place][0] for place in (*homes, *others)},
@@ -307,14 +307,17 @@ def _one_each(countries: Iterable[Mapping[str, Fact]]) -> list[Fact]:
     return chosen
 
 
-def _dealt(cities: list[Fact], countries: list[Fact]) -> dict[Role, tuple[Fact, ...]]:
-    """Returns the facts that get new values, by role; what `edits` and `validation` do not take is for `train`."""
+def _dealt(cities: Sequence[Fact], countries: Sequence[Fact], of_homes: Sequence[Fact]) -> dict[Role, tuple[Fact, ...]]:
+    """Returns the facts that get new values, by role.
+
+    What `edits` and `validation` do not take is for `train`, and so are the facts of homes.
+    """
     roles: dict[Role, tuple[Fact, ...]] = {}
-    for role in ("edits", "validation", "train"):
-        n_cities, n_countries = N_CITIES.get(role, len(cities)), N_COUNTRIES.get(role, len(countries))
-        roles[role] = tuple(shuffled((*cities[:n_cities], *countries[:n_countries]), purpose="order"))
-        cities, countries = cities[n_cities:], countries[n_countries:]
-    return roles
+    for role in ("edits", "validation"):
+        roles[role] = (*cities[: N_CITIES[role]], *countries[: N_COUNTRIES[role]])
+        cities, countries = cities[N_CITIES[role] :], countries[N_COUNTRIES[role] :]
+    roles["train"] = (*cities, *countries, *of_homes)
+    return {role: tuple(shuffled(facts, purpose="order")) for role, facts in roles.items()}
 
 
 def _drawn(facts: Iterable[Fact]) -> Fact:
