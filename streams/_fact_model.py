@@ -41,12 +41,12 @@ class Lesson:
 class StoresAtSubject(nn.Module):
     """A causal model that learns to read all it says of a subject from the subject's last token, after one block.
 
-    A small model left to itself recalls facts wherever the subject is in sight, and keeps them in the embeddings; an
-    editor that writes one MLP at the subject's last token then changes little, or much at once. Three things make the
-    model like a large one. In half of the batches the states at two subjects are exchanged after the block, and the
-    answers with them, so that the state alone decides the answer (interchange intervention training, Geiger et al.
-    2022). Noise on the states after the block makes the answer withstand small changes, as other edits bring. And the
-    MLP's keys of different subjects are pushed apart, so that a fact can be written to one of them.
+    Left to itself, a small model recalls a fact wherever it sees the subject. An editor that writes one MLP at the
+    subject's last token then changes nothing, or the facts of many subjects. Three things prevent this. In half of the
+    batches the states of two subjects are exchanged after the block, and the answers with them, so that the state
+    alone decides the answer (interchange intervention training, Geiger et al. 2022). Noise on the states after the
+    block leaves each answer a margin against the small changes that other edits bring. The keys of different subjects,
+    which are the inputs of the MLP's last projection, are pushed apart, so that a fact can be written to one of them.
 
     Args:
         model: The causal model; trained in place.
