@@ -85,12 +85,13 @@ def longest_input(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast"
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, family: Literal["t5", "bert", "gpt2"], vocab_size: int
+    texts: Iterable[str], *, family: Literal["t5", "bert", "gpt2", "llama"], vocab_size: int
 ) -> "PreTrainedTokenizerFast":
     """Trains a small tokenizer with the special tokens and the post-processing of a model family.
 
     `t5` is BPE over words with a leading `▁`, and ends every sequence with `</s>`. `bert` is lower-cased WordPiece
-    between `[CLS]` and `[SEP]`. `gpt2` is byte-level BPE without added tokens. Special tokens have the first ids, in
+    between `[CLS]` and `[SEP]`. `gpt2` is byte-level BPE without added tokens. `llama` is BPE over words with a leading
+    `▁`, the first word included, and begins every sequence with `<s>`. Special tokens have the first ids, in
     the family's usual order (T5: pad 0, end 1, unknown 2).
 
     Args:
@@ -129,6 +130,15 @@ def train_tokenizer(
             vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False
         )
         template, ends = "[CLS] $A [SEP]", ["[CLS]", "[SEP]"]
+    elif family == "llama":
+        options = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")]
+        )
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*options.values()], show_progress=False)
+        template, ends = "<s> $A", ["<s>"]
     else:
         end = "<|endoftext|>"
         options = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": end}
@@ -178,22 +188,22 @@ def collate(examples: Sequence[Example], *, pad_id: int) -> dict[str, "torch.Ten
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch and sets two threads inside the block; restores the generator and the thread count afterwards.
+def seeded(seed: int, *, threads: int = TRAINING_THREADS) -> Iterator[None]:
+    """Seeds torch and sets its threads inside the block; restores the generator and the thread count afterwards.
 
     More threads make models of this size several times slower, and training is reproducible only with the same number
     of threads.
     """
     import torch
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(TRAINING_THREADS)
+        torch.set_num_threads(threads)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
 
 
 def train(
@@ -223,37 +233,65 @@ def train(
         warmup: The fraction of steps used for warm-up.
         progress: Called after every step as `progress("training", done, total)`.
     """
+    order = random.Random(seed)
+    batches = (collate(batch, pad_id=pad_id) for _ in range(epochs) for batch in _batches(examples, batch_size, order))
+    fit(
+        model,
+        batches,
+        n_batches=epochs * -(-len(examples) // batch_size),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        progress=progress,
+    )
+
+
+def fit(
+    model: "torch.nn.Module",
+    batches: Iterable[dict[str, "torch.Tensor"]],
+    *,
+    n_batches: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    warmup: float = 0.05,
+    progress: Progress | None = None,
+) -> None:
+    """Takes one step for each batch, as `train` does; leaves the model in eval mode.
+
+    Args:
+        model: A module that returns a loss when given a batch. Its frozen parameters stay as they are.
+        batches: The batches, as keyword arguments of `forward`.
+        n_batches: How many there are.
+        learning_rate: The learning rate at the end of the warm-up.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
+        warmup: The fraction of steps used for warm-up.
+        progress: Called after every step as `progress("training", done, total)`.
+    """
     import torch
 
     device = next(model.parameters()).device
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=learning_rate,
         betas=(0.9, 0.98),
     )
-    steps_per_epoch = -(-len(examples) // batch_size)
-    total = epochs * steps_per_epoch
-    warm_steps = max(1, round(warmup * total))
+    warm_steps = max(1, round(warmup * n_batches))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_steps, (total - step) / max(1, total - warm_steps))
+        optimizer, lambda step: min((step + 1) / warm_steps, (n_batches - step) / max(1, n_batches - warm_steps))
     )
-    order = random.Random(seed)
     model.train()
-    done = 0
-    for _ in range(epochs):
-        for batch in _batches(examples, batch_size, order):
-            tensors = collate(batch, pad_id=pad_id)
-            loss = model(**{name: tensor.to(device) for name, tensor in tensors.items()}).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if progress is not None:
-                progress("training", done, total)
+    for done, batch in enumerate(batches, start=1):
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress("training", done, n_batches)
     model.eval()
 
 

@@ -24,7 +24,7 @@ from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
 
 QUICK = ("stream=toy", "max_edits=5", "max_upstream=40", "wandb.mode=disabled", "editor.n_iter=20")
-EMBEDDED = ("toy", "atlas-qa", "atlas-drift", "atlas-text")
+EMBEDDED = ("toy", "atlas-qa", "atlas-facts", "atlas-drift", "atlas-text")
 
 
 @dataclass(frozen=True)
