@@ -141,6 +141,7 @@ class AtlasQA(EditStream):
         ),
     }
     in_demo = True
+    ships_networks = True
 
     def load(self) -> StreamData:
         """Returns the requests; ids are `<relation>/<subject id>/<phrasing>`."""

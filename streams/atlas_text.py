@@ -165,7 +165,6 @@ class AtlasText(EditStream):
             ("transformer.h.1.mlp.c_fc", "transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"),
         ),
     }
-    in_demo = True
 
     def load(self) -> StreamData:
         """Returns the requests; the id is `<relation>/<subject id>`, or `<subject id>` for a whole passage."""

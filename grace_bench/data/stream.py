@@ -98,6 +98,7 @@ class EditStream(ABC):
         search_layers: The layers of the default model that tuning tries, by the kind of layer that an editor edits; an
             editor whose kind is missing tries the layers under `any`.
         in_demo: Whether the demo runs editors on this stream.
+        ships_networks: Whether the networks of editors that need meta-training ship for the stream's model.
         younger_options: Options that were added after the stream was released. With their defaults they do not count in
             the hash of a configuration, so that earlier runs keep their folders.
     """
@@ -117,6 +118,7 @@ class EditStream(ABC):
     default_layer: ClassVar[str | None] = None
     search_layers: ClassVar[Mapping[LayerKind, Sequence[str | Sequence[str]]]] = MappingProxyType({})
     in_demo: ClassVar[bool] = False
+    ships_networks: ClassVar[bool] = False
     younger_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -37,16 +38,22 @@ def demo(out: Path, *, n_edits: int) -> None:
 
 def _pairs() -> Iterator[tuple[str, str]]:
     """Each editor with the first demo stream it works on, and the reference editors with every stream so chosen."""
-    tasks = {name: stream.task for name, stream in STREAMS.classes().items() if stream.in_demo}
+    streams = {name: stream for name, stream in STREAMS.classes().items() if stream.in_demo}
     editors = EDITORS.classes()
     references = [name for name, editor in editors.items() if editor.is_reference]
     pairs: dict[tuple[str, str], None] = {}
     for name, editor in editors.items():
-        stream = next((stream for stream, task in tasks.items() if task in editor.supported_tasks), None)
+        fitting = (stream for stream, cls in streams.items() if _works_on(editor, cls))
+        stream = next(fitting, None)
         if stream is not None:
             pairs[stream, name] = None
             pairs |= {(stream, other): None for other in references}
     yield from pairs
+
+
+def _works_on(editor: Any, stream: Any) -> bool:
+    """Whether an editor can start on a stream at once."""
+    return stream.task in editor.supported_tasks and (stream.ships_networks or not editor.needs_meta_training)
 
 
 def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
