@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_bench.common.files import hash_file, readable
+from grace_bench.common.untrusted import check_model_folder
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.registry import STREAMS
 
@@ -333,14 +334,22 @@ def projections_by_config(folder: str) -> list[str]:
 
     Returns:
         Dotted paths; none if transformers cannot make the model from its config.json alone.
+
+    Raises:
+        UserError: If the folder asks for code from elsewhere.
     """
     import torch
     import transformers
 
+    check_model_folder(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        architecture = getattr(transformers, config.architectures[0])
+        # The name stands in a file: it must not call just anything of transformers.
+        if not issubclass(architecture, transformers.PreTrainedModel):
+            return []
         with torch.device("meta"):
-            module = getattr(transformers, config.architectures[0])(config)
+            module = architecture(config)
         width = config.get_text_config().hidden_size
     except Exception:  # What transformers raises for a configuration that it does not know is its own.
         return []

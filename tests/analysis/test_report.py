@@ -479,7 +479,7 @@ def _notes(html: str) -> list[str]:
 
 
 def test_the_first_row_minus_each_other_stands_below_the_leaderboard(runs: Path) -> None:
-    read = read_runs([runs])
+    read = read_runs([runs])[0]
     table = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0]
     rows = table.rows
     expected = []
@@ -508,7 +508,7 @@ def test_of_perplexities_the_logarithms_differ_and_negative_is_ahead(runs: Path,
         table = pq.read_table(run / "predictions.parquet")
         rows = [{**row, "score": 2.0 if name == "ft" else 8.0} for row in table.to_pylist()]
         pq.write_table(type(table).from_pylist(rows, schema=table.schema), run / "predictions.parquet")
-    html = render_report(read_runs([tmp_path]))
+    html = render_report(read_runs([tmp_path])[0])
     assert "Differences in log ERR: the first row, ft, minus the other (negative: it is ahead)" in html
     assert _cells(html, "differences")[:2] == ["grace", f"{math.log(2 / 8):+.3f}"]
     assert _card(html)["Ahead of"].startswith("grace, by 6.00: ")
@@ -520,7 +520,7 @@ def test_the_best_editors_are_compared_also_where_the_unedited_model_is_first(ru
 
     for run in runs.iterdir():
         copy_run(run, tmp_path / run.name, retain_all if run.name.startswith("none") else lambda record: None)
-    read = read_runs([tmp_path])
+    read = read_runs([tmp_path])[0]
     table = Leaderboard([run.result for run in read], folders=[run.folder for run in read]).tables[0]
     floor, best, second = table.rows
     card = _card(render_report(read))
@@ -535,7 +535,7 @@ def test_the_best_editors_are_compared_also_where_the_unedited_model_is_first(ru
 
 
 def test_runs_that_cannot_be_compared_say_why_in_the_card_and_below_the_leaderboard(runs: Path) -> None:
-    html = render_report(read_runs([runs / "ft-s0", runs / "grace-s1"]))
+    html = render_report(read_runs([runs / "ft-s0", runs / "grace-s1"])[0])
     assert _cells(html, "differences") == []
     assert "real difference" not in html
     first, second = (name for name in _cells(html, "leaderboard") if name in EDITORS)
@@ -549,7 +549,7 @@ def test_runs_that_cannot_be_compared_say_why_in_the_card_and_below_the_leaderbo
 
 def test_editors_without_a_run_on_a_stream_are_named_below_its_leaderboard(two_streams: Path) -> None:
     on_toy = [two_streams / "toy" / f"{name}-s0" for name in EDITORS]
-    notes = _notes(render_report(read_runs([*on_toy, two_streams / "other" / "none-s0"])))
+    notes = _notes(render_report(read_runs([*on_toy, two_streams / "other" / "none-s0"])[0]))
     assert [note for note in notes if "no run here" in note] == ["– no run here: ft, grace"]
 
 
@@ -557,7 +557,7 @@ def test_long_curves_are_thinned_and_say_so(runs: Path, tmp_path: Path) -> None:
     run = copy_run(runs / "grace-s0", tmp_path / "run")
     lines = [json.dumps({"n_edits": n, "TRR": 1.0 - n / 2000}) for n in range(1200)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    html = render_report(read_runs([run]))
+    html = render_report(read_runs([run])[0])
     assert f"{MAX_POINTS} of 1200 evaluations are drawn" in html
     data = json.loads(re.findall(r'(?s)<script type="application/json" id="data">(.*?)</script>', html)[0])
     (series,) = next(chart for chart in data["charts"] if chart["id"] == "g0-TRR")["series"]
@@ -565,7 +565,7 @@ def test_long_curves_are_thinned_and_say_so(runs: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_runs_make_the_same_page(runs: Path, page: Path, two_streams: Path) -> None:
-    assert render_report(read_runs([two_streams])) == page.read_text(encoding="utf-8")
+    assert render_report(read_runs([two_streams])[0]) == page.read_text(encoding="utf-8")
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else_written(runs: Path, tmp_path: Path) -> None:
@@ -644,7 +644,7 @@ def test_runs_under_two_protocols_have_sections_of_their_own_that_name_the_diffe
     copy_run(runs / "ft-s0", tmp_path / "one")
     copy_run(runs / "grace-s0", tmp_path / "two")
     copy_run(runs / "ft-s1", tmp_path / "odd", lambda record: record["protocol"].update(eval_every=7))
-    html = render_report(read_runs([tmp_path]))
+    html = render_report(read_runs([tmp_path])[0])
     headings = [_text(heading) for heading in re.findall(r"<h2>(.*?)</h2>", html)]
     assert headings == ["At a glance", "toy · protocol.eval_every=5", "toy · protocol.eval_every=7"]
     tables = re.findall(r'(?s)<table class="sortable leaderboard">.*?</table>', html)
@@ -655,5 +655,5 @@ def test_runs_under_two_protocols_have_sections_of_their_own_that_name_the_diffe
 
 def test_an_editor_that_is_not_installed_has_unknown_traits(runs: Path, tmp_path: Path) -> None:
     copy_run(runs / "ft-s0", tmp_path / "run", lambda record: record["editor"].update(name="of_a_friend"))
-    html = render_report(read_runs([tmp_path]))
+    html = render_report(read_runs([tmp_path])[0])
     assert '<abbr title="the editor is not installed">unknown</abbr>' in html
