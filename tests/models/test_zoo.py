@@ -42,7 +42,14 @@ from transformers import (
 
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.zoo import default_layer, known_models, last_projections, mark_checkpoint, resolve_model
+from grace_bench.models.zoo import (
+    default_layer,
+    known_models,
+    last_projections,
+    mark_checkpoint,
+    projections_by_config,
+    resolve_model,
+)
 
 HUB_IDS = {
     "t5-small-nq": "google/t5-small-ssm-nq",
@@ -435,3 +442,19 @@ def test_a_checkpoint_says_which_layer_is_edited_unless_another_is_named(
 def test_a_checkpoint_that_names_no_layer_has_its_streams() -> None:
     shipped = resolve_model("atlas-drift")
     assert shipped.layer == shipped.stream.default_layer
+
+
+@pytest.mark.parametrize("named", ["pipeline", "Trainer", "no_such_class", "GPT2Config"])
+def test_a_configuration_can_only_name_a_model_class_of_transformers(tmp_path: Path, named: str) -> None:
+    config = {"model_type": "gpt2", "architectures": [named], "n_layer": 2, "n_embd": 8, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert projections_by_config(str(tmp_path)) == []
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2Model"]}), encoding="utf-8")
+    assert projections_by_config(str(tmp_path)) == ["h.0.mlp.c_proj", "h.1.mlp.c_proj"]
+
+
+def test_a_configuration_that_asks_for_code_from_the_hub_is_refused_before_its_model_is_made(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2Model"], "attn_implementation": "someone/kernels"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="asks for code from the hub"):
+        projections_by_config(str(tmp_path))
