@@ -75,7 +75,7 @@ def _run_on_questions(folder: Path, make_model: Callable[..., EditableModel]) ->
     files = {"questions": folder / "questions.jsonl", "upstream": folder / "upstream.jsonl"}
     for path, rows in zip(files.values(), (records, upstream), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = RunSettings(schedule=Schedule(edit="all", eval_every=3), threads=1)
+    settings = RunSettings(schedule=Schedule(edit="all", eval_every=3, score_after="all"), threads=1)
     for name, editor in EDITORS_TRIED.items():
         stream = STREAMS.get("jsonl")(
             path=str(files["questions"]), upstream_path=str(files["upstream"]), task="completion"
@@ -136,6 +136,21 @@ def test_a_leaderboard_by_a_score_shows_the_means_of_that_column(
             assert record[f"{metric}_mean"] == pytest.approx(mean_of(folder, stream, score), abs=1e-6)
         edits = [json.loads(line) for line in (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
         assert record["ES_mean"] == pytest.approx(fmean(edit["scores_after"][score] for edit in edits))
+
+
+def test_what_was_scored_right_after_edits_has_columns_of_its_own_by_every_score(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for score in (None, "token_accuracy"):
+        for record in values(capsys, str(runs), *(["--score", score] if score else [])):
+            metrics = read_result(runs / record["editor"] / "result.json").metrics
+            for stream in ("holdout", "locality"):
+                name = f"ES/{stream}"
+                recorded = metrics[f"{name}/{score}" if score else name]
+                assert record[f"{name}_mean"] == recorded
+                assert recorded is not None
+    assert main(["leaderboard", str(runs)]) == 0
+    assert "ES/locality" in capsys.readouterr().out
 
 
 def test_four_scorings_rank_the_same_runs_each_by_its_own_values(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grace_bench.common.scores import PANEL, score_info
 from grace_bench.data.requests import DerivedRequest, EditRequest, Unedited
@@ -14,7 +16,14 @@ from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.models.tasks.lookup import all_tasks, get_task
-from grace_bench.models.tasks.token_scores import perplexity, perplexity_outliers, perplexity_weighted
+from grace_bench.models.tasks.text_scores import exact_match, token_f1
+from grace_bench.models.tasks.token_scores import (
+    perplexity,
+    perplexity_outliers,
+    perplexity_weighted,
+    token_accuracy,
+    token_agreement,
+)
 from grace_bench.run.evaluated import UneditedModel
 
 COUNTRIES = ["France", "Italy", "Peru", "Spain", "Japan"]
@@ -213,6 +222,37 @@ def test_perplexities_are_those_of_a_loop_and_of_torchmetrics(make_model: Callab
     assert means[""] == pytest.approx(sum(values) / 3, rel=1e-6)
     assert means["perplexity_weighted"] == pytest.approx(pooled.compute().item(), rel=1e-6)
     assert means["perplexity_outliers"] == sum(value > 1000 for value in values) / 3
+
+
+PAIRS = [
+    ("the Sol of Peru", ["Sol"]),
+    ("Lima", ["Lima", "the city of Lima"]),
+    ("Euro, since 1999", ["The euro!", "EUR"]),
+    ("", ["Sol"]),
+    ("a Tenge a Tenge", ["Tenge"]),
+]
+
+
+def test_f1_and_exact_match_are_those_of_torchmetrics() -> None:
+    from torchmetrics.text import SQuAD
+
+    for text, accepted in PAIRS:
+        squad = SQuAD()
+        target = {"answers": {"answer_start": [0] * len(accepted), "text": accepted}, "id": "1"}
+        found = squad([{"prediction_text": text, "id": "1"}], [target])
+        assert token_f1(text, accepted) == pytest.approx(found["f1"].item() / 100), text
+        assert exact_match(text, accepted) == found["exact_match"].item() / 100, text
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
+def test_token_scores_are_the_accuracy_of_torchmetrics(tokens: list[tuple[int, int]]) -> None:
+    from torchmetrics.classification import MulticlassAccuracy
+
+    given_tokens, wanted = (list(side) for side in zip(*tokens, strict=True))
+    accuracy = MulticlassAccuracy(num_classes=6, average="micro")
+    expected = accuracy(torch.tensor(given_tokens), torch.tensor(wanted)).item()
+    assert token_accuracy(given_tokens, wanted) == pytest.approx(expected)
+    assert token_agreement(given_tokens, wanted) == token_accuracy(given_tokens, wanted)
 
 
 def test_the_same_perplexities_pool_as_their_definitions_say() -> None:
