@@ -185,6 +185,9 @@ class Task(ABC):
         for option, name in (*named, *(("scores", name) for name in scores or ())):
             if name is not None and name not in self.panel:
                 raise UserError(f"{option}={name}: {self.name} has no such score (it has {', '.join(self.panel)})")
+        for option, name in named:
+            if name is not None and score_info(name).pooling != "mean":
+                raise UserError(f"{option}={name} is no mean over items: --score={name} ranks finished runs by it")
         if main_score is not None and score_info(main_score).only_for_locality:
             raise UserError(f"protocol.main_score={main_score} exists only for locality: see protocol.locality_score")
         self.main_score = main_score or type(self).main_score

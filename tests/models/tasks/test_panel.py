@@ -364,6 +364,11 @@ def test_a_score_that_a_task_does_not_have_is_refused_by_name(settings: dict[str
     assert named in str(caught.value)
 
 
+def test_a_score_that_is_no_mean_over_items_ranks_finished_runs_only() -> None:
+    with pytest.raises(UserError, match="--score=perplexity_weighted ranks finished runs"):
+        get_task("language_modelling", main_score="perplexity_weighted")
+
+
 def test_every_task_has_a_panel_whose_scores_are_described() -> None:
     for task in all_tasks():
         assert task.main_score in task.panel
