@@ -97,13 +97,11 @@ def fluency(tokens: Sequence[int]) -> float:
     """Returns the weighted entropy of the bigrams and trigrams of generated tokens, in bits; low for repetition.
 
     It is the mean of 2/3 of the entropy of bigrams and 4/3 of that of trigrams (Zhang et al. 2018; Meng et al. 2022,
-    who count words of sampled texts). Of fewer than three tokens it is NaN.
+    who count words of sampled texts). A model that says nothing is as little fluent as one that repeats itself.
 
-    >>> fluency([4, 4, 4, 4, 4, 4]), round(fluency([1, 2, 3, 4, 5]), 6)
-    (0.0, 1.723308)
+    >>> fluency([4, 4, 4, 4, 4, 4]), round(fluency([1, 2, 3, 4, 5]), 6), fluency([])
+    (0.0, 1.723308, 0.0)
     """
-    if len(tokens) <= max(_FLUENCY_WEIGHTS) - 1:
-        return math.nan
     weighted = [weight * _entropy(tokens, n) for n, weight in _FLUENCY_WEIGHTS.items()]
     return sum(weighted) / len(weighted)
 
