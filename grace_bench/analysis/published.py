@@ -104,7 +104,7 @@ def print_with_published(leaderboard: Leaderboard, paper: str, fmt: Format = "ta
             console.print(render(part, fmt))
             console.print(_block(stream, own) if own else Text(f"{none}\n"))
         elif fmt == "markdown":
-            print(f"{render(part, fmt)}\n{_markdown(stream, own) if own else f'{markdown_text(none)}'}\n")
+            print(f"{render(part, fmt)}\n{_markdown(stream, own) if own else markdown_text(none)}\n")
         elif fmt == "latex":
             print(f"{render(part, fmt)}{_latex(stream, own) if own else f'% {none}'}\n", end="")
         elif not own:

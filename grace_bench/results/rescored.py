@@ -59,8 +59,9 @@ def all_rescored(
     Raises:
         UserError: If there is no such score, or no run recorded it.
     """
-    if score is not None:
-        score_info(score)
+    if score is None:
+        return [*runs], ()
+    score_info(score)
     found, lacking, metrics = [], [], metric_infos()
     for result, more in runs:
         try:

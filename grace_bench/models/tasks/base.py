@@ -459,7 +459,7 @@ class Task(ABC):
                 return perplexity_outliers(values)
             if info.name == "token_accuracy" and info.name != main:
                 # Runs so far computed it in float32.
-                values = [torch.tensor(value, dtype=torch.float32).item() for value in values]
+                values = torch.tensor(values, dtype=torch.float32).tolist()
             return mean(values)
 
         has_main = main not in self.carried_scores or any(not math.isnan(item.score) for item in items)

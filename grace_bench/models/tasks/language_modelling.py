@@ -55,6 +55,7 @@ class LanguageModelling(Task):
 
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
+        compares = any(_unedited_tokens(request) is not None for request in requests)
 
         def run(encoded: EncodedBatch) -> list[tuple[float, int, list[int], dict[str, Any]]]:
             logits, batch = model.labelled_logits(encoded)
@@ -62,14 +63,15 @@ class LanguageModelling(Task):
             counts = (batch.labels != IGNORED).sum(dim=1)
             totals = token_losses(logits, batch).double().sum(dim=1)
             notes = notes_of(model.last_state, len(batch))
-            return [*zip(totals.tolist(), counts.tolist(), predicted_tokens(logits, batch), notes, strict=True)]
+            predicted: list[list[int]] = predicted_tokens(logits, batch) if compares else [[] for _ in notes]
+            return [*zip(totals.tolist(), counts.tolist(), predicted, notes, strict=True)]
 
         rows = self.by_length(model, self.encode(model, prompts, targets), run)
         fluent = fluencies(self, model, prompts) if "fluency" in self.scores else [{} for _ in requests]
         return [
             self.item(
                 request,
-                {"perplexity": perplexity(total, count), **self._agreement(request, tokens), **more},
+                {"perplexity": perplexity(total, count), **_agreement(request, tokens), **more},
                 n_tokens=count,
                 **note,
             )
@@ -84,8 +86,13 @@ class LanguageModelling(Task):
         rows = self.by_length(model, self.encode(model, prompts, targets), run)
         return [Unedited(tokens=tuple(tokens)) for tokens in rows]
 
-    def _agreement(self, request: EditRequest, tokens: Sequence[int]) -> dict[str, float]:
-        unedited = getattr(request, "unedited", None)
-        if unedited is None or unedited.tokens is None:
-            return {}
-        return {"token_agreement": token_agreement(tokens, unedited.tokens)}
+
+def _agreement(request: EditRequest, predicted: Sequence[int]) -> dict[str, float]:
+    unedited = _unedited_tokens(request)
+    return {} if unedited is None else {"token_agreement": token_agreement(predicted, unedited)}
+
+
+def _unedited_tokens(request: EditRequest) -> tuple[int, ...] | None:
+    """What the unedited model predicted along a locality probe; None for requests that are not compared with it."""
+    unedited = request.unedited if isinstance(request, DerivedRequest) else None
+    return None if unedited is None else unedited.tokens
