@@ -1,6 +1,9 @@
 """Retention: upstream data, inputs that were right before, and inputs beside the edits."""
 
+from collections.abc import Mapping, Sequence
+
 from grace_bench.evaluation.metric import StreamScore
+from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.registry import register_metric
 
 
@@ -36,3 +39,8 @@ class Locality(StreamScore):
     caption = "neighbouring inputs"
     order = 70
     shown_in = ("table", "report", "summary")
+
+    @staticmethod
+    def measure(items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:
+        """Returns the means with the main score that a run may have for locality alone."""
+        return task.aggregate(items, stream="locality")

@@ -123,15 +123,11 @@ class StreamMetric(EditMetric):
         """
         raise NotImplementedError
 
-    def values(self, items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:
-        """Returns what `measure` returns; a subclass may need to know which stream the items are of."""
-        return self.measure(items, task)
-
     def after_eval_exp(self, strategy: EditorStrategy) -> list[MetricValue] | None:
         """Emits the metric's own value under its name and the others under `name/suffix`."""
         if strategy.experience.origin_stream.name != self.stream or not strategy.scores:
             return None
-        values = self.values(strategy.scores, strategy.model.task)
+        values = self.measure(strategy.scores, strategy.model.task)
         self._last = values.get("")
         return [self.value(strategy, value, suffix) for suffix, value in values.items()]
 
@@ -157,7 +153,3 @@ class StreamScore(StreamMetric):
     @staticmethod
     def measure(items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:  # noqa: D102
         return task.aggregate(items)
-
-    def values(self, items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:  # noqa: D102
-        # Locality may have a main score of its own.
-        return task.aggregate(items, stream=self.stream) if self.stream == "locality" else self.measure(items, task)

@@ -255,6 +255,25 @@ def test_token_scores_are_the_accuracy_of_torchmetrics(tokens: list[tuple[int, i
     assert token_agreement(given_tokens, wanted) == token_accuracy(given_tokens, wanted)
 
 
+def test_running_text_beside_an_edit_is_compared_with_the_unedited_model_token_by_token(
+    make_model: Callable[..., EditableModel],
+) -> None:
+    unedited, edited = (make_model("language_modelling", seed=seed) for seed in (0, 1))
+    plain = EditRequest(id="t", prompt="the capital of Spain", target="Euro")
+    probes = [
+        DerivedRequest(id=f"p{i}", prompt=f"the capital of {name}", target="is the river of Peru", is_locality=True)
+        for i, name in enumerate(("Peru", "Italy"))
+    ]
+    said = unedited.task.unedited(unedited, probes)
+    known = [probe.model_copy(update={"unedited": one}) for probe, one in zip(probes, said, strict=True)]
+    assert [item.others["token_agreement"] for item in unedited.score(known)] == [1.0, 1.0]
+    *found, other = edited.score([*known, plain])
+    for probe, item in zip(known, found, strict=True):
+        both = (Loop(model).predicted(probe.prompt, str(probe.target)) for model in (edited, unedited))
+        assert item.others["token_agreement"] == share(*both)
+    assert "token_agreement" not in other.others
+
+
 def test_the_same_perplexities_pool_as_their_definitions_say() -> None:
     texts = [[2.0, 1.0], [9.0, 8.0, 7.5], [0.25]]
     each = [perplexity(sum(text), len(text)) for text in texts]
