@@ -2,9 +2,10 @@
 
 import dis
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from types import CodeType
+from typing import Any
 
 from grace_bench.errors import did_you_mean
 
@@ -55,6 +56,13 @@ def constructor_fault(cls: type, *, base: type, given: Sequence[str] = ()) -> st
     if lost is not None:
         return f"{name_of_init} does not keep its argument {lost!r}: set `self.{lost} = {lost}`"
     return None
+
+
+def hide_argument(function: Callable[..., Any], name: str) -> None:
+    """Leaves an argument out of the signature that a function shows; it still takes it."""
+    shown = inspect.signature(function)
+    parameters = [parameter for parameter in shown.parameters.values() if parameter.name != name]
+    function.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
 
 
 def required_argument(cls: type) -> str | None:

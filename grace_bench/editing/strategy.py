@@ -1,5 +1,6 @@
 """`EditorStrategy`: the methods that an author implements, and those that every editor inherits."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Self, get_args
 
 from torch import Tensor
 
-from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault
+from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault, hide_argument
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import TaskName
 from grace_bench.data.stream import LayerKind
@@ -30,13 +31,15 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     A subclass implements `edit`. If edits change anything but rewritten weights, it extends `rollback`, `state_dict`
     and `load_state_dict`. The methods of `OptionalHooks` and the class attributes have defaults.
 
-    An editor acts on the model through `intercept`, which changes what the edited layer returns, or through `rewrite`,
-    which declares weights that `edit` changes in place: the base class rolls them back, suspends and saves them.
+    An editor acts on the model through `intercept`, which changes what the edited layer returns, or by rewriting
+    weights, which the base class rolls back, suspends and saves. The layers that edits rewrite are declared, by
+    `layers` or `rewrite`; then `edit` changes their weights in place, or by `add_to_weight`.
     Its constructor takes keyword arguments only. Each is an option `editor.<name>=`, stored in an attribute of its
     name.
 
     Args:
         model: The model to edit.
+        layers: Dotted paths of the layers that edits rewrite; None for the model's own. Unused if `freezes_weights`.
         plugins: Avalanche plugins with experience-level callbacks.
         evaluator: Avalanche's evaluation plugin, with metrics and loggers.
 
@@ -46,7 +49,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         needs_subject: Whether `edit` reads the subjects of requests.
         needs_replay: Whether the editor stores earlier requests.
         needs_meta_training: Whether `meta_train` must run before the first edit.
-        freezes_weights: Whether the model's weights never change. If false, the edited layer is declared by `rewrite`.
+        freezes_weights: Whether the model's weights never change. If false, `layers` are declared as rewritten.
         supported_tasks: The tasks the editor works on.
         figures: The kinds of figures that the editor adds to `grace-bench figure`, by name.
         is_reference: Whether the demo runs the editor on every stream, as a reference for the others.
@@ -56,7 +59,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 
     Raises:
-        UserError: If the model's task is not supported, or a plugin needs a training loop that editing does not have.
+        UserError: If the model's task is not supported, a layer is missing from the model or named twice, or a plugin
+            needs a training loop that editing does not have.
     """
 
     registered_name: ClassVar[str]
@@ -72,10 +76,17 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     layer_kind: ClassVar[LayerKind] = "any"
     search_space: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.unwrap(cls.__init__) is inspect.unwrap(EditorStrategy.__init__):
+            # A subclass passes `layers` on; it is no option of a subclass that has no constructor of its own.
+            hide_argument(cls.__init__, "layers")
+
     def __init__(
         self,
         *,
         model: EditableModel,
+        layers: Sequence[str] | None = None,
         plugins: Sequence[BasePlugin] = (),
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
@@ -89,7 +100,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         self._interceptors: list[Any] = []
         self._weights = RewrittenWeights(model, editor=name)
         if not self.freezes_weights:
-            self.rewrite(model.layer_name)
+            option = "editor.layers" if "layers" in option_names(type(self)) else "layers"
+            for path in [model.layer_name] if layers is None else _checked_paths(layers, option):
+                self._weights.add(path, option=option)
 
     # --- the contract
 
@@ -115,13 +128,12 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
         The call has no effect: pending edits stay pending, here and in an editor that loads the state.
         """
-        weights = {f"weights.{name}": tensor for name, tensor in self._weights.state_dict().items()}
-        return {"n_edits": self.n_edits, **weights}
+        return {"n_edits": self.n_edits, **self._weights.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a state returned by `state_dict`."""
         self.n_edits = int(state["n_edits"])
-        self._weights.load_state_dict({name: state[f"weights.{name}"] for name in self._weights.state_dict()})
+        self._weights.load_state_dict(state)
 
     # --- how an editor acts on the model
 
@@ -136,6 +148,34 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
             UserError: If the model has no such module, or its weights are offloaded.
         """
         self._weights.add(path)
+
+    def add_to_weight(self, path: str, update: Tensor) -> None:
+        """Adds an update to the weight of a declared linear layer, `nn.Linear` or transformers' `Conv1D`.
+
+        The sum is computed in float32, or float64 if the update is. From the first update on, a weight in bfloat16 or
+        float16 is the rounded value of a float32 copy, its master, so that updates smaller than its rounding add up.
+        A master is part of the state; it adds no parameters. Such a weight must not be changed in any other way.
+
+        Args:
+            path: The layer's dotted path.
+            update: (D_out, D_in), on any device.
+
+        Raises:
+            EditFailure: If the update is not finite; nothing has changed.
+            KeyError: If the layer is not declared.
+            ValueError: If the update has another shape.
+        """
+        self._weights.add_to_weight(path, update)
+
+    def weight_of(self, path: str) -> Tensor:
+        """Returns the (D_out, D_in) weight of a declared linear layer, to read only, in float32 or float64.
+
+        It is the master if there is one (see `add_to_weight`).
+
+        Raises:
+            KeyError: If the layer is not declared.
+        """
+        return self._weights.weight_of(path)
 
     def restore_weights(self) -> None:
         """Gives the rewritten modules their unedited weights back, bit for bit."""
@@ -253,3 +293,12 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
             return f"supported_tasks of {cls.__name__} is {tasks!r}: set it to a tuple, such as ('qa',)"
         faults = (choice_fault(f"a supported task of {cls.__name__}", task, get_args(TaskName)) for task in tasks)
         return next((fault for fault in faults if fault is not None), None)
+
+
+def _checked_paths(layers: Sequence[str], option: str) -> Sequence[str]:
+    if isinstance(layers, str) or not layers or not all(isinstance(path, str) for path in layers):
+        raise UserError(f"{option}={layers} should be a list of dotted paths, or null")
+    repeated = next((path for i, path in enumerate(layers) if path in layers[:i]), None)
+    if repeated is not None:
+        raise UserError(f"{option} names {repeated!r} twice")
+    return layers

@@ -1,16 +1,22 @@
-"""Modules whose weights an editor rewrites: restoring, suspending and saving them."""
+"""Modules whose weights an editor rewrites: restoring, suspending and saving them, and adding updates to them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from grace_bench.errors import UserError
+from grace_bench.common.state import copied
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 
 
 class RewrittenWeights:
     """The modules that an editor rewrites, with a copy of their unedited weights.
+
+    A weight of fewer digits than float32 to which updates are added is the rounded value of a float32 copy, its master.
 
     Args:
         model: The model they belong to.
@@ -25,20 +31,26 @@ class RewrittenWeights:
         self._editor = editor
         self._modules: dict[str, nn.Module] = {}
         self._unedited: dict[str, Tensor] = {}
+        self._masters: dict[str, Tensor] = {}
+        """Float32 copies of weights, in their own shapes, by the path of the module."""
         self.is_suspended = False
 
-    def add(self, path: str) -> None:
+    def add(self, path: str, *, option: str = "layer") -> None:
         """Adds an unedited module by its dotted path; adding it again changes nothing.
+
+        Args:
+            path: The path.
+            option: The option that names it, for messages.
 
         Raises:
             UserError: If the model has no such module, or its weights are offloaded.
         """
         if path in self._modules:
             return
-        module = self._model.find_layer(path)
+        module = self._model.find_layer(path, option=option)
         if any(tensor.is_meta for tensor in module.state_dict().values()):
             raise UserError(
-                f"layer={path}: its weights are offloaded, where editor '{self._editor}' cannot rewrite them; keep "
+                f"{option}={path}: its weights are offloaded, where editor '{self._editor}' cannot rewrite them; keep "
                 f"them on a device with device_map="
             )
         self._modules[path] = module
@@ -47,26 +59,77 @@ class RewrittenWeights:
 
     @property
     def n_numbers(self) -> int:
-        """The number of elements in the weights and buffers of the modules."""
-        return sum(tensor.numel() for tensor in self._unedited.values())
+        """The number of elements in the tensors of `state_dict`."""
+        return sum(tensor.numel() for tensor in self.state_dict().values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights and buffers of the modules, by dotted path; not copied."""
-        return {name: tensor for path, module in self._modules.items() for name, tensor in _weights(path, module)}
+        """Returns the weights and buffers of the modules and the masters, by kind and dotted path; not copied."""
+        weights = {name: tensor for path, module in self._modules.items() for name, tensor in _weights(path, module)}
+        return weights | {_name_of_master(path): master for path, master in self._masters.items()}
 
-    def load_state_dict(self, weights: Mapping[str, Tensor]) -> None:
-        """Copies weights from `state_dict` into the modules.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies what `state_dict` returned from a state that may hold more.
 
         Raises:
-            KeyError: If one is missing.
-            RuntimeError: If one has another shape.
+            KeyError: If a weight is missing.
+            RuntimeError: If a tensor has another shape.
         """
+        masters = {path: state[name] for path in self._modules if (name := _name_of_master(path)) in state}
+        for path, master in masters.items():
+            weight = self._weight(path)
+            if master.shape != weight.shape:
+                raise RuntimeError(f"{_name_of_master(path)} is {tuple(master.shape)}, not {tuple(weight.shape)}")
+            masters[path] = master.to(weight.device, torch.float32, copy=True)
         for path, module in self._modules.items():
-            module.load_state_dict({name: weights[f"{path}.{name}"] for name in module.state_dict()})
+            module.load_state_dict({name: state[_name_of_weight(path, name)] for name in module.state_dict()})
+        self._masters = masters
 
     def restore(self) -> None:
         """Restores the modules' unedited weights, bit for bit."""
         self.load_state_dict(self._unedited)
+
+    @torch.no_grad()
+    def add_to_weight(self, path: str, update: Tensor) -> None:
+        """Adds a (D_out, D_in) update to the weight of a linear module (see `EditorStrategy.add_to_weight`).
+
+        Raises:
+            EditFailure: If the update is not finite; nothing has changed.
+            KeyError: If the module was not added.
+            ValueError: If the update has another shape.
+        """
+        current = self.weight_of(path)
+        if update.shape != current.shape:
+            raise ValueError(f"the update of {path} is {tuple(update.shape)}, its weight {tuple(current.shape)}")
+        if not bool(update.isfinite().all()):
+            raise EditFailure("the update is not finite")
+        weight = self._weight(path)
+        # Metal has no float64.
+        device = torch.device("cpu") if weight.device.type == "mps" else weight.device
+        total = self._as_stored(path, current.to(device) + update.to(device))
+        if torch.finfo(weight.dtype).bits < 32:
+            total = self._masters[self._first_with(weight)] = total.to(weight.device, torch.float32)
+        weight.copy_(total)
+
+    def weight_of(self, path: str) -> Tensor:
+        """Returns the (D_out, D_in) weight of a linear module in float32 or float64: its master if there is one.
+
+        Raises:
+            KeyError: If the module was not added.
+        """
+        weight = self._weight(path)
+        current = self._masters.get(self._first_with(weight), weight.detach())
+        return self._as_stored(path, current if torch.finfo(current.dtype).bits >= 32 else current.float())
+
+    def _weight(self, path: str) -> nn.Parameter:
+        return self._modules[path].get_parameter("weight")
+
+    def _first_with(self, weight: nn.Parameter) -> str:
+        """The first path at which a weight is found: two modules that share it share its master."""
+        return next(path for path, module in self._modules.items() if getattr(module, "weight", None) is weight)
+
+    def _as_stored(self, path: str, weight: Tensor) -> Tensor:
+        """Turns (D_out, D_in) into the shape that the module stores, and back."""
+        return weight.T if isinstance(self._modules[path], Conv1D) else weight
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -74,7 +137,7 @@ class RewrittenWeights:
         if self.is_suspended:
             yield
             return
-        edited = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        edited = copied(self.state_dict())
         self.restore()
         self.is_suspended = True
         try:
@@ -83,6 +146,31 @@ class RewrittenWeights:
         finally:
             self.is_suspended = False
             self.load_state_dict(edited)
+
+
+def check_linear(model: EditableModel, path: str, editor: str, *, option: str = "layer") -> None:
+    """Makes sure that updates can be added to the weight of a layer: that it is linear and not quantised.
+
+    Args:
+        model: The model.
+        path: The layer's dotted path.
+        editor: Name of the editor, for messages.
+        option: The option that names the layer, for messages.
+
+    Raises:
+        UserError: If it is another kind of layer, or the model has no such layer.
+    """
+    layer = model.find_layer(path, option=option)
+    # Wrappers such as weight normalisation compute the weight and hold none.
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.Linear | Conv1D) and weight is not None:
+        # A weight of one byte each is quantised.
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return
+        kind = f"{type(layer).__name__} with quantised weights"
+    else:
+        kind = type(layer).__name__
+    raise UserError(f"{option}={path} is a {kind}: editor '{editor}' rewrites a linear layer (nn.Linear or Conv1D)")
 
 
 @contextmanager
@@ -101,4 +189,12 @@ def trainable(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module.state_dict().items():
-        yield f"{path}.{name}", tensor.detach()
+        yield _name_of_weight(path, name), tensor.detach()
+
+
+def _name_of_weight(path: str, name: str) -> str:
+    return f"weights.{path}.{name}"
+
+
+def _name_of_master(path: str) -> str:
+    return f"masters.{path}.weight"

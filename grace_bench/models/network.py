@@ -68,8 +68,12 @@ class Network(nn.Module):
         self._tracker = SequenceTracker(self._path, queries_start=self.layer_in_decoder)
         module.requires_grad_(False)
 
-    def find_layer(self, path: str) -> nn.Module:
+    def find_layer(self, path: str, *, option: str = "layer") -> nn.Module:
         """Returns the module at a dotted path.
+
+        Args:
+            path: The path.
+            option: The option that names it, for messages.
 
         Raises:
             UserError: If there is none; names the closest one.
@@ -78,8 +82,8 @@ class Network(nn.Module):
         if path in layers and path:
             return layers[path]
         if path.endswith((".weight", ".bias")):
-            raise UserError(f"layer={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
-        raise UserError(f"layer={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
+            raise UserError(f"{option}={path!r} names a parameter; name its module, {path.rpartition('.')[0]!r}")
+        raise UserError(f"{option}={path!r} is not in the model{did_you_mean(path, filter(None, layers))}")
 
     @property
     def _path(self) -> list[nn.Module]:
