@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grace_bench.common.options import check_not_negative, check_positive, check_text, check_whole
+from grace_bench.common.options import check_not_negative, check_positive, check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.moments import MomentSource
+from grace_bench.editing.running_text import sample_texts
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._rome_value import encode_at_subject, optimise_value
-from grace_bench.editors._running_text import key_covariance, read_texts, sample_texts
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch
@@ -95,8 +96,6 @@ class Rome(EditorStrategy):
                 raise UserError(
                     f"editor.prefix_lengths={length} should be less than the model reads ({model.max_length})"
                 )
-        check_text("editor.text_path", text_path, optional=True)
-        check_whole("editor.n_texts", n_texts, least=1)
         if not isinstance(model.layer, nn.Linear | Conv1D) or not model.layer.weight.is_floating_point():
             raise UserError(
                 f"layer={model.layer_name} is a {type(model.layer).__name__}: editor 'rome' rewrites a linear layer "
@@ -112,6 +111,7 @@ class Rome(EditorStrategy):
         self.text_path = text_path
         self.n_texts = n_texts
         self.seed = seed
+        self._source = MomentSource(text_path=text_path, n_texts=n_texts, seed=seed)
         self.covariance: Tensor | None = None
         """(D_in, D_in) float64, on the CPU; None before `prepare`."""
         self.prefixes: list[str] = []
@@ -119,14 +119,10 @@ class Rome(EditorStrategy):
         self._factor = torch.empty(0, 0)
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
-        if self.text_path is not None:
-            texts = read_texts(self.text_path, most=self.n_texts)
-        else:
-            texts = [f"{request.prompt.rstrip()} {request.target}".strip() for request in train[: self.n_texts]]
-        if not texts:
-            raise UserError("editor 'rome' needs running text for its key covariance: give editor.text_path=FILE")
+        layer = self.model.layer_name
         with self.suspended():
-            self._take(key_covariance(self.model, texts, progress=progress))
+            moments = self._source.moments(self.model, [layer], train, editor="rome", progress=progress)
+            self._take(moments[layer].matrix.double())
             lengths, seed = self.prefix_lengths, self.seed
             self.prefixes = ["", *sample_texts(self.model, n_texts=self.n_prefixes, lengths=lengths, seed=seed)]
 

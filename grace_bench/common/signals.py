@@ -14,21 +14,22 @@ if sys.platform != "win32":
     _SIGNALS.append(signal.SIGHUP)
 
 
-_STOPPING = b"grace-bench: stopping after the current edit or evaluation; a second signal stops at once\n"
-
-
 class Interruption:
     """A context in which the first SIGINT, SIGTERM or SIGHUP requests a stop, and the second interrupts at once.
 
     SIGHUP stays ignored where it was, as under `nohup`. Outside the main thread, where Python allows no signal
     handlers, nothing changes.
 
+    Args:
+        work: What the first signal lets finish, for the line on standard error.
+
     Attributes:
         is_requested: Whether a signal has arrived.
         can_defer: Whether the first signal lets the current work finish; set it once there is work to save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, work: str = "the current edit or evaluation") -> None:
+        self._stopping = f"grace-bench: stopping after {work}; a second signal stops at once\n".encode()
         self.is_requested = False
         self.can_defer = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -50,7 +51,7 @@ class Interruption:
         self.is_requested = True
         # The signal may have interrupted a print, which is not reentrant.
         with suppress(OSError):  # The terminal may be closed.
-            os.write(2, _STOPPING)
+            os.write(2, self._stopping)
 
 
 def _is_ignored_hangup(number: signal.Signals) -> bool:

@@ -1,6 +1,7 @@
 """Artifacts that editors compute once and reuse, such as trained editor networks and key statistics.
 
-An artifact is a safetensors file `<editor>/<key>.safetensors`, where the key is the SHA-256 of all its inputs. The
+An artifact is a safetensors file `<owner>/<key>.safetensors`, where the owner is an editor, or what several of them
+share, such as `moments`, and the key is the SHA-256 of all its inputs. The
 package's own artifacts are searched first, then the cache folder: `GRACE_BENCH_CACHE`, or `grace-bench` under
 `XDG_CACHE_HOME` (default `~/.cache`).
 """
@@ -48,15 +49,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grace-bench"
 
 
-def load_artifact(editor: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def load_artifact(owner: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Returns the tensors (on the CPU) and the notes of an artifact; None if its file is missing or incomplete.
 
     Args:
-        editor: The registered name of the editor that the artifact belongs to.
+        owner: The registered name of the editor that the artifact belongs to, or what several editors share.
         key: The content key of the artifact.
     """
-    for folder in (shipped_folder(), cache_folder()):
-        path = folder / editor / f"{key}.safetensors"
+    for path in _places(owner, key):
         try:
             with safe_open(path, framework="pt") as file:
                 # The handle has `keys()` but is not a mapping.
@@ -67,20 +67,31 @@ def load_artifact(editor: str, key: str) -> tuple[dict[str, Tensor], dict[str, s
     return None
 
 
-def save_artifact(editor: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+def save_artifact(owner: str, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
     """Writes an artifact to the cache folder atomically.
 
     Args:
-        editor: The registered name of the editor that the artifact belongs to.
+        owner: The registered name of the editor that the artifact belongs to, or what several editors share.
         key: The content key of the artifact.
         tensors: The tensors by name.
         notes: Information for people, such as settings and figures.
     """
-    path = cache_folder() / editor / f"{key}.safetensors"
+    path = _places(owner, key)[-1]
     with atomic_path(path, shared=True) as partial:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(notes))
 
 
-def drop_artifact(editor: str, key: str) -> None:
+def drop_artifact(owner: str, key: str) -> None:
     """Removes an artifact from the cache folder, if it exists."""
-    (cache_folder() / editor / f"{key}.safetensors").unlink(missing_ok=True)
+    _places(owner, key)[-1].unlink(missing_ok=True)
+
+
+def artifact_path(owner: str, key: str) -> Path:
+    """Returns the file of an artifact; where it would be in the cache folder, if it does not exist."""
+    *shipped, cached = _places(owner, key)
+    return next((path for path in shipped if path.exists()), cached)
+
+
+def _places(owner: str, key: str) -> list[Path]:
+    """Where an artifact may be; the last is in the cache folder."""
+    return [folder / owner / f"{key}.safetensors" for folder in (shipped_folder(), cache_folder())]

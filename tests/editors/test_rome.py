@@ -1,6 +1,7 @@
 """ROME against its closed form, plain loops, and the models it edits."""
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ TEXTS = [
     "Lima",
     "the currency of Peru is the Sol in the Euro is the currency of Italy of France in the capital of Kazakhstan",
 ]
+
+# More tokens than the layer's inputs have dimensions, so that none of them counts as free.
+MANY_TEXTS = [" ".join(random.Random(i).choices(" ".join(TEXTS).split(), k=12)) for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +220,7 @@ def counted(make_model: MakeModel) -> Iterator[tuple[EditableModel, list[int]]]:
 
 def test_a_covariance_is_computed_once_for_a_text(counted: tuple[EditableModel, list[int]], tmp_path: Path) -> None:
     model, tokens = counted
-    artifacts = tmp_path / "cache" / "rome"
+    artifacts = tmp_path / "cache" / "moments"
     first = prepared(model, n_prefixes=0).covariance
     assert sum(tokens) == sum(len(text.split()) for text in TEXTS)
     tokens.clear()
@@ -244,7 +248,7 @@ def test_another_model_or_layer_has_a_covariance_of_its_own(make_model: MakeMode
     )
     for model in models:
         prepared(model)
-    assert len(list((tmp_path / "cache" / "rome").iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "moments").iterdir())) == 3
 
 
 def test_it_prepares_on_the_unedited_model(make_model: MakeModel, make_requests: MakeRequests) -> None:
@@ -263,7 +267,7 @@ def test_progress_ends_at_the_number_of_texts(make_model: MakeModel) -> None:
     heard: list[tuple[str, int, int]] = []
     editor = Rome(model=make_model("completion"))
     editor.prepare(running_text(*TEXTS), progress=lambda what, done, total: heard.append((what, done, total)))
-    assert heard[-1] == ("key covariance", 4, 4)
+    assert heard[-1] == ("second moments", 4, 4)
 
 
 def test_running_text_is_read_from_lines_and_from_records(make_model: MakeModel, tmp_path: Path) -> None:
@@ -319,7 +323,9 @@ def test_a_layer_that_is_not_linear_is_refused(make_model: MakeModel) -> None:
 
 
 def test_without_running_text_it_asks_for_a_file(make_model: MakeModel) -> None:
-    with pytest.raises(UserError, match=r"^editor 'rome' needs running text .* give editor.text_path=FILE$"):
+    with pytest.raises(
+        UserError, match=r"^editor 'rome' needs running text .* give editor.text_path=FILE, or editor.text=model$"
+    ):
         Rome(model=make_model("completion")).prepare(())
 
 
@@ -382,7 +388,7 @@ def test_an_edit_makes_the_target_likelier(
         model = make_model(task)
         model.module.to(dtype)
         before = loss_of(model, request)
-        with prepared(model, n_prefixes=0) as editor:
+        with prepared(model, *MANY_TEXTS, n_prefixes=0) as editor:
             outcome = edit(editor, request)
             assert model.layer.weight.dtype == dtype
             assert loss_of(model, request) < before - 0.1

@@ -142,6 +142,8 @@ class Task(ABC):
         ("contains", "token_accuracy", "contrast", "agreement", "token_agreement", "gold", "fluency")
     )
     """Scores that exist only for requests with what they need, if only a target that says something."""
+    reads_running_text: ClassVar[bool] = False
+    """Whether an empty prompt makes its target running text."""
     takes_chat: ClassVar[bool] = False
     """Whether prompts are questions, which can be put into a chat."""
 

@@ -333,6 +333,7 @@ class Completion(GenerationTask):
     name = "completion"
     auto_class = "AutoModelForCausalLM"
     model_kind = "a causal language model"
+    reads_running_text = True
     _generation_side = "left"
 
     def misfit(self, model: Network) -> str | None:  # noqa: D102

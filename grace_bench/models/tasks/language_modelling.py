@@ -21,6 +21,7 @@ class LanguageModelling(Task):
     name = "language_modelling"
     auto_class = "AutoModelForCausalLM"
     model_kind = "a causal language model"
+    reads_running_text = True
     main_score = "perplexity"
     panel = ("perplexity", "perplexity_weighted", "perplexity_outliers", "token_agreement", "fluency")
 
