@@ -198,6 +198,12 @@ def make_train() -> Callable[[str], list[EditRequest]]:
     return make
 
 
+_SPREAD: dict[str, Any] = {
+    # A value in the last of the two blocks would reach no later token.
+    "layers": ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"],
+    "n_prefixes": 0,
+    "clamp": 4.0,
+}
 QUICK: dict[str, dict[str, Any]] = {
     "grace": {"n_iter": 8},
     "ft": {"n_iter": 8},
@@ -208,6 +214,10 @@ QUICK: dict[str, dict[str, Any]] = {
     "lora": {"n_iter": 8, "lr": 0.01},
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 0, "clamp": 1.0},
+    "r_rome": {"n_prefixes": 1, "prefix_lengths": [3], "clamp": 1.0},
+    "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
+    "emmet": _SPREAD,
+    "alphaedit": _SPREAD,
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -237,6 +247,10 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "lora": {"n_iter": 10, "lr": 0.01},
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 1, "n_iter": 5},
+    "r_rome": {"n_prefixes": 1, "n_iter": 5},
+    "memit": {"n_prefixes": 1, "n_iter": 5},
+    "emmet": {"n_prefixes": 1, "n_iter": 5},
+    "alphaedit": {"n_prefixes": 1, "n_iter": 5},
 }
 """Options that keep the runs of `run_facts` short."""
 

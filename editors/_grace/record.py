@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grace_bench.common.files import readable
+from grace_bench.editing.commands import OtherRecordError
 from grace_bench.errors import UserError, first_error
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -15,6 +16,12 @@ _FAMILY_TASKS = {"t5": "qa", "bert": "scotus", "gpt2": "hallucination"}
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Kind(BaseModel):
+    """What tells the recordings of other editors apart."""
+
+    editor: object = None
 
 
 class RecordedEdit(_Strict):
@@ -93,10 +100,14 @@ def read_record(path: Path) -> Record:
     """Reads a record.
 
     Raises:
+        OtherRecordError: If it names the editor that it is of, which those of GRACE do not.
         UserError: If the file is missing or damaged, naming the field.
     """
     try:
-        return Record.model_validate_json(readable(path).read_text(encoding="utf-8"))
+        content = readable(path).read_text(encoding="utf-8")
+        if "editor" in _Kind.model_validate_json(content).model_fields_set:
+            raise OtherRecordError(f"{path}: is no recording of GRACE")
+        return Record.model_validate_json(content)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except ValidationError as error:

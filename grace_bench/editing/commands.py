@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
+from grace_bench.errors import UserError
+
 if TYPE_CHECKING:
     from grace_bench.data.benchmark import EditBenchmark
     from grace_bench.data.requests import EditRequest
@@ -87,12 +89,20 @@ class Verdict:
     Attributes:
         difference: The first difference, with its edit and size; None if everything agrees.
         notes: Agreements that hold only up to rounding.
+        not_replayed: Why the recording was not replayed at all, such as a fault that it documents; None if it was.
     """
 
-    difference: str | None
+    difference: str | None = None
     notes: tuple[str, ...] = ()
+    not_replayed: str | None = None
+
+
+class OtherRecordError(UserError):
+    """A recording is of another kind of editor, for whose replay it may be usable."""
 
 
 Replay = Callable[[Path], Verdict]
-"""The type of the function that `EditorStrategy.traces` names: replays one recording; raises `UserError` if
-unusable."""
+"""The type of the function that `EditorStrategy.traces` names: replays one recording.
+
+Raises `UserError` if it is unusable, `OtherRecordError` if it was not made for this function.
+"""

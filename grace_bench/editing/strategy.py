@@ -177,6 +177,14 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """
         return self._weights.weight_of(path)
 
+    def unedited_weight_of(self, path: str) -> Tensor:
+        """Returns the (D_out, D_in) weight that a declared linear layer had before the first edit, to read only.
+
+        Raises:
+            KeyError: If the layer is not declared.
+        """
+        return self._weights.unedited_weight_of(path)
+
     def restore_weights(self) -> None:
         """Gives the rewritten modules their unedited weights back, bit for bit."""
         self._weights.restore()

@@ -120,6 +120,14 @@ class RewrittenWeights:
         current = self._masters.get(self._first_with(weight), weight.detach())
         return self._as_stored(path, current if torch.finfo(current.dtype).bits >= 32 else current.float())
 
+    def unedited_weight_of(self, path: str) -> Tensor:
+        """Returns the (D_out, D_in) unedited weight of a linear module, in its dtype.
+
+        Raises:
+            KeyError: If the module was not added.
+        """
+        return self._as_stored(path, self._unedited[_name_of_weight(path, "weight")])
+
     def _weight(self, path: str) -> nn.Parameter:
         return self._modules[path].get_parameter("weight")
 

@@ -1,9 +1,10 @@
 """Replays recorded traces with the editors that can, and says whether ours does the same."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from grace_bench.editing.commands import Replay, Verdict
+from grace_bench.editing.commands import OtherRecordError, Replay, Verdict
 from grace_bench.errors import UserError
 from grace_bench.launch.figures import named_function
 from grace_bench.registry import EDITORS
@@ -28,7 +29,9 @@ def verify_files(paths: Sequence[Path], say: Callable[[str], None]) -> int:
             say(" ".join(str(error).split()))
             exit_code = 2
             continue
-        if verdict.difference is not None:
+        if verdict.not_replayed is not None:
+            say(f"{path}: not replayed: {verdict.not_replayed}")
+        elif verdict.difference is not None:
             say(f"{path}: {verdict.difference}")
             exit_code = max(exit_code, 1)
         else:
@@ -38,23 +41,20 @@ def verify_files(paths: Sequence[Path], say: Callable[[str], None]) -> int:
 
 def _replays() -> list[Replay]:
     """What the editors that declare `traces` replay recordings with; an editor that cannot be imported has nothing."""
-    replays = []
+    found: dict[str, None] = {}
     for name in EDITORS.entries():
         try:
             declared = EDITORS.attribute(name, "traces")
         except UserError:
             continue
         if declared is not None:
-            replays.append(named_function(declared))
-    return replays
+            found[declared] = None
+    return [named_function(declared) for declared in found]
 
 
 def _verify(path: Path, replays: Sequence[Replay]) -> Verdict:
-    """Asks one editor after the other; if none can use the recording, the first says why."""
-    refusals = []
+    """Asks one editor after the other whether the recording is one of its own."""
     for replay in replays:
-        try:
+        with suppress(OtherRecordError):
             return replay(path)
-        except UserError as error:
-            refusals.append(error)
-    raise refusals[0] if refusals else UserError(f"{path}: no editor replays recordings")
+    raise UserError(f"{path}: is no recording that an editor replays")

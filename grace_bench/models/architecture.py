@@ -130,6 +130,19 @@ def read_shape(model: str) -> ModelShape | None:
     return shape_of(config, str(path.parent)) if isinstance(config, Mapping) else None
 
 
+def block_of(layer: str) -> str:
+    """Returns the dotted path of the block that a layer is in.
+
+    >>> block_of("model.layers.27.mlp.down_proj")
+    'model.layers.27'
+
+    Raises:
+        ValueError: If it is in no numbered block.
+    """
+    path, number, _ = _split(layer)
+    return f"{path}.{number}"
+
+
 def number_of(layer: str) -> int:
     """Returns the number of the block that a layer is in.
 

@@ -213,18 +213,27 @@ class PromptTokenizer:
         first, last = (len(ids) for ids in self._bare_ids(ends))
         return first, last
 
-    def subject_position(self, prompt: str, subject: str) -> int:
-        """Returns the position of the subject's last token in the tokens of an unpadded prompt.
+    def subject_span(self, prompt: str, subject: str) -> tuple[int, int]:
+        """Returns the positions of the subject's first and last token in the tokens of an unpadded prompt.
 
-        If the subject occurs several times, the last occurrence counts; in a chat, the last one in the user's text.
+        If the subject occurs several times, the last occurrence counts; in a chat, the last one in the user's text. The
+        space before a subject belongs to its first token.
 
         Raises:
             ValueError: If it does not occur in the prompt.
         """
         written = self._prompt(prompt)
         index = len(written.parts) - 1 if written.user is None else written.user
-        end = written.parts[index].text.rindex(subject) + len(subject)
-        return len(self._ids_of([written.until(index, end)])[0]) - 1
+        text = written.parts[index].text
+        start = text.rindex(subject)
+        before, until = written.until(index, len(text[:start].rstrip(" "))), written.until(index, start + len(subject))
+        last = len(self._ids_of([until])[0]) - 1
+        return min(self._count_before(before), last), last
+
+    def _count_before(self, written: _Written) -> int:
+        """How many tokens come before a text that follows, without the one that stands for an empty text."""
+        (ids,) = self._bare_ids([written])
+        return len(ids) + (0 if written.is_rendered else len(self._before))
 
     # Targets.
 

@@ -1,0 +1,180 @@
+"""The format of recorded runs of ROME's family: a JSON file, and a safetensors file of the same name."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grace_bench.common.files import readable
+from grace_bench.editing.commands import OtherRecordError
+from grace_bench.errors import UserError, first_error
+
+EditorName = Literal["MEMIT", "AlphaEdit", "EMMET", "R-ROME"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class Settings(_Part):
+    """The hyperparameters, by the official names."""
+
+    layers: Annotated[list[int], Field(min_length=1)]
+    fact_token: Literal["subject_last", "subject_first", "subject_first_after_last"]
+    v_num_grad_steps: Annotated[int, Field(ge=1)]
+    v_lr: Annotated[float, Field(gt=0)]
+    v_weight_decay: float
+    clamp_norm_factor: Annotated[float, Field(gt=0)]
+    kl_factor: float
+    rewrite_module_tmp: str
+    mom2_adjustment: bool = True
+    mom2_update_weight: float | None = None
+    nullspace_threshold: float | None = None
+    L2: float | None = None
+    update_norm_lambda: float | None = None
+    emmet_lambda: float | None = None
+    enable_prompt_keys: bool = False
+    original_implementation: bool = False
+
+
+class Target(_Part):
+    """A target as MEMIT's and AlphaEdit's records have it."""
+
+    text: str = Field(alias="str")
+
+
+class Request(_Part):
+    """A request; `prompt` has `{}` for the subject."""
+
+    prompt: str
+    subject: str
+    target_new: Target | str
+
+    @property
+    def target(self) -> str:
+        return self.target_new if isinstance(self.target_new, str) else self.target_new.text
+
+
+class Change(_Part):
+    """How a weight changed over a turn: its Frobenius norm, and the change at the record's `entry_positions`."""
+
+    fro: float
+    entries: list[float]
+
+
+class LayerChange(Change):
+    """A layer's change with the norms of what it was computed from, one a request."""
+
+    key_norms: list[float] | None = None
+    z_error: list[float] | None = None
+    residual_norms: list[float] | None = None
+    adj_k_norms: list[float] | None = None
+    cache_fro: float | None = None
+    cache_trace: float | None = None
+
+
+class RecordedValue(_Part):
+    """The optimisation of one value: a row of losses for each pass (total, target, divergence, decay)."""
+
+    lookup_idxs: list[int]
+    losses: list[list[float]]
+    n_updates: int
+    stopped_early: bool
+    input_ids: list[list[int]] | None = None
+    target_ids: list[int] | None = None
+    init_norm: float | None = None
+    delta_norm: float | None = None
+    z_norm: float | None = None
+    division_factor: float | None = None
+    right_vector_norm: float | None = None
+
+
+class Turn(RecordedValue):
+    """What the editor did in one turn: with one request (R-ROME), or with a batch (the others)."""
+
+    lookup_idxs: list[int] = []
+    losses: list[list[float]] = []
+    n_updates: int = 0
+    stopped_early: bool = False
+    request: Request | None = None
+    change: Change | None = None
+    requests: list[Request] = []
+    z: list[RecordedValue] = []
+    layers: dict[int, LayerChange] = {}
+
+
+class Probe(_Part):
+    """An input whose logits were recorded after the stream."""
+
+    input_ids: Annotated[list[int], Field(min_length=1)]
+    argmax_after: int
+
+
+class Projection(_Part):
+    """A layer's null space in AlphaEdit."""
+
+    layer: int
+    null_rank: int
+
+
+class Record(_Part):
+    """A recorded run: the format of the files that `grace-bench verify` reads (`docs/fidelity.md`)."""
+
+    editor: EditorName
+    model: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    hparams: Settings
+    context_templates: Annotated[list[list[str] | str], Field(min_length=1)]
+    entry_positions: dict[int, list[int]] | list[int]
+    edits: Annotated[list[Turn], Field(min_length=1)]
+    total_change: dict[int, Change] | Change
+    probes: list[Probe]
+    projection: list[Projection] = []
+    tensors: dict[str, Any]
+
+    @property
+    def contexts(self) -> list[str]:
+        """The contexts with `{}` for the prompt, the plain one first."""
+        return [text for part in self.context_templates for text in ([part] if isinstance(part, str) else part)]
+
+    @property
+    def layers(self) -> list[str]:
+        """Dotted paths of the rewritten layers."""
+        return [self.hparams.rewrite_module_tmp.format(number) for number in self.hparams.layers]
+
+
+def read_record(path: Path) -> tuple[Record, dict[str, Tensor]]:
+    """Reads a record and its tensors.
+
+    Raises:
+        OtherRecordError: If it is of another editor.
+        UserError: If a file is missing or damaged, naming the field.
+    """
+    try:
+        content = readable(path).read_text(encoding="utf-8")
+        if not _is_own(content):
+            raise OtherRecordError(f"{path}: is no recording of ROME's family")
+        record = Record.model_validate_json(content)
+        tensors = load_file(readable(path.with_suffix(".safetensors")))
+    except (OSError, UnicodeDecodeError, SafetensorError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_error(error).removeprefix('Value error, ')}") from error
+    missing = next((name for name in record.tensors if name not in tensors), None)
+    if missing is not None:
+        raise UserError(f"{path}: field 'tensors.{missing}': is missing in {path.with_suffix('.safetensors').name}")
+    return record, tensors
+
+
+class _Kind(BaseModel):
+    editor: EditorName
+
+
+def _is_own(content: str) -> bool:
+    try:
+        _Kind.model_validate_json(content)
+    except ValidationError:
+        return False
+    return True

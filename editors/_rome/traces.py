@@ -1,0 +1,480 @@
+"""Replays recorded runs of ROME's family and reports whether this implementation agrees.
+
+The recorded code breaks requests into tokens in its own way: the target without an end token, the begin token twice
+where a context holds it. A replay encodes them so, and leaves everything else to our editors.
+
+Adam turns the sign of a gradient that is all rounding into a whole step, and each edit builds on those before it, so
+that the rounding of a first edit may show in the third digit of the last. Where a number is out of tolerance, the run
+is made again from weights and second moments that differ by one or by four units in the last place, and the range of
+these runs is allowed.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grace_bench.editing.commands import Verdict
+from grace_bench.editors._rome.facts import Fact
+from grace_bench.editors._rome.record import Record, RecordedValue, Request, Turn, read_record
+from grace_bench.errors import UserError
+from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import IGNORED, EncodedBatch, pad
+from grace_bench.registry import EDITORS
+
+_N_PERTURBED = 6
+# The differences of the starting weights, in units in the last place.
+_PERTURBATIONS = (1, 4)
+# Recorded numbers have nine digits.
+_PRINTED = 1e-6
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest differences that are allowed: ten times those of a second implementation (docs/fidelity.md).
+
+    Attributes:
+        loss: Relative to the total loss.
+        weight: Of weights, keys and values, relative in the Frobenius norm.
+        entry: Of single elements, relative to the largest one recorded.
+        logit: Absolute.
+    """
+
+    loss: float
+    weight: float
+    entry: float
+    logit: float
+
+
+_MEMIT = Tolerance(loss=4.4e-4, weight=3.4e-4, entry=1.6e-3, logit=1.5e-3)
+_ALPHAEDIT = Tolerance(loss=2.9e-4, weight=1.5e-4, entry=8e-4, logit=1.4e-3)
+# The official code solves in float32, whose errors grow along a stream.
+_ALPHAEDIT_LONG = Tolerance(loss=1.5e-2, weight=1.1e-2, entry=4.5e-2, logit=1.2e-1)
+_ROME = Tolerance(loss=5.5e-5, weight=2.7e-4, entry=1.5e-3, logit=3.1e-3)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Recorded numbers, and how far ours may be from them.
+
+    Attributes:
+        numbers: Any shape.
+        allowed: The largest difference.
+        is_norm: Whether the difference is taken in the Frobenius norm rather than element by element.
+    """
+
+    numbers: Tensor
+    allowed: float
+    is_norm: bool = False
+
+    def gap(self, ours: Tensor, other: Tensor | None = None) -> float:
+        """The difference from our numbers, or between two runs of ours; infinite where one is NaN or lacks some."""
+        found, reference = self._part(ours), self.numbers if other is None else self._part(other)
+        if found.shape != reference.shape:
+            return torch.inf
+        difference = found.double() - reference.double()
+        gap = difference.norm() if self.is_norm else difference.abs().max()
+        return float(gap.nan_to_num(nan=torch.inf))
+
+    def _part(self, ours: Tensor) -> Tensor:
+        """What was recorded of our numbers: of logits sometimes the first ones only."""
+        return ours[: len(self.numbers)] if ours.dim() == self.numbers.dim() == 1 else ours
+
+
+def replay_file(path: Path) -> Verdict:
+    """Replays a recorded run on the CPU, with one thread.
+
+    Args:
+        path: A record `<editor>/<model>/<name>.json`, with a safetensors file of the same name; the model and its
+            second moments are the folder `models/<model>` beside `<editor>`.
+
+    Raises:
+        OtherRecordError: If it is of another editor.
+        UserError: If the record or its model is missing or damaged, naming the field.
+    """
+    record, tensors = read_record(path)
+    if record.model == "llama" and record.hparams.fact_token == "subject_first":
+        return Verdict(
+            not_replayed="it documents a fault: the official code counts the position from the end of a padded row"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        folder = path.resolve().parents[2] / "models" / record.model
+        return _compared(record, _expected(record, tensors, _tolerance(record, path.stem)), folder)
+    except _Unusable as error:
+        raise UserError(f"{path}: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Unusable(Exception):  # noqa: N818 - carries half a message to where the file's name is known
+    pass
+
+
+def _compared(record: Record, expected: dict[str, _Expected], folder: Path) -> Verdict:
+    ours, difference = _replayed(record, folder)
+    if difference is not None:
+        return Verdict(difference)
+    apart = {name: one.gap(ours[name]) for name, one in expected.items()}
+    outside = [name for name, one in expected.items() if not apart[name] <= one.allowed]
+    if not outside:
+        return Verdict()
+    runs = [_replayed(record, folder, perturbation=seed)[0] for seed in range(_N_PERTURBED)]
+    for name in outside:
+        one = expected[name]
+        spread = 2 * max(one.gap(run[name], ours[name]) for run in runs)
+        if not apart[name] <= spread:
+            allowed = max(one.allowed, spread)
+            return Verdict(f"{name} differs by {apart[name]:.2g} where {allowed:.2g} is allowed")
+    noun = "number" if len(expected) == 1 else "numbers"
+    return Verdict(notes=(f"{len(outside)} of {len(expected)} {noun} within what rounding moves them",))
+
+
+def _tolerance(record: Record, name: str) -> Tolerance:
+    if record.editor == "AlphaEdit":
+        is_long = name == "singles" or (name == "paper_settings" and record.model == "llama")
+        return _ALPHAEDIT_LONG if is_long else _ALPHAEDIT
+    if record.editor == "MEMIT":
+        return replace(_MEMIT, entry=4.5e-3) if name == "paper_settings" else _MEMIT
+    return replace(_ROME, entry=4.8e-3, logit=1.5e-2) if record.hparams.original_implementation else _ROME
+
+
+def _expected(record: Record, tensors: dict[str, Tensor], allowed: Tolerance) -> dict[str, _Expected]:
+    """Everything recorded that has a counterpart of ours, by name, in the order of the stream."""
+    expected: dict[str, _Expected] = {}
+
+    def add(name: str, numbers: Any, tolerance: float, *, is_norm: bool = False) -> None:
+        if numbers is not None:
+            expected[name] = _Expected(torch.as_tensor(numbers, dtype=torch.float64), tolerance + _PRINTED, is_norm)
+
+    def add_norms(where: str, figures: Any, *names: str) -> None:
+        for name in names:
+            numbers = getattr(figures, name)
+            if numbers is not None:
+                add(f"{name} at {where}", numbers, allowed.weight * float(torch.as_tensor(numbers).abs().max()))
+
+    def add_tensor(name: str, where: str, rows: slice) -> None:
+        if name in tensors:
+            numbers = tensors[name][rows]
+            add(f"{name} at {where}", numbers, allowed.weight * float(numbers.norm()), is_norm=True)
+
+    def add_change(where: str, change: Any) -> None:
+        add(f"fro at {where}", change.fro, allowed.weight * change.fro)
+        add(f"entries at {where}", change.entries, allowed.entry * max(map(abs, change.entries), default=0.0))
+
+    n_written = 0
+    for index, turn in enumerate(record.edits):
+        where = f"edit {index + 1}"
+        values = turn.z or [turn]
+        for number, value in enumerate(values):
+            here = f"{where}, request {number + 1}" if turn.z else where
+            for step, losses in enumerate(value.losses):
+                add(f"losses at {here}, pass {step + 1}", losses, allowed.loss * abs(losses[0]))
+            if turn.z:
+                add_norms(here, value, "init_norm", "delta_norm", "z_norm")
+        rows = slice(n_written, n_written + len(values))
+        n_written += len(values)
+        for name in ("z", "u", "v"):
+            add_tensor(name, where, rows)
+        if turn.change is not None:
+            add_norms(where, turn, "division_factor", "delta_norm")
+            add_change(where, turn.change)
+        for number, change in turn.layers.items():
+            here = f"{where}, layer {number}"
+            for name in ("keys", "keys_for_cache", "resid", "adj_k"):
+                add_tensor(f"{name}.{number}", where, rows)
+            norms = ("key_norms", "z_error", "residual_norms", "adj_k_norms", "cache_fro", "cache_trace")
+            add_norms(here, change, *norms)
+            add_change(here, change)
+    total = record.total_change
+    for number in record.hparams.layers:
+        add_change(f"the end, layer {number}", total[number] if isinstance(total, dict) else total)
+        name = "final_weight" if "final_weight" in tensors else f"final_weight.{number}"
+        add_tensor(name, "the end", slice(None))
+    for index in range(len(record.probes) if "probe_logits_after" in tensors else 0):
+        add(f"probe_logits_after at probe {index + 1}", tensors["probe_logits_after"][index], allowed.logit)
+    return expected
+
+
+@contextmanager
+def _editing(record: Record, folder: Path, *, perturbation: int | None = None) -> Iterator[Any]:
+    """Our editor with the record's settings, on the model that the record was made with.
+
+    Args:
+        record: The record.
+        folder: The model's folder.
+        perturbation: Seeds a difference of all weights and second moments in their last bits; None for none.
+    """
+    if not folder.is_dir():
+        raise _Unusable(f"field 'model': there is no folder models/{record.model} beside the recordings")
+    try:
+        model = EditableModel.from_pretrained(folder, layer=record.layers[-1], task="completion", device="cpu")
+        moments = load_file(folder / "second_moments.safetensors")
+    except UserError as error:
+        raise _Unusable(f"field 'hparams.rewrite_module_tmp': {error}") from error
+    # A broken checkpoint can raise the errors of any library that reads it.
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _Unusable(f"its model cannot be loaded ({type(error).__name__}: {error})") from error
+    lacking = next((layer for layer in record.layers if layer not in moments), None)
+    if lacking is not None:
+        raise _Unusable(f"field 'hparams.layers': second_moments.safetensors has none of {lacking}")
+    if perturbation is not None:
+        _perturb([*model.module.parameters(), *moments.values()], perturbation)
+    name, options = _editor_of(record)
+    with EDITORS.get(name)(model=model, **options) as editor:
+        editor.contexts = record.contexts
+        if editor.needs_moments:
+            editor.use_moments({layer: moments[layer] for layer in record.layers})
+        yield editor
+
+
+def _editor_of(record: Record) -> tuple[str, dict[str, Any]]:
+    """The name of our editor, and its options."""
+    given = record.hparams
+    options: dict[str, Any] = {
+        "n_iter": given.v_num_grad_steps,
+        "lr": given.v_lr,
+        "kl_weight": given.kl_factor,
+        "weight_decay": given.v_weight_decay,
+        "clamp": given.clamp_norm_factor,
+    }
+    if record.editor == "R-ROME":
+        options["second_moments"] = given.mom2_adjustment
+        if given.original_implementation:
+            return "rome", options
+        return "r_rome", {**options, "prompt_key": given.enable_prompt_keys}
+    options |= {"layers": record.layers, "fact_token": given.fact_token}
+    own = {
+        "MEMIT": {"moment_weight": given.mom2_update_weight},
+        "EMMET": {
+            "moment_weight": given.mom2_update_weight,
+            "ridge": given.update_norm_lambda,
+            "softness": given.emmet_lambda,
+        },
+        "AlphaEdit": {"threshold": given.nullspace_threshold, "l2": given.L2},
+    }[record.editor]
+    lacking = next((name for name, value in own.items() if value is None), None)
+    if lacking is not None:
+        raise _Unusable(f"field 'hparams': has no value for our option {lacking!r}")
+    return record.editor.lower(), {**options, **own}
+
+
+@torch.no_grad()
+def _perturb(tensors: Sequence[Tensor], seed: int) -> None:
+    """Changes every number by a unit in the last place or four, up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    size = _PERTURBATIONS[seed % len(_PERTURBATIONS)] * torch.finfo(torch.float32).eps
+    for tensor in tensors:
+        signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+        if tensor.dim() == 2 and torch.equal(tensor, tensor.T):
+            signs = signs.triu() + signs.triu(1).T
+        tensor.mul_(1 + signs * size)
+
+
+def _replayed(record: Record, folder: Path, *, perturbation: int | None = None) -> tuple[dict[str, Tensor], str | None]:
+    """Makes every edit and runs every probe.
+
+    Returns:
+        Our numbers by the names of `_expected`, and the first difference in tokens, positions or steps.
+    """
+    with _editing(record, folder, perturbation=perturbation) as editor:
+        replay = _Replay(record, editor)
+        replay.run()
+        return replay.numbers, next(iter(replay.differences), None)
+
+
+class _Replay:
+    """Our editor on the turns and probes of a record.
+
+    Attributes:
+        numbers: What it computed, by the names of `_expected`.
+        differences: Differences in what is no measurement: tokens, positions, steps.
+    """
+
+    def __init__(self, record: Record, editor: Any) -> None:
+        self.numbers: dict[str, Tensor] = {}
+        self.differences: list[str] = []
+        self._record = record
+        self._editor = editor
+        self._model: EditableModel = editor.model
+        self._numbers_of = dict(zip(record.layers, record.hparams.layers, strict=True))
+        self._past: dict[int, Tensor] = {}
+
+    def run(self) -> None:
+        """Makes every edit and runs every probe."""
+        unedited = self._weights()
+        for index, turn in enumerate(self._record.edits):
+            self._edit(turn, f"edit {index + 1}")
+        for path, weight in self._weights().items():
+            number = self._numbers_of[path]
+            self._note_change(weight - unedited[path], f"the end, layer {number}", number)
+            self.numbers |= {"final_weight at the end": weight, f"final_weight.{number} at the end": weight}
+        for index, probe in enumerate(self._record.probes):
+            ids = torch.tensor([probe.input_ids])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                logits = self._model.logits(EncodedBatch(inputs=inputs, query=torch.tensor([-1])))
+            self.numbers[f"probe_logits_after at probe {index + 1}"] = logits[0, -1]
+
+    def _edit(self, turn: Turn, where: str) -> None:
+        requests = turn.requests or [turn.request]
+        recorded = turn.z or [turn]
+        facts = []
+        for number, (request, value) in enumerate(zip(requests, recorded, strict=True)):
+            if request is None:
+                raise _Unusable(f"field 'edits': {where} has no request")
+            encoding = _Encoding(self._model, self._record, request)
+            here = f"{where}, request {number + 1}" if turn.z else where
+            self.differences += encoding.differences(value, here)
+            facts.append(encoding.fact())
+        before = self._weights()
+        with self._noting(where):
+            values = self._editor.edit_facts(facts)
+        for path, weight in self._weights().items():
+            number = self._numbers_of[path]
+            here = f"{where}, layer {number}" if turn.layers else where
+            self._note_change(weight - before[path], here, number)
+        self.numbers[f"z at {where}"] = torch.stack([value.optimised for value in values])
+        for number, (value, theirs) in enumerate(zip(values, recorded, strict=True)):
+            here = f"{where}, request {number + 1}" if turn.z else where
+            if theirs.n_updates != len(value.losses) - 1:
+                self.differences.append(
+                    f"n_updates differs at {here}: recorded {theirs.n_updates}, ours {len(value.losses) - 1}"
+                )
+            for step, losses in enumerate(value.losses):
+                self.numbers[f"losses at {here}, pass {step + 1}"] = torch.tensor(losses)
+            if turn.z:
+                figures = {"init_norm": value.initial, "delta_norm": value.delta, "z_norm": value.optimised}
+                self.numbers |= {f"{name} at {here}": figure.norm() for name, figure in figures.items()}
+
+    @contextmanager
+    def _noting(self, where: str) -> Iterator[None]:
+        """Notes what the editor computes inside the context on the way to its changes."""
+        editor = self._editor
+        # An attribute of the object hides the method of the class.
+        if self._record.editor == "R-ROME":
+            located = editor.located
+
+            def note_located(*args: Any) -> tuple[Tensor, ...]:
+                mean_key, key, output, wanted = located(*args)
+                direction = editor.direction(mean_key)
+                direction = direction / direction.norm()
+                factor, residual = key @ direction, wanted - output
+                figures = {"u": direction[None], "v": (residual / factor)[None]}
+                figures |= {"division_factor": factor, "delta_norm": residual.norm()}
+                self.numbers |= {f"{name} at {where}": figure for name, figure in figures.items()}
+                return mean_key, key, output, wanted
+
+            editor.located = note_located
+        else:
+            change = editor.change
+
+            def note_change(path: str, keys: Tensor, residuals: Tensor) -> Tensor:
+                spread = change(path, keys, torch.eye(len(keys), dtype=keys.dtype))
+                self._note_layer(self._numbers_of[path], keys, residuals, spread, where)
+                return change(path, keys, residuals)  # type: ignore[no-any-return]
+
+            editor.change = note_change
+        try:
+            yield
+        finally:
+            vars(editor).pop("located", None)
+            vars(editor).pop("change", None)
+
+    def _note_layer(self, number: int, keys: Tensor, residuals: Tensor, spread: Tensor, where: str) -> None:
+        layers = self._record.hparams.layers
+        past = self._past[number] = keys.T @ keys + self._past.get(number, 0.0)
+        tensors = {"keys": keys, "keys_for_cache": keys, "resid": residuals, "adj_k": spread}
+        norms = {
+            "key_norms": keys.norm(dim=1),
+            "z_error": residuals.norm(dim=1) * (len(layers) - layers.index(number)),
+            "residual_norms": residuals.norm(dim=1),
+            "adj_k_norms": spread.norm(dim=1),
+            "cache_fro": past.norm(),
+            "cache_trace": past.trace(),
+        }
+        self.numbers |= {f"{name}.{number} at {where}": tensor for name, tensor in tensors.items()}
+        self.numbers |= {f"{name} at {where}, layer {number}": norm for name, norm in norms.items()}
+
+    def _note_change(self, change: Tensor, where: str, number: int) -> None:
+        positions = self._record.entry_positions
+        chosen = positions if isinstance(positions, list) else positions[number]
+        self.numbers |= {f"fro at {where}": change.norm(), f"entries at {where}": change.flatten()[chosen]}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The rewritten weights as the model stores them, in float64."""
+        layers = {path: self._model.find_layer(path) for path in self._record.layers}
+        return {path: layer.get_parameter("weight").detach().double().clone() for path, layer in layers.items()}
+
+
+class _Encoding:
+    """A request, broken into tokens as the recorded code does."""
+
+    def __init__(self, model: EditableModel, record: Record, request: Request) -> None:
+        self._tokenizer = model.tokenizer
+        self._token = record.hparams.fact_token
+        self._request = request
+        target = request.target
+        # R-ROME's code puts a space in front even if there is one.
+        spaced = target if target.startswith(" ") and record.editor != "R-ROME" else f" {target}"
+        self._target = self._without_begin(self._ids(spaced))
+        answer = self._tokenizer.decode(self._target[:-1])
+        prompts = [context.replace("{}", request.prompt) for context in record.contexts]
+        self._asked = [self._row(prompt) for prompt in prompts]
+        self._answered = [self._row(prompt + answer) for prompt in prompts]
+        self._essence = self._row("{} is a")
+
+    def fact(self) -> Fact:
+        """The request as our editors take it."""
+        answered = _batch(self._answered)
+        labels = torch.full_like(answered.inputs["input_ids"], IGNORED)
+        for index, (ids, _) in enumerate(self._answered):
+            labels[index, len(ids) - len(self._target) : len(ids)] = torch.tensor(self._target)
+        return Fact(
+            asked=_batch(self._asked), answered=replace(answered, labels=labels), essence=_batch([self._essence])
+        )
+
+    def differences(self, recorded: RecordedValue, where: str) -> Iterator[str]:
+        """Differences in tokens and positions, as far as they were recorded."""
+        rows = [*self._answered, self._essence]
+        positions = [position for _, position in rows]
+        # Some records have no row for the essence.
+        if recorded.lookup_idxs != positions[: len(recorded.lookup_idxs)]:
+            yield f"lookup_idxs differs at {where}: recorded {recorded.lookup_idxs}, ours {positions}"
+        if recorded.target_ids is not None and recorded.target_ids != self._target:
+            yield f"target_ids differs at {where}: recorded {recorded.target_ids}, ours {self._target}"
+        for index, theirs in enumerate(recorded.input_ids or ()):
+            ids = rows[index][0]
+            if theirs[: len(ids)] != ids:
+                yield f"input_ids[{index}] differs at {where}: recorded {theirs}, ours {ids}"
+
+    def _row(self, template: str) -> tuple[list[int], int]:
+        """The tokens of a template with the subject in it, and the position of the fact's token."""
+        before, _, after = template.partition("{}")
+        subject = self._request.subject
+        ids = self._ids(before + subject + after)
+        last = len(self._ids(before + subject)) - 1
+        if self._token == "subject_first":
+            return ids, len(self._ids(before.rstrip(" "))) if before else 0
+        if self._token == "subject_first_after_last":
+            return ids, min(last + 1, len(ids) - 1)
+        return ids, last
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def _without_begin(self, ids: list[int]) -> list[int]:
+        return ids[1:] if ids and ids[0] in {self._tokenizer.bos_token_id, self._tokenizer.unk_token_id} else ids
+
+
+def _batch(rows: Sequence[tuple[list[int], int]]) -> EncodedBatch:
+    ids, mask = pad([ids for ids, _ in rows], 0, "right")
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return EncodedBatch(inputs=inputs, query=torch.tensor([position for _, position in rows]))

@@ -1,0 +1,158 @@
+"""The values that ROME's family writes (Meng et al. 2022, section 3.1; 2023, equation 16)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from grace_bench.editing.guard import check_loss
+from grace_bench.editors._rome.facts import Fact, in_passes
+from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.encoding import IGNORED, EncodedBatch, stack
+
+# Where the authors stop optimising a value.
+_GOOD_ENOUGH = 5e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How values are optimised.
+
+    Attributes:
+        n_iter: Maximum number of passes, each but the last followed by an Adam step.
+        lr: Learning rate of Adam.
+        kl_weight: Weight of KL(edited || unedited) of what follows the subject, which preserves its essence.
+        weight_decay: Weight of |v* - v| / |v|².
+        clamp: The largest |v* - v|, in units of |v|.
+    """
+
+    n_iter: int
+    lr: float
+    kl_weight: float
+    weight_decay: float
+    clamp: float
+
+
+@dataclass(frozen=True)
+class Value:
+    """An optimised value.
+
+    Attributes:
+        initial: (D_out,) v, what the layer gives at the fact's token behind the empty context.
+        delta: (D_out,) v* - v.
+        losses: One row a pass: the total loss, and its parts: the target's negative log-likelihood, divergence, decay.
+    """
+
+    initial: Tensor
+    delta: Tensor
+    losses: list[tuple[float, float, float, float]]
+
+    @property
+    def optimised(self) -> Tensor:
+        """(D_out,) float64, v*."""
+        return self.initial.double() + self.delta.double()
+
+
+def optimise_values(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
+    """Finds a value of the edited layer for each fact, each by itself, with the weights as they are.
+
+    Raises:
+        EditFailure: If a loss is not finite.
+    """
+    batches = [fact.answered for fact in facts]
+    chunks = in_passes(batches) if model.engine.batches_edits else [range(i, i + 1) for i in range(len(facts))]
+    return [value for chunk in chunks for value in _optimise(model, [facts[i] for i in chunk], optimisation)]
+
+
+def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
+    """Optimises the values of a few facts in the same passes; each has an Adam state of its own."""
+    device = model.layer_device
+    answered, essence = stack([fact.answered for fact in facts]), stack([_at_query(fact.essence) for fact in facts])
+    n_rows = torch.tensor([len(fact.answered) for fact in facts])
+    owner = torch.arange(len(facts)).repeat_interleave(n_rows)
+    plain = (n_rows.cumsum(0) - n_rows).to(device)
+    initial: Tensor | None = None
+    delta = torch.empty(0)
+    rows = torch.empty(0, dtype=torch.long)
+
+    def add(call: LayerCall) -> Tensor:
+        nonlocal initial, delta
+        if initial is None:
+            initial = call.output_at_query.detach()[plain].float()
+            delta = torch.zeros_like(initial, requires_grad=True)
+        everywhere = torch.ones(len(call.position), dtype=torch.bool, device=call.output.device)
+        return call.replace(call.output_at_query + delta[rows.to(delta.device)], everywhere, "replace_last")
+
+    losses: list[list[tuple[float, float, float, float]]] = [[] for _ in facts]
+    active = torch.ones(len(facts), dtype=torch.bool)
+    unedited: Tensor | None = None
+    handle = model.intercept(add)
+    try:
+        rows = owner
+        with torch.no_grad():
+            model.engine.reach_layer(answered)
+        answer = model.repeated(answered)
+        rows = torch.arange(len(facts))
+        describe = model.repeated(essence)
+        assert initial is not None
+        adam = torch.optim.Adam([delta], lr=optimisation.lr)
+        norms = initial.norm(dim=1)
+        largest = optimisation.clamp * norms
+        for step in range(optimisation.n_iter):
+            rows = owner
+            nll = _means(_row_losses(answer(), answer.batch), owner, len(facts))
+            rows = torch.arange(len(facts))
+            now = _at_labels(describe(), describe.batch).log_softmax(dim=-1)
+            unedited = now.detach() if unedited is None else unedited
+            drift = functional.kl_div(unedited, now, log_target=True, reduction="none").sum(dim=-1)
+            decay = optimisation.weight_decay * (delta.norm(dim=1) / norms**2).to(nll.device)
+            kl = optimisation.kl_weight * drift
+            total = nll + kl + decay
+            columns = torch.stack([total, nll, kl, decay], dim=1).detach().cpu().tolist()
+            for index in active.nonzero()[:, 0].tolist():
+                losses[index].append(tuple(columns[index]))
+                check_loss(columns[index][1], step)
+            active &= total.detach().cpu() >= _GOOD_ENOUGH
+            if step == optimisation.n_iter - 1 or not bool(active.any()):
+                break
+            adam.zero_grad()
+            total.sum().backward()
+            before = delta.detach().clone()
+            adam.step()
+            with torch.no_grad():
+                moved = delta * (largest / delta.norm(dim=1)).clamp(max=1.0)[:, None]
+                delta.copy_(torch.where(active.to(device)[:, None], moved, before))
+    finally:
+        handle.remove()
+    found = zip(initial.cpu(), delta.detach().cpu(), losses, strict=True)
+    return [Value(*value) for value in found]
+
+
+def _at_query(batch: EncodedBatch) -> EncodedBatch:
+    """The batch with a label at each row's query, so that the engine computes the logits there and nowhere else."""
+    ids = batch.inputs["input_ids"]
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    return replace(batch, labels=torch.where(steps == batch.query[:, None], ids, IGNORED))
+
+
+def _at_labels(logits: Tensor, batch: EncodedBatch) -> Tensor:
+    """(B, V) float32 logits at the one labelled position of each row."""
+    assert batch.labels is not None
+    return logits[batch.labels != IGNORED].float()
+
+
+def _row_losses(logits: Tensor, batch: EncodedBatch) -> Tensor:
+    """(B,) mean negative log-likelihood of each row's labels."""
+    assert batch.labels is not None
+    flat = functional.cross_entropy(
+        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(batch.labels.shape).sum(dim=1) / (batch.labels != IGNORED).sum(dim=1)
+
+
+def _means(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """(n,) means of the values of each owner."""
+    owner = owner.to(values.device)
+    return values.new_zeros(n).index_add(0, owner, values) / owner.bincount(minlength=n)
