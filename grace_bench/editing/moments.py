@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
 from grace_bench.models.fingerprint import hash_configuration
 
-__all__ = ["MomentSource", "SecondMoment", "input_widths", "read_moments", "second_moments"]
+__all__ = ["MomentSource", "SecondMoment", "TextSource", "input_widths", "read_moments", "second_moments"]
+
+TextSource = Literal["train", "model"]
+"""The stream's requests for training, or texts sampled from the model itself."""
 
 _FOLDER = "moments"
 _FORMAT = 1
@@ -52,14 +55,14 @@ class MomentSource:
         UserError: If a value is out of range; names it as the option of an editor.
     """
 
-    text: Literal["train", "model"] = "train"
+    text: TextSource = "train"
     text_path: str | None = None
     moments_path: str | None = None
     n_texts: int = 100_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("editor.text", self.text, ("train", "model"))
+        check_choice("editor.text", self.text, get_args(TextSource))
         check_text("editor.text_path", self.text_path, optional=True)
         check_text("editor.moments_path", self.moments_path, optional=True)
         check_whole("editor.n_texts", self.n_texts, least=1)
