@@ -75,7 +75,9 @@ def _wanted(overrides: Sequence[str]) -> _Wanted:
         if other is not None:
             raise UserError(f"{other}={given[other]} is an option of an editor: name it with editor=")
         typed = {known[name]: _value(name, given.pop(name)) for name in [*given] if name in known}
-        # Settings tuned for the editor of a run that names none say nothing here.
+    has_stream = any(name in ("stream", "paper") or name.startswith("stream.") for name in given)
+    if not has_stream or "editor" not in given:
+        # What was tuned for the stream and editor of a run that names none says nothing here.
         given.setdefault("tuned", "none")
     config = compose([f"{name}={value}" for name, value in given.items()])
     if "editor" in given:
@@ -90,7 +92,7 @@ def _wanted(overrides: Sequence[str]) -> _Wanted:
         config=config,
         layers=_layers(own["layers"] if "layers" in own else typed.get("layers")),
         source=MomentSource(**options),
-        has_stream=any(name in ("stream", "paper") or name.startswith("stream.") for name in given),
+        has_stream=has_stream,
     )
 
 
