@@ -51,6 +51,18 @@ the run it is for; a finished training is reused, an interrupted one resumed.
   grace-bench meta-train editor=mend stream=atlas-qa
   grace-bench run editor=mend stream=atlas-qa max_edits=100
 """
+_MOMENTS_HELP = """usage: grace-bench moments [option=value ...]
+
+Computes the second moments of layer inputs that closed-form editors need, once for all layers, and caches them. Takes
+the options of the run it is for, or only a model, layers and a text. An interrupted computation is resumed.
+
+  grace-bench moments editor=rome stream=atlas-text
+  grace-bench moments model=path/to/model layers=[model.layers.4.mlp.down_proj,model.layers.5.mlp.down_proj] text=model
+
+  layers=[A,B]   dotted paths; the editor's, or the model's own layer, by default
+  text=FILE      running text, a text a line or JSONL with a field text; text=train for the requests that the stream
+                 marks for training, text=model for texts sampled from the model
+"""
 _SCORE_HELP = "by this score of the panel instead of the runs' main scores (docs/scores.md)"
 _FIGURE_HELP = """usage: grace-bench figure KIND [RUNS ... | option=value ...] --out DIR
 
@@ -86,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if given[:1] in (["run"], ["plan"], ["meta-train"], ["figure"], ["pretrain"]):
+        if given[:1] in (["run"], ["plan"], ["meta-train"], ["moments"], ["figure"], ["pretrain"]):
             refuse_secrets("the command", given[1:])
         if given[:1] == ["run"]:
             return _run(given[1:])
@@ -94,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _plan(given[1:])
         if given[:1] == ["meta-train"]:
             return _meta_train(given[1:])
+        if given[:1] == ["moments"]:
+            return _moments(given[1:])
         if given[:1] == ["figure"]:
             return _figure(given[1:])
         if given[:1] == ["pretrain"]:
@@ -150,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("plan", help="the time and memory that a run will take", add_help=False)
 
     commands.add_parser("meta-train", help="train an editor before its first edit", add_help=False)
+
+    commands.add_parser("moments", help="compute the second moments that an editor needs", add_help=False)
 
     list_ = commands.add_parser("list", help="list editors, streams, models, metrics and scores, or presets")
     list_.add_argument("kind", nargs="?", choices=["editors", "streams", "models", "metrics", "scores", "presets"])
@@ -264,6 +280,16 @@ def _meta_train(overrides: list[str]) -> int:
     from grace_bench.launch.meta_training import meta_train_editor
 
     meta_train_editor(compose(overrides), say=say)
+    return 0
+
+
+def _moments(overrides: list[str]) -> int:
+    if "--help" in overrides or "-h" in overrides:
+        print(_MOMENTS_HELP, end="")
+        return 0
+    from grace_bench.launch.moments import moments_command
+
+    moments_command(overrides)
     return 0
 
 

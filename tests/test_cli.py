@@ -585,6 +585,41 @@ COMMAND_MISTAKES = {
         ["'toy' has no requests for training"],
     ),
     "meta-train-with-a-flag": (["meta-train", "-m", "editor=mend"], ["has no option -m"]),
+    "moments-with-a-flag": (["moments", "-m", "model=atlas-text", "text=model"], ["moments has no option -m"]),
+    "moments-of-no-model": (["moments", "text=model"], ["model="]),
+    "moments-of-no-text": (["moments", "model=atlas-text"], ["text=train", "stream="]),
+    "moments-of-an-editor-without": (
+        ["moments", "stream=atlas-text", "editor=ft"],
+        ["editor 'ft' uses no second moments"],
+    ),
+    "moments-of-no-file": (
+        ["moments", "model=atlas-text", "text=BROKEN/none.txt"],
+        ["BROKEN/none.txt: cannot be read"],
+    ),
+    "moments-of-an-unknown-layer": (
+        ["moments", "model=atlas-text", "layers=[transformer.h.1.mlp.c_fx]", "text=BROKEN/plain.txt"],
+        ["transformer.h.1.mlp.c_fx", "did you mean"],
+    ),
+    "moments-of-no-layers": (["moments", "model=atlas-text", "layers=[]", "text=model"], ["layers=[]"]),
+    "moments-with-an-editors-own-option": (
+        ["moments", "model=atlas-text", "text=model", "editor.clamp=1"],
+        ["editor.clamp", "editor="],
+    ),
+    "moments-of-a-broken-archive": (
+        ["moments", "model=atlas-text", "editor.moments_path=BROKEN/plain.txt"],
+        ["BROKEN/plain.txt: is not an .npz archive"],
+    ),
+    "moments-of-a-stream-that-trains-nothing": (
+        [
+            "moments",
+            "stream=jsonl",
+            "stream.path=BROKEN/no-subject.jsonl",
+            "stream.task=completion",
+            "model=atlas-text",
+        ],
+        ["text=FILE", "text=model"],
+    ),
+    "moments-of-questions": (["moments", "stream=atlas-qa"], ["running text", "qa"]),
     "pretrain-unknown": (["pretrain", "tyo", "--out", "BROKEN/new"], ["did you mean 'toy'?"]),
     "pretrain-without-model": (["pretrain", "jsonl", "--out", "BROKEN/new"], ["'jsonl' has no model of its own"]),
     "pretrain-nothing": (["pretrain", "--out", "BROKEN/new"], ["stream"]),

@@ -1,6 +1,7 @@
 """Second moments of layer inputs over running text: computed once for all layers together, and cached."""
 
 import hashlib
+import json
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from grace_bench.models.fingerprint import hash_configuration
 __all__ = ["MomentSource", "SecondMoment", "TextSource", "input_widths", "read_moments", "second_moments"]
 
 TextSource = Literal["train", "model"]
+"""The stream's requests for training, or texts sampled from the model itself."""
 _FOLDER = "moments"
 _FORMAT = 1
 _TOKENS_A_BATCH = 2048
@@ -299,7 +301,8 @@ def _cached(key: str) -> SecondMoment | None:
     if known is None:
         return None
     tensors, notes = known
-    return SecondMoment(tensors["moment"], int(notes["n_tokens"]), path=artifact_path(_FOLDER, key))
+    n_tokens = int(json.loads(notes["notes"])["n_tokens"])
+    return SecondMoment(tensors["moment"], n_tokens, path=artifact_path(_FOLDER, key))
 
 
 def _partial(job: str, layers: Sequence[str]) -> tuple[dict[str, Tensor], int]:
@@ -313,7 +316,8 @@ def _partial(job: str, layers: Sequence[str]) -> tuple[dict[str, Tensor], int]:
 
 def _save(key: str, tensors: Mapping[str, Tensor], **notes: object) -> None:
     try:
-        save_artifact(_FOLDER, key, tensors, {name: str(value) for name, value in notes.items()})
+        # In one note: safetensors writes several in any order, and equal moments should have equal bytes.
+        save_artifact(_FOLDER, key, tensors, {"notes": json.dumps(notes, sort_keys=True)})
     except OSError as error:
         folder = artifact_path(_FOLDER, key).parent
         raise UserError(
