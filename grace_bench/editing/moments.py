@@ -174,7 +174,8 @@ def second_moments(
         n_tokens = sum(map(len, rows))
         for layer in missing:
             computed = SecondMoment((sums[layer] / n_tokens).float().cpu(), n_tokens)
-            _save(keys[layer], {"moment": computed.matrix}, model=model.name, layer=layer, n_tokens=n_tokens)
+            saved = {"moment": computed.matrix, "n_tokens": torch.tensor(n_tokens)}
+            _save(keys[layer], saved, model=model.name, layer=layer)
             path, seconds = artifact_path(_FOLDER, keys[layer]), time.perf_counter() - started
             found[layer] = replace(computed, path=path, seconds=seconds)
         drop_artifact(_FOLDER, job)
@@ -344,12 +345,10 @@ def _digest(rows: Sequence["array[int]"]) -> str:
 
 
 def _cached(key: str) -> SecondMoment | None:
-    known = load_artifact(_FOLDER, key)
-    if known is None:
+    tensors, _ = load_artifact(_FOLDER, key) or ({}, {})
+    if tensors.keys() != {"moment", "n_tokens"}:
         return None
-    tensors, notes = known
-    n_tokens = int(json.loads(notes["notes"])["n_tokens"])
-    return SecondMoment(tensors["moment"], n_tokens, path=artifact_path(_FOLDER, key))
+    return SecondMoment(tensors["moment"], int(tensors["n_tokens"]), path=artifact_path(_FOLDER, key))
 
 
 def _partial(job: str, layers: Sequence[str]) -> tuple[dict[str, Tensor], int]:
