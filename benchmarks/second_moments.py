@@ -63,13 +63,12 @@ def main() -> None:
 
 def subject_keys(model: EditableModel, layers: Sequence[str], requests: Sequence[EditRequest]) -> dict[str, Tensor]:
     """Returns the (n, D) float64 inputs of each layer at the subjects' last tokens."""
-    keys: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    texts = [r.prompt[: r.prompt.rindex(str(r.subject)) + len(str(r.subject))] for r in requests]
+    keys = {}
     for layer in layers:
         seen = EditableModel(model.module, layer=layer, task=model.task, tokenizer=model.tokenizer)
-        for request in requests:
-            place = model.tokens.subject_position(request.prompt, str(request.subject))
-            keys[layer].append(seen.layer_call(model.encode_batch([request.prompt])).input[0, place].double())
-    return {layer: torch.stack(rows) for layer, rows in keys.items()}
+        keys[layer] = seen.queries(texts).double()
+    return keys
 
 
 def compare(moment: Tensor, reference: Tensor, keys: Tensor) -> tuple[float, float, float, float]:

@@ -1,11 +1,15 @@
-"""Second moments of layer inputs over running text: computed once for all layers together, and cached."""
+"""Second moments of layer inputs over running text: computed once for all layers together, and cached.
+
+The same store holds the inputs at the queries of prompts, of which whitening is estimated.
+"""
 
 import hashlib
 import json
+import platform
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -22,9 +26,17 @@ from grace_bench.editing.running_text import read_texts, sampled_running_text, t
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
-from grace_bench.models.fingerprint import hash_configuration
+from grace_bench.models.fingerprint import hash_configuration, hash_tensors
 
-__all__ = ["MomentSource", "SecondMoment", "TextSource", "input_widths", "read_moments", "second_moments"]
+__all__ = [
+    "MomentSource",
+    "SecondMoment",
+    "TextSource",
+    "cached_queries",
+    "input_widths",
+    "read_moments",
+    "second_moments",
+]
 
 TextSource = Literal["train", "model"]
 """The stream's requests for training, or texts sampled from the model itself."""
@@ -161,11 +173,46 @@ def second_moments(
         n_tokens = sum(map(len, rows))
         for layer in missing:
             computed = SecondMoment((sums[layer] / n_tokens).float().cpu(), n_tokens)
-            _save(keys[layer], {"moment": computed.matrix}, model=model.name, layer=layer, n_tokens=n_tokens)
+            saved = {"moment": computed.matrix, "n_tokens": torch.tensor(n_tokens)}
+            _save(keys[layer], saved, model=model.name, layer=layer)
             path, seconds = artifact_path(_FOLDER, keys[layer]), time.perf_counter() - started
             found[layer] = replace(computed, path=path, seconds=seconds)
         drop_artifact(_FOLDER, job)
     return {layer: found[layer] for layer in layers}
+
+
+def cached_queries(model: EditableModel, prompts: Sequence[str], targets: Sequence[str | int] | None = None) -> Tensor:
+    """Returns `model.queries`, computed once for a model, a layer and prompts.
+
+    Cached by whatever may change a bit of them: weights, configuration, encoded batches, machine and threads.
+
+    Args:
+        model: The model; it is read as it is, so its edits must be suspended.
+        prompts: As in `EditableModel.queries`.
+        targets: As there.
+
+    Returns:
+        (n, D_in) float32, on the layer's device.
+    """
+    batches = []
+    for chunk in model.query_batches(prompts, targets):
+        encoded = model.encode_batch([prompts[i] for i in chunk], targets and [targets[i] for i in chunk])
+        batches.append([chunk, hash_tensors({**encoded.inputs, "query": encoded.query})])
+    key = content_key(
+        format=_FORMAT,
+        model=[model.fingerprint, hash_configuration(model.config, None)],
+        layer=model.layer_name,
+        batches=content_key(batches=batches),
+        machine=[str(model.layer_device.type), platform.machine(), torch.__version__, torch.get_num_threads()],
+    )
+    known = load_artifact(_FOLDER, key)
+    if known is not None and "queries" in known[0]:
+        return known[0]["queries"].to(model.layer_device)
+    queries = model.queries(prompts, targets)
+    # They take seconds to compute: a cache that cannot be written stops nobody.
+    with suppress(OSError):
+        save_artifact(_FOLDER, key, {"queries": queries}, {"model": model.name})
+    return queries
 
 
 def input_widths(model: EditableModel, layers: Sequence[str]) -> dict[str, int]:
@@ -297,12 +344,10 @@ def _digest(rows: Sequence["array[int]"]) -> str:
 
 
 def _cached(key: str) -> SecondMoment | None:
-    known = load_artifact(_FOLDER, key)
-    if known is None:
+    tensors, _ = load_artifact(_FOLDER, key) or ({}, {})
+    if tensors.keys() != {"moment", "n_tokens"}:
         return None
-    tensors, notes = known
-    n_tokens = int(json.loads(notes["notes"])["n_tokens"])
-    return SecondMoment(tensors["moment"], n_tokens, path=artifact_path(_FOLDER, key))
+    return SecondMoment(tensors["moment"], int(tensors["n_tokens"]), path=artifact_path(_FOLDER, key))
 
 
 def _partial(job: str, layers: Sequence[str]) -> tuple[dict[str, Tensor], int]:

@@ -274,15 +274,19 @@ class EditableModel(Network):
         check_texts("prompts", prompts)
         if not prompts:
             raise UserError("prompts=[] should hold at least one text")
-        sizes = [self.size(prompt, targets[i : i + 1] if targets else ()) for i, prompt in enumerate(prompts)]
         rows: dict[int, Tensor] = {}
-        for chunk in self.task.batches(sizes):
+        for chunk in self.query_batches(prompts, targets):
             chosen = [prompts[index] for index in chunk], targets and [targets[index] for index in chunk]
             found = self.task.by_length(
                 self, self.encode_batch(*chosen), lambda batch: list(self.layer_call(batch).query.float())
             )
             rows.update(zip(chunk, found, strict=True))
         return torch.stack([rows[index] for index in range(len(prompts))])
+
+    def query_batches(self, prompts: Sequence[str], targets: Sequence[str | int] | None = None) -> Iterator[list[int]]:
+        """Yields the indices of the prompts that `queries` puts into one batch."""
+        sizes = [self.size(prompt, targets[i : i + 1] if targets else ()) for i, prompt in enumerate(prompts)]
+        return self.task.batches(sizes)
 
     # What the model is.
 

@@ -17,6 +17,7 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.derived import given_targets, probe_requests
 from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream
+from grace_bench.editing.moments import cached_queries
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import DeviceMap, EditableModel
@@ -243,9 +244,9 @@ def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Ten
     texts = [str(request.target) for request in some if not request.prompt.strip()]
     parts = []
     if prompts:
-        parts.append(strategy.model.queries(prompts))
+        parts.append(cached_queries(strategy.model, prompts))
     if texts:
-        parts.append(strategy.model.queries([""] * len(texts), texts))
+        parts.append(cached_queries(strategy.model, [""] * len(texts), texts))
     return torch.cat(parts)
 
 

@@ -1,5 +1,6 @@
 """Second moments: what they are, that they are computed once, resumed and read from files of others."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from grace_bench.data.artifacts import cache_folder
@@ -19,6 +21,7 @@ from grace_bench.models.editable import EditableModel
 
 MakeModel = Callable[..., EditableModel]
 
+GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 LAYERS = ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj", "transformer.h.1.attn")
 WIDTHS = {LAYERS[0]: 64, LAYERS[1]: 256, LAYERS[2]: 64}
 TEXTS = [
@@ -84,6 +87,18 @@ def test_each_layer_has_the_mean_over_tokens_of_a_plain_loop(task: str, make_mod
         assert moment.n_tokens == len(keys) == sum(len(text.split()) for text in TEXTS)
         assert moment.matrix.dtype == torch.float32
         torch.testing.assert_close(moment.matrix.double(), expected / len(keys), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the recorded second moments beside the repository")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_they_are_the_recorded_ones(family: str) -> None:
+    folder = GOLDEN / "models" / family
+    recorded = load_file(folder / "second_moments.safetensors")
+    corpus = json.loads((GOLDEN / "facts.json").read_text(encoding="utf-8"))["corpus"]
+    model = EditableModel.from_pretrained(folder, layer=next(iter(recorded)), task="completion", device="cpu")
+    for layer, moment in second_moments(model, [*recorded], corpus).items():
+        largest = float(recorded[layer].abs().max())
+        torch.testing.assert_close(moment.matrix, recorded[layer], rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_a_layer_has_the_same_bytes_alone_and_among_others(

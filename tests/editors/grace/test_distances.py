@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from grace_bench import EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.data.stream import StreamData
+from grace_bench.editing.moments import cached_queries
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, STREAMS
@@ -102,3 +103,44 @@ def test_queries_of_running_text_are_where_it_is_scored_from(make_model: Any) ->
     for text, query in zip(texts, queries, strict=True):
         alone = model.layer_call(model.encode_batch([""], [text])).query[0]
         torch.testing.assert_close(query, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_upstream_inputs_are_read_once_for_a_model_a_layer_and_prompts(
+    make_model: Any, calls_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path / "cache"))
+    model: EditableModel = make_model("qa")
+    prompts = ["what is the capital of Peru", "the river", "what is the currency of France in Italy"]
+    expected = model.queries(prompts)
+    assert torch.equal(cached_queries(model, prompts), expected)
+    again: EditableModel = make_model("qa")
+    with calls_of(again, again.layer_name) as calls:
+        assert torch.equal(cached_queries(again, prompts), expected)
+        assert not calls
+        assert torch.equal(cached_queries(again, prompts[:2]), again.queries(prompts[:2]))
+        assert calls
+    other: EditableModel = make_model("qa", seed=1)
+    assert torch.equal(cached_queries(other, prompts), other.queries(prompts))
+    assert not torch.equal(cached_queries(other, prompts), expected)
+    # Batches of other sizes may differ in the last bit.
+    again.task.batch_size = 1
+    with calls_of(again, again.layer_name) as calls:
+        cached_queries(again, prompts)
+        assert len(calls) == len(prompts)
+
+
+def test_upstream_inputs_need_no_cache_that_can_be_written(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path / "file"))
+    model: EditableModel = make_model("completion")
+    assert torch.equal(cached_queries(model, ["the river"]), model.queries(["the river"]))
+
+
+def test_a_run_that_reads_upstream_inputs_from_the_cache_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    for name in ("computed", "read"):
+        run(tmp_path / name, distance="mahalanobis", eps_init=0.4)
+    computed, read = (load_file(tmp_path / name / "editor" / "editor.safetensors") for name in ("computed", "read"))
+    assert computed.keys() == read.keys()
+    assert all(torch.equal(computed[name], read[name]) for name in computed)
