@@ -324,7 +324,7 @@ class _Replay:
             self.numbers[f"probe_logits_after at probe {index + 1}"] = logits[0, -1]
 
     def _edit(self, turn: Turn, where: str) -> None:
-        requests = turn.requests or [turn.request]
+        requests: list[Request | None] = [*turn.requests] or [turn.request]
         recorded = turn.z or [turn]
         facts = []
         for number, (request, value) in enumerate(zip(requests, recorded, strict=True)):
@@ -379,7 +379,7 @@ class _Replay:
             def note_change(path: str, keys: Tensor, residuals: Tensor) -> Tensor:
                 spread = change(path, keys, torch.eye(len(keys), dtype=keys.dtype))
                 self._note_layer(self._numbers_of[path], keys, residuals, spread, where)
-                return change(path, keys, residuals)  # type: ignore[no-any-return]
+                return change(path, keys, residuals)
 
             editor.change = note_change
         try:

@@ -145,7 +145,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """Declares, before the first edit, that edits change the weights of the module at a dotted path.
 
         Raises:
-            UserError: If the model has no such module, or its weights are offloaded.
+            UserError: If the model has no such module, or its weights are offloaded and cannot be loaded.
         """
         self._weights.add(path)
 
@@ -199,6 +199,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         for handle in self._interceptors:
             handle.remove()
         self._interceptors.clear()
+        self._weights.release()
         self.model.engine.forget()
         self.model.engine.rewrites([])
 

@@ -1,6 +1,6 @@
 """Modules whose weights an editor rewrites: restoring, suspending and saving them, and adding updates to them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,13 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.common.state import copied
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.offload import CannotLoadError, is_offloaded, load_offloaded
 
 
 class RewrittenWeights:
     """The modules that an editor rewrites, with a copy of their unedited weights.
+
+    Offloaded weights are loaded onto the device on which they are used, until `release`.
 
     A weight of fewer digits than float32 to which updates are added is the rounded value of a float32 copy, its master.
 
@@ -31,6 +34,8 @@ class RewrittenWeights:
         self._editor = editor
         self._modules: dict[str, nn.Module] = {}
         self._unedited: dict[str, Tensor] = {}
+        self._offload: dict[str, Callable[[], None]] = {}
+        """What offloads modules again, by path."""
         self._masters: dict[str, Tensor] = {}
         """Float32 copies of weights, in their own shapes, by the path of the module."""
         self.is_suspended = False
@@ -43,18 +48,23 @@ class RewrittenWeights:
             option: The option that names it, for messages.
 
         Raises:
-            UserError: If the model has no such module, or its weights are offloaded.
+            UserError: If the model has no such module, or its weights are offloaded and cannot be loaded.
         """
         if path in self._modules:
             return
         module = self._model.find_layer(path, option=option)
-        if any(tensor.is_meta for tensor in module.state_dict().values()):
-            raise UserError(
-                f"{option}={path}: its weights are offloaded, where editor '{self._editor}' cannot rewrite them; keep "
-                f"them on a device with device_map="
-            )
+        if is_offloaded(module):
+            try:
+                self._offload[path] = load_offloaded(self._model.module, module)
+            except CannotLoadError as reason:
+                raise UserError(
+                    f"{option}={path}: its weights are offloaded {reason}, where editor '{self._editor}' cannot "
+                    f"rewrite them; keep them on a device with device_map="
+                ) from None
         self._modules[path] = module
-        self._unedited |= {name: tensor.clone() for name, tensor in _weights(path, module)}
+        for name, tensor in _weights(path, module):
+            # Memory is short on the device of an offloaded model.
+            self._unedited[name] = tensor.to("cpu" if path in self._offload else tensor.device, copy=True)
         self._model.engine.rewrites([*self._modules.values()])
 
     @property
@@ -87,6 +97,14 @@ class RewrittenWeights:
     def restore(self) -> None:
         """Restores the modules' unedited weights, bit for bit."""
         self.load_state_dict(self._unedited)
+
+    def release(self) -> None:
+        """Offloads again what was loaded; the modules are no longer rewritten and have their unedited weights."""
+        for path, offload in self._offload.items():
+            offload()
+            del self._modules[path]
+        self._offload.clear()
+        self._unedited = {name: tensor for name, tensor in self._unedited.items() if name in self.state_dict()}
 
     @torch.no_grad()
     def add_to_weight(self, path: str, update: Tensor) -> None:

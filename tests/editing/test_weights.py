@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.saving import option_names
 from grace_bench.editing.strategy import EditorStrategy
@@ -18,6 +20,7 @@ from grace_bench.editing.weights import check_linear
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.fingerprint import hash_weights
 from grace_bench.registry import EDITORS
 
 MakeTiny = Callable[..., EditableModel]
@@ -31,6 +34,16 @@ PROMPTS = ["what is the capital of Kazakhstan", "the river in Italy is", "what i
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 each_family = pytest.mark.parametrize("family", list(LAYERS))
+each_place = pytest.mark.parametrize("place", ["memory", "cpu", "disk"])
+some_of_each = pytest.mark.parametrize(
+    ("family", "dtype", "place"),
+    [
+        ("gpt2", "bfloat16", "memory"),
+        ("llama", "float32", "memory"),
+        ("gpt2", "float32", "cpu"),
+        ("llama", "bfloat16", "disk"),
+    ],
+)
 each_dtype = pytest.mark.parametrize("dtype", list(PRECISIONS))
 
 
@@ -80,13 +93,13 @@ def update_of(prompt: str, path: str, scale: float) -> Tensor:
 
 
 @pytest.fixture
-def make_tiny(word_tokenizer: Any) -> MakeTiny:
+def make_tiny(word_tokenizer: Any, tmp_path: Path) -> MakeTiny:
     """A random causal model of three blocks, a GPT-2 of `Conv1D` or a Llama of `nn.Linear`."""
 
-    def make(family: str, dtype: str = "float32", *, seed: int = 0) -> EditableModel:
+    def make(family: str, dtype: str = "float32", place: str = "memory", *, engine: str = "exact") -> EditableModel:
         size, tied = len(word_tokenizer), {"tie_word_embeddings": False}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             module: Any
             if family == "gpt2":
                 sizes = {"n_embd": D_OUT, "n_inner": D_IN, "n_layer": 3, "n_head": 2, "n_positions": 48}
@@ -96,21 +109,39 @@ def make_tiny(word_tokenizer: Any) -> MakeTiny:
                 module = LlamaForCausalLM(
                     LlamaConfig(vocab_size=size, num_attention_heads=2, initializer_range=0.3, **sizes, **tied)
                 )
-        module.to(PRECISIONS[dtype]).eval()
-        return EditableModel(module, layer=LAYERS[family][-1], task="completion", tokenizer=word_tokenizer)
+        for parameter in module.eval().parameters():
+            # Buffers stay as they are, as in a model that is loaded.
+            parameter.data = parameter.data.to(PRECISIONS[dtype])
+        if place == "disk":
+            module.save_pretrained(tmp_path / "checkpoint")
+            parts = [name for name, part in module.named_modules() if name and not [*part.children()]]
+            places = {name: "cpu" if "embed_tokens" in name or "wte" in name else "disk" for name in parts}
+            module = AutoModelForCausalLM.from_pretrained(
+                tmp_path / "checkpoint", dtype=PRECISIONS[dtype], device_map=places
+            )
+        elif place == "cpu":
+            cpu_offload(module, execution_device=torch.device("cpu"))
+        layer = LAYERS[family][-1]
+        assert module.get_submodule(layer).weight.is_meta == (place != "memory")
+        return EditableModel(module, layer=layer, task="completion", tokenizer=word_tokenizer, engine=cast(Any, engine))
 
     return make
 
 
+def everything(model: EditableModel) -> dict[str, Tensor]:
+    """Copies of all weights and buffers, wherever they lie."""
+    found = {}
+    for path, part in model.module.named_modules():
+        with align_module_device(part, torch.device("cpu")):
+            own = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+            found |= {f"{path}.{name}": tensor.detach().clone() for name, tensor in own}
+    return found
+
+
 def weights_of(model: EditableModel, family: str) -> dict[str, Tensor]:
     """Copies of the layers' weights as (D_out, D_in), read off the module itself."""
-    modules = {path: model.module.get_submodule(path) for path in LAYERS[family]}
-    stored = {path: module.get_parameter("weight").detach().clone() for path, module in modules.items()}
-    return {path: weight.T if isinstance(modules[path], Conv1D) else weight for path, weight in stored.items()}
-
-
-def everything(model: EditableModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    found = everything(model)
+    return {path: found[f"{path}.weight"].T if family == "gpt2" else found[f"{path}.weight"] for path in LAYERS[family]}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -130,10 +161,11 @@ def apply(editor: EditorStrategy, prompts: Sequence[str] = PROMPTS) -> None:
 # What updates add up to.
 
 
+@each_place
 @each_dtype
 @each_family
-def test_updates_of_every_layer_add_up_to_their_sum(family: str, dtype: str, make_tiny: MakeTiny) -> None:
-    model = make_tiny(family, dtype)
+def test_updates_of_every_layer_add_up_to_their_sum(family: str, dtype: str, place: str, make_tiny: MakeTiny) -> None:
+    model = make_tiny(family, dtype, place)
     before = weights_of(model, family)
     unchanged = {name for name in everything(model) if name.removesuffix(".weight") not in LAYERS[family]}
     others = {name: tensor for name, tensor in everything(model).items() if name in unchanged}
@@ -240,12 +272,13 @@ def copy_of(editor: EditorStrategy) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in editor.state_dict().items()}
 
 
+@each_place
 @each_dtype
 @each_family
 def test_rolling_back_gives_the_unedited_weights_and_edits_start_again_from_them(
-    family: str, dtype: str, make_tiny: MakeTiny
+    family: str, dtype: str, place: str, make_tiny: MakeTiny
 ) -> None:
-    model = make_tiny(family, dtype)
+    model = make_tiny(family, dtype, place)
     before = everything(model)
     with Nudged(model=model, layers=LAYERS[family]) as editor:
         apply(editor)
@@ -258,12 +291,13 @@ def test_rolling_back_gives_the_unedited_weights_and_edits_start_again_from_them
     assert same(everything(model), before)
 
 
+@each_place
 @each_dtype
 @each_family
 def test_a_suspended_editor_leaves_the_unedited_model_and_then_goes_on(
-    family: str, dtype: str, make_tiny: MakeTiny
+    family: str, dtype: str, place: str, make_tiny: MakeTiny
 ) -> None:
-    twin, model = make_tiny(family, dtype), make_tiny(family, dtype)
+    twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
     before = logits_of(model)
     with Nudged(model=twin, layers=LAYERS[family]) as expected, Nudged(model=model, layers=LAYERS[family]) as editor:
         for prompt in PROMPTS:
@@ -284,10 +318,13 @@ def same_states(one: EditorStrategy, other: EditorStrategy) -> bool:
     )
 
 
+@each_place
 @each_dtype
 @each_family
-def test_an_edit_that_fails_at_its_second_layer_leaves_no_trace(family: str, dtype: str, make_tiny: MakeTiny) -> None:
-    twin, model = make_tiny(family, dtype), make_tiny(family, dtype)
+def test_an_edit_that_fails_at_its_second_layer_leaves_no_trace(
+    family: str, dtype: str, place: str, make_tiny: MakeTiny
+) -> None:
+    twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
     with Nudged(model=twin, layers=LAYERS[family]) as expected, Nudged(model=model, layers=LAYERS[family]) as editor:
         for n, prompt in enumerate(PROMPTS):
             # The first failure comes before there are any masters.
@@ -301,10 +338,11 @@ def test_an_edit_that_fails_at_its_second_layer_leaves_no_trace(family: str, dty
         assert same_states(editor, expected)
 
 
+@each_place
 @each_dtype
 @each_family
-def test_an_editor_resumes_bit_for_bit(family: str, dtype: str, make_tiny: MakeTiny) -> None:
-    twin, model = make_tiny(family, dtype), make_tiny(family, dtype)
+def test_an_editor_resumes_bit_for_bit(family: str, dtype: str, place: str, make_tiny: MakeTiny) -> None:
+    twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
     with Nudged(model=twin, layers=LAYERS[family]) as expected, Nudged(model=model, layers=LAYERS[family]) as editor:
         apply(expected, PROMPTS[:2])
         state = copy_of(expected)
@@ -320,12 +358,13 @@ def test_an_editor_resumes_bit_for_bit(family: str, dtype: str, make_tiny: MakeT
         assert torch.equal(logits_of(model), logits_of(make_tiny(family, dtype))), "a state is only read"
 
 
+@each_place
 @each_dtype
 @each_family
 def test_a_saved_editor_answers_alike_and_goes_on_alike(
-    family: str, dtype: str, make_tiny: MakeTiny, tmp_path: Path
+    family: str, dtype: str, place: str, make_tiny: MakeTiny, tmp_path: Path
 ) -> None:
-    twin, model = make_tiny(family, dtype), make_tiny(family, dtype)
+    twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
     with Nudged(model=twin, layers=LAYERS[family]) as saved:
         apply(saved, PROMPTS[:2])
         saved.save_pretrained(tmp_path)
@@ -437,3 +476,130 @@ def test_a_layer_is_linear_or_named_with_what_it_is(make_tiny: MakeTiny) -> None
             check_linear(model, path, "memit", option="editor.layers")
     with pytest.raises(UserError, match=r"^layer='no.such' is not in the model"):
         check_linear(llama, "no.such", "memit")
+
+
+# Where the weights lie.
+
+
+def offloaded(model: EditableModel) -> set[str]:
+    return {name for name, tensor in model.module.state_dict().items() if tensor.is_meta}
+
+
+@each_dtype
+@each_family
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_rewritten_layers_are_in_memory_until_their_editor_is_detached(
+    family: str, dtype: str, place: str, make_tiny: MakeTiny, tmp_path: Path
+) -> None:
+    model = make_tiny(family, dtype, place)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    parts, fingerprint = offloaded(model), make_tiny(family, dtype).fingerprint
+    before, edited = logits_of(model), []
+    for _ in range(2):
+        with Nudged(model=model, layers=LAYERS[family]) as editor:
+            assert parts - offloaded(model) == {name for name in parts if name.rpartition(".")[0] in LAYERS[family]}
+            apply(editor)
+            edited.append(logits_of(model))
+            with editor.suspended():
+                assert model.fingerprint == fingerprint
+        assert offloaded(model) == parts
+        assert torch.equal(logits_of(model), before)
+        assert hash_weights(model.module) == fingerprint
+        editor.detach()
+    assert torch.equal(*edited)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@each_dtype
+@each_family
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_model_saved_by_transformers_has_the_edited_weights(
+    family: str, dtype: str, place: str, make_tiny: MakeTiny, tmp_path: Path
+) -> None:
+    twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
+    with Nudged(model=twin, layers=LAYERS[family]) as expected, Nudged(model=model, layers=LAYERS[family]) as editor:
+        apply(expected)
+        apply(editor)
+        model.module.save_pretrained(tmp_path / "exported")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=PRECISIONS[dtype])
+        assert same(loaded.state_dict(), dict(twin.module.state_dict()))
+
+
+def test_offloaded_weights_that_cannot_be_loaded_alone_are_refused_in_one_line(make_tiny: MakeTiny) -> None:
+    tied = make_tiny("gpt2", place="cpu")
+    tied.module.all_tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    around = make_tiny("llama")
+    cpu_offload(around.module, execution_device=torch.device("cpu"), preload_module_classes=["LlamaMLP"])
+    for model, path, why in (
+        (tied, "lm_head", "and shared with another part of the model"),
+        (around, LAYERS["llama"][1], "together with those of the module around it"),
+    ):
+        before = offloaded(model)
+        with pytest.raises(UserError, match=f"^editor.layers={path}: its weights are offloaded {why}, where") as caught:
+            Nudged(model=model, layers=[path])
+        assert len(str(caught.value).splitlines()) == 1
+        assert offloaded(model) == before
+
+
+# What is recorded of passes.
+
+
+@some_of_each
+def test_both_engines_score_alike_whichever_layers_are_rewritten(
+    family: str, dtype: str, place: str, make_tiny: MakeTiny
+) -> None:
+    requests = [EditRequest(id=prompt, prompt=prompt, target="Tiber") for prompt in PROMPTS[:2]]
+    for layers in (LAYERS[family], [LAYERS[family][2], LAYERS[family][1]]):
+        found: list[Any] = []
+        for engine in ("exact", "plain"):
+            model = make_tiny(family, dtype, place, engine=engine)
+            model.task.max_new_tokens = 2
+            with Nudged(model=model, layers=layers, scale=0.3) as editor:
+                scores = []
+                for prompt in PROMPTS[:2]:
+                    apply(editor, [prompt])
+                    for _ in range(2):
+                        with model.engine.remembering():
+                            scores += model.score(requests)
+                    with editor.suspended(), model.engine.remembering():
+                        scores += model.score(requests)
+            found.append(scores)
+        assert found[0] == found[1]
+        assert len({score.text for score in found[0]}) > 1, "the edits change answers"
+
+
+@some_of_each
+def test_a_model_that_observes_a_later_layer_notices_that_earlier_ones_were_rewritten(
+    family: str, dtype: str, place: str, make_tiny: MakeTiny
+) -> None:
+    model = make_tiny(family, dtype, place)
+    given: dict[str, Any] = {"layer": LAYERS[family][1], "task": model.task, "tokenizer": model.tokenizer}
+    exact = EditableModel(model.module, **given)
+    plain = EditableModel(model.module, **given, engine="plain")
+    batch = model.encode_batch(PROMPTS[:1], ["Tiber"])
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+
+    def check() -> Tensor:
+        """Compares what an engine has recorded, for a batch and between evaluations, with passes in full."""
+        calls = exact.layer_call(batch), plain.layer_call(batch)
+        assert torch.equal(calls[0].input, calls[1].input)
+        with torch.no_grad(), exact.engine.remembering(drops_unused=False):
+            losses = [model.task.loss(*observer.labelled_logits(batch)) for observer in (exact, plain)]
+        assert float(losses[0]) == pytest.approx(float(losses[1]), rel=tolerance)
+        return calls[1].input
+
+    exact.repeated(batch)
+    unedited = check()
+    for layers in (LAYERS[family][:1], LAYERS[family]):
+        with Nudged(model=model, layers=layers) as editor:
+            editor.add_to_weight(layers[0], update_of(PROMPTS[0], layers[0], 0.2))
+            edited = check()
+            assert not torch.allclose(edited, unedited, atol=0.1)
+            with editor.suspended():
+                assert torch.equal(check(), unedited)
+            assert torch.equal(check(), edited)
+            editor.rollback()
+            assert torch.equal(check(), unedited)
+            editor.add_to_weight(layers[0], update_of(PROMPTS[1], layers[0], 0.2))
+            assert not torch.equal(check(), edited)
+    assert torch.equal(check(), unedited)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from grace_bench.common.state import copied
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
@@ -164,16 +165,35 @@ def test_inputs_and_editors_go_to_the_device_of_what_is_offloaded(family: str, f
 
 @each_family
 @pytest.mark.parametrize("name", ["ft", "ft_ewc", "ft_retrain", "mend", "rome"])
-def test_an_editor_that_rewrites_an_offloaded_layer_says_that_it_cannot(
-    name: str, family: str, folder: Callable[[str], Path]
+def test_an_editor_that_rewrites_an_offloaded_layer_does_what_it_does_to_the_plain_one(
+    name: str, family: str, folder: Callable[[str], Path], make_editor: Callable[..., EditorStrategy], tmp_path: Path
 ) -> None:
     path = folder(family)
-    with pytest.raises(UserError, match="offloaded") as caught:
-        EDITORS.get(name)(model=offload(path, family, "the edited block"))
-    text = str(caught.value)
-    assert len(text.splitlines()) == 1
-    assert LAYERS[family] in text
-    assert name in text
+    files = {file: file.read_bytes() for file in path.iterdir()}
+    found = []
+    for model in (load(path, family), offload(path, family, "the edited block")):
+        parts = {key for key, tensor in model.module.state_dict().items() if tensor.is_meta}
+        batch = model.encode_batch(PROMPTS, ["Astana", "Tiber", "Sol"])
+        with torch.no_grad():
+            before = model.logits(batch)
+        with make_editor(name, model) as editor:
+            editor.edit_text(PROMPTS[0], "Astana", subject="Kazakhstan")
+            state = copied(editor.state_dict())
+            with torch.no_grad():
+                found.append([before, model.logits(batch)])
+                with editor.suspended():
+                    assert torch.equal(model.logits(batch), before)
+                editor.rollback()
+                assert torch.equal(model.logits(batch), before)
+                editor.load_state_dict(state)
+                assert torch.equal(model.logits(batch), found[-1][1])
+        with torch.no_grad():
+            assert torch.equal(model.logits(batch), before)
+        assert {key for key, tensor in model.module.state_dict().items() if tensor.is_meta} == parts
+    for plain, offloaded in zip(*found, strict=True):
+        assert torch.equal(plain, offloaded)
+    assert not torch.equal(*found[0])
+    assert {file: file.read_bytes() for file in path.iterdir()} == files, "a checkpoint is only read"
 
 
 @each_family

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakIdRef
 
 Run = Callable[[], Tensor]
 Forward = Callable[..., Any]
+Stamp = tuple[tuple[WeakIdRef, int, int, bool], ...]
 
 # Attributes that can be read of a placeholder, which has no values.
 _METADATA = {
@@ -94,7 +96,7 @@ class Recording:
     """
 
     outputs: tuple[_Output, ...]
-    stamp: tuple[tuple[int, int, bool], ...]
+    stamp: Stamp
     versions: tuple[int, ...]
     n_narrow: int
 
@@ -143,10 +145,15 @@ class _Plan:
         for parent in self.parents:
             yield from _own_weights(parent)
 
-    def stamp(self) -> tuple[tuple[int, int, bool], ...]:
-        """For each of the weights its address, how often it was written to, and whether it requires a gradient."""
+    def stamp(self) -> Stamp:
+        """For each of the weights itself, its address, how often it was written to, and whether it wants a gradient.
+
+        An address alone may be that of an earlier weight. Offloaded weights, which never change, are left out.
+        """
         weights = (weight for weight in self.weights() if not weight.is_meta)
-        return tuple((weight.data_ptr(), weight._version, weight.requires_grad) for weight in weights)
+        return tuple(
+            (WeakIdRef(weight), weight.data_ptr(), weight._version, weight.requires_grad) for weight in weights
+        )
 
 
 class Replay:

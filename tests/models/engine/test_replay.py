@@ -621,6 +621,16 @@ def exchange_a_weight(module: Toy) -> None:
     module.first.weight.data = torch.ones(4, 4)
 
 
+def put_another_weight_at_the_same_address(module: Toy) -> None:
+    """As may happen to a weight that is offloaded and loaded again."""
+    before = module.first.weight
+    before.data.add_(1)
+    weight = nn.Parameter(before.data, requires_grad=False)
+    while weight._version < before._version:
+        weight.mul_(1)
+    module.first.weight = weight
+
+
 def scale_between_modules(module: Toy) -> None:
     with torch.no_grad():
         module.scale.mul_(2)
@@ -630,9 +640,20 @@ def shift_between_modules(module: Toy) -> None:
     module.shift.add_(1)
 
 
-@pytest.mark.parametrize(
-    "write", [take_a_step, load_other_weights, exchange_a_weight, scale_between_modules, shift_between_modules]
+each_write = pytest.mark.parametrize(
+    "write",
+    [
+        take_a_step,
+        load_other_weights,
+        exchange_a_weight,
+        put_another_weight_at_the_same_address,
+        scale_between_modules,
+        shift_between_modules,
+    ],
 )
+
+
+@each_write
 def test_weights_before_the_layer_that_were_written_to_are_noticed(write: Callable[[Toy], None]) -> None:
     module, batch = Toy(), toy_batch(1)
     module.eval()
@@ -645,9 +666,7 @@ def test_weights_before_the_layer_that_were_written_to_are_noticed(write: Callab
     assert torch.equal(replay.play(run, replay.record(run, "batch"), "batch"), run())
 
 
-@pytest.mark.parametrize(
-    "write", [take_a_step, load_other_weights, exchange_a_weight, scale_between_modules, shift_between_modules]
-)
+@each_write
 def test_an_engine_answers_with_the_weights_of_now(write: Callable[[Toy], None]) -> None:
     module, batch = Toy(), toy_batch(1)
     model = EditableModel(module, layer="layer", task="classification")
