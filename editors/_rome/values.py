@@ -69,7 +69,8 @@ def optimise_values(model: EditableModel, facts: Sequence[Fact], optimisation: O
 def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
     """Optimises the values of a few facts in the same passes; each has an Adam state of its own."""
     device = model.layer_device
-    answered, essence = stack([fact.answered for fact in facts]), stack([_at_query(fact.essence) for fact in facts])
+    answered = stack([fact.answered for fact in facts]).aligned_at_query()
+    essence = _until_query(stack([fact.essence for fact in facts]).aligned_at_query())
     n_rows = torch.tensor([len(fact.answered) for fact in facts])
     owner = torch.arange(len(facts)).repeat_interleave(n_rows)
     plain = (n_rows.cumsum(0) - n_rows).to(device)
@@ -93,9 +94,10 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
         rows = owner
         with torch.no_grad():
             model.engine.reach_layer(answered)
-        answer = model.repeated(answered)
+        # Rows are aligned: nothing changes before the one position at which all are queried.
+        answer = model.repeated(answered, first_changed=int(answered.query[0]))
         rows = torch.arange(len(facts))
-        describe = model.repeated(essence)
+        describe = model.repeated(essence, first_changed=int(essence.query[0]))
         assert initial is not None
         adam = torch.optim.Adam([delta], lr=optimisation.lr)
         norms = initial.norm(dim=1)
@@ -130,11 +132,11 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
     return [Value(*value) for value in found]
 
 
-def _at_query(batch: EncodedBatch) -> EncodedBatch:
-    """The batch with a label at each row's query, so that the engine computes the logits there and nowhere else."""
-    ids = batch.inputs["input_ids"]
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    return replace(batch, labels=torch.where(steps == batch.query[:, None], ids, IGNORED))
+def _until_query(batch: EncodedBatch) -> EncodedBatch:
+    """The aligned batch up to its query, with a label there, so that the engine computes the logits there alone."""
+    asked = batch.until(int(batch.query[0]) + 1)
+    ids = asked.inputs["input_ids"]
+    return replace(asked, labels=functional.pad(ids[:, -1:], (ids.shape[1] - 1, 0), value=IGNORED))
 
 
 def _at_labels(logits: Tensor, batch: EncodedBatch) -> Tensor:

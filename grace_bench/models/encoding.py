@@ -96,6 +96,31 @@ class EncodedBatch:
             content=None if self.content is None else self.content[chosen],
         )
 
+    def aligned_at_query(self) -> "EncodedBatch":
+        """Returns a causal model's right-padded batch, padded on the left until all queries are at one position."""
+        shifts = self.query.max() - self.query
+        mask = self.inputs["attention_mask"]
+        width = int((mask.sum(dim=1) + shifts).max())
+        sources = torch.arange(width, device=shifts.device) - shifts[:, None]
+        is_inside = (sources >= 0) & (sources < mask.shape[1])
+        sources = sources.clamp(0, mask.shape[1] - 1)
+
+        def shifted(tensor: Tensor, value: int) -> Tensor:
+            return torch.where(is_inside, tensor.gather(1, sources), value)
+
+        inputs = {
+            "input_ids": shifted(self.inputs["input_ids"], self.pad_id),
+            "attention_mask": shifted(mask, 0),
+            "position_ids": sources,
+        }
+        return replace(
+            self,
+            inputs=inputs,
+            query=self.query + shifts,
+            labels=None if self.labels is None else shifted(self.labels, IGNORED),
+            content=None if self.content is None else shifted(self.content, 0).bool(),
+        )
+
     @property
     def is_padded(self) -> bool:
         """Whether a row of the input has padding."""
