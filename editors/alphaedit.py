@@ -62,7 +62,12 @@ class AlphaEdit(MassEditor):
             every layer is empty.
     """
 
-    search_space: ClassVar = {"threshold": (0.02,), "l2": (10.0, 1.0), "clamp": (0.75, 4.0)}
+    search_space: ClassVar = {
+        "threshold": (1e-3, 1e-2, 1e-1),
+        "threshold_unit": ("largest",),
+        "l2": (1.0,),
+        "clamp": (0.75, 4.0),
+    }
 
     def __init__(
         self,

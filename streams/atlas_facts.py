@@ -168,6 +168,10 @@ class AtlasFacts(EditStream):
     search_layers: ClassVar = {
         "any": ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
         "mlp_output": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        "mlp_outputs": (
+            ("model.layers.1.mlp.down_proj",),
+            ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ),
         "several": (
             ("model.layers.1.mlp.down_proj",),
             ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),

@@ -159,6 +159,11 @@ class AtlasText(EditStream):
     search_layers: ClassVar = {
         "any": ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc", "transformer.h.2.mlp.c_fc"),
         "mlp_output": ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"),
+        "mlp_outputs": (
+            ("transformer.h.1.mlp.c_proj",),
+            ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"),
+            ("transformer.h.0.mlp.c_proj",),
+        ),
         "several": (
             ("transformer.h.1.mlp.c_fc",),
             ("transformer.h.2.mlp.c_proj",),

@@ -217,7 +217,7 @@ class MassEditor(LocateThenEdit):
     """
 
     edits_together = True
-    layer_kind = "several"
+    layer_kind = "mlp_outputs"
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ Order = Literal["shuffle", "stream"]
 """The order of a run's candidates: shuffled by the run's seed, or as the stream has them."""
 Normalise = Literal["squad", "strict"]
 """How answers are normalised before they are compared (see `grace_bench.models.tasks.text_scores`)."""
-LayerKind = Literal["any", "mlp_output", "several"]
+LayerKind = Literal["any", "mlp_output", "mlp_outputs", "several"]
 """The layers an editor edits: `any` single layer, the output projection of an MLP, or `several` layers together."""
 AnswerLength = int | Literal["auto"]
 """Maximum number of tokens of a free answer; `auto` for that of the longest target."""

@@ -54,7 +54,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         figures: The kinds of figures that the editor adds to `grace-bench figure`, by name.
         is_reference: Whether the demo runs the editor on every stream, as a reference for the others.
         layer_kind: The layers of a stream's model that tuning tries: `any` layer, `mlp_output` for the last map of a
-            feed-forward block, or `several` for lists of layers under the option `layers`.
+            feed-forward block, or lists of layers under the option `layers`: `mlp_outputs`, or `several` of any kind.
         search_space: The values that tuning tries, by option of the constructor, the preferred value first.
         traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 

@@ -47,7 +47,9 @@ def search_space(stream: str, editor: str) -> dict[str, list[Any]]:
     cls, layers = EDITORS.get(editor), STREAMS.get(stream).search_layers
     space: dict[str, list[Any]] = {}
     if cls.layer_kind in layers:
-        space["editor.layers" if cls.layer_kind == "several" else "layer"] = _listed(layers[cls.layer_kind])
+        space["editor.layers" if cls.layer_kind in {"several", "mlp_outputs"} else "layer"] = _listed(
+            layers[cls.layer_kind]
+        )
     elif "any" in layers:
         space["layer"] = _listed(layers["any"])
     return space | {f"editor.{name}": _listed(values) for name, values in cls.search_space.items()}
