@@ -65,6 +65,8 @@ def composed(*overrides: str) -> RunConfig:
         (GPT_J, "grace", "transformer.h.25.mlp.fc_out"),
         (GPT_J, "rome", "transformer.h.5.mlp.fc_out"),
         (GPT2_XL, "rome", "transformer.h.17.mlp.c_proj"),
+        (LLAMA_2, "r_rome", "model.layers.5.mlp.down_proj"),
+        (GPT2_XL, "emmet", "transformer.h.17.mlp.c_proj"),
         (GPT2_XL, "grace", "transformer.h.35.mlp.c_fc"),
         # Editors whose settings name no layer act where the repository's other editors do.
         (GPT_J, "defer", "transformer.h.25.mlp.fc_out"),
@@ -90,12 +92,40 @@ def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(f
     }
     settings = composed("editor=rome", f"model={folder(LLAMA_3)}").editor.settings
     assert (settings["n_iter"], settings["weight_decay"], settings["kl_weight"]) == (25, 0.001, 0.0625)
+    settings = composed("editor=emmet", f"model={folder(GPT2_XL)}").editor.settings
+    assert (settings["moment_weight"], settings["ridge"], settings["softness"]) == (10000, 0, 0.1)
 
 
-def test_an_editor_of_several_layers_gets_them_all(folder: MakeFolder) -> None:
-    run = composed("editor=mend", f"model={folder(GPT_J)}")
-    layers = [f"transformer.h.{number}.mlp.fc_out" for number in range(18, 27)]
+@pytest.mark.parametrize(
+    ("config", "editor", "layer", "numbers"),
+    [
+        (GPT_J, "mend", "transformer.h.{}.mlp.fc_out", range(18, 27)),
+        (GPT_J, "memit", "transformer.h.{}.mlp.fc_out", range(3, 9)),
+        (LLAMA_3, "memit", "model.layers.{}.mlp.down_proj", range(4, 9)),
+        (GPT2_XL, "alphaedit", "transformer.h.{}.mlp.c_proj", range(13, 18)),
+    ],
+)
+def test_an_editor_of_several_layers_gets_them_all(
+    config: dict[str, Any], editor: str, layer: str, numbers: range, folder: MakeFolder
+) -> None:
+    run = composed(f"editor={editor}", f"model={folder(config)}")
+    layers = [layer.format(number) for number in numbers]
     assert (run.editor.settings["layers"], run.layer) == (layers, layers[-1])
+
+
+def test_a_paper_runs_its_editor_with_the_settings_of_its_authors(folder: MakeFolder) -> None:
+    """Of two sources for Llama 3, one has 1 for `l2`."""
+    run = compose(["paper=alphaedit", "stream.path=x", "editor=alphaedit", f"model={folder(LLAMA_3)}"])
+    settings = {"threshold": 0.02, "threshold_unit": "absolute", "l2": 10, "lr": 0.1, "n_iter": 25, "clamp": 0.75}
+    assert {name: run.editor.settings[name] for name in settings} == settings
+    assert run.tuning_budget == "published"
+
+
+def test_second_moments_are_used_where_the_source_uses_them(folder: MakeFolder) -> None:
+    """ROME's authors use them on GPT-2, those of R-ROME do not."""
+    model = folder(GPT2_XL)
+    used = {name: choose(name, model).options["second_moments"] for name in ("rome", "r_rome")}
+    assert used == {"rome": True, "r_rome": False}
 
 
 def test_models_that_differ_only_inside_their_blocks_or_in_length_are_told_apart(folder: MakeFolder) -> None:
@@ -265,7 +295,9 @@ def test_list_presets_shows_editor_model_layers_and_source(capsys: pytest.Captur
     shown = line("rome", "gpt2-xl", "transformer.h.17.mlp.c_proj", "kmeng01/memit@80426fd:hparams/ROME/gpt2-xl.json")
     assert "no editor" not in shown
     shown = line("memit", "llama-3-8b", "model.layers.{4,5,6,7,8}.mlp.down_proj", "jianghoucheng/AlphaEdit@")
-    assert "no editor 'memit' yet" in shown
+    assert "no editor" not in shown
+    assert line("moment_weight=15000", "fact_token=subject_last")
+    assert "no editor 'wise' yet" in line("wise ", "llama-2-7b", "zjunlp/EasyEdit@")
     assert line("norm_constraint=0.0005")
     for preset in presets():
         assert any(preset.source in line and preset.editor in line for line in lines)
