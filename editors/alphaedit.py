@@ -63,10 +63,11 @@ class AlphaEdit(MassEditor):
     """
 
     search_space: ClassVar = {
-        "threshold": (1e-3, 1e-2, 1e-1),
+        "threshold": (1e-3, 1e-2),
         "threshold_unit": ("largest",),
+        "n_iter": (25, 50, 100),
         "l2": (1.0,),
-        "clamp": (0.75, 4.0),
+        "clamp": (4.0,),
     }
 
     def __init__(

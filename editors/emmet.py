@@ -53,7 +53,7 @@ class Emmet(MassEditor):
         UserError: If an option is out of range, naming it, or a layer is not linear or in no block.
     """
 
-    search_space: ClassVar = {"softness": (0.1, 1.0, 0.01), "clamp": (0.75, 4.0)}
+    search_space: ClassVar = {"softness": (0.1, 1.0), "n_iter": (25, 50, 100), "clamp": (4.0,)}
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Memit(MassEditor):
         UserError: If an option is out of range, naming it, or a layer is not linear or in no block.
     """
 
-    search_space: ClassVar = {"moment_weight": (15000.0, 1000.0, 100.0), "clamp": (0.75, 4.0)}
+    search_space: ClassVar = {"moment_weight": (15000.0, 1000.0), "n_iter": (25, 50, 100), "clamp": (4.0,)}
 
     def __init__(
         self,

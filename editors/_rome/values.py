@@ -61,9 +61,20 @@ def optimise_values(model: EditableModel, facts: Sequence[Fact], optimisation: O
     Raises:
         EditFailure: If a loss is not finite.
     """
-    batches = [fact.answered for fact in facts]
-    chunks = in_passes(batches) if model.engine.batches_edits else [range(i, i + 1) for i in range(len(facts))]
-    return [value for chunk in chunks for value in _optimise(model, [facts[i] for i in chunk], optimisation)]
+    if not model.engine.batches_edits:
+        return [value for fact in facts for value in _optimise(model, [fact], optimisation)]
+    # Facts with equally many tokens behind the subject need the least padding.
+    order = sorted(range(len(facts)), key=lambda index: _n_behind(facts[index].answered))
+    values: dict[int, Value] = {}
+    for chunk in in_passes([facts[index].answered for index in order]):
+        chosen = [order[place] for place in chunk]
+        values |= zip(chosen, _optimise(model, [facts[index] for index in chosen], optimisation), strict=True)
+    return [values[index] for index in range(len(facts))]
+
+
+def _n_behind(batch: EncodedBatch) -> int:
+    """The most tokens of a row behind its query."""
+    return int((batch.inputs["attention_mask"].sum(dim=1) - batch.query).max())
 
 
 def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
