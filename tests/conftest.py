@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: one thread, W&B off, and tiny random models that take text."""
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -247,6 +248,41 @@ def make_causal(word_tokenizer: Any) -> MakeCausal:
         )
 
     return make
+
+
+RUNNING_TEXT = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(12)]
+"""More tokens than a layer's input of `make_causal` is wide."""
+
+
+@pytest.fixture
+def make_prepared() -> Callable[..., Any]:
+    """Makes a registered editor that has prepared on running text, with few prefixes."""
+
+    def make(name: str, model: EditableModel, *, texts: Sequence[str] = RUNNING_TEXT, **options: Any) -> EditorStrategy:
+        given = {"n_prefixes": 2, "prefix_lengths": [3], **options}
+        editor: EditorStrategy = EDITORS.get(name)(model=model, **given)
+        editor.prepare([EditRequest(id=str(i), prompt="", target=text) for i, text in enumerate(texts)])
+        return editor
+
+    return make
+
+
+@pytest.fixture
+def passes_through() -> Callable[[EditableModel, str, str], tuple[Tensor, Tensor]]:
+    """Gives what enters and leaves a layer when the model reads a text alone: (T, D_in) and (T, D_out) float64."""
+
+    def read(model: EditableModel, path: str, text: str) -> tuple[Tensor, Tensor]:
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = model.find_layer(path).register_forward_hook(
+            lambda _, args, output: seen.append((args[0], output[0] if isinstance(output, tuple) else output))
+        )
+        with torch.no_grad():
+            model.module(input_ids=model.encode_batch([text]).inputs["input_ids"])
+        handle.remove()
+        ((entering, leaving),) = seen
+        return entering[0].double(), leaving[0].double() if leaving.dim() == 3 else leaving.double()
+
+    return read
 
 
 @pytest.fixture
