@@ -62,7 +62,7 @@ class AlphaEdit(MassEditor):
             every layer is empty.
     """
 
-    search_space: ClassVar = {"threshold": (0.02,), "l2": (10.0, 1.0), "clamp": (0.75, 4.0)}
+    search_space: ClassVar = {"threshold": (0.02,), "l2": (10.0, 1.0, 0.1), "clamp": (0.75, 4.0)}
 
     def __init__(
         self,
