@@ -1,5 +1,6 @@
 """What MEMIT, EMMET and AlphaEdit have in common: batches written into several layers, and everything a run does."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_both_engines_make_the_same_edits(
     found = []
     for engine in ("exact", "plain"):
         model, requests = make_causal("llama", engine=engine), make_requests("completion")
-        with make_prepared(name, model, layers=layers_of("llama"), n_iter=8, **OPTIONS[name]) as editor:
+        with make_prepared(name, model, layers=layers_of("llama"), n_iter=6, **OPTIONS[name]) as editor:
             outcomes = [editor.edit(batch_of(model, batch)) for batch in (requests[:3], requests[3:])]
             answers = [score.text for score in model.score(requests)]
             found.append((outcomes, answers, [matrix(model, path) for path in layers_of("llama")]))
@@ -285,15 +286,14 @@ def test_edits_too_small_for_bfloat16_add_up(
         layers_of("llama")[1],
     )
     unedited = matrix(model, path)
-    with make_prepared("memit", model, layers=[path], moment_weight=30000.0, n_iter=8) as editor:
+    with make_prepared("memit", model, layers=[path], moment_weight=30000.0, n_iter=4) as editor:
         masters = [editor.weight_of(path).clone()]
-        for _ in range(3):
-            for request in requests:
-                editor.edit(batch_of(model, [request]))
-                masters.append(editor.weight_of(path).clone())
+        for request in requests * 2:
+            editor.edit(batch_of(model, [request]))
+            masters.append(editor.weight_of(path).clone())
         assert editor.weight_of(path).dtype == torch.float32
         assert torch.equal(matrix(model, path), masters[-1].bfloat16().double())
-        updates = [after - before for before, after in zip(masters[:-1], masters[1:], strict=True)]
+        updates = [after - before for before, after in itertools.pairwise(masters)]
         vanishing = [
             float(((masters[0] + update).bfloat16() == masters[0].bfloat16()).float().mean()) for update in updates
         ]
@@ -469,18 +469,16 @@ def test_an_option_that_is_out_of_range_is_refused_by_name(
             "transformer.h.1.mlp.c_fc",
             "{}=transformer.h.1.mlp.c_fc gives 48 numbers a token, where the hidden state has 32: editor '{}' rewrites",
         ),
-        ("transformer.h.7.mlp.c_proj", "{}='transformer.h.7.mlp.c_proj' is not in the model"),
     ],
 )
 @pytest.mark.parametrize("option", ["layer", "editor.layers"])
 def test_a_layer_that_cannot_be_written_is_named_with_its_option(
     name: str, path: str, message: str, option: str, make_causal: MakeModel
 ) -> None:
+    is_option = option == "editor.layers"
+    model = make_causal() if is_option else make_causal(layer=path)
     with pytest.raises(UserError) as caught:
-        if option == "layer":
-            EDITORS.get(name)(model=make_causal(layer=path))
-        else:
-            EDITORS.get(name)(model=make_causal(), layers=[*layers_of()[:1], path])
+        EDITORS.get(name)(model=model, layers=[*layers_of()[:1], path] if is_option else None)
     assert str(caught.value).startswith(message.format(option, name))
     assert "\n" not in str(caught.value)
 
@@ -530,10 +528,10 @@ def test_questions_in_zsres_form_are_edited_in_a_causal_model(
     )
     edits = [json.loads(line) for line in (tmp_path / "run" / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(edits) == len(requests)
+    assert [record["failed"] for record in edits] == [None] * 6
     assert result.metrics["n_failed"] == 0
     assert all(record["steps"] > 0 for record in edits)
     n_before, n_after = (
         sum(record["target"] in record[text].split() for record in edits) for text in ("before_text", "after_text")
     )
-    assert n_before == 0
-    assert n_after >= 3
+    assert n_after > n_before
