@@ -115,6 +115,11 @@ def said_of(recording: tuple[Path, str], change: Change) -> tuple[int, str]:
     return code, line.removeprefix(f"{path}: ")
 
 
+def stopped_early(content: dict[str, Any]) -> None:
+    value = content["edits"][0]["z"][0]
+    value["n_updates"], value["losses"] = 3, value["losses"][:4]
+
+
 LAYER = ("edits", 0, "layers", "1")
 
 
@@ -128,7 +133,7 @@ LAYER = ("edits", 0, "layers", "1")
             scaled("edits", 0, "z", 0, "z_norm"), "z_norm at edit 1, request 1 differs", marks=pytest.mark.slow
         ),
         pytest.param(scaled(*LAYER, "key_norms", 0), "key_norms at edit 1, layer 1 differs", marks=pytest.mark.slow),
-        (put(3, "edits", 0, "z", 0, "n_updates"), "n_updates differs at edit 1, request 1: recorded 3, ours 19"),
+        (stopped_early, "n_updates differs at edit 1, request 1: recorded 3, ours 19"),
         (put([1, 2], "edits", 0, "z", 0, "lookup_idxs"), "lookup_idxs differs at edit 1, request 1: recorded [1, 2]"),
         (put([1, 2], "edits", 0, "z", 0, "target_ids"), "target_ids differs at edit 1, request 1: recorded [1, 2]"),
     ],
@@ -162,20 +167,26 @@ def test_a_changed_element_of_romes_weight_is_found(rrome: tuple[Path, str]) -> 
         (put(math.nan, "edits", 0, "z", 0, "losses", 3, 0), ["'edits.0.z.0.losses.3.0'", "finite"]),
         (put([], "edits"), ["'edits'"]),
         (put([], "hparams", "layers"), ["'hparams.layers'"]),
-        (put([9], "hparams", "layers"), ["'hparams", "transformer.h.9"]),
+        (put([9], "hparams", "layers"), ["'entry_positions'", "layer 9"]),
+        (put("transformer.g.{}.mlp", "hparams", "rewrite_module_tmp"), ["'hparams.rewrite_module_tmp'", "not in the"]),
+        (put("transformer.h.{}.ln_1", "hparams", "rewrite_module_tmp"), ["'hparams.", "transformer.h.1.ln_1"]),
+        (put("a text without a place", "context_templates", 1, 0), ["'context_templates'"]),
+        (dropped("edits", 0, "layers", "1"), ["'edits.0.layers'", "layer 1"]),
+        (put({"fro": 1.0, "entries": []}, "edits", 0, "layers", "2"), ["layer 2"]),
         (put(0.0, "hparams", "v_lr"), ["'hparams.v_lr'", "greater than 0"]),
         (put("middle", "hparams", "fact_token"), ["'hparams.fact_token'", "subject_last"]),
         (put(None, "hparams", "mom2_update_weight"), ["'hparams'", "moment_weight"]),
         (put("{", "hparams", "rewrite_module_tmp"), ["'hparams.rewrite_module_tmp'"]),
         (put("../gpt2", "model"), ["'model'"]),
         (put("other", "model"), ["'model'", "models/other"]),
-        (put([], "edits", 0, "requests"), ["'edits", "request"]),
-        (put([], "edits", 0, "z", 0, "losses"), ["'edits"]),
+        (put([], "edits", 0, "requests"), ["'edits.0.z'", "1 values for 0 requests"]),
+        (put([], "edits", 0, "z", 0, "losses"), ["'edits.0.z.0.losses'", "0 passes for 19 updates"]),
         (put([[10**6], 1], "entry_positions", "1"), ["'entry_positions"]),
-        (put([10**9] * 16, "entry_positions", "1"), ["'entry_positions"]),
+        (put([-1], "entry_positions", "1"), ["'entry_positions", "greater than or equal to 0"]),
+        (put([10**9] * 16, "entry_positions", "1"), ["'entry_positions'", "1000000000"]),
         (put(["float32", 1], "tensors", "extra"), ["'tensors.extra'", "missing"]),
-        (put("no subject here", "edits", 0, "requests", 0, "prompt"), ["'edits", "{}"]),
-        (put([{"input_ids": [10**6], "argmax_after": 0}], "probes"), ["'probes.0"]),
+        (put("no subject here", "edits", 0, "requests", 0, "prompt"), ["'edits.0.requests.0.prompt'", "{}"]),
+        (put([{"input_ids": [10**6], "argmax_after": 0}], "probes"), ["'probes.0.input_ids'", "270"]),
         (put([{"input_ids": [], "argmax_after": 0}], "probes"), ["'probes.0.input_ids'"]),
         (put([], "context_templates"), ["'context_templates'"]),
     ],
@@ -194,7 +205,15 @@ def test_requests_and_values_must_be_as_many(memit: tuple[Path, str]) -> None:
 
     code, line = said_of(memit, change)
     assert code == 2
-    assert "field 'edits" in line
+    assert line == "field 'edits.0.z': 1 values for 2 requests"
+
+
+@needs_golden
+@pytest.mark.parametrize("field", ["request", "change", "losses"])
+def test_an_edit_of_rome_needs_its_fields(field: str, rrome: tuple[Path, str]) -> None:
+    code, line = said_of(rrome, dropped("edits", 0, field))
+    assert code == 2
+    assert line == f"field 'edits.0.{field}': Field required"
 
 
 @needs_golden
