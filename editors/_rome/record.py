@@ -149,6 +149,8 @@ class Record(_Part):
         return self
 
     def _check_turn(self, field: str, turn: Turn) -> None:
+        requests: dict[str, Request | None]
+        values: dict[str, RecordedValue]
         if self.editor == "R-ROME":
             requests, values = {f"{field}.request": turn.request}, {field: turn}
             lacking = next((name for name in ("request", "change", "losses") if not getattr(turn, name)), None)

@@ -92,7 +92,7 @@ def published_change(
 
 
 @each_family
-@each_variant
+@pytest.mark.parametrize(("name", "options"), VARIANTS[: len(OPTIONS) + 1])
 def test_every_layer_gets_the_published_update_at_keys_measured_on_the_way(
     name: str,
     options: dict[str, Any],
@@ -102,8 +102,6 @@ def test_every_layer_gets_the_published_update_at_keys_measured_on_the_way(
     make_requests: MakeRequests,
     passes_through: PassesThrough,
 ) -> None:
-    if {"rect", "prune", "ends_only"} & options.keys():
-        pytest.skip("shown by tests of its own")
     paths, requests = layers_of(family), make_requests("completion")[:4]
     block = paths[-1].rpartition(".mlp")[0]
     model, reference = make_causal(family), make_causal(family)
