@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: one thread, W&B off, and tiny random models that take text."""
 
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,13 +15,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -28,6 +31,7 @@ from transformers import (
 
 from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
+from grace_bench.editing.batch import EditBatch
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.lookup import get_task
@@ -194,6 +198,105 @@ def make_train() -> Callable[[str], list[EditRequest]]:
 
     def make(task: str) -> list[EditRequest]:
         return [_request(task, fact) for fact in _TRAINING_FACTS]
+
+    return make
+
+
+CAUSAL_LAYERS = {"gpt2": "transformer.h.{}.mlp.c_proj", "llama": "model.layers.{}.mlp.down_proj"}
+
+
+class MakeCausal(Protocol):
+    """Makes a tiny random causal model of three blocks; equal arguments give equal weights."""
+
+    def __call__(
+        self, family: str = "gpt2", *, dtype: torch.dtype = ..., engine: str = "exact", layer: str | None = None
+    ) -> EditableModel: ...
+
+
+@pytest.fixture
+def make_causal(word_tokenizer: Any) -> MakeCausal:
+    """A GPT-2 of `Conv1D` or a Llama of `nn.Linear`, of width 32; the edited layer ends the second block's network."""
+
+    def make(
+        family: str = "gpt2",
+        *,
+        dtype: torch.dtype = torch.float32,
+        engine: str = "exact",
+        layer: str | None = None,
+    ) -> EditableModel:
+        sizes: dict[str, Any] = {"vocab_size": len(word_tokenizer), "initializer_range": 0.3}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module: Any
+            if family == "gpt2":
+                sizes |= {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 2, "n_positions": 48}
+                module = GPT2LMHeadModel(GPT2Config(**sizes))
+            else:
+                sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+                module = LlamaForCausalLM(
+                    LlamaConfig(num_attention_heads=2, max_position_embeddings=48, tie_word_embeddings=False, **sizes)
+                )
+        path = layer or CAUSAL_LAYERS[family].format(1)
+        module.to(dtype)
+        return EditableModel(
+            module,
+            layer=path,
+            task=get_task("completion", max_new_tokens=3),
+            tokenizer=word_tokenizer,
+            engine=engine,  # type: ignore[arg-type]
+            name="tiny",
+        )
+
+    return make
+
+
+RUNNING_TEXT = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(12)]
+"""More tokens than a layer's input of `make_causal` is wide."""
+
+
+@pytest.fixture
+def make_prepared() -> Callable[..., Any]:
+    """Makes a registered editor that has prepared on running text, with few prefixes."""
+
+    def make(name: str, model: EditableModel, *, texts: Sequence[str] = RUNNING_TEXT, **options: Any) -> EditorStrategy:
+        given = {"n_prefixes": 2, "prefix_lengths": [3], **options}
+        editor: EditorStrategy = EDITORS.get(name)(model=model, **given)
+        editor.prepare([EditRequest(id=str(i), prompt="", target=text) for i, text in enumerate(texts)])
+        return editor
+
+    return make
+
+
+@pytest.fixture
+def passes_through() -> Callable[[EditableModel, str, str], tuple[Tensor, Tensor]]:
+    """Gives what enters and leaves a layer when the model reads a text alone: (T, D_in) and (T, D_out) float64."""
+
+    def read(model: EditableModel, path: str, text: str) -> tuple[Tensor, Tensor]:
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = model.find_layer(path).register_forward_hook(
+            lambda _, args, output: seen.append((args[0], output[0] if isinstance(output, tuple) else output))
+        )
+        with torch.no_grad():
+            model.module(input_ids=model.encode_batch([text]).inputs["input_ids"])
+        handle.remove()
+        ((entering, leaving),) = seen
+        return entering[0].double(), leaving[0].double() if leaving.dim() == 3 else leaving.double()
+
+    return read
+
+
+@pytest.fixture
+def batch_of() -> Callable[[EditableModel, Sequence[EditRequest]], EditBatch]:
+    """Makes the batch that an editor which needs subjects receives for requests."""
+
+    def make(model: EditableModel, requests: Sequence[EditRequest]) -> EditBatch:
+        prompts, targets = [r.prompt for r in requests], [r.target for r in requests]
+        return EditBatch(
+            prompts=tuple(prompts),
+            targets=tuple(targets),
+            subjects=tuple(r.subject for r in requests),
+            encoded=model.encode_batch(prompts, targets),
+        )
 
     return make
 

@@ -1,9 +1,9 @@
 """The format of recorded runs of ROME's family: a JSON file, and a safetensors file of the same name."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +13,7 @@ from grace_bench.editing.commands import OtherRecordError
 from grace_bench.errors import UserError, first_error
 
 EditorName = Literal["MEMIT", "AlphaEdit", "EMMET", "R-ROME"]
+Whole = Annotated[int, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -109,7 +110,7 @@ class Turn(RecordedValue):
 class Probe(_Part):
     """An input whose logits were recorded after the stream."""
 
-    input_ids: Annotated[list[int], Field(min_length=1)]
+    input_ids: Annotated[list[Whole], Field(min_length=1)]
     argmax_after: int
 
 
@@ -127,12 +128,51 @@ class Record(_Part):
     model: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     hparams: Settings
     context_templates: Annotated[list[list[str] | str], Field(min_length=1)]
-    entry_positions: dict[int, list[int]] | list[int]
+    entry_positions: dict[int, list[Whole]] | list[Whole]
     edits: Annotated[list[Turn], Field(min_length=1)]
     total_change: dict[int, Change] | Change
     probes: list[Probe]
     projection: list[Projection] = []
     tensors: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        template = self.hparams.rewrite_module_tmp
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise ValueError("field 'hparams.rewrite_module_tmp': should have one {} for a layer's number")
+        if not all("{}" in context for context in self.contexts):
+            raise ValueError("field 'context_templates': a context has no {} for the prompt")
+        for name in ("entry_positions", "total_change"):
+            self._check_layers(name, getattr(self, name))
+        for index, turn in enumerate(self.edits):
+            self._check_turn(f"edits.{index}", turn)
+        return self
+
+    def _check_turn(self, field: str, turn: Turn) -> None:
+        requests: dict[str, Request | None]
+        values: dict[str, RecordedValue]
+        if self.editor == "R-ROME":
+            requests, values = {f"{field}.request": turn.request}, {field: turn}
+            lacking = next((name for name in ("request", "change", "losses") if not getattr(turn, name)), None)
+            if lacking is not None:
+                raise ValueError(f"field '{field}.{lacking}': Field required")
+        else:
+            requests = {f"{field}.requests.{i}": request for i, request in enumerate(turn.requests)}
+            values = {f"{field}.z.{i}": value for i, value in enumerate(turn.z)}
+            if not requests or len(requests) != len(values):
+                raise ValueError(f"field '{field}.z': {len(values)} values for {len(requests)} requests")
+            self._check_layers(f"{field}.layers", turn.layers)
+        for name, request in requests.items():
+            if request is not None and "{}" not in request.prompt:
+                raise ValueError(f"field '{name}.prompt': has no {{}} for the subject")
+        for name, value in values.items():
+            if len(value.losses) != value.n_updates + 1:
+                raise ValueError(f"field '{name}.losses': {len(value.losses)} passes for {value.n_updates} updates")
+
+    def _check_layers(self, field: str, given: Any) -> None:
+        lacking = next((n for n in self.hparams.layers if isinstance(given, dict) and n not in given), None)
+        if lacking is not None:
+            raise ValueError(f"field '{field}': has nothing of layer {lacking}, which 'hparams.layers' names")
 
     @property
     def contexts(self) -> list[str]:

@@ -122,6 +122,9 @@ def _compared(record: Record, expected: dict[str, _Expected], folder: Path) -> V
     ours, difference = _replayed(record, folder)
     if difference is not None:
         return Verdict(difference)
+    foreign = next((name for name in expected if name not in ours), None)
+    if foreign is not None:
+        raise _Unusable(f"{foreign} is nothing that {record.editor} computes")
     apart = {name: one.gap(ours[name]) for name, one in expected.items()}
     outside = [name for name, one in expected.items() if not apart[name] <= one.allowed]
     if not outside:
@@ -129,7 +132,8 @@ def _compared(record: Record, expected: dict[str, _Expected], folder: Path) -> V
     runs = [_replayed(record, folder, perturbation=seed)[0] for seed in range(_N_PERTURBED)]
     for name in outside:
         one = expected[name]
-        spread = 2 * max(one.gap(run[name], ours[name]) for run in runs)
+        # A run that stops a step earlier lacks the numbers of the last pass.
+        spread = 2 * max((one.gap(run[name], ours[name]) for run in runs if name in run), default=0.0)
         if not apart[name] <= spread:
             allowed = max(one.allowed, spread)
             return Verdict(f"{name} differs by {apart[name]:.2g} where {allowed:.2g} is allowed")
@@ -225,6 +229,7 @@ def _editing(record: Record, folder: Path, *, perturbation: int | None = None) -
     lacking = next((layer for layer in record.layers if layer not in moments), None)
     if lacking is not None:
         raise _Unusable(f"field 'hparams.layers': second_moments.safetensors has none of {lacking}")
+    _check_fits(record, model)
     if perturbation is not None:
         _perturb([*model.module.parameters(), *moments.values()], perturbation)
     name, options = _editor_of(record)
@@ -233,6 +238,22 @@ def _editing(record: Record, folder: Path, *, perturbation: int | None = None) -
         if editor.needs_moments:
             editor.use_moments({layer: moments[layer] for layer in record.layers})
         yield editor
+
+
+def _check_fits(record: Record, model: EditableModel) -> None:
+    """Raises `_Unusable` if positions or tokens are outside the model's tensors."""
+    for number, path in zip(record.hparams.layers, record.layers, strict=True):
+        positions = record.entry_positions
+        chosen = positions if isinstance(positions, list) else positions[number]
+        size = model.find_layer(path).get_parameter("weight").numel()
+        if max(chosen, default=0) >= size:
+            raise _Unusable(f"field 'entry_positions': {max(chosen)} is outside the {size} elements of {path}")
+    for index, probe in enumerate(record.probes):
+        field, ids, limit = f"probes.{index}.input_ids", probe.input_ids, model.config.vocab_size
+        if max(ids) >= limit:
+            raise _Unusable(f"field '{field}': {max(ids)} is not one of the model's {limit} ids")
+        if model.max_length is not None and len(ids) > model.max_length:
+            raise _Unusable(f"field '{field}': {len(ids)} tokens, where the model reads {model.max_length}")
 
 
 def _editor_of(record: Record) -> tuple[str, dict[str, Any]]:
@@ -328,8 +349,7 @@ class _Replay:
         recorded = turn.z or [turn]
         facts = []
         for number, (request, value) in enumerate(zip(requests, recorded, strict=True)):
-            if request is None:
-                raise _Unusable(f"field 'edits': {where} has no request")
+            assert request is not None
             encoding = _Encoding(self._model, self._record, request)
             here = f"{where}, request {number + 1}" if turn.z else where
             self.differences += encoding.differences(value, here)

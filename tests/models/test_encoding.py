@@ -654,23 +654,27 @@ def test_a_query_is_the_same_whether_its_row_stands_alone_or_is_padded() -> None
         ("the capital of Kazakhstanis", "Kazakhstan"),
     ],
 )
-def test_the_subjects_position_is_that_of_its_last_token(tokenizer: Any, prompt: str, subject: str) -> None:
+def test_the_span_of_a_subject_is_that_of_its_last_occurrence(tokenizer: Any, prompt: str, subject: str) -> None:
     batch = encode_causal(PromptTokenizer(tokenizer), [prompt])
     ids = batch.inputs["input_ids"][0].tolist()
-    place = PromptTokenizer(tokenizer).subject_position(prompt, subject)
-    end = prompt.rindex(subject) + len(subject)
-    # Up to that token the text ends in the subject, and one token earlier it does not yet.
-    decoded = [tokenizer.decode(ids[: n + 1], skip_special_tokens=True) for n in range(len(ids))]
-    assert decoded[place].strip() == prompt[:end].strip()
-    assert decoded[place - 1].strip() != prompt[:end].strip() or place == 0
+    first, last = PromptTokenizer(tokenizer).subject_span(prompt, subject)
+    start = prompt.rindex(subject)
+    end = start + len(subject)
+    decoded = [tokenizer.decode(ids[:n], skip_special_tokens=True).strip() for n in range(len(ids) + 1)]
+    # Before its first token there is none of the subject; after its last one there is all of it, and not earlier.
+    assert decoded[first] == prompt[:start].strip()
+    assert decoded[first + 1] != prompt[:start].strip()
+    assert decoded[last + 1] == prompt[:end].strip()
+    assert decoded[last] != prompt[:end].strip()
 
 
 @pytest.mark.parametrize(("tokenizer", "place"), [(gpt2_tokenizer(), 2), (llama_tokenizer(), 3)], ids=["gpt2", "llama"])
-def test_the_begin_token_counts_in_the_subjects_position(tokenizer: Any, place: int) -> None:
-    assert PromptTokenizer(tokenizer).subject_position("the capital of Paris", "of") == place
+def test_the_begin_token_counts_in_the_span_of_a_subject(tokenizer: Any, place: int) -> None:
+    assert PromptTokenizer(tokenizer).subject_span("the capital of Paris", "of") == (place, place)
+    assert PromptTokenizer(tokenizer).subject_span("the capital of Paris", "the capital of") == (place - 2, place)
 
 
 @CAUSAL
-def test_a_subject_that_is_not_in_the_prompt_has_no_position(tokenizer: Any) -> None:
+def test_a_subject_that_is_not_in_the_prompt_has_no_span(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="substring not found"):
-        PromptTokenizer(tokenizer).subject_position("the capital of France is", "Astana")
+        PromptTokenizer(tokenizer).subject_span("the capital of France is", "Astana")

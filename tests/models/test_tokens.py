@@ -196,10 +196,12 @@ def test_the_subject_of_a_chat_is_found_in_the_users_text(template: str, system:
     tokens = PromptTokenizer(tokenizer, TextFormat(chat=True, system=system))
     prompt = " Is the well beside the well dry? "
     (ids,) = tokens.prompt_ids([prompt])
-    place = tokens.subject_position(prompt, "well")
-    assert read(tokenizer, ids[: place + 1]).endswith("Is the well beside the well")
+    first, last = tokens.subject_span(prompt, "well")
+    assert read(tokenizer, ids[: last + 1]).endswith("Is the well beside the well")
+    assert read(tokenizer, ids[:first]).endswith("Is the well beside the")
+    assert read(tokenizer, ids[first : last + 1]).strip() == "well"
     with pytest.raises(ValueError, match="substring not found"):
-        tokens.subject_position(prompt, "assistant")
+        tokens.subject_span(prompt, "assistant")
 
 
 def test_a_long_prompt_of_a_chat_is_cut_at_its_start_and_the_template_is_kept() -> None:
