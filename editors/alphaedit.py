@@ -160,6 +160,5 @@ class AlphaEdit(MassEditor):
         values, directions = torch.linalg.eigh(moment.double())
         threshold = self.threshold * (float(values[-1]) if self.threshold_unit == "largest" else 1.0)
         basis = directions[:, values < threshold].float()
-        notes = {"rank": str(basis.shape[1]), "threshold": f"{self.threshold} {self.threshold_unit}"}
-        save_artifact("null-spaces", key, {"basis": basis}, notes)
+        save_artifact("null-spaces", key, {"basis": basis}, {"threshold": f"{self.threshold} {self.threshold_unit}"})
         return basis

@@ -144,6 +144,9 @@ class LocateThenEdit(EditorStrategy):
                 found = self._source.moments(
                     self.model, self.paths, train, editor=self.registered_name, progress=progress
                 )
+                dead = next((path for path, moment in found.items() if not bool(moment.matrix.any())), None)
+                if dead is not None:
+                    raise UserError(f"{self._option}={dead} gets nothing but zeros over the text for second moments")
                 self.use_moments({path: moment.matrix for path, moment in found.items()}, progress=progress)
             texts = sample_texts(self.model, n_texts=self.n_prefixes, lengths=self.prefix_lengths, seed=self.seed)
         self.contexts = ["", *texts]

@@ -1,6 +1,7 @@
 """Text to tensors, for the four families of tokenizers: spaces, shifts, masks and the query position."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -678,3 +679,20 @@ def test_the_begin_token_counts_in_the_span_of_a_subject(tokenizer: Any, place: 
 def test_a_subject_that_is_not_in_the_prompt_has_no_span(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="substring not found"):
         PromptTokenizer(tokenizer).subject_span("the capital of France is", "Astana")
+
+
+def test_rows_aligned_at_their_query_give_the_logits_that_they_gave_before(make_causal: Callable[..., Any]) -> None:
+    model = make_causal("llama")
+    batch = model.encode_batch(["the capital", "one two three four five", "in the end of it"], ["of", "six", "all"])
+    batch = replace(batch, query=torch.tensor([1, 3, 0]))
+    aligned = batch.aligned_at_query()
+    assert aligned.query.tolist() == [3, 3, 3]
+    with torch.no_grad():
+        before, after = model.logits(batch), model.logits(aligned)
+    for row, query in enumerate([1, 3, 0]):
+        n_tokens = int(batch.inputs["attention_mask"][row].sum())
+        start = 3 - query
+        assert torch.allclose(after[row, start : start + n_tokens], before[row, :n_tokens], atol=1e-5)
+        wanted = batch.labels[row, :n_tokens].tolist()
+        assert aligned.labels[row, start : start + n_tokens].tolist() == wanted
+        assert int((aligned.labels[row] != IGNORED).sum()) == sum(label != IGNORED for label in wanted)

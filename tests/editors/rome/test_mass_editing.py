@@ -490,6 +490,21 @@ def test_an_edit_before_it_was_prepared_says_so(
         EDITORS.get(name)(model=model).edit(batch_of(model, make_requests("completion")[:1]))
 
 
+@each_editor
+def test_a_layer_that_the_text_never_reaches_is_named(
+    name: str, make_causal: MakeModel, make_train: MakeRequests
+) -> None:
+    model = make_causal()
+    (path,) = layers_of(blocks=[1])
+    with torch.no_grad():
+        before = model.find_layer("transformer.h.1.mlp.c_fc")
+        before.get_parameter("weight").zero_()
+        before.get_parameter("bias").zero_()
+    editor = EDITORS.get(name)(model=model, layers=[path], n_prefixes=1)
+    with pytest.raises(UserError, match=rf"^editor\.layers={path} gets nothing but zeros over the text"):
+        editor.prepare(make_train("completion"))
+
+
 # --- a stream of questions -------------------------------------------------------------------------------------------
 
 
