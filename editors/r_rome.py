@@ -45,7 +45,7 @@ class RebuiltRome(Rome):
         UserError: If an option is out of range, naming it, or the layer is not linear.
     """
 
-    search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (10, 2)}
+    search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (2, 10)}
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class Rome(LocateThenEdit):
 
     # Meng et al. 2022, section 3.1: the last map of a feed-forward block is a memory of facts.
     layer_kind = "mlp_output"
-    search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (10, 2)}
+    search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (2, 10)}
 
     def __init__(
         self,

@@ -351,9 +351,9 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "mend": {"n_steps": 10},
     "rome": {"n_prefixes": 1, "n_iter": 5},
     "r_rome": {"n_prefixes": 1, "n_iter": 5},
-    "memit": {"n_prefixes": 1, "n_iter": 5},
-    "emmet": {"n_prefixes": 1, "n_iter": 5},
-    "alphaedit": {"n_prefixes": 1, "n_iter": 5},
+    "memit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
+    "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
+    "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
 }
 """Options that keep the runs of `run_facts` short."""
 

@@ -178,8 +178,8 @@ def test_every_editor_of_a_stream_has_the_same_budget(stream: str) -> None:
             "rome",
             {
                 "layer": ["transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj"],
-                "editor.clamp": [4.0, 1.0],
-                "editor.n_prefixes": [10, 2, 0],
+                "editor.n_iter": [20, 50, 100],
+                "editor.n_prefixes": [2, 10],
             },
         ),
         (
