@@ -145,6 +145,7 @@ def test_a_changed_number_is_found(memit: tuple[Path, str], change: Change, mess
 
 
 @needs_golden
+@pytest.mark.slow
 def test_a_changed_element_of_romes_weight_is_found(rrome: tuple[Path, str]) -> None:
     def change(content: dict[str, Any]) -> None:
         entries = content["edits"][0]["change"]["entries"]
