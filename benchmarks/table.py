@@ -1,14 +1,11 @@
 """Runs every editor on the embedded streams with several seeds, in parallel, and prints the tables.
 
     python benchmarks/table.py
-    python benchmarks/table.py --streams atlas-facts --settings edit=all edits_at_once=50
-    python benchmarks/table.py --streams atlas-facts --editors memit --settings edits_at_once=50 editor.history=true
 
 Editors are meta-trained first where they need it. Finished runs are reused, so an interrupted table can be resumed.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -31,7 +28,6 @@ def main() -> None:
     parser.add_argument("--editors", nargs="+", default=list(EDITORS.entries()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--edits", type=int, default=300)
-    parser.add_argument("--settings", nargs="+", default=[], help="further settings of every run, as option=value")
     parser.add_argument("--jobs", type=int, help="parallel runs (default: the number of cores)")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
@@ -43,8 +39,7 @@ def main() -> None:
     learners = [pair for pair in pairs if EDITORS.get(pair[1]).needs_meta_training]
     side_by_side(meta_train, learners, jobs=options.jobs)
     runs = [(*pair, seed) for pair, seed in product(pairs, options.seeds)]
-    make = partial(run, out=str(options.out), n_edits=options.edits, settings=options.settings)
-    folders = side_by_side(make, runs, jobs=options.jobs)
+    folders = side_by_side(partial(run, out=str(options.out), n_edits=options.edits), runs, jobs=options.jobs)
     print_leaderboard(Leaderboard.read(folders), "markdown")
 
 
@@ -54,10 +49,10 @@ def meta_train(pair: tuple[str, str]) -> None:
     meta_train_editor(compose([f"stream={stream}", f"editor={editor}"]), say=lambda line: None)
 
 
-def run(which: tuple[str, str, int], *, out: str, n_edits: int, settings: Sequence[str]) -> Path:
+def run(which: tuple[str, str, int], *, out: str, n_edits: int) -> Path:
     """Makes one run, or reuses a finished one, and returns its folder."""
     stream, editor, seed = which
-    config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}", *settings])
+    config = compose([f"stream={stream}", f"editor={editor}", f"seed={seed}", f"max_edits={n_edits}"])
     config = replace(config, out=out)
     run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)

@@ -1,7 +1,7 @@
 """AlphaEdit: edits in the null space of what should stay (Fang et al., ICLR 2025)."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ from grace_bench.editors._rome.editor import MassEditor
 from grace_bench.editors._rome.facts import FactToken
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.fingerprint import hash_tensors
 from grace_bench.registry import register_editor
 
 ThresholdUnit = Literal["absolute", "largest"]
@@ -152,13 +153,15 @@ class AlphaEdit(MassEditor):
 
     def _null_space(self, moment: Tensor) -> Tensor:
         """The (D_in, r) orthonormal basis of the directions below the threshold, cached by content."""
-        digest = hashlib.sha256(moment.contiguous().numpy().tobytes()).hexdigest()
-        key = content_key(moment=digest, threshold=self.threshold, unit=self.threshold_unit)
+        key = content_key(moment=hash_tensors({"moment": moment}), threshold=self.threshold, unit=self.threshold_unit)
         known = load_artifact("null-spaces", key)
         if known is not None:
             return known[0]["basis"]
         values, directions = torch.linalg.eigh(moment.double())
         threshold = self.threshold * (float(values[-1]) if self.threshold_unit == "largest" else 1.0)
         basis = directions[:, values < threshold].float()
-        save_artifact("null-spaces", key, {"basis": basis}, {"threshold": f"{self.threshold} {self.threshold_unit}"})
+        notes = {"threshold": f"{self.threshold} {self.threshold_unit}"}
+        # It is computed in seconds: a cache that cannot be written stops nobody.
+        with suppress(OSError):
+            save_artifact("null-spaces", key, {"basis": basis}, notes)
         return basis

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from grace_bench.common.options import check_text
 from grace_bench.common.terminal import progress_bars, say
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.moments import MomentSource
+from grace_bench.editing.moments import MomentSource, TextSource
 from grace_bench.errors import UserError
 from grace_bench.launch.arguments import run_settings
 from grace_bench.launch.compose import NOT_COMPOSED, compose, given_options, one_line
@@ -25,7 +25,6 @@ from grace_bench.run.opening import open_benchmark, own_threads
 _SOURCE = tuple(declared.name for declared in fields(MomentSource))
 _OWN = ("layers", "text")
 """Options of an editor that the command also takes by themselves."""
-_TEXTS = ("train", "model")
 
 
 def moments_command(overrides: Sequence[str]) -> None:
@@ -87,7 +86,8 @@ def _wanted(overrides: Sequence[str]) -> _Wanted:
     options = {"seed": config.seed, **{name: value for name, value in typed.items() if name in _SOURCE}}
     if "text" in own:
         check_text("text", own["text"])
-        options |= {"text": own["text"], "text_path": None} if own["text"] in _TEXTS else {"text_path": own["text"]}
+        is_source = own["text"] in get_args(TextSource)
+        options |= {"text": own["text"], "text_path": None} if is_source else {"text_path": own["text"]}
     return _Wanted(
         config=config,
         layers=_layers(own["layers"] if "layers" in own else typed.get("layers")),
