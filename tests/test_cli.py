@@ -348,7 +348,8 @@ def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
 def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     stream, _, editor = name.partition("_")
     preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
-    option, value = next((key, value) for key, value in preset["editor"].items() if isinstance(value, float))
+    numbers = {key: value for key, value in preset["editor"].items() if isinstance(value, int | float)}
+    option, value = next((key, value) for key, value in numbers.items() if not isinstance(value, bool))
     config = compose([f"stream={stream}", f"editor.{option}={value * 3}", f"editor={editor}", "tuning_budget=mine"])
     assert config.editor.settings[option] == value * 3
     assert config.tuning_budget == "mine"
