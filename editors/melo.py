@@ -1,0 +1,282 @@
+"""MELO: neuron-indexed dynamic LoRA (Yu et al., AAAI 2024)."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from grace_bench.common.options import check_choice, check_positive, check_whole
+from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
+from grace_bench.editing.guard import check_loss, size_failure
+from grace_bench.editing.strategy import EditorStrategy, checked_paths
+from grace_bench.editors._grace.codebook import Before, Fidelity
+from grace_bench.editors._melo.blocks import Block, Blocks
+from grace_bench.editors._melo.clusters import NO_BLOCK, Clusters
+from grace_bench.errors import EditFailure, UserError
+from grace_bench.models.calls import ModuleCall
+from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.encoding import IGNORED
+from grace_bench.registry import register_editor
+
+_N_DEFAULT = 2
+"""The number of target modules, where none are named; the authors take two in GPT2-XL."""
+_HALVED_EVERY = 20
+
+
+@register_editor("melo")
+class Melo(EditorStrategy):
+    """Low-rank blocks beside later layers, one for each batch of edits, chosen by clusters of a layer's output.
+
+    Args:
+        model: The model to edit; its layer is the index layer, at whose output inputs are compared.
+        layers: Dotted paths of the linear modules that get blocks, called no earlier than the index layer. None for
+            the modules of its name in the two blocks behind it; for the index layer itself, where there are none.
+        n_blocks: The planned number of blocks, which scales what a block adds and, as 1 / sqrt(n_blocks *
+            rank_per_block), its first A. Only `reference` fails an edit that needs more.
+        rank_per_block: Rank of a block.
+        init_radius: Radius of a new cluster, in the units of the index layer's output.
+        n_iter: Steps of Adam on a batch.
+        lr: Learning rate of Adam; it is halved every 20 steps.
+        fidelity: `reference` reproduces the official code step by step; `strict` corrects what `docs/fidelity.md`
+            lists.
+        seed: Seeds the first A of every block.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If an option is out of range, naming it, or a layer is not linear.
+    """
+
+    edits_together = True
+    traces = "grace_bench.editors._melo.traces:replay_file"
+    search_space: ClassVar = {"init_radius": (0.5, 1.0, 3.0), "lr": (1e-3, 1e-4)}
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        layers: Sequence[str] | None = None,
+        n_blocks: int = 350,
+        rank_per_block: int = 2,
+        init_radius: float = 0.5,
+        n_iter: int = 50,
+        lr: float = 1e-3,
+        fidelity: Fidelity = "strict",
+        seed: int = 0,
+        plugins: Sequence[BasePlugin] = (),
+        evaluator: EvaluationPlugin | None = None,
+    ) -> None:
+        super().__init__(model=model, plugins=plugins, evaluator=evaluator)
+        check_whole("editor.n_blocks", n_blocks, least=1)
+        check_whole("editor.rank_per_block", rank_per_block, least=1)
+        check_positive("editor.init_radius", init_radius)
+        check_whole("editor.n_iter", n_iter, least=1)
+        check_positive("editor.lr", lr)
+        check_choice("editor.fidelity", fidelity, get_args(Fidelity))
+        check_whole("editor.seed", seed, least=0)
+        self.layers = None if layers is None else [*checked_paths(layers, "editor.layers")]
+        self.n_blocks = n_blocks
+        self.rank_per_block = rank_per_block
+        self.init_radius = init_radius
+        self.n_iter = n_iter
+        self.lr = lr
+        self.fidelity: Fidelity = fidelity
+        self.seed = seed
+        self._option = "layer" if layers is None else "editor.layers"
+        paths = self.layers or _later_layers(model)
+        self.codebook = Clusters(
+            init_radius=init_radius, fidelity=fidelity, device=model.layer_device, precision=model.layer_dtype
+        )
+        self.blocks = Blocks(
+            {path: self._size_of(path) for path in paths},
+            rank=rank_per_block,
+            scale=n_blocks,
+            device=model.layer_device,
+        )
+        self.draw_block: Callable[[int], Block] = self._first_block
+        """Returns the block with which the training of a batch begins, given its number."""
+        self._changes: list[tuple[int, Before]] = []
+        self.intercept(self._answer)
+        for path in paths:
+            if path != model.layer_name:
+                self.intercept_at(path, lambda call, path=path: self._answer_at(path, call), option=self._option)
+
+    # --- editing
+
+    def edit(self, batch: EditBatch) -> EditOutcome:
+        index = len(self.blocks)
+        if self.fidelity == "reference" and index >= self.n_blocks:
+            raise EditFailure(f"all {self.n_blocks} blocks are taken: set editor.n_blocks")
+        queries = self._key(self.model.layer_call(batch.encoded))
+        if not bool(queries.isfinite().all()):
+            raise EditFailure("what leaves the index layer is not finite")
+        labels = batch.encoded.labels
+        assert labels is not None
+        sums = labels.masked_fill(labels == IGNORED, 0).flatten(1).sum(dim=1) if labels.dim() > 1 else labels
+        settled = self.codebook.assign(queries, batch.encoded.target_ids, sums.double().tolist(), index)
+        self._changes.append((index, settled[-1].before))
+        losses = self._train(self.draw_block(index), batch)
+        one = settled[0]
+        alone = {"op": one.op, "key": one.entry, "distance": one.distance} if len(settled) == 1 else {}
+        return EditOutcome(
+            **alone,
+            n_keys=len(self.codebook),
+            loss_first=losses[0],
+            loss=losses[-2],
+            loss_after=losses[-1],
+            steps=self.n_iter,
+            is_close=any(row.is_close for row in settled),
+        )
+
+    def _train(self, block: Block, batch: EditBatch) -> list[float]:
+        """Trains a block on a batch and adds it; returns the loss before each step and after the last."""
+        parameters = [part.requires_grad_() for maps in block.values() for part in maps]
+        sizes = [float(part.detach().abs().max()) for part in parameters]
+        adam = torch.optim.Adam(parameters, lr=self.lr)
+        decay = torch.optim.lr_scheduler.StepLR(adam, _HALVED_EVERY, 0.5)
+        losses: list[float] = []
+        self.blocks.trained = block
+        try:
+            repeated = self.model.repeated(batch.encoded)
+            for step in range(self.n_iter):
+                adam.zero_grad()
+                loss = self.model.task.loss(repeated(), repeated.batch)
+                losses.append(float(loss.detach()))
+                check_loss(losses[-1], step)
+                loss.backward()
+                adam.step()
+                decay.step()
+            with torch.no_grad():
+                losses.append(float(self.model.task.loss(repeated(), repeated.batch)))
+        finally:
+            self.blocks.trained = None
+        for part, size in zip(parameters, sizes, strict=True):
+            failure = size_failure("the block", size, float(part.detach().abs().max()))
+            if failure is not None:
+                raise EditFailure(failure)
+        self.blocks.add(block)
+        return losses
+
+    def _first_block(self, index: int) -> Block:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        bound = (self.n_blocks * self.rank_per_block) ** -0.5
+        block = {}
+        for path, (n_in, n_out) in self.blocks.sizes.items():
+            a = (2 * torch.rand(n_in, self.rank_per_block, generator=generator) - 1) * bound
+            block[path] = (a.to(self.model.layer_device), torch.zeros(self.rank_per_block, n_out).to(a.device))
+        return block
+
+    # --- answering
+
+    def _key(self, call: LayerCall) -> Tensor:
+        """(B, D_out) what leaves the index layer at the query; in `reference` at the last position, padding or not."""
+        return call.output[:, -1] if self.fidelity == "reference" else call.output_at_query
+
+    def _answer(self, call: LayerCall) -> Tensor:
+        if self.blocks.trained is None and not len(self.codebook):
+            return call.output
+        blocks = call.remember("melo", lambda: self._choose(call))
+        path = self.model.layer_name
+        return self.blocks.added(path, call.input, call.output, blocks) if path in self.blocks.sizes else call.output
+
+    def _answer_at(self, path: str, call: ModuleCall) -> Tensor:
+        if self.blocks.trained is None and not len(self.codebook):
+            return call.output
+        if "melo" not in call.state.memo:
+            raise UserError(
+                f"{self._option}={path} is called before layer={self.model.layer_name}, which chooses its block"
+            )
+        return self.blocks.added(path, call.input, call.output, call.state.memo["melo"])
+
+    def _choose(self, call: LayerCall) -> Tensor:
+        """Chooses the (B,) blocks of a call, for every module and every token generated after the prompt."""
+        if self.blocks.trained is not None:
+            return torch.full((len(call.position),), len(self.blocks))
+        queries = self._key(call).detach()
+        found, blocks = self.codebook.choose(queries)
+        call.state.entry = torch.where(blocks != NO_BLOCK, found.entry, -1)
+        call.state.distance = found.distance
+        call.state.contested = self.codebook.contested(queries)
+        return blocks
+
+    def answered_by(self, queries: Tensor) -> Answered | None:
+        layer = self.model.layer
+        if self.fidelity == "reference" or not isinstance(layer, nn.Linear | Conv1D):
+            # The key is not what leaves the layer at the query, or cannot be computed from what enters it there.
+            return None
+        if not len(self.codebook):
+            return Answered([None] * len(queries))
+        with torch.no_grad():
+            # The forward pass alone: its hooks belong to passes of the model.
+            keys = layer.forward(queries.to(self.model.layer_device, self.model.layer_dtype)[:, None])[:, 0]
+        found, blocks = self.codebook.choose(keys)
+        return Answered(
+            versions=[None if block == NO_BLOCK else self.blocks.digest(block) for block in blocks.tolist()],
+            entry=torch.where(blocks != NO_BLOCK, found.entry, -1),
+            distance=found.distance,
+            contested=self.codebook.contested(keys),
+        )
+
+    # --- undoing and saving
+
+    def undo_point(self) -> Callable[[], None]:
+        changes: list[tuple[int, Before]] = []
+        self._changes = changes
+
+        def undo() -> None:
+            for index, before in reversed(changes):
+                self.codebook.undo(before)
+                self.blocks.truncate(index)
+            changes.clear()
+
+        return undo
+
+    def changing_state(self) -> State:
+        # A block is checked when it is trained; copying all of them for every edit would cost more than the edit.
+        return {}
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.codebook.clear()
+        self.blocks.truncate(0)
+        self._changes.clear()
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), **self.codebook.state_dict(), **self.blocks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.codebook.load_state_dict(state)
+        self.blocks.load_state_dict(state)
+        self._changes.clear()
+
+    def max_extra_parameters(self, n_edits: int) -> int:
+        # In the worst case every edit adds a block and a cluster with a point, and leaves another cluster a placeholder.
+        width = self.codebook.keys.shape[1]
+        return n_edits * (self.blocks.n_numbers + (width + 1) + 2 * (width + 2))
+
+    # --- checking
+
+    def _size_of(self, path: str) -> tuple[int, int]:
+        """D_in and D_out of a linear module."""
+        module = self.model.find_layer(path, option=self._option)
+        if isinstance(module, nn.Linear):
+            return module.in_features, module.out_features
+        if isinstance(module, Conv1D):
+            return module.nx, module.nf
+        raise UserError(f"{self._option}={path} is a {type(module).__name__}, which editor 'melo' cannot adapt")
+
+
+def _later_layers(model: EditableModel) -> list[str]:
+    """The modules that have the name of the model's layer in the blocks behind it; the layer itself if there are none."""
+    modules = dict(model.module.named_modules())
+    found = re.match(r"(.*?\.)(\d+)(\..*)?$", model.layer_name)
+    later = []
+    if found is not None:
+        head, number, tail = found[1], int(found[2]), found[3] or ""
+        later = [f"{head}{number + step}{tail}" for step in range(1, _N_DEFAULT + 1)]
+    return [path for path in later if path in modules] or [model.layer_name]
