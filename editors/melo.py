@@ -1,7 +1,7 @@
 """MELO: neuron-indexed dynamic LoRA (Yu et al., AAAI 2024)."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -11,20 +11,15 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
-from grace_bench.editing.guard import check_loss, size_failure
 from grace_bench.editing.strategy import EditorStrategy, checked_paths
 from grace_bench.editors._grace.codebook import Before, Fidelity
-from grace_bench.editors._melo.blocks import Block, Blocks
-from grace_bench.editors._melo.clusters import NO_BLOCK, Clusters
+from grace_bench.editors._melo.blocks import Blocks, later_layers, size_of
+from grace_bench.editors._melo.clusters import NO_BLOCK, Assignment, Clusters
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.calls import ModuleCall
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import IGNORED
 from grace_bench.registry import register_editor
-
-_N_DEFAULT = 2
-"""The number of target modules, where none are named; the authors take two in GPT2-XL."""
-_HALVED_EVERY = 20
 
 
 @register_editor("melo")
@@ -87,23 +82,21 @@ class Melo(EditorStrategy):
         self.fidelity: Fidelity = fidelity
         self.seed = seed
         self._option = "layer" if layers is None else "editor.layers"
-        paths = self.layers or _later_layers(model)
+        paths = self.layers or later_layers(model)
         self.codebook = Clusters(
             init_radius=init_radius, fidelity=fidelity, device=model.layer_device, precision=model.layer_dtype
         )
-        self.blocks = Blocks(
-            {path: self._size_of(path) for path in paths},
-            rank=rank_per_block,
-            scale=n_blocks,
-            device=model.layer_device,
-        )
-        self.draw_block: Callable[[int], Block] = self._first_block
-        """Returns the block with which the training of a batch begins, given its number."""
+        sizes = {path: size_of(model, path, editor="melo", option=self._option) for path in paths}
+        self.blocks = Blocks(sizes, rank=rank_per_block, n_planned=n_blocks, seed=seed, device=model.layer_device)
+        self.settled: Sequence[Assignment] = ()
+        """What was done to the clusters for each request of the last batch."""
+        self.losses: Sequence[float] = ()
+        """The loss of the last batch before each step, and after the last."""
         self._changes: list[tuple[int, Before]] = []
         self.intercept(self._answer)
         for path in paths:
             if path != model.layer_name:
-                self.intercept_at(path, lambda call, path=path: self._answer_at(path, call), option=self._option)
+                self.intercept_at(path, partial(self._answer_at, path), option=self._option)
 
     # --- editing
 
@@ -111,69 +104,32 @@ class Melo(EditorStrategy):
         index = len(self.blocks)
         if self.fidelity == "reference" and index >= self.n_blocks:
             raise EditFailure(f"all {self.n_blocks} blocks are taken: set editor.n_blocks")
-        queries = self._key(self.model.layer_call(batch.encoded))
+        queries = self.key_of(self.model.layer_call(batch.encoded))
         if not bool(queries.isfinite().all()):
             raise EditFailure("what leaves the index layer is not finite")
         labels = batch.encoded.labels
         assert labels is not None
-        sums = labels.masked_fill(labels == IGNORED, 0).flatten(1).sum(dim=1) if labels.dim() > 1 else labels
-        settled = self.codebook.assign(queries, batch.encoded.target_ids, sums.double().tolist(), index)
-        self._changes.append((index, settled[-1].before))
-        losses = self._train(self.draw_block(index), batch)
-        one = settled[0]
-        alone = {"op": one.op, "key": one.entry, "distance": one.distance} if len(settled) == 1 else {}
+        sums = labels.masked_fill(labels == IGNORED, 0).view(len(queries), -1).sum(dim=1).double().tolist()
+        self.settled = self.codebook.assign(queries, batch.encoded.target_ids, sums, index)
+        self._changes.append((index, self.settled[-1].before))
+        self.losses = self.blocks.train(self.model, batch.encoded, n_iter=self.n_iter, lr=self.lr)
+        is_one = len(self.settled) == 1
         return EditOutcome(
-            **alone,
+            op=self.settled[0].op if is_one else None,
+            key=self.settled[0].entry if is_one else None,
+            distance=self.settled[0].distance if is_one else None,
             n_keys=len(self.codebook),
-            loss_first=losses[0],
-            loss=losses[-2],
-            loss_after=losses[-1],
+            loss_first=self.losses[0],
+            loss=self.losses[-2],
+            loss_after=self.losses[-1],
             steps=self.n_iter,
-            is_close=any(row.is_close for row in settled),
+            is_close=any(one.is_close for one in self.settled),
         )
-
-    def _train(self, block: Block, batch: EditBatch) -> list[float]:
-        """Trains a block on a batch and adds it; returns the loss before each step and after the last."""
-        parameters = [part.requires_grad_() for maps in block.values() for part in maps]
-        sizes = [float(part.detach().abs().max()) for part in parameters]
-        adam = torch.optim.Adam(parameters, lr=self.lr)
-        decay = torch.optim.lr_scheduler.StepLR(adam, _HALVED_EVERY, 0.5)
-        losses: list[float] = []
-        self.blocks.trained = block
-        try:
-            repeated = self.model.repeated(batch.encoded)
-            for step in range(self.n_iter):
-                adam.zero_grad()
-                loss = self.model.task.loss(repeated(), repeated.batch)
-                losses.append(float(loss.detach()))
-                check_loss(losses[-1], step)
-                loss.backward()
-                adam.step()
-                decay.step()
-            with torch.no_grad():
-                losses.append(float(self.model.task.loss(repeated(), repeated.batch)))
-        finally:
-            self.blocks.trained = None
-        for part, size in zip(parameters, sizes, strict=True):
-            failure = size_failure("the block", size, float(part.detach().abs().max()))
-            if failure is not None:
-                raise EditFailure(failure)
-        self.blocks.add(block)
-        return losses
-
-    def _first_block(self, index: int) -> Block:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        bound = (self.n_blocks * self.rank_per_block) ** -0.5
-        block = {}
-        for path, (n_in, n_out) in self.blocks.sizes.items():
-            a = (2 * torch.rand(n_in, self.rank_per_block, generator=generator) - 1) * bound
-            block[path] = (a.to(self.model.layer_device), torch.zeros(self.rank_per_block, n_out).to(a.device))
-        return block
 
     # --- answering
 
-    def _key(self, call: LayerCall) -> Tensor:
-        """(B, D_out) what leaves the index layer at the query; in `reference` at the last position, padding or not."""
+    def key_of(self, call: LayerCall) -> Tensor:
+        """Returns the (B, D_out) output of the index layer at the query; in `reference` at the last position."""
         return call.output[:, -1] if self.fidelity == "reference" else call.output_at_query
 
     def _answer(self, call: LayerCall) -> Tensor:
@@ -196,7 +152,7 @@ class Melo(EditorStrategy):
         """Chooses the (B,) blocks of a call, for every module and every token generated after the prompt."""
         if self.blocks.trained is not None:
             return torch.full((len(call.position),), len(self.blocks))
-        queries = self._key(call).detach()
+        queries = self.key_of(call).detach()
         found, blocks = self.codebook.choose(queries)
         call.state.entry = torch.where(blocks != NO_BLOCK, found.entry, -1)
         call.state.distance = found.distance
@@ -255,28 +211,6 @@ class Melo(EditorStrategy):
         self._changes.clear()
 
     def max_extra_parameters(self, n_edits: int) -> int:
-        # In the worst case every edit adds a block and a cluster with a point, and leaves another cluster a placeholder.
+        # In the worst case every edit adds a block and a cluster with a point, and another cluster gets a placeholder.
         width = self.codebook.keys.shape[1]
         return n_edits * (self.blocks.n_numbers + (width + 1) + 2 * (width + 2))
-
-    # --- checking
-
-    def _size_of(self, path: str) -> tuple[int, int]:
-        """D_in and D_out of a linear module."""
-        module = self.model.find_layer(path, option=self._option)
-        if isinstance(module, nn.Linear):
-            return module.in_features, module.out_features
-        if isinstance(module, Conv1D):
-            return module.nx, module.nf
-        raise UserError(f"{self._option}={path} is a {type(module).__name__}, which editor 'melo' cannot adapt")
-
-
-def _later_layers(model: EditableModel) -> list[str]:
-    """The modules that have the name of the model's layer in the blocks behind it; the layer itself if there are none."""
-    modules = dict(model.module.named_modules())
-    found = re.match(r"(.*?\.)(\d+)(\..*)?$", model.layer_name)
-    later = []
-    if found is not None:
-        head, number, tail = found[1], int(found[2]), found[3] or ""
-        later = [f"{head}{number + step}{tail}" for step in range(1, _N_DEFAULT + 1)]
-    return [path for path in later if path in modules] or [model.layer_name]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_bench.editors._grace.codebook import Before, Codebook, Fidelity, Label, Retrieval, Settlement
+from grace_bench.editors._grace.codebook import Before, Codebook, Fidelity, Label, Op, Retrieval, Settlement
 from grace_bench.editors._grace.key_index import EuclideanIndex
 from grace_bench.editors._grace.rows import Rows
 
@@ -31,6 +31,21 @@ class ClustersBefore(Before):
     n_points: int = 0
     centers: dict[int, Tensor] = field(default_factory=dict)
     dropped: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assignment(Settlement):
+    """What an edit did to the clusters; a point that joined one is an `expand`.
+
+    Attributes:
+        nearest: In a split, the other cluster.
+        n_points: How many points it had.
+        n_kept: How many of these are still in it.
+    """
+
+    nearest: int | None = None
+    n_points: int = 0
+    n_kept: int = 0
 
 
 class Clusters(Codebook):
@@ -109,7 +124,7 @@ class Clusters(Codebook):
 
     def assign(
         self, queries: Tensor, labels: Sequence[Label], label_sums: Sequence[float], block: int
-    ) -> list[Settlement]:
+    ) -> list[Assignment]:
         """Puts the edits of a batch into clusters.
 
         Args:
@@ -149,9 +164,13 @@ class Clusters(Codebook):
             rows.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the clusters as `Codebook.state_dict` does, and their points with the clusters and blocks of these."""
+        """Returns the clusters as `Codebook.state_dict` does, and the points with their clusters and blocks."""
         kept = self._homes.tensor != _DROPPED
-        points = {"points": self._points.keys, "point_clusters": self._homes.tensor, "point_blocks": self._blocks.tensor}
+        points = {
+            "points": self._points.keys,
+            "point_clusters": self._homes.tensor,
+            "point_blocks": self._blocks.tensor,
+        }
         return {**super().state_dict(), **{name: rows[kept] for name, rows in points.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,7 +186,7 @@ class Clusters(Codebook):
 
     def _assign_as_found(
         self, queries: Tensor, edits: Sequence[tuple[Tensor, Label, float]], block: int
-    ) -> list[Settlement]:
+    ) -> list[Assignment]:
         """Assigns as the official code: every row finds the clusters as they were before the batch."""
         if not len(self):
             return [self._begin("add", *edit, block, self.eps_init, None) for edit in edits]
@@ -179,13 +198,13 @@ class Clusters(Codebook):
                 settled.append(self._begin("add", *edit, block, self.eps_init, distance))
             elif label_sum == self.label_means[nearest]:
                 self._join(nearest, query, block)
-                settled.append(Settlement("expand", nearest, False, distance))
+                settled.append(Assignment("expand", nearest, False, distance))
             else:
-                settled.append(self._begin("split", *edit, block, distance / 2 + _GAP, distance))
-                self._shrink(nearest, distance / 2 - _GAP)
+                begun = self._begin("split", *edit, block, distance / 2 + _GAP, distance)
+                settled.append(self._shrink(nearest, distance / 2 - _GAP, begun))
         return settled
 
-    def _assign_strict(self, query: Tensor, label: Label, label_sum: float, block: int) -> Settlement:
+    def _assign_strict(self, query: Tensor, label: Label, label_sum: float, block: int) -> Assignment:
         edit, noise = (query, label, label_sum, block), self._noise(query)
         if not len(self):
             return self._begin("add", *edit, self.eps_init, None)
@@ -201,7 +220,7 @@ class Clusters(Codebook):
         elif label == self.labels[nearest]:
             self._drop(self._members(nearest, around=query, within=same))
             self._join(nearest, query, block, noise=noise)
-            settled = Settlement("expand", nearest, False, distance)
+            settled = Assignment("expand", nearest, False, distance)
         elif distance <= same:
             # No radius separates them.
             self._before.labels.setdefault(nearest, (self.labels[nearest], self.label_means[nearest]))
@@ -210,28 +229,28 @@ class Clusters(Codebook):
             self._resize(nearest, max(noise, min(radius, self.eps_init)))
             self._add_point(query, nearest, block)
             self._move(nearest, query)
-            settled = Settlement("relabel", nearest, False, distance)
+            settled = Assignment("relabel", nearest, False, distance)
         else:
             half = distance / 2 - noise / 3
-            settled = self._begin("split", *edit, min(self.eps_init, distance / 2), distance)
-            self._shrink(nearest, min(radius, half))
+            begun = self._begin("split", *edit, min(self.eps_init, distance / 2), distance)
+            settled = self._shrink(nearest, min(radius, half), begun)
         return replace(settled, is_close=is_close)
 
     def _begin(
         self,
-        op: Any,
+        op: Op,
         query: Tensor,
         label: Label,
         label_sum: float,
         block: int,
         radius: float,
         distance: float | None,
-    ) -> Settlement:
+    ) -> Assignment:
         """Adds a cluster with one point."""
         # A cluster has points where an entry of GRACE has a value.
-        settled = self._add(op, query, label, lambda: torch.empty(0), label_sum, radius, distance)
-        self._add_point(query, settled.entry, block)
-        return settled
+        entry = self._add(op, query, label, lambda: torch.empty(0), label_sum, radius, distance).entry
+        self._add_point(query, entry, block)
+        return Assignment(op, entry, True, distance)
 
     def _join(self, cluster: int, query: Tensor, block: int, *, noise: float = 0.0) -> None:
         """Adds a point to a cluster, whose center and radius follow."""
@@ -243,14 +262,15 @@ class Clusters(Codebook):
         farthest = float(self._distances_to(cluster, members).max())
         self._resize(cluster, max(farthest + noise, self.eps_init))
 
-    def _shrink(self, cluster: int, radius: float) -> None:
-        """Shrinks a cluster, which drops the points that are outside."""
+    def _shrink(self, cluster: int, radius: float, begun: Assignment) -> Assignment:
+        """Shrinks a cluster, which drops the points that are outside, beside one that an edit began."""
         self._resize(cluster, radius)
         members = self._members(cluster).nonzero()[:, 0]
         outside = self._distances_to(cluster, self._points.keys[members]) > radius
         self._drop(torch.zeros_like(self._homes.tensor, dtype=torch.bool).index_fill(0, members[outside], True))
         if bool(outside.all()):
             self._add_point(self.keys[cluster], cluster, NO_BLOCK)
+        return replace(begun, nearest=cluster, n_points=len(members), n_kept=len(members) - int(outside.sum()))
 
     def _members(self, cluster: int, *, around: Tensor | None = None, within: float = 0.0) -> Tensor:
         """(P,) bool, the points of a cluster, all or those within a distance of a query."""
