@@ -13,7 +13,8 @@ from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy, checked_paths
 from grace_bench.editors._grace.codebook import Before, Fidelity
-from grace_bench.editors._melo.blocks import Blocks, later_layers, size_of
+from grace_bench.editors._linear import size_of
+from grace_bench.editors._melo.blocks import Blocks, later_layers
 from grace_bench.editors._melo.clusters import NO_BLOCK, Assignment, Clusters
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.calls import ModuleCall

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from grace_bench.editing.guard import check_loss, size_failure
 from grace_bench.editors._grace.rows import Rows
 from grace_bench.editors._melo.clusters import NO_BLOCK
-from grace_bench.errors import EditFailure, UserError
+from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch
 
@@ -182,20 +181,6 @@ def later_layers(model: EditableModel) -> list[str]:
         return [model.layer_name]
     later = [f"{found[1]}{int(found[2]) + step}{found[3] or ''}" for step in range(1, _N_DEFAULT + 1)]
     return [path for path in later if path in modules] or [model.layer_name]
-
-
-def size_of(model: EditableModel, path: str, *, editor: str, option: str) -> tuple[int, int]:
-    """Returns D_in and D_out of a linear module.
-
-    Raises:
-        UserError: If it is another kind of module, or the model has no such module.
-    """
-    module = model.find_layer(path, option=option)
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    raise UserError(f"{option}={path} is a {type(module).__name__}, which editor '{editor}' cannot adapt")
 
 
 def _largest(part: Tensor) -> float:

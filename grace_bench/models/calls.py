@@ -25,6 +25,7 @@ class QueryState:
         step: 0 while the prompt is read, n at the n-th forward pass after it.
         length: Length of the prompt in the edited layer's sequence; 0 before the first call of the layer.
         n_given: Number of prompt tokens, if a generation stated it.
+        mask: (B, T) the attention mask that the prompt was read with, 0 at padding; None without.
         is_whole: Whether the prompt was read in one pass, without a cache.
         widths: The numbers of tokens of the sequences that the current forward pass was given.
         entry: (B,) long, the codebook entry that answered each row, -1 for none.
@@ -39,6 +40,7 @@ class QueryState:
     step: int = -1
     length: int = 0
     n_given: int | None = None
+    mask: Tensor | None = None
     is_whole: bool = True
     widths: frozenset[int] = frozenset()
     entry: Tensor | None = None
@@ -97,6 +99,18 @@ class LayerCall:
     def query(self) -> Tensor:
         """(B, D_in) input activations at the query positions."""
         return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    @property
+    def in_prompt(self) -> Tensor:
+        """(B, T) bool, the positions of each row's prompt: its tokens up to the query, without padding."""
+        steps = torch.arange(self.input.shape[1], device=self.position.device)
+        until_query = steps <= self.position[:, None]
+        mask = self.state.mask
+        if mask is None or mask.shape[1] < self.state.length:
+            return until_query
+        read = torch.zeros_like(until_query)
+        read[:, : mask.shape[1]] = mask[:, : read.shape[1]].to(read.device) != 0
+        return until_query & read
 
     @property
     def output_at_query(self) -> Tensor:
