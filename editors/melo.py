@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy, checked_paths
 from grace_bench.editors._grace.codebook import Before, Fidelity
@@ -47,6 +48,12 @@ class Melo(EditorStrategy):
         UserError: If an option is out of range, naming it, or a layer is not linear.
     """
 
+    about = About(
+        source="Yu et al., AAAI 2024",
+        changes="what later layers return, by a low-rank block that a cluster near the input chooses",
+        costs="`n_iter` passes from the layer on for a batch; a block for each batch; a lookup a query",
+        choose="if edits come in batches, must hold, and nothing else may change",
+    )
     edits_together = True
     traces = "grace_bench.editors._melo.traces:replay_file"
     search_space: ClassVar = {"init_radius": (0.5, 1.0, 3.0), "lr": (1e-3, 1e-4)}

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -12,22 +11,20 @@ from grace_bench.common.options import check_positive, check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
-from grace_bench.editing.guard import check_loss, size_failure
 from grace_bench.editing.running_text import sample_texts, sampled_running_text
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._linear import size_of
 from grace_bench.editors._memoir.masks import Masks
+from grace_bench.editors._memoir.memory import ResidualMemory
 from grace_bench.editors._rome.facts import in_contexts
-from grace_bench.errors import EditFailure, UserError
+from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.registry import register_editor
 
 _SHARE_MARKED = 4096 / 14336
 """The authors mark 4,096 of the 14,336 inputs of Llama 3's down projections."""
-_MAX_NORM = 1.0
-_GOOD_ENOUGH = 0.02
-_LEAST_CHANGE = 1e-4
 _BACKGROUND_TOKENS = 16
 
 
@@ -60,6 +57,13 @@ class Memoir(EditorStrategy):
         UserError: If an option is out of range, naming it, or the layer is not linear.
     """
 
+    about = About(
+        source="Wang et al., NeurIPS 2025",
+        changes="what one layer returns, by a memory of which a prompt uses a sparse part, or nothing",
+        needs="prompts of requests for training, or text that the model writes itself",
+        costs="up to `n_iter` passes from the layer on, behind ten prefixes; a matrix as large as the layer's; a lookup a prompt",
+        choose="for thousands of edits that rephrasings should find, too",
+    )
     supported_tasks = ("completion", "language_modelling")
     layer_kind = "mlp_output"
     search_space: ClassVar = {"tau": (0.4, 0.6, 0.9), "lr": (1.0, 0.3)}
@@ -111,10 +115,7 @@ class Memoir(EditorStrategy):
             seed=seed,
             device=model.layer_device,
         )
-        self.memory: Tensor | None = None
-        """(D_in, D_out) float32, the transpose of W_m; None before the first edit."""
-        self._trained: tuple[Tensor, Tensor] | None = None
-        self._changes: list[tuple[Tensor, Tensor]] = []
+        self.memory = ResidualMemory(self._size, device=model.layer_device)
         self.intercept(self._answer)
 
     # --- before the first edit
@@ -161,33 +162,7 @@ class Memoir(EditorStrategy):
         # Running text has no prompt to put anything before.
         prompts = in_contexts(prompt, self.contexts if prompt.strip() else [""])
         encoded = self.model.encode_batch(prompts, [target] * len(prompts))
-        if self.memory is None:
-            self.memory = torch.zeros(self._size, device=mask.device)
-        marked = mask.nonzero()[:, 0]
-        before = self.memory[marked]
-        part = before.clone().requires_grad_()
-        losses: list[float] = []
-        self._trained = (marked, part)
-        try:
-            repeated = self.model.repeated(encoded)
-            for step in range(self.n_iter + 1):
-                loss = self.model.task.loss(repeated(), repeated.batch)
-                losses.append(float(loss.detach()))
-                check_loss(losses[-1], step)
-                changes = [abs(later - earlier) for earlier, later in pairwise(losses[-2:])]
-                if step == self.n_iter or losses[-1] < _GOOD_ENOUGH or any(one < _LEAST_CHANGE for one in changes):
-                    break
-                (gradient,) = torch.autograd.grad(loss, [part])
-                with torch.no_grad():
-                    part -= self.lr * gradient * (_MAX_NORM / gradient.norm()).clamp(max=1.0)
-        finally:
-            self._trained = None
-        after = part.detach()
-        failure = size_failure("the memory", float(before.abs().max()), float(after.abs().max()))
-        if failure is not None:
-            raise EditFailure(failure)
-        self._changes.append((marked, before))
-        self.memory[marked] = after
+        losses = self.memory.train(self.model, encoded, mask, n_iter=self.n_iter, lr=self.lr)
         self.masks.extend(mask[None])
         last = losses[-2] if len(losses) > 1 else losses[-1]
         return EditOutcome(loss_first=losses[0], loss=last, loss_after=losses[-1], steps=len(losses) - 1)
@@ -199,16 +174,12 @@ class Memoir(EditorStrategy):
         return self.masks.of(_mean_over_prompt(call) - self.background)
 
     def _answer(self, call: LayerCall) -> Tensor:
-        if self._trained is not None:
-            marked, part = self._trained
-            return call.output + (call.input[..., marked].float() @ part).to(call.output.dtype)
-        if self.memory is None or not len(self.masks):
+        if self.memory.is_training:
+            return self.memory.added_in_training(call.input, call.output)
+        if not len(self.masks):
             return call.output
         rows, masks = call.remember("memoir", lambda: self._recall(call))
-        if not len(rows):
-            return call.output
-        update = (call.input[rows].float() * masks[:, None]) @ self.memory
-        return call.output.index_add(0, rows, update.to(call.output.dtype))
+        return self.memory.added(call.input, call.output, rows, masks)
 
     def _recall(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         """The (n,) rows for which the memory is on, and their (n, D_in) stored masks."""
@@ -219,18 +190,11 @@ class Memoir(EditorStrategy):
     # --- undoing and saving
 
     def undo_point(self) -> Callable[[], None]:
-        changes: list[tuple[Tensor, Tensor]] = []
-        self._changes = changes
-        n = len(self.masks)
+        n, undo_memory = len(self.masks), self.memory.undo_point()
 
         def undo() -> None:
-            for marked, before in reversed(changes):
-                assert self.memory is not None
-                self.memory[marked] = before
-            changes.clear()
             self.masks.truncate(n)
-            if not n:
-                self.memory = None
+            undo_memory()
 
         return undo
 
@@ -241,15 +205,14 @@ class Memoir(EditorStrategy):
     def rollback(self) -> None:
         super().rollback()
         self.masks.truncate(0)
-        self.memory = None
-        self._changes.clear()
+        self.memory.clear()
 
     def state_dict(self) -> State:
         state = super().state_dict()
         if self.contexts:
             state |= {"contexts": list(self.contexts), "background": self.background}
-        if self.memory is not None:
-            state |= {"memory": self.memory.clone(), "masks": self.masks.packed.clone()}
+        if self.memory.matrix is not None:
+            state |= {"memory": self.memory.matrix.clone(), "masks": self.masks.packed.clone()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,7 +221,7 @@ class Memoir(EditorStrategy):
         if "contexts" in state:
             self.contexts, self.background = list(state["contexts"]), state["background"].to(self.model.layer_device)
         if "memory" in state:
-            self.memory = state["memory"].to(self.model.layer_device, copy=True)
+            self.memory.matrix = state["memory"].to(self.model.layer_device, copy=True)
             self.masks.extend_packed(state["masks"])
 
     def max_extra_parameters(self, n_edits: int) -> int:

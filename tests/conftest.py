@@ -305,6 +305,7 @@ _SPREAD: dict[str, Any] = {
     # A value in the last of the two blocks would reach no later token.
     "layers": ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"],
     "n_prefixes": 0,
+    "n_iter": 6,
     "clamp": 4.0,
 }
 QUICK: dict[str, dict[str, Any]] = {
@@ -318,8 +319,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "mend": {"n_steps": 10},
     "melo": {"n_iter": 8, "n_blocks": 100},
     "memoir": {"n_iter": 8, "n_prefixes": 1, "prefix_lengths": [3], "n_background": 4},
-    "rome": {"n_prefixes": 0, "clamp": 1.0},
-    "r_rome": {"n_prefixes": 1, "prefix_lengths": [3], "clamp": 1.0},
+    "rome": {"n_prefixes": 0, "n_iter": 6, "clamp": 1.0},
+    "r_rome": {"n_prefixes": 1, "n_iter": 6, "prefix_lengths": [3], "clamp": 1.0},
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
