@@ -1,7 +1,7 @@
 """The editor networks of MEND: from the gradient of one edit at a linear layer to the update of its weight."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -157,31 +157,6 @@ def edit_gradients(
     Raises:
         UserError: If a layer does not contribute to the model's answers.
     """
-
-    def summed(logits: Tensor) -> Tensor:
-        return torch.stack([model.task.loss(logits[i : i + 1], batch.row(i)) for i in range(len(batch))]).sum()
-
-    logits, _, gradients = loss_gradients(model, layers, batch, loss=summed)
-    return logits, gradients
-
-
-def loss_gradients(
-    model: EditableModel, layers: dict[str, nn.Module], batch: EncodedBatch, *, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, list[RankOnes]]:
-    """Decomposes the gradients of a loss with respect to the weights of linear layers.
-
-    Args:
-        model: The model.
-        layers: L linear layers by dotted path.
-        batch: B inputs.
-        loss: Takes the logits of the batch and returns a scalar.
-
-    Returns:
-        The logits, the loss, and the gradients of each layer: u are its inputs, δ the gradients at its outputs.
-
-    Raises:
-        UserError: If a layer does not contribute to the model's answers.
-    """
     entered: dict[str, list[Tensor]] = {path: [] for path in layers}
     probes: dict[str, list[Tensor]] = {path: [] for path in layers}
 
@@ -202,9 +177,9 @@ def loss_gradients(
     unused = next((path for path in layers if not probes[path]), None)
     if unused is not None:
         raise UserError(f"layer={unused!r} is never called")
-    value = loss(logits)
+    loss = torch.stack([model.task.loss(logits[i : i + 1], batch.row(i)) for i in range(len(batch))]).sum()
     every_probe = [probe for path in layers for probe in probes[path]]
-    deltas = iter(torch.autograd.grad(value, every_probe, materialize_grads=True))
+    deltas = iter(torch.autograd.grad(loss, every_probe, materialize_grads=True))
     gradients = [
         RankOnes(
             torch.cat([_by_row(u, len(batch)) for u in entered[path]], dim=1).to(model.device),
@@ -212,7 +187,7 @@ def loss_gradients(
         )
         for path in layers
     ]
-    return logits.detach(), value.detach(), gradients
+    return logits.detach(), gradients
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class UnusableError(Exception):
 
 
 def read_recording(path: Path, kind: type[Kind], *, editors: Sequence[str]) -> tuple[Kind, dict[str, Tensor]]:
-    """Reads a recording and its tensors, which lie beside it in a safetensors file of the same name.
+    """Reads a recording and its tensors, if it has any, from the safetensors file of the same name beside it.
 
     Args:
         path: The JSON file.
@@ -79,7 +79,7 @@ def read_recording(path: Path, kind: type[Kind], *, editors: Sequence[str]) -> t
         if _editor_named_in(content) not in editors:
             raise OtherRecordError(f"{path}: is no recording of {' or '.join(editors)}")
         record = kind.model_validate_json(content)
-        tensors = load_file(readable(path.with_suffix(".safetensors")))
+        tensors = load_file(readable(path.with_suffix(".safetensors"))) if record.tensors else {}
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except ValidationError as error:

@@ -13,7 +13,7 @@ from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
-from grace_bench.editors._mend_networks import linear_size, loss_gradients
+from grace_bench.editors._mend_networks import edit_gradients, linear_size
 from grace_bench.editors._rome.closed_form import closed_form
 from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
 from grace_bench.errors import UserError
@@ -75,7 +75,7 @@ class UltraEdit(EditorStrategy):
     supported_tasks = ("completion", "language_modelling")
     layer_kind = "several"
     traces = "grace_bench.editors._ultraedit.traces:replay_file"
-    search_space: ClassVar = {"lr": (1e-6, 1e-4, 1e-2)}
+    search_space: ClassVar = {"lr": (1e-6, 1e-5, 0.0001, 0.001, 0.003, 0.01)}
 
     def __init__(
         self,
@@ -140,17 +140,16 @@ class UltraEdit(EditorStrategy):
         labels, mask = minibatch.labels, minibatch.inputs["attention_mask"].bool()
         assert labels is not None
         chosen = labels != IGNORED if self.tokens == "ans" else mask
-        task = self.model.task
-        _, loss, gradients = loss_gradients(
-            self.model, self._linear, minibatch, loss=lambda logits: task.loss(logits, minibatch)
-        )
+        logits, gradients = edit_gradients(self.model, self._linear, minibatch)
+        # From the mean over each row's own tokens to the mean over those of all rows.
+        share = (labels != IGNORED).sum(dim=1) / (labels != IGNORED).sum()
         found: dict[str, Rows] = {}
         for path, gradient in zip(self._linear, gradients, strict=True):
             if gradient.u.shape[:2] != chosen.shape:
                 raise UserError(f"{self._option}={path} is not called once with every token of a batch")
-            found[path] = Rows(gradient.u[chosen], gradient.delta[chosen])
+            found[path] = Rows(gradient.u[chosen], (gradient.delta * share[:, None, None])[chosen])
             self.normalisers[self._sizes[path]].update(found[path].joined)
-        return float(loss), found
+        return float(self.model.task.loss(logits, minibatch)), found
 
     def shift(self, path: str, rows: Rows) -> Tensor:
         """Returns the (D_out, D_in) float64 change of a layer's weight."""

@@ -322,6 +322,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
     "ultraedit": {"layers": _SPREAD["layers"], "lr": 0.01, "batch_size": 2},
+    "ft_bf": {"lr": 0.01, "n_epochs": 5, "batch_size": 2},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -356,6 +357,7 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "ultraedit": {"layers": ["transformer.h.0.mlp.c_proj"], "lr": 0.01},
+    "ft_bf": {"lr": 0.01, "n_epochs": 3, "batch_size": 3},
 }
 """Options that keep the runs of `run_facts` short."""
 

@@ -32,17 +32,14 @@ class LifelongNormaliser:
         self.n = 0
         self.mean = torch.zeros(width, device=device)
         self.var = torch.zeros(width, device=device)
-        self._loses_single_rows = loses_single_rows
+        self._variance_of_one = torch.nan if loses_single_rows else 0.0
 
     def update(self, rows: Tensor) -> None:
         """Adds (N, D) rows, at least one."""
         n = len(rows)
         total = self.n + n
         delta = rows.mean(dim=0) - self.mean
-        if n > 1:
-            within = rows.var(dim=0)
-        else:
-            within = torch.full_like(delta, torch.nan if self._loses_single_rows else 0.0)
+        within = rows.var(dim=0) if n > 1 else torch.full_like(delta, self._variance_of_one)
         self.mean = self.mean + n * delta / total
         self.var = self.var + n * within + self.n * n * delta.square() / total
         self.n = total

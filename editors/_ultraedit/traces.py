@@ -87,8 +87,8 @@ class Turn(Part):
     rows_per_minibatch: list[int]
     losses: list[float | None]
     normaliser_n: dict[str, float]
-    minibatches: list[Minibatch] = []
-    modules: dict[str, ModuleChange] = {}
+    minibatches: Annotated[list[Minibatch], Field(default_factory=list)]
+    modules: Annotated[dict[str, ModuleChange], Field(default_factory=dict)]
 
 
 class Record(Recording):
@@ -98,7 +98,7 @@ class Record(Recording):
     weights_became_nan: bool
     entry_positions: dict[str, list[Whole]]
     edits: Annotated[list[Turn], Field(min_length=1)]
-    total_change: dict[str, Change] = {}
+    total_change: Annotated[dict[str, Change], Field(default_factory=dict)]
     probes: list[Probe]
 
     @model_validator(mode="after")
