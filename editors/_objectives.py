@@ -15,7 +15,9 @@ GOOD_ENOUGH = 1e-2
 
 
 class LastTokenObjective:
-    """The negative log-likelihood of every token of a target at the last prompt token, for a causal model.
+    """The negative log-likelihood of every token of a target at the last prompt token.
+
+    In an encoder-decoder it is read at the first position of the decoder, which is the first to follow the prompt.
 
     The end token is no part of the target here: it would be wanted where the answer begins.
 
@@ -38,9 +40,10 @@ class LastTokenObjective:
         assert encoded.content is not None
         self._targets = [labels[content] for labels, content in zip(encoded.labels, encoded.content, strict=True)]
         asked = model.encode_batch(prompts)
-        labels = torch.full_like(asked.inputs["input_ids"], IGNORED)
+        decoder = asked.inputs.get("decoder_input_ids")
+        labels = torch.full_like(asked.inputs["input_ids"] if decoder is None else decoder, IGNORED)
         # Any label does: it says where logits are needed.
-        labels[torch.arange(len(asked), device=labels.device), asked.query] = 0
+        labels[torch.arange(len(asked), device=labels.device), asked.query if decoder is None else 0] = 0
         self.asked = replace(asked, labels=labels)
 
     def loss(self, logits: Tensor, batch: EncodedBatch) -> Tensor:

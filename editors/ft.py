@@ -21,7 +21,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
 
 Objective = Literal["target", "last_token"]
-_CAUSAL = ("completion", "language_modelling")
+_GENERATES_TEXT = ("completion", "language_modelling")
 
 
 @register_editor("ft")
@@ -72,9 +72,10 @@ class FineTune(EditorStrategy):
         if norm_constraint is not None:
             check_positive("editor.norm_constraint", norm_constraint)
         check_prefixes(model, n_prefixes, prefix_lengths)
-        for option, value in (("objective", objective), ("n_prefixes", n_prefixes)):
-            if value not in ("target", 0) and model.task.name not in _CAUSAL:
-                raise UserError(f"editor.{option}={value} is for {' and '.join(_CAUSAL)}, not for {model.task.name}")
+        if n_prefixes and model.task.name not in _GENERATES_TEXT:
+            raise UserError(
+                f"editor.n_prefixes={n_prefixes} is for {' and '.join(_GENERATES_TEXT)}, not for {model.task.name}"
+            )
         check_trainable(model)
         self.n_iter = n_iter
         self.lr = lr
@@ -108,7 +109,7 @@ class FineTune(EditorStrategy):
             prompts = [text for prompt in batch.prompts for text in behind(self.contexts, prompt)]
             targets = [target for target in batch.targets for _ in self.contexts]
             encoded = self.model.encode_batch(prompts, targets)
-        if self.objective == "target":
+        if self.objective == "target" or self.model.task.name == "classification":
             return EditTraining(self.model, encoded, n_iter=self.n_iter)
         objective = LastTokenObjective(self.model, prompts, encoded)
         return EditTraining(

@@ -60,8 +60,8 @@ class Settings(Part):
 class Request(Part):
     """A request; its tokens are those of the prompt and of a space with the target."""
 
-    prompt: str
-    target_new: str
+    prompt: Annotated[str, Field(min_length=1)]
+    target_new: Annotated[str, Field(min_length=1)]
 
 
 class Minibatch(Part):
@@ -108,7 +108,8 @@ class Record(Recording):
         fields |= {f"edits.{i}.modules": turn.modules for i, turn in enumerate(self.edits)}
         fields["total_change"] = self.total_change
         for name, given in fields.items():
-            lacking = next((path for path in paths if given and path not in given), None)
+            is_there = name == "entry_positions" or given
+            lacking = next((path for path in paths if is_there and path not in given), None)
             if lacking is not None:
                 raise ValueError(f"field '{name}': has nothing of {lacking}, which 'hparams.edit_modules' names")
         for i, turn in enumerate(self.edits):
@@ -172,8 +173,8 @@ def _expected(record: Record, tensors: dict[str, Tensor], unedited: dict[str, Te
             expected.add_norms(f"value_grad_norms at {here}", change.value_grad_norms, weight)
             expected.add_norms(f"shift_fro at {here}", change.shift_fro, weight)
             add_change(here, path, change)
-    for path, change in record.total_change.items():
-        add_change(f"the end, {path}", path, change)
+    for path, total in record.total_change.items():
+        add_change(f"the end, {path}", path, total)
     for path in record.hparams.edit_modules:
         if f"final_weight.{path}" in tensors:
             expected.add_tensor(f"final_weight at the end, {path}", tensors[f"final_weight.{path}"], weight)
@@ -185,9 +186,12 @@ def _expected(record: Record, tensors: dict[str, Tensor], unedited: dict[str, Te
 
 
 def _row(tensors: dict[str, Tensor], name: str, index: int) -> Tensor:
-    if index >= len(tensors[name]):
-        raise UnusableError(f"field 'tensors.{name}': has {len(tensors[name])} rows, but should have more")
-    return tensors[name][index]
+    tensor = tensors[name]
+    if tensor.dim() != 2 or index >= len(tensor):
+        raise UnusableError(
+            f"field 'tensors.{name}': its shape is {tuple(tensor.shape)}, where row {index + 1} is needed"
+        )
+    return tensor[index]
 
 
 @contextmanager
@@ -334,9 +338,9 @@ class _Replay:
         )
 
     def _compare_tokens(self, turn: Turn, batch: EncodedBatch, where: str) -> None:
-        for number, (ours, theirs) in enumerate(
-            zip(self._editor.minibatches(batch), turn.minibatches, strict=bool(turn.minibatches)), start=1
-        ):
+        found = self._editor.minibatches(batch)
+        self._compare("the number of passes", where, len(turn.losses), len(found))
+        for number, (ours, theirs) in enumerate(zip(found, turn.minibatches, strict=False), start=1):
             here = f"{where}, minibatch {number}"
             mask = ours.inputs["attention_mask"]
             self._compare("attention_mask", here, theirs.attention_mask, mask.tolist())
