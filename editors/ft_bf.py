@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.guard import check_loss
 from grace_bench.editing.strategy import EditorStrategy
@@ -46,6 +47,12 @@ class FineTuneBreadthFirst(EditorStrategy):
         UserError: If a number is out of range, naming it, or the layer has no weights.
     """
 
+    about = About(
+        source="LocFT-BF, ICLR 2026 (arXiv 2509.22072)",
+        changes="the layer's weights, retrained from the unedited ones",
+        costs="up to `n_epochs` passes from the layer on over all requests so far, a batch of edits",
+        choose="if requests may be stored, and come in large batches",
+    )
     edits_together = True
     needs_replay = True
     freezes_weights = False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
@@ -70,6 +71,12 @@ class UltraEdit(EditorStrategy):
         UserError: If an option is out of range, naming it, or a layer is not linear.
     """
 
+    about = About(
+        source="Gu et al., TMLR 2026",
+        changes="the weights of several layers, by a closed form of a batch's gradients",
+        costs="one pass and its gradient a batch; a solve a layer",
+        choose="for many edits in large batches, without subjects or text",
+    )
     edits_together = True
     freezes_weights = False
     supported_tasks = ("completion", "language_modelling")

@@ -305,6 +305,7 @@ _SPREAD: dict[str, Any] = {
     # A value in the last of the two blocks would reach no later token.
     "layers": ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"],
     "n_prefixes": 0,
+    "n_iter": 6,
     "clamp": 4.0,
 }
 QUICK: dict[str, dict[str, Any]] = {
@@ -316,8 +317,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "memory": {"n_iter": 8},
     "lora": {"n_iter": 8, "lr": 0.01},
     "mend": {"n_steps": 10},
-    "rome": {"n_prefixes": 0, "clamp": 1.0},
-    "r_rome": {"n_prefixes": 1, "prefix_lengths": [3], "clamp": 1.0},
+    "rome": {"n_prefixes": 0, "n_iter": 6, "clamp": 1.0},
+    "r_rome": {"n_prefixes": 1, "n_iter": 6, "prefix_lengths": [3], "clamp": 1.0},
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
