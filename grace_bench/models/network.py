@@ -377,8 +377,10 @@ class Network(nn.Module):
 
     def release(self) -> None:
         """Removes every interceptor, and with the last one all hooks of this network."""
-        for interceptor in [*self._interceptors, *self._prompt_interceptors]:
+        for interceptor in [*self._interceptors]:
             interceptor.remove()
+        for reader in [*self._prompt_interceptors]:
+            reader.remove()
 
     def _forget(self, interceptor: "Interceptor") -> None:
         self._interceptors.discard(interceptor)
