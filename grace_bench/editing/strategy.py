@@ -33,8 +33,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     and `load_state_dict`. The methods of `OptionalHooks` and the class attributes have defaults.
 
     An editor acts on the model through `intercept`, which changes what the edited layer returns, through
-    `intercept_prompts`, which changes what the model reads, or by rewriting weights, which the base class rolls back, suspends and saves. The layers that edits rewrite are declared, by
-    `layers` or `rewrite`; then `edit` changes their weights in place, or by `add_to_weight`.
+    `intercept_prompts`, which changes what the model reads, or by rewriting weights, which the base class rolls back,
+    suspends and saves. The layers that edits rewrite are declared, by `layers` or `rewrite`; then `edit` changes their
+    weights in place, or by `add_to_weight`.
     Its constructor takes keyword arguments only. Each is an option `editor.<name>=`, stored in an attribute of its
     name.
 

@@ -268,6 +268,11 @@ class PromptTokenizer:
                 pairs.append((prompt_ids, self._continuing_ids(text, own=False)))
         return pairs
 
+    def joined(self, prompt: str, target: str) -> str:
+        """Returns a prompt and its target as one text outside a chat, with the space that belongs between them."""
+        stem = self._stem(prompt)
+        return stem + self._continuation(self._plain(stem), "", target)
+
     def answer_ids(self, targets: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of answers that a decoder gives by themselves, without an end token."""
         return self._encoded(targets, own=False, name="text_target")
