@@ -324,6 +324,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "alphaedit": _SPREAD,
     "ultraedit": {"layers": _SPREAD["layers"], "lr": 0.01, "batch_size": 2},
     "ft_bf": {"lr": 0.01, "n_epochs": 5, "batch_size": 2},
+    "retrieve": {"by": "embedding", "k": 2},
+    "ike": {"by": "embedding", "k": 2},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -359,6 +361,8 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "ultraedit": {"layers": ["transformer.h.0.mlp.c_proj"], "lr": 0.01},
     "ft_bf": {"lr": 0.01, "n_epochs": 3, "batch_size": 3},
+    "retrieve": {"by": "embedding"},
+    "ike": {"k": 2},
 }
 """Options that keep the runs of `run_facts` short."""
 
