@@ -64,6 +64,13 @@ class KeyIndex(ABC):
         index._keys, index._sizes = Rows.of(self.keys[:n]), Rows.of(self._sizes.tensor[:n])
         return index
 
+    def move(self, entry: int, key: Tensor) -> None:
+        """Replaces the key of an entry by another, (D,)."""
+        self.keys[entry] = key
+        # Sizes may be measured from the first key.
+        moved = slice(0, len(self.keys)) if entry == 0 else slice(entry, entry + 1)
+        self._sizes.tensor[moved] = _norms(self.keys[moved], self._origin())
+
     def truncate(self, n: int) -> None:
         """Removes all but the first `n` keys."""
         self._keys.truncate(n)
@@ -104,6 +111,14 @@ class KeyIndex(ABC):
         close[newest_of_least(distances[None])] = True
         entry = torch.nonzero(close)[:, 0]
         return entry, distances[entry]
+
+    def among(self, queries: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the P pairs of a (B, D) query and one of the entries that a (B, N) bool allows it.
+
+        These are the (P,) rows, the (P,) entries, ascending in each row, and their (P,) distances.
+        """
+        row, entry = torch.nonzero(allowed, as_tuple=True)
+        return row, entry, self._pairs(queries, row, entry)
 
     def within(self, query: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the (M,) entries, oldest first, whose (N,) reach covers a (D,) query, and their (M,) distances."""

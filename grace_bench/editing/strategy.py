@@ -23,6 +23,7 @@ from grace_bench.editing.saving import GIVEN_BY_THE_HARNESS, load_editor, option
 from grace_bench.editing.template import EditingTemplate
 from grace_bench.editing.weights import RewrittenWeights
 from grace_bench.errors import UserError
+from grace_bench.models.calls import ModuleCall
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.network import PromptReader
 
@@ -106,7 +107,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         self._weights = RewrittenWeights(model, editor=name)
         if not self.freezes_weights:
             option = "editor.layers" if "layers" in option_names(type(self)) else "layers"
-            for path in [model.layer_name] if layers is None else _checked_paths(layers, option):
+            for path in [model.layer_name] if layers is None else checked_paths(layers, option):
                 self._weights.add(path, option=option)
 
     # --- the contract
@@ -155,6 +156,10 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         words are scored again.
         """
         self._interceptors.append(self.model.intercept_prompts(read))
+
+    def intercept_at(self, path: str, answer: Callable[[ModuleCall], Tensor], *, option: str = "layer") -> None:
+        """Lets `answer` decide what another module returns, until `detach` (see `Network.intercept_at`)."""
+        self._interceptors.append(self.model.intercept_at(path, answer, option=option))
 
     def rewrite(self, path: str) -> None:
         """Declares, before the first edit, that edits change the weights of the module at a dotted path.
@@ -321,7 +326,12 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         return next((fault for fault in faults if fault is not None), None)
 
 
-def _checked_paths(layers: Sequence[str], option: str) -> Sequence[str]:
+def checked_paths(layers: Sequence[str], option: str) -> Sequence[str]:
+    """Returns dotted paths as given.
+
+    Raises:
+        UserError: If they are no list of texts, or one is named twice.
+    """
     if isinstance(layers, str) or not layers or not all(isinstance(path, str) for path in layers):
         raise UserError(f"{option}={layers} should be a list of dotted paths, or null")
     repeated = next((path for i, path in enumerate(layers) if path in layers[:i]), None)

@@ -274,7 +274,8 @@ def _with_layer(chosen: Chosen, preset: Preset, editor: str, shape: ModelShape, 
     return replace(
         chosen,
         layer=layers[-1],
-        options={**chosen.options, _LAYERS: layers} if _LAYERS in _parameters(editor) else chosen.options,
+        # Settings that have a value of their own for it act on other layers beside the named one.
+        options={_LAYERS: layers, **chosen.options} if _LAYERS in _parameters(editor) else chosen.options,
         layer_note="" if is_own else note,
     )
 

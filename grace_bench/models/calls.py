@@ -25,6 +25,7 @@ class QueryState:
         step: 0 while the prompt is read, n at the n-th forward pass after it.
         length: Length of the prompt in the edited layer's sequence; 0 before the first call of the layer.
         n_given: Number of prompt tokens, if a generation stated it.
+        mask: (B, T) the attention mask that the prompt was read with, 0 at padding; None without.
         is_whole: Whether the prompt was read in one pass, without a cache.
         widths: The numbers of tokens of the sequences that the current forward pass was given.
         entry: (B,) long, the codebook entry that answered each row, -1 for none.
@@ -39,6 +40,7 @@ class QueryState:
     step: int = -1
     length: int = 0
     n_given: int | None = None
+    mask: Tensor | None = None
     is_whole: bool = True
     widths: frozenset[int] = frozenset()
     entry: Tensor | None = None
@@ -99,6 +101,18 @@ class LayerCall:
         return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
 
     @property
+    def in_prompt(self) -> Tensor:
+        """(B, T) bool, the positions of each row's prompt: its tokens up to the query, without padding."""
+        steps = torch.arange(self.input.shape[1], device=self.position.device)
+        until_query = steps <= self.position[:, None]
+        mask = self.state.mask
+        if mask is None or mask.shape[1] < self.state.length:
+            return until_query
+        read = torch.zeros_like(until_query)
+        read[:, : mask.shape[1]] = mask[:, : read.shape[1]].to(read.device) != 0
+        return until_query & read
+
+    @property
     def output_at_query(self) -> Tensor:
         """(B, D_out) output activations at the query positions."""
         return self.output[torch.arange(len(self.position), device=self.position.device), self.position]
@@ -125,6 +139,23 @@ class LayerCall:
         return torch.where(mask[..., None], values[:, None].to(self.output.dtype), self.output)
 
 
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module other than the edited layer, as an editor sees it.
+
+    The tensors are the model's own, which may write into them after the call.
+
+    Attributes:
+        input: (B, T, D_in) input activations of the module.
+        output: (B, T, D_out) output activations of the module.
+        state: The state of the sequence that the call belongs to, with the decisions made at the edited layer.
+    """
+
+    input: Tensor
+    output: Tensor
+    state: QueryState
+
+
 def layer_call_of(
     layer_name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, state: QueryState
 ) -> LayerCall:
@@ -140,24 +171,39 @@ def layer_call_of(
     Raises:
         UserError: If the layer does not map activations to activations.
     """
-    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    leaving = activations_of(output)
-    if not (_are_activations(given) and _are_activations(leaving)):
-        raise UserError(f"layer={layer_name} does not turn activations into activations")
+    inputs, outputs = _sequences(f"layer={layer_name}", args, kwargs, output, state)
     assert state.query is not None
-    n_rows = len(state.query)
-    for tensor in (given, leaving):
-        if tensor.dim() == 3 and len(tensor) != n_rows:
-            raise UserError(f"layer={layer_name} does not have the texts of a batch in its first dimension")
-        if tensor.dim() == 2 and not _has_every_token(tensor, n_rows, state):
-            raise UserError(f"layer={layer_name} is called with a part of the tokens: name a module around it")
-    inputs, outputs = _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
     if state.step == 0 and min(inputs.shape[1], outputs.shape[1]) < state.length:
         raise UserError(f"layer={layer_name} is called more than once a pass, not always with every token")
     state.length = state.length or outputs.shape[1]
     query = state.query.to(outputs.device)
     position = torch.where(query < 0, query + state.length, query).clamp(max=state.length - 1)
     return LayerCall(inputs, outputs, position, state)
+
+
+def module_call_of(
+    path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, state: QueryState
+) -> ModuleCall:
+    """Returns the call that a forward hook on another module received; arguments and errors as in `layer_call_of`."""
+    return ModuleCall(*_sequences(path, args, kwargs, output, state), state)
+
+
+def _sequences(
+    named: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, state: QueryState
+) -> tuple[Tensor, Tensor]:
+    """What enters and leaves a module in a call, as (B, T, D)."""
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    leaving = activations_of(output)
+    if not (_are_activations(given) and _are_activations(leaving)):
+        raise UserError(f"{named} does not turn activations into activations")
+    assert state.query is not None
+    n_rows = len(state.query)
+    for tensor in (given, leaving):
+        if tensor.dim() == 3 and len(tensor) != n_rows:
+            raise UserError(f"{named} does not have the texts of a batch in its first dimension")
+        if tensor.dim() == 2 and not _has_every_token(tensor, n_rows, state):
+            raise UserError(f"{named} is called with a part of the tokens: name a module around it")
+    return _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
 
 
 def activations_of(output: Any) -> Any:

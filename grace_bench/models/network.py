@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from grace_bench.errors import UserError, did_you_mean
-from grace_bench.models.calls import LayerCall, QueryState, activations_of, layer_call_of
+from grace_bench.models.calls import (
+    LayerCall,
+    ModuleCall,
+    QueryState,
+    activations_of,
+    layer_call_of,
+    module_call_of,
+)
 from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.limits import first_position, longest_input, longest_target
 from grace_bench.models.padding import BEGIN_TOKENS, embedding_of, padded_for, with_known_padding
@@ -337,11 +344,38 @@ class Network(nn.Module):
             if self._bypassed and not first:
                 return None
             call = layer_call_of(self.layer_name, args, kwargs, output, self._tracker.state)
-            changed = answer(call).reshape(activations_of(output).shape)
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return _with_activations(output, answer(call))
 
+        return self._installed(self.layer.register_forward_hook(hook, with_kwargs=True, prepend=first))
+
+    def intercept_at(
+        self, path: str, answer: Callable[[ModuleCall], Tensor], *, option: str = "layer"
+    ) -> "Interceptor":
+        """Lets `answer` decide the output of another module, in the passes that call the edited layer before it.
+
+        Args:
+            path: Dotted path of the module.
+            answer: Takes a `ModuleCall` and returns the module's (B, T, D_out) output, changed or not.
+            option: The option that names the module, for messages.
+
+        Returns:
+            A handle; `handle.remove()` removes the interceptor.
+
+        Raises:
+            UserError: If the model has no such module.
+        """
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+            if self._bypassed:
+                return None
+            call = module_call_of(f"{option}={path}", args, kwargs, output, self._tracker.state)
+            return _with_activations(output, answer(call))
+
+        module = self.find_layer(path, option=option)
+        return self._installed(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _installed(self, handle: Any) -> "Interceptor":
         self._tracker.attach()
-        handle = self.layer.register_forward_hook(hook, with_kwargs=True, prepend=first)
         interceptor = Interceptor(self, handle)
         self._interceptors.add(interceptor)
         return interceptor
@@ -389,7 +423,7 @@ class Network(nn.Module):
 
 
 class Interceptor:
-    """An interceptor of the edited layer (see `Network.intercept`)."""
+    """An interceptor of the edited layer or another module (see `Network.intercept` and `Network.intercept_at`)."""
 
     def __init__(self, network: Network, handle: Any) -> None:
         self._network, self._handle = network, handle
@@ -419,6 +453,12 @@ class PromptInterceptor:
         if present:
             vars(self._network.module)[_READERS] = present
         self._network._prompt_interceptors.discard(self)
+
+
+def _with_activations(output: Any, changed: Tensor) -> Any:
+    """A module's output with other activations, in their original shape."""
+    changed = changed.reshape(activations_of(output).shape)
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
 
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

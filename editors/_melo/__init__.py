@@ -1,0 +1,1 @@
+"""The parts of MELO: its clusters, its low-rank blocks, the replay of its recordings."""

@@ -1,0 +1,1 @@
+"""The parts of MEMOIR: its masks, its residual memory."""
