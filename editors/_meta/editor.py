@@ -280,3 +280,20 @@ class MetaTrainedOnBatches(MetaTrained[AggregatingNetworks]):
         return AggregatingNetworks(
             self.sizes, rank=self.rank, edit_lr=self.edit_lr, generator=generator, n_blocks=self.n_blocks
         )
+
+    def of_training(
+        self, networks: AggregatingNetworks, train: Sequence[EditRequest], generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Returns the arguments of `BatchTraining`."""
+        return {
+            "model": self.model,
+            "layers": self.linear,
+            "networks": networks,
+            "tokens": self.tokens,
+            "train": train,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "c_loc": self.c_loc,
+            "max_grad_norm": self.max_grad_norm,
+            "generator": generator,
+        }
