@@ -45,7 +45,7 @@ class Malmen(MetaTrainedOnBatches):
         UserError: If an option is out of range, naming it, or a layer is not linear or is quantised.
     """
 
-    search_space: ClassVar = {"tokens": ("answer", "all"), "edit_lr": (1e-5, 1e-4, 1e-3)}
+    search_space: ClassVar = {"c_loc": (0.6, 2.0), "edit_lr": (1e-3, 1e-4, 3e-3)}
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class Malmen(MetaTrainedOnBatches):
         tokens: EditTokens = "answer",
         rank: int = 64,
         n_blocks: int = 2,
-        n_steps: int = 1000,
-        batch_size: int = 32,
+        n_steps: int = 400,
+        batch_size: int = 16,
         lr: float = 1e-3,
-        edit_lr: float = 1e-4,
+        edit_lr: float = 1e-3,
         c_loc: float = 0.6,
         max_grad_norm: float = 1.0,
         meta_seed: int = 0,

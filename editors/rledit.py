@@ -56,7 +56,7 @@ class RLEdit(MetaTrainedOnBatches):
         UserError: If an option is out of range, naming it, or a layer is not linear or is quantised.
     """
 
-    search_space: ClassVar = {"tokens": ("answer", "all"), "edit_lr": (1e-5, 1e-4, 1e-3)}
+    search_space: ClassVar = {"c_loc": (0.6, 2.0), "edit_lr": (1e-3, 1e-4, 3e-3)}
 
     def __init__(
         self,
@@ -66,13 +66,13 @@ class RLEdit(MetaTrainedOnBatches):
         tokens: EditTokens = "answer",
         rank: int = 64,
         n_blocks: int = 2,
-        n_steps: int = 200,
-        n_batches: int = 20,
+        n_steps: int = 60,
+        n_batches: int = 10,
         batch_size: int = 8,
         back_depth: int = 10,
         time_decay: float = 0.95,
         lr: float = 1e-3,
-        edit_lr: float = 1e-4,
+        edit_lr: float = 1e-3,
         c_loc: float = 0.6,
         c_reg: float = 1e-4,
         max_grad_norm: float = 1.0,

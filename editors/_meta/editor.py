@@ -52,7 +52,6 @@ class MetaTrained(EditorStrategy, Generic[Networks]):
 
     freezes_weights = False
     needs_meta_training = True
-    layer_kind = "several"
     version: ClassVar[int] = 1
 
     def __init__(
