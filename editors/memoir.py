@@ -18,7 +18,7 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._linear import size_of
 from grace_bench.editors._memoir.masks import Masks
 from grace_bench.editors._memoir.memory import ResidualMemory
-from grace_bench.editors._prefixes import behind, sample_contexts
+from grace_bench.editors._prefixes import behind, check_prefixes, sample_contexts
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.registry import register_editor
@@ -87,9 +87,7 @@ class Memoir(EditorStrategy):
         check_positive("editor.tau", tau)
         check_whole("editor.n_iter", n_iter, least=1)
         check_positive("editor.lr", lr)
-        check_whole("editor.n_prefixes", n_prefixes, least=0)
-        for length in prefix_lengths:
-            check_whole("editor.prefix_lengths", length, least=1)
+        check_prefixes(model, n_prefixes, prefix_lengths)
         check_whole("editor.n_background", n_background, least=1)
         check_whole("editor.seed", seed, least=0)
         self._size = size_of(model, model.layer_name, editor="memoir", option="layer")
