@@ -100,6 +100,8 @@ class SequenceTracker:
         tokens = given.get("input_ids")
         is_piece = state.n_given is not None and isinstance(tokens, Tensor) and tokens.shape[1] != state.n_given
         state.is_whole = not continues and not is_piece
+        mask = given.get("attention_mask")
+        state.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if state.query is None:
             state.query = self._default_query(given)
 
