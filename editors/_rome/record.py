@@ -1,26 +1,17 @@
 """The format of recorded runs of ROME's family: a JSON file, and a safetensors file of the same name."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from grace_bench.common.files import readable
-from grace_bench.editing.commands import OtherRecordError
-from grace_bench.errors import UserError, first_error
+from grace_bench.editors._recordings import Change, Part, Probe, Recording, Whole, read_recording
 
 EditorName = Literal["MEMIT", "AlphaEdit", "EMMET", "R-ROME"]
-Whole = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-
-class Settings(_Part):
+class Settings(Part):
     """The hyperparameters, by the official names."""
 
     layers: Annotated[list[int], Field(min_length=1)]
@@ -41,13 +32,13 @@ class Settings(_Part):
     original_implementation: bool = False
 
 
-class Target(_Part):
+class Target(Part):
     """A target as MEMIT's and AlphaEdit's records have it."""
 
     text: str = Field(alias="str")
 
 
-class Request(_Part):
+class Request(Part):
     """A request; `prompt` has `{}` for the subject."""
 
     prompt: str
@@ -57,13 +48,6 @@ class Request(_Part):
     @property
     def target(self) -> str:
         return self.target_new if isinstance(self.target_new, str) else self.target_new.text
-
-
-class Change(_Part):
-    """How a weight changed over a turn: its Frobenius norm, and the change at the record's `entry_positions`."""
-
-    fro: float
-    entries: list[float]
 
 
 class LayerChange(Change):
@@ -77,7 +61,7 @@ class LayerChange(Change):
     cache_trace: float | None = None
 
 
-class RecordedValue(_Part):
+class RecordedValue(Part):
     """The optimisation of one value: a row of losses for each pass (total, target, divergence, decay)."""
 
     lookup_idxs: list[int]
@@ -96,44 +80,35 @@ class RecordedValue(_Part):
 class Turn(RecordedValue):
     """What the editor did in one turn: with one request (R-ROME), or with a batch (the others)."""
 
-    lookup_idxs: list[int] = []
-    losses: list[list[float]] = []
+    lookup_idxs: list[int] = Field(default_factory=list)
+    losses: list[list[float]] = Field(default_factory=list)
     n_updates: int = 0
     stopped_early: bool = False
     request: Request | None = None
     change: Change | None = None
-    requests: list[Request] = []
-    z: list[RecordedValue] = []
-    layers: dict[int, LayerChange] = {}
+    requests: list[Request] = Field(default_factory=list)
+    z: list[RecordedValue] = Field(default_factory=list)
+    layers: dict[int, LayerChange] = Field(default_factory=dict)
 
 
-class Probe(_Part):
-    """An input whose logits were recorded after the stream."""
-
-    input_ids: Annotated[list[Whole], Field(min_length=1)]
-    argmax_after: int
-
-
-class Projection(_Part):
+class Projection(Part):
     """A layer's null space in AlphaEdit."""
 
     layer: int
     null_rank: int
 
 
-class Record(_Part):
+class Record(Recording):
     """A recorded run: the format of the files that `grace-bench verify` reads (`docs/fidelity.md`)."""
 
     editor: EditorName
-    model: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     hparams: Settings
     context_templates: Annotated[list[list[str] | str], Field(min_length=1)]
     entry_positions: dict[int, list[Whole]] | list[Whole]
     edits: Annotated[list[Turn], Field(min_length=1)]
     total_change: dict[int, Change] | Change
     probes: list[Probe]
-    projection: list[Projection] = []
-    tensors: dict[str, Any]
+    projection: list[Projection] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
@@ -186,35 +161,5 @@ class Record(_Part):
 
 
 def read_record(path: Path) -> tuple[Record, dict[str, Tensor]]:
-    """Reads a record and its tensors.
-
-    Raises:
-        OtherRecordError: If it is of another editor.
-        UserError: If a file is missing or damaged, naming the field.
-    """
-    try:
-        content = readable(path).read_text(encoding="utf-8")
-        if not _is_own(content):
-            raise OtherRecordError(f"{path}: is no recording of ROME's family")
-        record = Record.model_validate_json(content)
-        tensors = load_file(readable(path.with_suffix(".safetensors")))
-    except (OSError, UnicodeDecodeError, SafetensorError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    except ValidationError as error:
-        raise UserError(f"{path}: {first_error(error).removeprefix('Value error, ')}") from error
-    missing = next((name for name in record.tensors if name not in tensors), None)
-    if missing is not None:
-        raise UserError(f"{path}: field 'tensors.{missing}': is missing in {path.with_suffix('.safetensors').name}")
-    return record, tensors
-
-
-class _Kind(BaseModel):
-    editor: EditorName
-
-
-def _is_own(content: str) -> bool:
-    try:
-        _Kind.model_validate_json(content)
-    except ValidationError:
-        return False
-    return True
+    """Reads a record and its tensors (see `read_recording`)."""
+    return read_recording(path, Record, editors=get_args(EditorName))

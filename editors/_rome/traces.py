@@ -11,80 +11,39 @@ these runs is allowed.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from grace_bench.editing.commands import Verdict
+from grace_bench.editors._recordings import (
+    Expectations,
+    Tolerance,
+    UnusableError,
+    check_ids,
+    check_positions,
+    last_logits,
+    load_recorded_model,
+    models_folder,
+    perturb,
+    replaying,
+    usable_model,
+)
 from grace_bench.editors._rome.facts import Fact
 from grace_bench.editors._rome.record import Record, RecordedValue, Request, Turn, read_record
-from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch, pad
 from grace_bench.registry import EDITORS
-
-_N_PERTURBED = 6
-# The differences of the starting weights, in units in the last place.
-_PERTURBATIONS = (1, 4)
-# Recorded numbers have nine digits.
-_PRINTED = 1e-6
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """The largest differences that are allowed: ten times those of a second implementation (docs/fidelity.md).
-
-    Attributes:
-        loss: Relative to the total loss.
-        weight: Of weights, keys and values, relative in the Frobenius norm.
-        entry: Of single elements, relative to the largest one recorded.
-        logit: Absolute.
-    """
-
-    loss: float
-    weight: float
-    entry: float
-    logit: float
-
 
 _MEMIT = Tolerance(loss=4.4e-4, weight=3.4e-4, entry=1.6e-3, logit=1.5e-3)
 _ALPHAEDIT = Tolerance(loss=2.9e-4, weight=1.5e-4, entry=8e-4, logit=1.4e-3)
 # The official code solves in float32, whose errors grow along a stream.
 _ALPHAEDIT_LONG = Tolerance(loss=1.5e-2, weight=1.1e-2, entry=4.5e-2, logit=1.2e-1)
 _ROME = Tolerance(loss=5.5e-5, weight=2.7e-4, entry=1.5e-3, logit=3.1e-3)
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """Recorded numbers, and how far ours may be from them.
-
-    Attributes:
-        numbers: Any shape.
-        allowed: The largest difference.
-        is_norm: Whether the difference is taken in the Frobenius norm rather than element by element.
-    """
-
-    numbers: Tensor
-    allowed: float
-    is_norm: bool = False
-
-    def gap(self, ours: Tensor, other: Tensor | None = None) -> float:
-        """The difference from our numbers, or between two runs of ours; infinite where one is NaN or lacks some."""
-        found, reference = self._part(ours), self.numbers if other is None else self._part(other)
-        if found.shape != reference.shape:
-            return torch.inf
-        difference = found.double() - reference.double()
-        gap = difference.norm() if self.is_norm else difference.abs().max()
-        return float(gap.nan_to_num(nan=torch.inf))
-
-    def _part(self, ours: Tensor) -> Tensor:
-        """What was recorded of our numbers: of logits sometimes the first ones only."""
-        return ours[: len(self.numbers)] if ours.dim() == self.numbers.dim() == 1 else ours
 
 
 def replay_file(path: Path) -> Verdict:
@@ -103,42 +62,12 @@ def replay_file(path: Path) -> Verdict:
         return Verdict(
             not_replayed="it documents a fault: the official code counts the position from the end of a padded row"
         )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        folder = path.resolve().parents[2] / "models" / record.model
-        return _compared(record, _expected(record, tensors, _tolerance(record, path.stem)), folder)
-    except _Unusable as error:
-        raise UserError(f"{path}: {error}") from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Unusable(Exception):  # noqa: N818 - carries half a message to where the file's name is known
-    pass
-
-
-def _compared(record: Record, expected: dict[str, _Expected], folder: Path) -> Verdict:
-    ours, difference = _replayed(record, folder)
-    if difference is not None:
-        return Verdict(difference)
-    foreign = next((name for name in expected if name not in ours), None)
-    if foreign is not None:
-        raise _Unusable(f"{foreign} is nothing that {record.editor} computes")
-    apart = {name: one.gap(ours[name]) for name, one in expected.items()}
-    outside = [name for name, one in expected.items() if not apart[name] <= one.allowed]
-    if not outside:
-        return Verdict()
-    runs = [_replayed(record, folder, perturbation=seed)[0] for seed in range(_N_PERTURBED)]
-    for name in outside:
-        one = expected[name]
-        # A run that stops a step earlier lacks the numbers of the last pass.
-        spread = 2 * max((one.gap(run[name], ours[name]) for run in runs if name in run), default=0.0)
-        if not apart[name] <= spread:
-            allowed = max(one.allowed, spread)
-            return Verdict(f"{name} differs by {apart[name]:.2g} where {allowed:.2g} is allowed")
-    noun = "number" if len(expected) == 1 else "numbers"
-    return Verdict(notes=(f"{len(outside)} of {len(expected)} {noun} within what rounding moves them",))
+    expected = _expected(record, tensors, _tolerance(record, path.stem))
+    with replaying(path):
+        ours, difference = _replayed(record, path)
+        if difference is not None:
+            return Verdict(difference)
+        return expected.compare(ours, perturbed=lambda seed: _replayed(record, path, perturbation=seed)[0])
 
 
 def _tolerance(record: Record, name: str) -> Tolerance:
@@ -150,28 +79,17 @@ def _tolerance(record: Record, name: str) -> Tolerance:
     return replace(_ROME, entry=4.8e-3, logit=1.5e-2) if record.hparams.original_implementation else _ROME
 
 
-def _expected(record: Record, tensors: dict[str, Tensor], allowed: Tolerance) -> dict[str, _Expected]:
-    """Everything recorded that has a counterpart of ours, by name, in the order of the stream."""
-    expected: dict[str, _Expected] = {}
-
-    def add(name: str, numbers: Any, tolerance: float, *, is_norm: bool = False) -> None:
-        if numbers is not None:
-            expected[name] = _Expected(torch.as_tensor(numbers, dtype=torch.float64), tolerance + _PRINTED, is_norm)
+def _expected(record: Record, tensors: dict[str, Tensor], allowed: Tolerance) -> Expectations:
+    """Everything recorded that has a counterpart of ours."""
+    expected = Expectations()
 
     def add_norms(where: str, figures: Any, *names: str) -> None:
         for name in names:
-            numbers = getattr(figures, name)
-            if numbers is not None:
-                add(f"{name} at {where}", numbers, allowed.weight * float(torch.as_tensor(numbers).abs().max()))
+            expected.add_norms(f"{name} at {where}", getattr(figures, name), allowed.weight)
 
     def add_tensor(name: str, where: str, rows: slice) -> None:
         if name in tensors:
-            numbers = tensors[name][rows]
-            add(f"{name} at {where}", numbers, allowed.weight * float(numbers.norm()), is_norm=True)
-
-    def add_change(where: str, change: Any) -> None:
-        add(f"fro at {where}", change.fro, allowed.weight * change.fro)
-        add(f"entries at {where}", change.entries, allowed.entry * max(map(abs, change.entries), default=0.0))
+            expected.add_tensor(f"{name} at {where}", tensors[name][rows], allowed.weight)
 
     n_written = 0
     for index, turn in enumerate(record.edits):
@@ -180,7 +98,7 @@ def _expected(record: Record, tensors: dict[str, Tensor], allowed: Tolerance) ->
         for number, value in enumerate(values):
             here = f"{where}, request {number + 1}" if turn.z else where
             for step, losses in enumerate(value.losses):
-                add(f"losses at {here}, pass {step + 1}", losses, allowed.loss * abs(losses[0]))
+                expected.add(f"losses at {here}, pass {step + 1}", losses, allowed.loss * abs(losses[0]))
             if turn.z:
                 add_norms(here, value, "init_norm", "delta_norm", "z_norm")
         rows = slice(n_written, n_written + len(values))
@@ -189,49 +107,44 @@ def _expected(record: Record, tensors: dict[str, Tensor], allowed: Tolerance) ->
             add_tensor(name, where, rows)
         if turn.change is not None:
             add_norms(where, turn, "division_factor", "delta_norm")
-            add_change(where, turn.change)
+            expected.add_change(where, turn.change, allowed)
         for number, change in turn.layers.items():
             here = f"{where}, layer {number}"
             for name in ("keys", "keys_for_cache", "resid", "adj_k"):
                 add_tensor(f"{name}.{number}", where, rows)
             norms = ("key_norms", "z_error", "residual_norms", "adj_k_norms", "cache_fro", "cache_trace")
             add_norms(here, change, *norms)
-            add_change(here, change)
+            expected.add_change(here, change, allowed)
     total = record.total_change
     for number in record.hparams.layers:
-        add_change(f"the end, layer {number}", total[number] if isinstance(total, dict) else total)
+        over_all = total[number] if isinstance(total, dict) else total
+        expected.add_change(f"the end, layer {number}", over_all, allowed)
         name = "final_weight" if "final_weight" in tensors else f"final_weight.{number}"
         add_tensor(name, "the end", slice(None))
     for index in range(len(record.probes) if "probe_logits_after" in tensors else 0):
-        add(f"probe_logits_after at probe {index + 1}", tensors["probe_logits_after"][index], allowed.logit)
+        expected.add(f"probe_logits_after at probe {index + 1}", tensors["probe_logits_after"][index], allowed.logit)
     return expected
 
 
 @contextmanager
-def _editing(record: Record, folder: Path, *, perturbation: int | None = None) -> Iterator[Any]:
+def _editing(record: Record, path: Path, *, perturbation: int | None = None) -> Iterator[Any]:
     """Our editor with the record's settings, on the model that the record was made with.
 
     Args:
         record: The record.
-        folder: The model's folder.
+        path: The recording.
         perturbation: Seeds a difference of all weights and second moments in their last bits; None for none.
     """
-    if not folder.is_dir():
-        raise _Unusable(f"field 'model': there is no folder models/{record.model} beside the recordings")
-    try:
-        model = EditableModel.from_pretrained(folder, layer=record.layers[-1], task="completion", device="cpu")
-        moments = load_file(folder / "second_moments.safetensors")
-    except UserError as error:
-        raise _Unusable(f"field 'hparams.rewrite_module_tmp': {error}") from error
-    # A broken checkpoint can raise the errors of any library that reads it.
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _Unusable(f"its model cannot be loaded ({type(error).__name__}: {error})") from error
+    layer = record.layers[-1]
+    model = load_recorded_model(path, record, layer=layer, field="hparams.rewrite_module_tmp", task="completion")
+    with usable_model():
+        moments = load_file(models_folder(path) / record.model / "second_moments.safetensors")
     lacking = next((layer for layer in record.layers if layer not in moments), None)
     if lacking is not None:
-        raise _Unusable(f"field 'hparams.layers': second_moments.safetensors has none of {lacking}")
+        raise UnusableError(f"field 'hparams.layers': second_moments.safetensors has none of {lacking}")
     _check_fits(record, model)
     if perturbation is not None:
-        _perturb([*model.module.parameters(), *moments.values()], perturbation)
+        perturb([*model.module.parameters(), *moments.values()], perturbation)
     name, options = _editor_of(record)
     with EDITORS.get(name)(model=model, **options) as editor:
         editor.contexts = record.contexts
@@ -241,19 +154,12 @@ def _editing(record: Record, folder: Path, *, perturbation: int | None = None) -
 
 
 def _check_fits(record: Record, model: EditableModel) -> None:
-    """Raises `_Unusable` if positions or tokens are outside the model's tensors."""
+    """Raises `UnusableError` if positions or tokens are outside the model's tensors."""
     for number, path in zip(record.hparams.layers, record.layers, strict=True):
         positions = record.entry_positions
-        chosen = positions if isinstance(positions, list) else positions[number]
-        size = model.find_layer(path).get_parameter("weight").numel()
-        if max(chosen, default=0) >= size:
-            raise _Unusable(f"field 'entry_positions': {max(chosen)} is outside the {size} elements of {path}")
+        check_positions(positions if isinstance(positions, list) else positions[number], path, model)
     for index, probe in enumerate(record.probes):
-        field, ids, limit = f"probes.{index}.input_ids", probe.input_ids, model.config.vocab_size
-        if max(ids) >= limit:
-            raise _Unusable(f"field '{field}': {max(ids)} is not one of the model's {limit} ids")
-        if model.max_length is not None and len(ids) > model.max_length:
-            raise _Unusable(f"field '{field}': {len(ids)} tokens, where the model reads {model.max_length}")
+        check_ids(probe.input_ids, f"probes.{index}.input_ids", model)
 
 
 def _editor_of(record: Record) -> tuple[str, dict[str, Any]]:
@@ -283,29 +189,17 @@ def _editor_of(record: Record) -> tuple[str, dict[str, Any]]:
     }[record.editor]
     lacking = next((name for name, value in own.items() if value is None), None)
     if lacking is not None:
-        raise _Unusable(f"field 'hparams': has no value for our option {lacking!r}")
+        raise UnusableError(f"field 'hparams': has no value for our option {lacking!r}")
     return record.editor.lower(), {**options, **own}
 
 
-@torch.no_grad()
-def _perturb(tensors: Sequence[Tensor], seed: int) -> None:
-    """Changes every number by a unit in the last place or four, up or down."""
-    generator = torch.Generator().manual_seed(seed)
-    size = _PERTURBATIONS[seed % len(_PERTURBATIONS)] * torch.finfo(torch.float32).eps
-    for tensor in tensors:
-        signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-        if tensor.dim() == 2 and torch.equal(tensor, tensor.T):
-            signs = signs.triu() + signs.triu(1).T
-        tensor.mul_(1 + signs * size)
-
-
-def _replayed(record: Record, folder: Path, *, perturbation: int | None = None) -> tuple[dict[str, Tensor], str | None]:
+def _replayed(record: Record, path: Path, *, perturbation: int | None = None) -> tuple[dict[str, Tensor], str | None]:
     """Makes every edit and runs every probe.
 
     Returns:
         Our numbers by the names of `_expected`, and the first difference in tokens, positions or steps.
     """
-    with _editing(record, folder, perturbation=perturbation) as editor:
+    with _editing(record, path, perturbation=perturbation) as editor:
         replay = _Replay(record, editor)
         replay.run()
         return replay.numbers, next(iter(replay.differences), None)
@@ -338,11 +232,7 @@ class _Replay:
             self._note_change(weight - unedited[path], f"the end, layer {number}", number)
             self.numbers |= {"final_weight at the end": weight, f"final_weight.{number} at the end": weight}
         for index, probe in enumerate(self._record.probes):
-            ids = torch.tensor([probe.input_ids])
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with torch.no_grad():
-                logits = self._model.logits(EncodedBatch(inputs=inputs, query=torch.tensor([-1])))
-            self.numbers[f"probe_logits_after at probe {index + 1}"] = logits[0, -1]
+            self.numbers[f"probe_logits_after at probe {index + 1}"] = last_logits(self._model, probe)
 
     def _edit(self, turn: Turn, where: str) -> None:
         requests: list[Request | None] = [*turn.requests] or [turn.request]
