@@ -11,6 +11,7 @@ from grace_bench.common.options import check_choice, check_positive
 from grace_bench.common.progress import Progress
 from grace_bench.data.artifacts import content_key, load_artifact, save_artifact
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.closed_form import closed_form
 from grace_bench.editors._rome.editor import MassEditor
@@ -63,6 +64,13 @@ class AlphaEdit(MassEditor):
             every layer is empty.
     """
 
+    about = About(
+        source="Fang et al., ICLR 2025",
+        changes="the weights of several layers, within a null space",
+        needs="running text",
+        costs="as `memit`, and two matrices a layer in memory",
+        choose="for batches of facts that follow one another",
+    )
     search_space: ClassVar = {
         "threshold": (1e-3, 1e-2),
         "threshold_unit": ("largest",),

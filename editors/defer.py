@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from grace_bench.common.options import check_choice, check_positive
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
@@ -43,6 +44,12 @@ class Defer(AdaptorStrategy):
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
 
+    about = About(
+        source="Hartvigsen et al. 2023, after SERAC",
+        changes="what the layer returns where a gate opens",
+        costs="up to `n_iter` passes from the layer on; two small maps in all",
+        choose="as a baseline of bounded size",
+    )
     search_space: ClassVar = {"lr": (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)}
 
     def __init__(

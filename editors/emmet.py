@@ -9,6 +9,7 @@ from torch import Tensor
 from grace_bench.common.options import check_not_negative, check_positive
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.closed_form import closed_form, regularised
 from grace_bench.editors._rome.editor import MassEditor
@@ -53,6 +54,13 @@ class Emmet(MassEditor):
         UserError: If an option is out of range, naming it, or a layer is not linear or in no block.
     """
 
+    about = About(
+        source="Gupta et al. 2024, A Unified Framework for Model Editing",
+        changes="the weights of a layer, with the facts as constraints",
+        needs="running text",
+        costs="as `memit`",
+        choose="as `memit`, where facts come before what should stay",
+    )
     search_space: ClassVar = {"softness": (0.1, 1.0), "n_iter": (25, 50, 100), "clamp": (4.0,)}
 
     def __init__(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import trainable
@@ -32,6 +33,12 @@ class FineTune(EditorStrategy):
         UserError: If a number is out of range, naming it, or the layer has no weights.
     """
 
+    about = About(
+        source="Hartvigsen et al. 2023, section 4.1; Meng et al. 2022, appendix",
+        changes="the layer's weights",
+        costs="up to `n_iter` passes from the layer on",
+        choose="as the baseline, or for a handful of edits",
+    )
     freezes_weights = False
     search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.weights import trainable
 from grace_bench.editors.ft import FineTune
@@ -38,6 +39,12 @@ class FineTuneEwc(FineTune):
         UserError: If a number is out of range, naming it, or the layer has no weights.
     """
 
+    about = About(
+        source="Kirkpatrick et al., PNAS 2017",
+        changes="the layer's weights, held near what the last edits need",
+        costs="as `ft`, and a gradient for each of the last edits",
+        choose="as a baseline of continual learning",
+    )
     needs_replay = True
     search_space: ClassVar = {"lr": (0.001, 0.0003, 3e-05), "ewc_lambda": (0.1, 10000.0)}
 

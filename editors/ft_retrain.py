@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from grace_bench.common.options import check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.weights import trainable
 from grace_bench.editors.ft import FineTune, WeightAdam
@@ -39,6 +40,12 @@ class FineTuneRetrain(FineTune):
         UserError: If a number is out of range, naming it, or the layer has no weights.
     """
 
+    about = About(
+        source="Hartvigsen et al. 2023, section 4.1",
+        changes="the layer's weights, retrained from the unedited ones",
+        costs="as `ft`, and every `retrain_every` edits passes over all that it stores",
+        choose="if edits may be stored and retrained at night",
+    )
     needs_replay = True
     search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap
 from grace_bench.editors._grace.editor import CodebookEditor
@@ -46,6 +47,12 @@ class Grace(CodebookEditor):
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
 
+    about = About(
+        source="Hartvigsen et al., NeurIPS 2023",
+        changes="what the layer returns near the keys of a codebook",
+        costs="up to `n_iter` passes from the layer on; a key and a value an entry; a lookup a query",
+        choose="if edits must hold and nothing else may change",
+    )
     is_reference = True
     search_space: ClassVar = {
         "eps_init": (0.5, 1.0, 3.0),

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
@@ -36,6 +37,12 @@ class Lora(AdaptorStrategy):
         UserError: If a number is out of range, naming it, or the layer is not a linear map.
     """
 
+    about = About(
+        source="Hu et al., ICLR 2022",
+        changes="what the layer returns, by a low-rank adapter",
+        costs="up to `n_iter` passes from the layer on; one adapter in all",
+        choose="if the result should be an adapter that others can load",
+    )
     stops_when_answered = True
     search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from grace_bench.common.options import check_flag, check_positive
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import State
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.closed_form import closed_form, regularised
@@ -65,6 +66,13 @@ class Memit(MassEditor):
         UserError: If an option is out of range, naming it, or a layer is not linear or in no block.
     """
 
+    about = About(
+        source="Meng et al., ICLR 2023",
+        changes="the weights of several layers, by least squares over a batch",
+        needs="running text",
+        costs="values as for `rome`, optimised together; a solve a layer",
+        choose="for many facts at once",
+    )
     search_space: ClassVar = {"moment_weight": (15000.0, 1000.0), "n_iter": (25, 50, 100), "clamp": (4.0,)}
 
     def __init__(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from grace_bench.common.options import check_choice, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.registry import register_editor
@@ -35,6 +36,12 @@ class Memory(AdaptorStrategy):
         UserError: If an option is not one of its choices, or a number is out of range, naming it.
     """
 
+    about = About(
+        source="Hartvigsen et al. 2023, after Weston et al., ICLR 2015",
+        changes="what the layer returns, read from learned slots",
+        costs="up to `n_iter` passes from the layer on; `n_slots` values in all",
+        choose="as a baseline of bounded size",
+    )
     search_space: ClassVar = {
         "lr": (0.1, 0.01, 0.001),
         "replacement": ("replace_all", "replace_prompt"),

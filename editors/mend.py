@@ -12,6 +12,7 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.artifacts import content_key, load_artifact, requests_key, save_artifact
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._mend_networks import EditorNetworks, add_to_weight, edit_gradients, linear_size
@@ -51,6 +52,12 @@ class Mend(EditorStrategy):
         UserError: If a number is out of range or a layer is not linear, naming it.
     """
 
+    about = About(
+        source="Mitchell et al., ICLR 2022",
+        changes="the layers' weights, by an update that networks compute",
+        costs="meta-training once; then one pass and its gradient an edit",
+        choose="if edits are few and must be instant",
+    )
     freezes_weights = False
     needs_meta_training = True
     # Mitchell et al. 2022, section 5: several of the last feed-forward maps together.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_flag
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.values import Value
 from grace_bench.editors.rome import Rome
@@ -45,6 +46,13 @@ class RebuiltRome(Rome):
         UserError: If an option is out of range, naming it, or the layer is not linear.
     """
 
+    about = About(
+        source="Gupta et al. 2024, Rebuilding ROME",
+        changes="a layer's weights, by a rank-one update at one key",
+        needs="running text",
+        costs="as `rome`",
+        choose="for facts that come one at a time, many of them",
+    )
     search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (2, 10)}
 
     def __init__(

@@ -9,6 +9,7 @@ from torch import Tensor
 from grace_bench.common.options import check_flag
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.closed_form import regularised
 from grace_bench.editors._rome.editor import LocateThenEdit
@@ -54,6 +55,13 @@ class Rome(LocateThenEdit):
         UserError: If an option is out of range, naming it, or the layer is not linear.
     """
 
+    about = About(
+        source="Meng et al., NeurIPS 2022",
+        changes="a layer's weights, by a rank-one update",
+        needs="running text",
+        costs="up to `n_iter` passes from the layer on, in every context",
+        choose="to compare with what was published for it",
+    )
     # Meng et al. 2022, section 3.1: the last map of a feed-forward block is a memory of facts.
     layer_kind = "mlp_output"
     search_space: ClassVar = {"n_iter": (20, 50, 100), "n_prefixes": (2, 10)}

@@ -80,14 +80,16 @@ def _n_behind(batch: EncodedBatch) -> int:
 def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
     """Optimises the values of a few facts in the same passes; each has an Adam state of its own."""
     device = model.layer_device
-    answered = stack([fact.answered for fact in facts]).aligned_at_query()
-    essence = _until_query(stack([fact.essence for fact in facts]).aligned_at_query())
+    # In one pass the target behind each context, and what follows the subject's essence.
+    answered = stack([fact.answered for fact in facts])
+    batch = stack([replace(answered, content=None), *(_until_query(fact.essence) for fact in facts)]).aligned_at_query()
     n_rows = torch.tensor([len(fact.answered) for fact in facts])
+    n_answered = len(answered)
     owner = torch.arange(len(facts)).repeat_interleave(n_rows)
+    rows = torch.cat([owner, torch.arange(len(facts))]).to(device)
     plain = (n_rows.cumsum(0) - n_rows).to(device)
     initial: Tensor | None = None
     delta = torch.empty(0)
-    rows = torch.empty(0, dtype=torch.long)
 
     def add(call: LayerCall) -> Tensor:
         nonlocal initial, delta
@@ -95,29 +97,27 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
             initial = call.output_at_query.detach()[plain].float()
             delta = torch.zeros_like(initial, requires_grad=True)
         everywhere = torch.ones(len(call.position), dtype=torch.bool, device=call.output.device)
-        return call.replace(call.output_at_query + delta[rows.to(delta.device)], everywhere, "replace_last")
+        return call.replace(call.output_at_query + delta[rows], everywhere, "replace_last")
 
     losses: list[list[tuple[float, float, float, float]]] = [[] for _ in facts]
     active = torch.ones(len(facts), dtype=torch.bool)
     unedited: Tensor | None = None
     handle = model.intercept(add)
     try:
-        rows = owner
         with torch.no_grad():
-            model.engine.reach_layer(answered)
+            model.engine.reach_layer(batch)
         # Rows are aligned: nothing changes before the one position at which all are queried.
-        answer = model.repeated(answered, first_changed=int(answered.query[0]))
-        rows = torch.arange(len(facts))
-        describe = model.repeated(essence, first_changed=int(essence.query[0]))
+        repeated = model.repeated(batch, first_changed=int(batch.query[0]))
+        labels = repeated.batch.labels
         assert initial is not None
+        assert labels is not None
         adam = torch.optim.Adam([delta], lr=optimisation.lr)
         norms = initial.norm(dim=1)
         largest = optimisation.clamp * norms
         for step in range(optimisation.n_iter):
-            rows = owner
-            nll = _means(_row_losses(answer(), answer.batch), owner, len(facts))
-            rows = torch.arange(len(facts))
-            now = _at_labels(describe(), describe.batch).log_softmax(dim=-1)
+            logits = repeated()
+            nll = _means(_row_losses(logits[:n_answered], labels[:n_answered]), owner, len(facts))
+            now = _at_labels(logits[n_answered:], labels[n_answered:]).log_softmax(dim=-1)
             unedited = now.detach() if unedited is None else unedited
             drift = functional.kl_div(unedited, now, log_target=True, reduction="none").sum(dim=-1)
             decay = optimisation.weight_decay * (delta.norm(dim=1) / norms**2).to(nll.device)
@@ -143,26 +143,24 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
     return [Value(*value) for value in found]
 
 
-def _until_query(batch: EncodedBatch) -> EncodedBatch:
-    """The aligned batch up to its query, with a label there, so that the engine computes the logits there alone."""
-    asked = batch.until(int(batch.query[0]) + 1)
+def _until_query(essence: EncodedBatch) -> EncodedBatch:
+    """One row up to its query, with a label there, so that the engine computes the logits there."""
+    asked = essence.until(int(essence.query[0]) + 1)
     ids = asked.inputs["input_ids"]
     return replace(asked, labels=functional.pad(ids[:, -1:], (ids.shape[1] - 1, 0), value=IGNORED))
 
 
-def _at_labels(logits: Tensor, batch: EncodedBatch) -> Tensor:
+def _at_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, V) float32 logits at the one labelled position of each row."""
-    assert batch.labels is not None
-    return logits[batch.labels != IGNORED].float()
+    return logits[labels != IGNORED].float()
 
 
-def _row_losses(logits: Tensor, batch: EncodedBatch) -> Tensor:
+def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) mean negative log-likelihood of each row's labels."""
-    assert batch.labels is not None
     flat = functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return flat.view(batch.labels.shape).sum(dim=1) / (batch.labels != IGNORED).sum(dim=1)
+    return flat.view(labels.shape).sum(dim=1) / (labels != IGNORED).sum(dim=1)
 
 
 def _means(values: Tensor, owner: Tensor, n: int) -> Tensor:

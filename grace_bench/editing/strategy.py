@@ -14,6 +14,7 @@ from grace_bench.common.signatures import choice_fault, class_fault, constructor
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import TaskName
 from grace_bench.data.stream import LayerKind
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.guard import Guard
@@ -44,6 +45,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         evaluator: Avalanche's evaluation plugin, with metrics and loggers.
 
     Attributes:
+        about: The editor in the words of a table, or None.
         edits_together: Whether a batch of requests is one operation, as for MEMIT. Other editors get one request at a
             time.
         needs_subject: Whether `edit` reads the subjects of requests.
@@ -64,6 +66,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     """
 
     registered_name: ClassVar[str]
+    about: ClassVar[About | None] = None
     edits_together: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
     needs_replay: ClassVar[bool] = False
@@ -300,6 +303,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         for flag in ("edits_together", "needs_subject", "needs_replay", "needs_meta_training", "freezes_weights"):
             if type(value := getattr(cls, flag)) is not bool:
                 return f"{flag} of {cls.__name__} is {value!r}: set it to True or False"
+        if not isinstance(cls.about, About | None):
+            return f"about of {cls.__name__} is {cls.about!r}: set it to an About(...)"
         tasks = cls.supported_tasks
         if not isinstance(tasks, tuple) or not tasks:
             return f"supported_tasks of {cls.__name__} is {tasks!r}: set it to a tuple, such as ('qa',)"
