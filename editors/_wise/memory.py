@@ -228,19 +228,8 @@ class SideMemories:
         candidates = self.answering()
         found = [self._distance(entering, self.output(entering, one.weight), mask) for one in candidates]
         distances = torch.stack(found) if found else entering.new_zeros(0, len(entering), dtype=torch.float32)
-        chosen = torch.full((len(entering),), -1, dtype=torch.long, device=entering.device)
-        best = distances.new_zeros(len(entering))
-        for index, candidate in enumerate(candidates):
-            distance = distances[index]
-            if candidate.name == "new":
-                # The others have to be farther than the side memory in training even where it does not answer.
-                better, best = distance >= candidate.least, distance
-            else:
-                reaches = distance >= candidate.least if candidate.name == "layer" else distance > candidate.least
-                better = reaches & (distance > best)
-                best = torch.where(better, distance, best)
-            chosen = torch.where(better, index, chosen)
-        return Routes(candidates, distances, chosen)
+        names, least = [one.name for one in candidates], [one.least for one in candidates]
+        return Routes(candidates, distances, chosen(names, least, distances))
 
     def _distance(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> Tensor:
         activations = self.activations(entering, leaving)
@@ -315,9 +304,33 @@ class SideMemories:
         self.n_edits = int(state["n_trained"])
 
 
+def chosen(names: Sequence[str], least: Sequence[float], distances: Tensor) -> Tensor:
+    """Returns which of C candidates answers each of B prompts, -1 for the unedited layer: (B,) long.
+
+    The farthest answers of those that are far enough. Saved and merged memories have to be farther than the side memory
+    in training even where it is not far enough itself.
+
+    Args:
+        names: The candidates, `new` before all others.
+        least: The distance from which on each answers.
+        distances: (C, B) distances.
+    """
+    found = torch.full(distances.shape[1:], -1, dtype=torch.long, device=distances.device)
+    best = distances.new_zeros(distances.shape[1:])
+    for index, (name, bound, distance) in enumerate(zip(names, least, distances, strict=True)):
+        if name == "new":
+            found, best = torch.where(distance >= bound, index, found), distance
+            continue
+        # A merged memory answers at its bound, as in the authors' code.
+        better = (distance > best) & (distance >= bound if name == "layer" else distance > bound)
+        found, best = torch.where(better, index, found), torch.where(better, distance, best)
+    return found
+
+
 def mean_at(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns the (B,) mean of (B, T) values at the positions of a mask of the same shape."""
-    return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1)
+    """Returns the mean of each row of (B, T) values at the positions of a mask; rows without any are left out."""
+    counted = mask.any(dim=1)
+    return torch.where(mask, values, 0.0)[counted].sum(dim=1) / mask[counted].sum(dim=1)
 
 
 def _nonlinearity(model: EditableModel) -> Callable[[Tensor], Tensor]:

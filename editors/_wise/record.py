@@ -48,6 +48,13 @@ class Routing(Part):
     used: str
     equal_outputs: list[str]
 
+    @model_validator(mode="after")
+    def _has_the_memory_in_training(self) -> Self:
+        for field in ("distances", "thresholds"):
+            if "new" not in getattr(self, field):
+                raise ValueError(f"field '{field}.new': Field required")
+        return self
+
 
 class TextRouting(Routing):
     """The same, with the text."""

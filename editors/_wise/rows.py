@@ -21,14 +21,17 @@ class EditRows:
     """One edit as the model reads it.
 
     Attributes:
-        batch: The request in each of C contexts, with its target as labels.
-        irrelevant: The irrelevant prompt as a batch of one row; None if other positions of the same rows stand for it.
-        inside: (C, T) bool, the positions of the request that count; None for those of its prompts.
+        batch: The request in each context, with its target as labels; in the authors' code also the irrelevant prompt,
+            without labels, as its last row.
+        irrelevant: The irrelevant prompt as a batch of one row; None if it is in `batch`.
+        inside: (R, T) bool, the positions that count for the request; None for those of its prompts.
+        outside: (R, T) bool, the positions of `batch` that count for the irrelevant prompt; None if it is apart.
     """
 
     batch: EncodedBatch
-    irrelevant: EncodedBatch | None
+    irrelevant: EncodedBatch | None = None
     inside: Tensor | None = None
+    outside: Tensor | None = None
 
 
 @torch.no_grad()
@@ -95,23 +98,26 @@ def official_rows(
     n_asked = max(len(tokenizer(text)["input_ids"]) for text in asked)
     wanted = ids.masked_fill(mask == 0, IGNORED)
     wanted[:, :n_asked] = IGNORED
+    wanted[-1] = IGNORED
     labels = torch.cat([wanted[:, 1:], torch.full_like(wanted[:, :1], IGNORED)], dim=1)
-    whole = EncodedBatch(
+    batch = EncodedBatch(
         inputs={"input_ids": ids, "attention_mask": mask},
         query=last_token(mask),
         labels=labels,
         pad_id=tokenizer.eos_token_id,
-    ).to(model.device)
-    batch, other = whole.rows(range(len(asked))), whole.row(len(asked))
-    if irrelevant not in prompt:
-        return EditRows(batch, other, torch.ones_like(batch.inputs["attention_mask"], dtype=torch.bool))
-    return EditRows(batch, None, _part(tokenizer, rows[:-1], irrelevant, ids.shape[1]).to(model.device))
+    )
+    asks = torch.arange(len(rows))[:, None].expand_as(ids) < len(asked)
+    inside, outside = asks, ~asks
+    if irrelevant in prompt:
+        inside = _part(tokenizer, rows[:-1], irrelevant, ids.shape[1])
+        outside = asks & ~inside
+    return EditRows(batch.to(model.device), None, inside.to(model.device), outside.to(model.device))
 
 
 def _part(tokenizer: Any, rows: Sequence[Sequence[int]], part: str, width: int) -> Tensor:
-    """A mask of the first place of a part in each of the left-padded rows."""
+    """A mask of the first place of a part in each of the left-padded rows, and of nothing in a further row."""
     spaced, bare = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {part}", part))
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    mask = torch.zeros(len(rows) + 1, width, dtype=torch.bool)
     length = len(spaced)
     for index, row in enumerate(rows):
         start = _find(row, spaced)

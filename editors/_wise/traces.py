@@ -22,10 +22,11 @@ from grace_bench.editors._recordings import (
     check_positions,
     last_logits,
     load_recorded_model,
+    perturb,
     replaying,
 )
 from grace_bench.editors._wise.editor import MemoryEditor
-from grace_bench.editors._wise.memory import Routes
+from grace_bench.editors._wise.memory import chosen
 from grace_bench.editors._wise.record import Record, Routing, Turn, read_record
 from grace_bench.models.encoding import IGNORED, EncodedBatch
 from grace_bench.registry import EDITORS
@@ -46,13 +47,18 @@ def replay_file(path: Path) -> Verdict:
         UserError: If the record or its model is missing or damaged, naming the field.
     """
     record, tensors = read_record(path)
-    expected = _expected(record, tensors)
-    with replaying(path), _editing(record, tensors, path) as editor:
-        replay = _Replay(record, editor)
-        replay.run()
-        if replay.differences:
-            return Verdict(replay.differences[0])
-        return expected.compare(replay.numbers)
+    with replaying(path):
+        ours, difference = _replayed(record, tensors, path)
+        if difference is not None:
+            return Verdict(difference)
+        return _expected(record, tensors).compare(
+            ours, perturbed=lambda seed: _replayed(record, tensors, path, perturbation=seed)[0], family=_family
+        )
+
+
+def _family(name: str) -> str:
+    """The kind of a number: what comes before the place where it was recorded."""
+    return name.partition(" at ")[0]
 
 
 def _expected(record: Record, tensors: dict[str, Tensor]) -> Expectations:
@@ -62,7 +68,7 @@ def _expected(record: Record, tensors: dict[str, Tensor]) -> Expectations:
     def add_routing(where: str, routing: Routing) -> None:
         for kind, numbers in (("distance", routing.distances), ("threshold", routing.thresholds)):
             for name, number in numbers.items():
-                expected.add(f"{kind} of {name} at {where}", number, _ALLOWED.loss * abs(number))
+                expected.add(f"{kind} at {where}, {name}", number, _ALLOWED.loss * abs(number))
 
     def add_number(name: str, number: float) -> None:
         expected.add(name, number, _ALLOWED.loss * abs(number))
@@ -72,10 +78,11 @@ def _expected(record: Record, tensors: dict[str, Tensor]) -> Expectations:
         steps = [*enumerate(turn.losses), *enumerate(turn.losses_last_10, turn.n_updates - len(turn.losses_last_10))]
         for step, losses in steps:
             expected.add(f"losses at {where}, pass {step + 1}", losses, _ALLOWED.loss * abs(losses[0]))
+        expected.add(f"n_updates at {where}", turn.n_updates, 0.0)
         add_number(f"editing_activation at {where}", turn.editing_activation[0])
         add_number(f"editing_min_act at {where}", turn.editing_min_act)
         for number, least in enumerate(turn.memory_min_acts):
-            add_number(f"memory_min_acts.{number} at {where}", least)
+            add_number(f"memory_min_acts at {where}, memory {number}", least)
         for name, change in _changes(turn):
             expected.add_change(f"{where}, {name}", change, _ALLOWED)
         for number, routing in enumerate(turn.routing):
@@ -86,15 +93,16 @@ def _expected(record: Record, tensors: dict[str, Tensor]) -> Expectations:
     for index, probe in enumerate(record.probes):
         add_routing(f"probe {index + 1}", probe.routing)
         if "probe_logits_after" in tensors:
-            expected.add(
-                f"probe_logits_after at probe {index + 1}", tensors["probe_logits_after"][index], _ALLOWED.logit
-            )
+            logits = tensors["probe_logits_after"][index]
+            expected.add(f"probe_logits_after at probe {index + 1}", logits, _ALLOWED.logit)
+        # How far the recorded answer is from the most likely one.
+        expected.add(f"argmax_after at probe {index + 1}", 0.0, _ALLOWED.logit)
     for name in tensors:
         if name.startswith("final."):
-            expected.add_tensor(name, tensors[name], _ALLOWED.weight)
-    add_number("final_editing_min_act", record.final_editing_min_act)
+            expected.add_tensor(f"weight at {name}", tensors[name], _ALLOWED.weight)
+    add_number("editing_min_act at the end", record.final_editing_min_act)
     for number, least in enumerate(record.final_memory_min_acts):
-        add_number(f"final_memory_min_acts.{number}", least)
+        add_number(f"memory_min_acts at the end, memory {number}", least)
     return expected
 
 
@@ -105,13 +113,24 @@ def _changes(turn: Turn) -> Iterator[tuple[str, Change]]:
 
 
 @contextmanager
-def _editing(record: Record, tensors: dict[str, Tensor], path: Path) -> Iterator[Any]:
-    """Our editor with the record's settings, on the model that the record was made with."""
+def _editing(
+    record: Record, tensors: dict[str, Tensor], path: Path, *, perturbation: int | None = None
+) -> Iterator[Any]:
+    """Our editor with the record's settings, on the model that the record was made with.
+
+    Args:
+        record: The record.
+        tensors: Its tensors.
+        path: The recording.
+        perturbation: Seeds a difference of all weights in their last bits; None for none.
+    """
     model = load_recorded_model(path, record, layer=record.layer, field="weight_name", task="completion")
     model.module.set_attn_implementation("eager")
     check_positions(record.entry_positions, record.layer, model)
     for index, probe in enumerate(record.probes):
         check_ids(probe.input_ids, f"probes.{index}.input_ids", model)
+    if perturbation is not None:
+        perturb([*model.module.parameters()], perturbation)
     weight = model.layer.get_parameter("weight")
     masks, n_masks = tensors["masks"], -(-len(record.edits) // record.hparams.save_freq)
     if masks.shape != (n_masks, weight.numel()):
@@ -119,8 +138,8 @@ def _editing(record: Record, tensors: dict[str, Tensor], path: Path) -> Iterator
             f"field 'tensors.masks': has the shape {list(masks.shape)}, where {[n_masks, weight.numel()]} is needed"
         )
     given = record.hparams
-    # Of the other engine, the rounding differs.
-    with EDITORS.get("wise")(
+    # Rounding decides later steps: passes are computed in full, as they were for the records.
+    with model.serving(model.task, engine="plain"), EDITORS.get("wise")(
         model=model,
         edit_lr=given.edit_lr,
         n_iter=given.n_iter,
@@ -141,6 +160,20 @@ def _editing(record: Record, tensors: dict[str, Tensor], path: Path) -> Iterator
         editor.contexts = record.contexts
         editor.mask_of = lambda shard: masks[shard].bool().view(weight.shape)
         yield editor
+
+
+def _replayed(
+    record: Record, tensors: dict[str, Tensor], path: Path, *, perturbation: int | None = None
+) -> tuple[dict[str, Tensor], str | None]:
+    """Makes every edit and runs every probe.
+
+    Returns:
+        Our numbers by the names of `_expected`, and the first difference in what rounding cannot move.
+    """
+    with _editing(record, tensors, path, perturbation=perturbation) as editor:
+        replay = _Replay(record, editor)
+        replay.run()
+        return replay.numbers, next(iter(replay.differences), None)
 
 
 class _Replay:
@@ -168,16 +201,14 @@ class _Replay:
             where = f"probe {index + 1}"
             logits = last_logits(self._editor.model, probe)
             self.numbers[f"probe_logits_after at {where}"] = logits
-            self._same(f"argmax_after at {where}", int(logits.argmax()), probe.argmax_after)
+            self._number(f"argmax_after at {where}", float(logits.max() - logits[probe.argmax_after]))
             self._route(where, probe.input_ids, probe.routing)
         memories = self._memories
-        self._number("final_editing_min_act", memories.least_new)
-        for number, least in enumerate(memories.least):
-            self._number(f"final_memory_min_acts.{number}", least)
-        self.numbers["final.new_weight"] = self._weight("new")
-        self.numbers["final.layer_weight"] = self._weight("layer")
+        self._least("the end")
+        self.numbers["weight at final.new_weight"] = self._weight("new")
+        self.numbers["weight at final.layer_weight"] = self._weight("layer")
         for number, weight in enumerate(memories.saved):
-            self.numbers[f"final.memory.{number}"] = weight
+            self.numbers[f"weight at final.memory.{number}"] = weight
 
     def _turn(self, where: str, turn: Turn) -> None:
         self._check_rows(where, turn)
@@ -186,16 +217,15 @@ class _Replay:
         self._choices = iter(turn.replay_choices or ())
         trained = self._editor.edit_one((given.prompt, given.target_new, given.loc_prompt))
         self._same(f"mask_ones at {where}", int(mask.sum()), turn.mask_ones)
-        self._same(f"n_updates at {where}", len(trained.losses), turn.n_updates)
         self._same(f"saved at {where}", not memories.n_edits % memories.sharding.save_freq, turn.saved)
         self._same(f"merged at {where}", not memories.n_edits % memories.sharding.merge_freq, turn.merged)
         self._same(f"n_memories at {where}", len(memories.saved), turn.n_memories)
-        for step, losses in enumerate(trained.losses):
+        self._number(f"n_updates at {where}", len(trained.losses))
+        lacking = [(torch.nan,) * len(turn.losses[0])] * (turn.n_updates - len(trained.losses))
+        for step, losses in enumerate([*trained.losses, *lacking]):
             self.numbers[f"losses at {where}, pass {step + 1}"] = torch.tensor(losses, dtype=torch.float64)
         self._number(f"editing_activation at {where}", trained.activation)
-        self._number(f"editing_min_act at {where}", memories.least_new)
-        for number, least in enumerate(memories.least):
-            self._number(f"memory_min_acts.{number} at {where}", least)
+        self._least(where)
         for name, _ in _changes(turn):
             self._change(f"{where}, {name}", name)
         for number, routing in enumerate(turn.routing):
@@ -215,25 +245,18 @@ class _Replay:
         rows = self._editor.rows((given.prompt, given.target_new, given.loc_prompt))
         assert rows.batch.labels is not None
         ids, mask = rows.batch.inputs["input_ids"], rows.batch.inputs["attention_mask"]
-        labels = rows.batch.labels[:, :-1]
-        n_rows = len(ids)
+        # The labels of the irrelevant prompt are recorded, but no loss.
+        labels, n_asked = rows.batch.labels[:-1, :-1], len(ids) - 1
+        self._same(f"rows at {where}", len(ids), turn.rows)
         self._same(f"padded_length at {where}", ids.shape[1], turn.padded_length)
-        self._same(f"rows at {where}", n_rows + 1, turn.rows)
-        self._same(f"input_ids at {where}", ids.tolist(), turn.input_ids and turn.input_ids[:n_rows])
-        self._same(f"labels at {where}", labels.tolist(), turn.labels and [row[1:] for row in turn.labels[:n_rows]])
+        self._same(f"input_ids at {where}", ids.tolist(), turn.input_ids)
+        self._same(f"attention_mask_sum at {where}", mask.sum(dim=1).tolist(), turn.attention_mask_sum)
+        self._same(f"labels at {where}", labels.tolist(), turn.labels and [row[1:] for row in turn.labels[:n_asked]])
         n_labels = (labels != IGNORED).sum(dim=1).tolist()
-        self._same(f"labels_per_row at {where}", n_labels, turn.labels_per_row and turn.labels_per_row[:n_rows])
-        n_tokens = mask.sum(dim=1).tolist()
-        if rows.irrelevant is not None:
-            other = rows.irrelevant.inputs["attention_mask"].sum(dim=1).tolist()
-            self._same(f"attention_mask_sum at {where}", [*n_tokens, *other], turn.attention_mask_sum)
-            last = rows.irrelevant.inputs["input_ids"].tolist()
-            self._same(f"input_ids at {where}", last, turn.input_ids and turn.input_ids[n_rows:])
-        else:
-            self._same(f"attention_mask_sum at {where}", n_tokens, turn.attention_mask_sum and turn.attention_mask_sum[:n_rows])
+        self._same(f"labels_per_row at {where}", n_labels, turn.labels_per_row and turn.labels_per_row[:n_asked])
         if turn.act_mask is not None:
             assert rows.inside is not None
-            self._same(f"act_mask at {where}", rows.inside.long().tolist(), turn.act_mask)
+            self._same(f"act_mask at {where}", rows.inside[:-1].long().tolist(), turn.act_mask)
 
     def _route(self, where: str, ids: list[int], recorded: Routing) -> None:
         """Compares which weight answers a text, without a call of the edited model."""
@@ -241,19 +264,27 @@ class _Replay:
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with self._editor.model.bypassing():
             call = self._editor.model.layer_call(EncodedBatch(inputs=inputs, query=torch.tensor([-1])))
-        routes: Routes = self._memories.route(call.input, torch.ones_like(tokens, dtype=torch.bool))
-        ratio = self._memories.sharding.act_ratio
-        found = {candidate.name: index for index, candidate in enumerate(routes.candidates)}
+        routes = self._memories.route(call.input, torch.ones_like(tokens, dtype=torch.bool))
+        ours = {one.name: (routes.distances[index, 0], one.least) for index, one in enumerate(routes.candidates)}
+        # A memory that is the layer's own weight is no candidate.
+        nothing = 0.0, self._memories.least_new * self._memories.sharding.act_ratio
         for name in recorded.distances:
-            distance = float(routes.distances[found[name], 0]) if name in found else 0.0
-            self._number(f"distance of {name} at {where}", distance)
+            self._number(f"distance at {where}, {name}", float(ours.get(name, nothing)[0]))
         for name in recorded.thresholds:
-            least = routes.candidates[found[name]].least if name in found else self._memories.least_new * ratio
-            self._number(f"threshold of {name} at {where}", least)
-        chosen = int(routes.chosen[0])
-        used = _ORIGINAL if chosen < 0 else routes.candidates[chosen].name
+            self._number(f"threshold at {where}, {name}", ours.get(name, nothing)[1])
+        # Rounding may move our distances across a threshold, so the decision is made with those recorded.
+        names = sorted(recorded.distances, key=lambda name: name != "new")
+        least = [recorded.thresholds.get(name, recorded.thresholds["new"]) for name in names]
+        distances = torch.tensor([[recorded.distances[name]] for name in names], dtype=torch.float64)
+        index = int(chosen(names, least, distances))
+        used = _ORIGINAL if index < 0 else names[index]
         if used not in recorded.equal_outputs:
             self._same(f"used at {where}", used, recorded.used)
+
+    def _least(self, where: str) -> None:
+        self._number(f"editing_min_act at {where}", self._memories.least_new)
+        for number, least in enumerate(self._memories.least):
+            self._number(f"memory_min_acts at {where}, memory {number}", least)
 
     def _chosen(self, n_edits: int) -> int:
         return next(self._choices)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from grace_bench.editing.guard import check_loss
 from grace_bench.editors._wise.memory import SideMemories, mean_at
 from grace_bench.editors._wise.rows import EditRows
 from grace_bench.models.calls import LayerCall
 from grace_bench.models.encoding import IGNORED, EncodedBatch
-from grace_bench.models.tasks.base import token_losses
 
 _WEIGHT_DECAY = 1e-5
 _FIRST = 1e9
@@ -101,15 +101,15 @@ class MemoryTraining:
             target_loss = self._target_loss(repeated(), repeated.batch)
             activations, positions = self._activations()
             inside = mean_at(activations, positions if rows.inside is None else rows.inside)
-            if outside is None:
-                assert rows.inside is not None
-                beyond = mean_at(activations, ~rows.inside)
-            else:
+            if outside is not None:
                 beyond = self._activation_of(*outside)
+            else:
+                assert rows.outside is not None
+                beyond = mean_at(activations, rows.outside)
             margin = margin_loss(inside, beyond, descent.act_margin)
             is_settled = abs(last - before) <= _SETTLED[0] and last <= _SETTLED[1]
             if is_settled or step == descent.n_iter - 1:
-                trained.activation = float(mean_at(activations, positions).mean().detach())
+                trained.activation = float(mean_at(activations, positions)[: len(inside)].mean().detach())
             if is_settled:
                 break
             replay = self._replay_losses()
@@ -146,8 +146,11 @@ class MemoryTraining:
             return self._memories.model.task.row_losses(logits, batch).mean()
         assert batch.labels is not None
         # The authors' mean counts the position before the target's first token.
-        n_counted = ((batch.labels != IGNORED).sum(dim=1) + 1).clamp(max=batch.inputs["input_ids"].shape[1] - 1)
-        return (token_losses(logits, batch).sum(dim=1) / n_counted).mean()
+        n_counted = ((batch.labels != IGNORED).sum(dim=1) + 1).clamp(max=batch.labels.shape[1] - 1)
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(batch.labels)
+        return (losses.sum(dim=1) / n_counted)[n_counted > 1].mean()
 
     def _activations(self) -> tuple[Tensor, Tensor]:
         """The activations of the last pass, and the positions that count."""
@@ -165,11 +168,16 @@ class MemoryTraining:
         leaving = self._memories.output(entering, self._weight)
         return mean_at(self._memories.activations(entering, leaving), positions)
 
+    def _replayed_activation(self, rows: EditRows) -> Tensor:
+        """The activation of each row of a request."""
+        activation = self._activation_of(*self._entering(rows.batch))
+        return activation if rows.outside is None else activation[:-1]
+
     def _replay_losses(self) -> tuple[Tensor, ...]:
         """What keeps replayed edits of finished memories below a bound, and those of the present one above another."""
         if self._replayed is None:
             return ()
-        finished, present = ([self._activation_of(*self._entering(rows.batch)) for rows in some] for some in self._replayed())
+        finished, present = ([self._replayed_activation(rows) for rows in some] for some in self._replayed())
         if not finished:
             return ()
         negative = torch.stack([positive_mean(activation - _REPLAYED_BELOW) for activation in finished]).mean()
