@@ -321,6 +321,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
+    "wise": {"n_iter": 8, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -335,6 +336,8 @@ def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[...,
         if editor.needs_meta_training:
             editor.meta_train(train)
         editor.prepare(train)
+        if editor.needs_upstream_prompts:
+            editor.read_upstream([request.prompt for request in train])
         return editor
 
     return make
@@ -354,6 +357,7 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "memit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
+    "wise": {"n_iter": 5, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep the runs of `run_facts` short."""
 

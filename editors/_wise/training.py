@@ -38,7 +38,7 @@ class Trained:
 
     Attributes:
         weight: The trained weight.
-        activation: The activation of the edit at the last step, before its update.
+        activation: The activation of the edit with that weight; in the authors' code before the last update.
         losses: A row for each update: the total, the loss of the target, the activation loss, and with replay its two
             terms.
         after: The loss of the target after the last update.
@@ -108,8 +108,7 @@ class MemoryTraining:
                 beyond = mean_at(activations, rows.outside)
             margin = margin_loss(inside, beyond, descent.act_margin)
             is_settled = abs(last - before) <= _SETTLED[0] and last <= _SETTLED[1]
-            if is_settled or step == descent.n_iter - 1:
-                trained.activation = float(mean_at(activations, positions)[: len(inside)].mean().detach())
+            trained.activation = float(mean_at(activations, positions)[: len(inside)].mean().detach())
             if is_settled:
                 break
             replay = self._replay_losses()
@@ -120,6 +119,8 @@ class MemoryTraining:
             before, last = last, trained.losses[-1][0]
         with torch.no_grad():
             trained.after = float(self._target_loss(repeated(), repeated.batch))
+            if not self._is_reference:
+                trained.activation = float(mean_at(*self._activations()).mean())
         check_loss(trained.after, len(trained.losses))
         trained.weight = self._weight.detach()
         return trained
