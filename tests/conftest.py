@@ -323,8 +323,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "r_rome": {"n_prefixes": 1, "n_iter": 6, "prefix_lengths": [3], "clamp": 1.0},
     "malmen": {"n_steps": 10, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
     "rledit": {"n_steps": 5, "n_batches": 3, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
-    "rome": {"n_prefixes": 0, "clamp": 1.0},
-    "r_rome": {"n_prefixes": 1, "prefix_lengths": [3], "clamp": 1.0},
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
@@ -332,6 +330,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ft_bf": {"lr": 0.01, "n_epochs": 5, "batch_size": 2},
     "retrieve": {"by": "embedding", "k": 2},
     "ike": {"by": "embedding", "k": 2},
+    "wise": {"n_iter": 8, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -346,6 +345,8 @@ def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[...,
         if editor.needs_meta_training:
             editor.meta_train(train)
         editor.prepare(train)
+        if editor.needs_upstream_prompts:
+            editor.read_upstream([request.prompt for request in train])
         return editor
 
     return make
@@ -373,6 +374,7 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "ft_bf": {"lr": 0.01, "n_epochs": 3, "batch_size": 3},
     "retrieve": {"by": "embedding"},
     "ike": {"k": 2},
+    "wise": {"n_iter": 5, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep the runs of `run_facts` short."""
 

@@ -231,19 +231,22 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
     # --- using an editor
 
-    def edit_text(self, prompt: str, target: str | int, *, subject: str | None = None) -> EditOutcome:
+    def edit_text(
+        self, prompt: str, target: str | int, *, subject: str | None = None, locality: Sequence[str] = ()
+    ) -> EditOutcome:
         """Edits one request given as text, and finishes it.
 
         Args:
             prompt: The input text.
             target: The wanted answer, or a label id.
             subject: The entity the prompt is about, for editors that need one.
+            locality: Prompts whose answers must not change, for editors that are shown such (`needs_locality`).
 
         Raises:
             EditFailure: If the edit fails; it is undone. An error that the editor raised is its cause.
             UserError: If the target is not one of the model's labels.
         """
-        outcome = self._attempt(self._batch_of([prompt], [target], [subject]))
+        outcome = self._attempt(self._batch_of([prompt], [target], [subject], [locality]))
         flushed = self._finish_all()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome
