@@ -230,5 +230,5 @@ class Memoir(EditorStrategy):
 
 def _mean_over_prompt(call: LayerCall) -> Tensor:
     """(B, D_in) float32 mean of what enters the layer over each row's prompt."""
-    weights = call.in_prompt.to(call.input.device).float()
+    weights = call.in_prompt.float()
     return (call.input.float() * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)

@@ -253,7 +253,7 @@ class SideMemories:
         """Returns the (B, T) mask of the positions over which a prompt's activation is the mean."""
         if self.sharding.fidelity == "reference":
             return torch.ones_like(call.input[..., 0], dtype=torch.bool)
-        return call.prompt_mask
+        return call.in_prompt
 
     # --- undoing and saving
 

@@ -102,24 +102,12 @@ class LayerCall:
         return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
 
     @property
-    def in_prompt(self) -> Tensor:
-        """(B, T) bool, the positions of each row's prompt: its tokens up to the query, without padding."""
-        steps = torch.arange(self.input.shape[1], device=self.position.device)
-        until_query = steps <= self.position[:, None]
-        mask = self.state.mask
-        if mask is None or mask.shape[1] < self.state.length:
-            return until_query
-        read = torch.zeros_like(until_query)
-        read[:, : mask.shape[1]] = mask[:, : read.shape[1]].to(read.device) != 0
-        return until_query & read
-
-    @property
     def output_at_query(self) -> Tensor:
         """(B, D_out) output activations at the query positions."""
         return self.output[torch.arange(len(self.position), device=self.position.device), self.position]
 
     @property
-    def prompt_mask(self) -> Tensor:
+    def in_prompt(self) -> Tensor:
         """(B, T) bool, the real tokens up to each row's query: the prompt, without padding and without a target.
 
         The call must hold the whole prompt (see `holds_prompt`).
