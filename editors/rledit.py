@@ -172,7 +172,7 @@ class Trajectories(BatchTraining):
             logits = self.model.logits(batch)
         rows = _split(range(len(batch)), self.batch_size)
         losses = [self.model.task.loss(logits[list(some)], batch.rows(some)) for some in rows]
-        total = sum(self.time_decay**j * loss for j, loss in enumerate(reversed(losses)))
+        total = torch.stack([self.time_decay**j * loss for j, loss in enumerate(reversed(losses))]).sum()
         return total, self.success(logits, batch)
 
     def _returns(

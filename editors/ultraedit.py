@@ -14,7 +14,7 @@ from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
-from grace_bench.editors._mend_networks import edit_gradients, linear_size
+from grace_bench.editors._meta.gradients import edit_gradients, linear_size
 from grace_bench.editors._rome.closed_form import closed_form
 from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
 from grace_bench.errors import UserError
