@@ -1,7 +1,6 @@
 """UltraEdit: one closed form for a batch, from its gradients alone (Gu et al. 2025)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,6 +16,7 @@ from grace_bench.editing.weights import check_linear
 from grace_bench.editors._meta.gradients import edit_gradients, linear_size
 from grace_bench.editors._rome.closed_form import closed_form
 from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
+from grace_bench.editors._ultraedit.rows import Rows, passes_of
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
@@ -25,24 +25,6 @@ from grace_bench.registry import register_editor
 Tokens = Literal["ans", "mask"]
 Fidelity = Literal["strict", "reference"]
 _STATE = "normaliser."
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a linear layer saw at R tokens.
-
-    Attributes:
-        keys: (R, D_in) float32, h, its inputs.
-        gradients: (R, D_out) float32, g, the gradients of the loss with respect to its outputs.
-    """
-
-    keys: Tensor
-    gradients: Tensor
-
-    @property
-    def joined(self) -> Tensor:
-        """(R, D_in + D_out) x = [h, g]."""
-        return torch.cat([self.keys, self.gradients], dim=1)
 
 
 @register_editor("ultraedit")
@@ -116,24 +98,13 @@ class UltraEdit(EditorStrategy):
         self._reset()
 
     def edit(self, batch: EditBatch) -> EditOutcome:
-        minibatches = self.minibatches(batch.encoded)
+        minibatches = passes_of(batch.encoded, self.batch_size)
         losses, found = zip(*map(self.observe, minibatches), strict=True)
         for path in self._linear:
             keys = torch.cat([rows[path].keys for rows in found])
             gradients = torch.cat([rows[path].gradients for rows in found])
             self.add_to_weight(path, self.shift(path, Rows(keys, gradients)))
         return EditOutcome(loss_first=fmean(losses), loss=fmean(losses), steps=len(minibatches))
-
-    def minibatches(self, batch: EncodedBatch) -> list[EncodedBatch]:
-        """Cuts a batch into passes, the longest inputs first; an input ends where the last target is predicted."""
-        assert batch.labels is not None
-        is_read = (batch.labels != IGNORED).flip(1).cumsum(dim=1).flip(1) > 0
-        mask = batch.inputs["attention_mask"] * is_read
-        lengths = mask.sum(dim=1).tolist()
-        order = sorted(range(len(batch)), key=lambda row: -lengths[row])
-        given = replace(batch, inputs={**batch.inputs, "attention_mask": mask})
-        chunks = (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
-        return [_narrowed(given.rows(chunk)) for chunk in chunks]
 
     def observe(self, minibatch: EncodedBatch) -> tuple[float, dict[str, Rows]]:
         """Runs a pass and adds what each layer saw to the statistics.
@@ -207,14 +178,3 @@ class UltraEdit(EditorStrategy):
     def _load_statistics(self, state: Mapping[str, Any]) -> None:
         for (n_in, n_out), normaliser in self.normalisers.items():
             normaliser.load_state_dict({name: state[f"{_STATE}{n_in}x{n_out}.{name}"] for name in ("n", "mean", "var")})
-
-
-def _narrowed(batch: EncodedBatch) -> EncodedBatch:
-    """The batch without the positions that no row reads."""
-    columns = batch.inputs["attention_mask"].any(dim=0).nonzero()[:, 0]
-    narrowed = replace(
-        batch,
-        inputs={name: tensor[:, columns] for name, tensor in batch.inputs.items()},
-        query=batch.query - columns[0],
-    )
-    return narrowed.columns(columns)

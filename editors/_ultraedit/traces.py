@@ -34,6 +34,7 @@ from grace_bench.editors._recordings import (
     read_recording,
     replaying,
 )
+from grace_bench.editors._ultraedit.rows import Rows, passes_of
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, causal_batch
@@ -275,7 +276,7 @@ class _Replay:
             counts.append(len(next(iter(found.values())).keys))
             return loss, found
 
-        def shift(path: str, rows: Any) -> Tensor:
+        def shift(path: str, rows: Rows) -> Tensor:
             change: Tensor = type(self._editor).shift(self._editor, path, rows)
             here = f"{where}, {path}"
             self.numbers |= {
@@ -338,11 +339,12 @@ class _Replay:
         )
 
     def _compare_tokens(self, turn: Turn, batch: EncodedBatch, where: str) -> None:
-        found = self._editor.minibatches(batch)
+        found = passes_of(batch, self._editor.batch_size)
         self._compare("the number of passes", where, len(turn.losses), len(found))
         for number, (ours, theirs) in enumerate(zip(found, turn.minibatches, strict=False), start=1):
             here = f"{where}, minibatch {number}"
             mask = ours.inputs["attention_mask"]
+            assert ours.labels is not None
             self._compare("attention_mask", here, theirs.attention_mask, mask.tolist())
             self._compare("input_ids", here, theirs.input_ids, (ours.inputs["input_ids"] * mask).tolist())
             self._compare("labels", here, theirs.labels, ours.labels.tolist())
