@@ -61,7 +61,7 @@ class Memoir(EditorStrategy):
         source="Wang et al., NeurIPS 2025",
         changes="what one layer returns, by a memory of which a prompt uses a sparse part, or nothing",
         needs="prompts of requests for training, or text that the model writes itself",
-        costs="up to `n_iter` passes from the layer on, behind ten prefixes; a matrix of the layer's size",
+        costs="up to `n_iter` passes from the layer on, behind ten prefixes; one matrix in all; a lookup a prompt",
         choose="for thousands of edits that rephrasings should find, too",
     )
     supported_tasks = ("completion", "language_modelling")
