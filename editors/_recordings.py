@@ -63,7 +63,7 @@ class UnusableError(Exception):
 
 
 def read_recording(path: Path, kind: type[Kind], *, editors: Sequence[str]) -> tuple[Kind, dict[str, Tensor]]:
-    """Reads a recording and its tensors, which lie beside it in a safetensors file of the same name.
+    """Reads a recording and its tensors, if it has any, from the safetensors file of the same name beside it.
 
     Args:
         path: The JSON file.
@@ -79,7 +79,7 @@ def read_recording(path: Path, kind: type[Kind], *, editors: Sequence[str]) -> t
         if _editor_named_in(content) not in editors:
             raise OtherRecordError(f"{path}: is no recording of {' or '.join(editors)}")
         record = kind.model_validate_json(content)
-        tensors = load_file(readable(path.with_suffix(".safetensors")))
+        tensors = load_file(readable(path.with_suffix(".safetensors"))) if record.tensors else {}
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except ValidationError as error:
@@ -248,7 +248,11 @@ class Expectations:
         self.add(f"entries at {where}", change.entries, tolerance.entry * max(map(abs, change.entries), default=0.0))
 
     def compare(
-        self, ours: Mapping[str, Tensor], *, perturbed: Callable[[int], Mapping[str, Tensor]] | None = None
+        self,
+        ours: Mapping[str, Tensor],
+        *,
+        perturbed: Callable[[int], Mapping[str, Tensor]] | None = None,
+        family: Callable[[str], str] = str,
     ) -> Verdict:
         """Compares our numbers with those recorded.
 
@@ -256,6 +260,8 @@ class Expectations:
             ours: Our numbers, by name.
             perturbed: Returns the numbers of a run from weights that `perturb` changed with a seed. Where a number is
                 out of tolerance, the range of such runs is allowed. None if the tolerance is final.
+            family: Returns what numbers have in common whose ranges count for each other: a number is allowed the
+                largest range of its family so far. By itself, each number is a family of its own.
 
         Raises:
             UnusableError: If a number was recorded that the editor does not compute.
@@ -268,11 +274,12 @@ class Expectations:
         if not outside:
             return Verdict()
         runs = [] if perturbed is None else [perturbed(seed) for seed in range(_N_PERTURBED)]
-        for name in outside:
-            one = self._expected[name]
+        spreads: dict[str, float] = {}
+        for name, one in self._expected.items():
             # A run that stops a step earlier lacks the numbers of the last pass.
             spread = 2 * max((one.gap(run[name], ours[name]) for run in runs if name in run), default=0.0)
-            if not apart[name] <= spread:
+            spread = spreads[family(name)] = max(spread, spreads.get(family(name), 0.0))
+            if not apart[name] <= max(one.allowed, spread):
                 allowed = max(one.allowed, spread)
                 return Verdict(f"{name} differs by {apart[name]:.2g} where {allowed:.2g} is allowed")
         noun = "number" if len(self._expected) == 1 else "numbers"

@@ -7,8 +7,15 @@ from torch import Tensor
 
 from grace_bench.editing.batch import EditOutcome
 from grace_bench.editing.guard import check_loss
+from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch
+
+
+def check_trainable(model: EditableModel) -> None:
+    """Raises `UserError` if the edited layer has no weights."""
+    if not any(True for _ in model.layer.parameters()):
+        raise UserError(f"layer={model.layer_name} has no weights to fine-tune")
 
 
 class EditTraining:
@@ -19,15 +26,26 @@ class EditTraining:
         encoded: The edit.
         n_iter: Maximum number of steps.
         stops_when_answered: Whether to stop once the model gives the target.
+        stops_below: A loss below which to stop.
+        loss: Takes the logits and the batch that they belong to; None for the task's loss.
     """
 
     def __init__(
-        self, model: EditableModel, encoded: EncodedBatch, *, n_iter: int, stops_when_answered: bool = True
+        self,
+        model: EditableModel,
+        encoded: EncodedBatch,
+        *,
+        n_iter: int,
+        stops_when_answered: bool = True,
+        stops_below: float | None = None,
+        loss: Callable[[Tensor, EncodedBatch], Tensor] | None = None,
     ) -> None:
         self._task = model.task
+        self._loss = loss or model.task.loss
         self._repeated = model.repeated(encoded)
         self._n_iter = n_iter
         self._stops_when_answered = stops_when_answered
+        self._stops_below = stops_below
         self._losses: list[float] = []
         self._n_steps = 0
 
@@ -42,13 +60,18 @@ class EditTraining:
         """
         for _ in range(self._n_iter):
             logits = self._repeated()
-            loss = self._task.loss(logits, self._repeated.batch)
+            loss = self._loss(logits, self._repeated.batch)
             self._losses.append(float(loss.detach()))
             check_loss(self._losses[-1], self._n_steps)
-            if self._stops_when_answered and self._task.answered(logits, self._repeated.batch):
+            if self._is_done(logits):
                 break
             descend(loss)
             self._n_steps += 1
+
+    def _is_done(self, logits: Tensor) -> bool:
+        if self._stops_below is not None and self._losses[-1] < self._stops_below:
+            return True
+        return self._stops_when_answered and self._task.answered(logits, self._repeated.batch)
 
     @torch.no_grad()
     def outcome(self) -> EditOutcome:
@@ -59,6 +82,6 @@ class EditTraining:
         """
         after = self._losses[-1]
         if self._n_steps == self._n_iter:
-            after = float(self._task.loss(self._repeated(), self._repeated.batch))
+            after = float(self._loss(self._repeated(), self._repeated.batch))
         check_loss(after, self._n_steps)
         return EditOutcome(loss_first=self._losses[0], loss=self._losses[-1], loss_after=after, steps=self._n_steps)

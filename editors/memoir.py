@@ -13,12 +13,12 @@ from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
-from grace_bench.editing.running_text import sample_texts, sampled_running_text
+from grace_bench.editing.running_text import sampled_running_text
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._linear import size_of
 from grace_bench.editors._memoir.masks import Masks
 from grace_bench.editors._memoir.memory import ResidualMemory
-from grace_bench.editors._rome.facts import in_contexts
+from grace_bench.editors._prefixes import behind, check_prefixes, sample_contexts
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.registry import register_editor
@@ -87,9 +87,7 @@ class Memoir(EditorStrategy):
         check_positive("editor.tau", tau)
         check_whole("editor.n_iter", n_iter, least=1)
         check_positive("editor.lr", lr)
-        check_whole("editor.n_prefixes", n_prefixes, least=0)
-        for length in prefix_lengths:
-            check_whole("editor.prefix_lengths", length, least=1)
+        check_prefixes(model, n_prefixes, prefix_lengths)
         check_whole("editor.n_background", n_background, least=1)
         check_whole("editor.seed", seed, least=0)
         self._size = size_of(model, model.layer_name, editor="memoir", option="layer")
@@ -134,8 +132,9 @@ class Memoir(EditorStrategy):
             # Requests on one subject may follow each other.
             spaced = prompts[:: math.ceil(len(prompts) / self.n_background)]
             self.background = self._features(spaced).mean(dim=0)
-            texts = sample_texts(self.model, n_texts=self.n_prefixes, lengths=self.prefix_lengths, seed=self.seed)
-        self.contexts = ["", *texts]
+            self.contexts = sample_contexts(
+                self.model, n_prefixes=self.n_prefixes, prefix_lengths=self.prefix_lengths, seed=self.seed
+            )
 
     def _features(self, prompts: Sequence[str]) -> Tensor:
         """(n, D_in) means over the tokens of each prompt."""
@@ -160,7 +159,7 @@ class Memoir(EditorStrategy):
 
     def _edit_one(self, prompt: str, target: str | int, mask: Tensor) -> EditOutcome:
         # Running text has no prompt to put anything before.
-        prompts = in_contexts(prompt, self.contexts if prompt.strip() else [""])
+        prompts = behind(self.contexts if prompt.strip() else [""], prompt)
         encoded = self.model.encode_batch(prompts, [target] * len(prompts))
         losses = self.memory.train(self.model, encoded, mask, n_iter=self.n_iter, lr=self.lr)
         self.masks.extend(mask[None])
@@ -231,5 +230,5 @@ class Memoir(EditorStrategy):
 
 def _mean_over_prompt(call: LayerCall) -> Tensor:
     """(B, D_in) float32 mean of what enters the layer over each row's prompt."""
-    weights = call.in_prompt.to(call.input.device).float()
+    weights = call.in_prompt.float()
     return (call.input.float() * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)

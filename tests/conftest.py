@@ -321,9 +321,16 @@ QUICK: dict[str, dict[str, Any]] = {
     "memoir": {"n_iter": 8, "n_prefixes": 1, "prefix_lengths": [3], "n_background": 4},
     "rome": {"n_prefixes": 0, "n_iter": 6, "clamp": 1.0},
     "r_rome": {"n_prefixes": 1, "n_iter": 6, "prefix_lengths": [3], "clamp": 1.0},
+    "malmen": {"n_steps": 10, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
+    "rledit": {"n_steps": 5, "n_batches": 3, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
+    "ultraedit": {"layers": _SPREAD["layers"], "lr": 0.01, "batch_size": 2},
+    "ft_bf": {"lr": 0.01, "n_epochs": 5, "batch_size": 2},
+    "retrieve": {"by": "embedding", "k": 2},
+    "ike": {"by": "embedding", "k": 2},
+    "wise": {"n_iter": 8, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -338,6 +345,8 @@ def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[...,
         if editor.needs_meta_training:
             editor.meta_train(train)
         editor.prepare(train)
+        if editor.needs_upstream_prompts:
+            editor.read_upstream([request.prompt for request in train])
         return editor
 
     return make
@@ -354,11 +363,18 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "mend": {"n_steps": 10},
     "melo": {"n_iter": 10, "n_blocks": 100},
     "memoir": {"n_iter": 10, "n_prefixes": 1, "prefix_lengths": [3], "n_background": 4},
+    "malmen": {"n_steps": 5, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
+    "rledit": {"n_steps": 3, "n_batches": 2, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
     "rome": {"n_prefixes": 1, "n_iter": 5},
     "r_rome": {"n_prefixes": 1, "n_iter": 5},
     "memit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
+    "ultraedit": {"layers": ["transformer.h.0.mlp.c_proj"], "lr": 0.01},
+    "ft_bf": {"lr": 0.01, "n_epochs": 3, "batch_size": 3},
+    "retrieve": {"by": "embedding"},
+    "ike": {"k": 2},
+    "wise": {"n_iter": 5, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
 }
 """Options that keep the runs of `run_facts` short."""
 

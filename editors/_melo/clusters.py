@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grace_bench.editors._grace.codebook import Before, Codebook, Fidelity, Label, Op, Retrieval, Settlement
 from grace_bench.editors._grace.key_index import EuclideanIndex
-from grace_bench.editors._grace.rows import Rows
+from grace_bench.editors._rows import Rows
 
 NO_BLOCK = -1
 _DROPPED = -1

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grace_bench.editors._grace.rows import Rows
+from grace_bench.editors._rows import Rows
 
 _BITS = 8
 _AT_ONCE = 2**22

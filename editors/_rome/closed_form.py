@@ -34,18 +34,18 @@ def regularised(moments: Tensor) -> Tensor:
     return matrix + ridge if bool(failed) else matrix
 
 
-def closed_form(keys: Tensor, residuals: Tensor, factor: Tensor, *, softness: float) -> Tensor:
+def closed_form(keys: Tensor, residuals: Tensor, factor: Tensor | None, *, softness: float) -> Tensor:
     """Returns the change Δ of a weight.
 
     Args:
         keys: (N, D_in) float64, the rows of Kᵀ.
         residuals: (N, D_out) float64, the rows of Rᵀ.
-        factor: (D_in, D_in) float64, the lower Cholesky factor of M.
+        factor: (D_in, D_in) float64, the lower Cholesky factor of M; None if M is the identity.
         softness: s, by which the constraint is softened.
 
     Returns:
         (D_out, D_in) float64.
     """
-    spread = torch.cholesky_solve(keys.T, factor)
-    gram = keys @ spread + softness * torch.eye(len(keys), dtype=keys.dtype)
+    spread = keys.T if factor is None else torch.cholesky_solve(keys.T, factor)
+    gram = keys @ spread + softness * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
     return residuals.T @ torch.linalg.solve(gram, spread.T)

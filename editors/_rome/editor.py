@@ -14,9 +14,9 @@ from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editing.moments import MomentSource, TextSource
-from grace_bench.editing.running_text import sample_texts
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
+from grace_bench.editors._prefixes import check_prefixes, sample_contexts
 from grace_bench.editors._rome.facts import Fact, FactToken, at_facts, encode_fact
 from grace_bench.editors._rome.values import Optimisation, Value, optimise_values
 from grace_bench.errors import UserError
@@ -87,13 +87,7 @@ class LocateThenEdit(EditorStrategy):
         check_not_negative("editor.kl_weight", kl_weight)
         check_not_negative("editor.weight_decay", weight_decay)
         check_positive("editor.clamp", clamp)
-        check_whole("editor.n_prefixes", n_prefixes, least=0)
-        for length in prefix_lengths:
-            check_whole("editor.prefix_lengths", length, least=1)
-            if model.max_length is not None and length >= model.max_length:
-                raise UserError(
-                    f"editor.prefix_lengths={length} should be less than the model reads ({model.max_length})"
-                )
+        check_prefixes(model, n_prefixes, prefix_lengths)
         self.n_iter = n_iter
         self.lr = lr
         self.kl_weight = kl_weight
@@ -148,8 +142,9 @@ class LocateThenEdit(EditorStrategy):
                 if dead is not None:
                     raise UserError(f"{self._option}={dead} gets nothing but zeros over the text for second moments")
                 self.use_moments({path: moment.matrix for path, moment in found.items()}, progress=progress)
-            texts = sample_texts(self.model, n_texts=self.n_prefixes, lengths=self.prefix_lengths, seed=self.seed)
-        self.contexts = ["", *texts]
+            self.contexts = sample_contexts(
+                self.model, n_prefixes=self.n_prefixes, prefix_lengths=self.prefix_lengths, seed=self.seed
+            )
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         if not self.contexts:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grace_bench.editors._prefixes import behind
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, stack
@@ -46,21 +47,12 @@ def encode_fact(
     """
     if not subject or subject not in prompt:
         raise EditFailure(f"the subject {subject!r} does not occur in the prompt")
-    prompts = in_contexts(prompt, contexts)
+    prompts = behind(contexts, prompt)
     return Fact(
         asked=_encode_at(model, prompts, subject, token),
         answered=_encode_at(model, prompts, subject, token, [target] * len(prompts)),
         essence=_encode_at(model, [f"{subject} is a"], subject, token),
     )
-
-
-def in_contexts(prompt: str, contexts: Sequence[str]) -> list[str]:
-    """Returns a prompt behind each of some contexts.
-
-    >>> in_contexts("Rome is", ["", "So it goes"])
-    ['Rome is', 'So it goes. Rome is']
-    """
-    return [f"{context}. {prompt}" if context else prompt for context in contexts]
 
 
 def at_facts(model: EditableModel, facts: Sequence[Fact], *, contexts: bool) -> tuple[Tensor, Tensor]:

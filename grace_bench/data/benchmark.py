@@ -19,8 +19,8 @@ from grace_bench.errors import UserError
 class EditExperience(CLExperience):
     """One request, as an Avalanche experience.
 
-    In train mode an editor may read `prompt` and `target`, and `subject` if it declares that it needs one. Reading any
-    other attribute raises Avalanche's `MaskedAttributeError`.
+    In train mode an editor may read `prompt` and `target`, and `subject` and `locality` (the prompts of its locality
+    probes) if it declares that it needs them. Reading any other attribute raises Avalanche's `MaskedAttributeError`.
 
     Args:
         request: The request.
@@ -31,17 +31,20 @@ class EditExperience(CLExperience):
         self.prompt = request.prompt
         self.target = request.target
         self.subject = request.subject
+        self.locality = tuple(probe.prompt for probe in request.locality)
         self.request = request
         self._as_attributes("prompt", "target", use_in_train=True, use_in_eval=True)
-        self._as_attributes("subject", "request")
+        self._as_attributes("subject", "locality", "request")
 
-    def for_editor(self, *, needs_subject: bool) -> "EditExperience":
-        """Returns the experience in train mode, its subject readable only if the editor needs one."""
+    def for_editor(self, *, needs_subject: bool, needs_locality: bool = False) -> "EditExperience":
+        """Returns the experience in train mode, with only those attributes readable that the editor needs."""
         experience = EditExperience(self.request)
         experience._current_experience = self._current_experience
         experience._origin_stream = self._origin_stream
         if needs_subject:
             experience.__dict__["subject"].use_in_train = True
+        if needs_locality:
+            experience.__dict__["locality"].use_in_train = True
         trained: EditExperience = experience.train()
         return trained
 
@@ -49,7 +52,8 @@ class EditExperience(CLExperience):
 class BatchExperience(CLExperience):
     """Several requests that are edited together, as one Avalanche experience.
 
-    In train mode an editor may read `prompts` and `targets`, and `subjects` if it declares that it needs them.
+    In train mode an editor may read `prompts` and `targets`, and `subjects` and `localities` if it declares that it
+    needs them.
 
     Args:
         requests: The requests, in their order.
@@ -60,15 +64,18 @@ class BatchExperience(CLExperience):
         self.prompts = tuple(request.prompt for request in requests)
         self.targets = tuple(request.target for request in requests)
         self.subjects = tuple(request.subject for request in requests)
+        self.localities = tuple(tuple(probe.prompt for probe in request.locality) for request in requests)
         self.requests = tuple(requests)
         self._as_attributes("prompts", "targets", use_in_train=True, use_in_eval=True)
-        self._as_attributes("subjects", "requests")
+        self._as_attributes("subjects", "localities", "requests")
 
-    def for_editor(self, *, needs_subject: bool) -> "BatchExperience":
-        """Returns the experience in train mode, its subjects readable only if the editor needs them."""
+    def for_editor(self, *, needs_subject: bool, needs_locality: bool = False) -> "BatchExperience":
+        """Returns the experience in train mode, with only those attributes readable that the editor needs."""
         experience = BatchExperience(self.requests)
         if needs_subject:
             experience.__dict__["subjects"].use_in_train = True
+        if needs_locality:
+            experience.__dict__["localities"].use_in_train = True
         trained: BatchExperience = experience.train()
         return trained
 

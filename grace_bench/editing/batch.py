@@ -30,6 +30,17 @@ class EditBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbedBatch(EditBatch):
+    """The batch of an editor that is shown the locality probes of its edits (`OptionalHooks.needs_locality`).
+
+    Attributes:
+        locality: For each of the B requests, the prompts of its locality probes.
+    """
+
+    locality: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EditOutcome:
     """The result of an edit. Editors fill in what they know.
 

@@ -56,6 +56,31 @@ class OptionalHooks:
         """
         raise UserError(f"editor '{self.registered_name}' needs no upstream activations with its options")
 
+    @property
+    def needs_upstream_prompts(self) -> bool:
+        """Whether the editor, with its options, needs `read_upstream` before its first edit."""
+        return False
+
+    def read_upstream(self, prompts: Sequence[str]) -> None:
+        """Receives upstream prompts; a run calls it once, before its first edit, if `needs_upstream_prompts`.
+
+        Args:
+            prompts: The prompts of upstream requests, without their answers, in the order of the stream; of a request
+                without a prompt its running text. Nothing else of upstream requests is shown to an editor.
+
+        Raises:
+            UserError: If the editor needs none, or has made edits already.
+        """
+        raise UserError(f"editor '{self.registered_name}' needs no upstream prompts with its options")
+
+    @property
+    def needs_locality(self) -> bool:
+        """Whether the editor, with its options, is shown the locality probes of the requests that it edits.
+
+        It then sees its test, and the result says so (`Protocol.shows_locality`).
+        """
+        return False
+
     def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
         """Trains the editor itself on the stream's training requests, caches the result and loads it.
 
@@ -131,6 +156,8 @@ class OptionalHooks:
 
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Returns what answers each query, so that only answers that may have changed are scored again.
+
+        What a prompt is read as (`intercept_prompts`) is compared apart from this.
 
         Args:
             queries: (B, D_in) activations that enter the edited layer at the queries.

@@ -25,6 +25,7 @@ from grace_bench.editing.weights import RewrittenWeights
 from grace_bench.errors import UserError
 from grace_bench.models.calls import ModuleCall
 from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.network import PromptReader
 
 
 class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
@@ -33,9 +34,10 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     A subclass implements `edit`. If edits change anything but rewritten weights, it extends `rollback`, `state_dict`
     and `load_state_dict`. The methods of `OptionalHooks` and the class attributes have defaults.
 
-    An editor acts on the model through `intercept`, which changes what the edited layer returns, or by rewriting
-    weights, which the base class rolls back, suspends and saves. The layers that edits rewrite are declared, by
-    `layers` or `rewrite`; then `edit` changes their weights in place, or by `add_to_weight`.
+    An editor acts on the model through `intercept`, which changes what the edited layer returns, through
+    `intercept_prompts`, which changes what the model reads, or by rewriting weights, which the base class rolls back,
+    suspends and saves. The layers that edits rewrite are declared, by `layers` or `rewrite`; then `edit` changes their
+    weights in place, or by `add_to_weight`.
     Its constructor takes keyword arguments only. Each is an option `editor.<name>=`, stored in an attribute of its
     name.
 
@@ -145,6 +147,16 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """Lets `answer` decide what the edited layer returns, until `detach` (see `EditableModel.intercept`)."""
         self._interceptors.append(self.model.intercept(answer))
 
+    def intercept_prompts(self, read: PromptReader) -> None:
+        """Lets `read` decide which text the model reads in place of each prompt, until `detach`.
+
+        The text is read wherever a prompt becomes tokens: to answer, to score, and for the losses of edits. It is
+        bypassed while the editor is `suspended` (see `EditableModel.intercept_prompts`). An editor that changes nothing
+        else implements `answered_by` by `Answered([None] * len(queries))`: then only requests that are read in other
+        words are scored again.
+        """
+        self._interceptors.append(self.model.intercept_prompts(read))
+
     def intercept_at(self, path: str, answer: Callable[[ModuleCall], Tensor], *, option: str = "layer") -> None:
         """Lets `answer` decide what another module returns, until `detach` (see `Network.intercept_at`)."""
         self._interceptors.append(self.model.intercept_at(path, answer, option=option))
@@ -202,7 +214,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         return self._weights.suspended()
 
     def detach(self) -> None:
-        """Undoes every edit and removes the interceptors from the layer."""
+        """Undoes every edit and removes the interceptors."""
         self.rollback()
         for handle in self._interceptors:
             handle.remove()
@@ -219,19 +231,22 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
     # --- using an editor
 
-    def edit_text(self, prompt: str, target: str | int, *, subject: str | None = None) -> EditOutcome:
+    def edit_text(
+        self, prompt: str, target: str | int, *, subject: str | None = None, locality: Sequence[str] = ()
+    ) -> EditOutcome:
         """Edits one request given as text, and finishes it.
 
         Args:
             prompt: The input text.
             target: The wanted answer, or a label id.
             subject: The entity the prompt is about, for editors that need one.
+            locality: Prompts whose answers must not change, for editors that are shown such (`needs_locality`).
 
         Raises:
             EditFailure: If the edit fails; it is undone. An error that the editor raised is its cause.
             UserError: If the target is not one of the model's labels.
         """
-        outcome = self._attempt(self._batch_of([prompt], [target], [subject]))
+        outcome = self._attempt(self._batch_of([prompt], [target], [subject], [locality]))
         flushed = self._finish_all()
         self.n_edits += 1
         return flushed[-1] if flushed else outcome

@@ -17,7 +17,7 @@ from grace_bench.data.avalanche import (
 )
 from grace_bench.data.benchmark import BatchExperience, EditExperience, EvalExperience
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editing.batch import EditBatch, EditOutcome, ProbedBatch
 from grace_bench.editing.guard import failed_outcome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
@@ -82,6 +82,11 @@ class EditingTemplate(BaseTemplate):
         """The outcome of the last edit."""
         return self.outcomes[-1] if self.outcomes else EditOutcome()
 
+    @property
+    @abstractmethod
+    def needs_locality(self) -> bool:
+        """Whether the editor is shown the locality probes of the requests that it edits."""
+
     @abstractmethod
     def _attempt(self, batch: EditBatch) -> EditOutcome:
         """Makes an edit; if it fails, undoes it and raises `EditFailure`."""
@@ -99,41 +104,56 @@ class EditingTemplate(BaseTemplate):
         self.request, self.record, self.scored_after = None, None, {}
 
     def _batch_of(
-        self, prompts: Sequence[str], targets: Sequence[str | int], subjects: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str | int],
+        subjects: Sequence[str | None],
+        localities: Sequence[Sequence[str]],
     ) -> EditBatch:
-        return EditBatch(
-            prompts=tuple(prompts),
-            targets=tuple(targets),
-            subjects=tuple(subjects) if self.needs_subject else None,
-            encoded=self.model.encode_batch(prompts, targets),
+        parts: dict[str, Any] = {
+            "prompts": tuple(prompts),
+            "targets": tuple(targets),
+            "subjects": tuple(subjects) if self.needs_subject else None,
+            "encoded": self.model.encode_batch(prompts, targets),
+        }
+        return (
+            ProbedBatch(**parts, locality=tuple(map(tuple, localities))) if self.needs_locality else EditBatch(**parts)
         )
 
     def _train_exp(self, experience: Any, eval_streams: Any, **kwargs: Any) -> None:
-        visible = cast(EditExperience | BatchExperience, experience).for_editor(needs_subject=self.needs_subject)
+        visible = cast(EditExperience | BatchExperience, experience).for_editor(
+            needs_subject=self.needs_subject, needs_locality=self.needs_locality
+        )
         self.experience = visible
         if isinstance(visible, BatchExperience):
             prompts, targets = visible.prompts, visible.targets
             subjects = visible.subjects if self.needs_subject else (None,) * len(prompts)
+            localities = visible.localities if self.needs_locality else ((),) * len(prompts)
         else:
             prompts, targets = (visible.prompt,), (visible.target,)
             subjects = (visible.subject if self.needs_subject else None,)
-        self.outcomes = self._edit_together(prompts, targets, subjects)
+            localities = (visible.locality if self.needs_locality else (),)
+        self.outcomes = self._edit_together(prompts, targets, subjects, localities)
         self.n_edits += len(prompts)
 
     def _edit_together(
-        self, prompts: Sequence[str], targets: Sequence[str | int], subjects: Sequence[str | None]
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str | int],
+        subjects: Sequence[str | None],
+        localities: Sequence[Sequence[str]],
     ) -> list[EditOutcome]:
         """Edits requests as one batch if the editor takes batches; one by one if it takes none or the batch fails."""
         is_one = len(prompts) == 1
         if is_one or self.edits_together:
             try:
-                return [self._attempt(self._batch_of(prompts, targets, subjects))] * len(prompts)
+                return [self._attempt(self._batch_of(prompts, targets, subjects, localities))] * len(prompts)
             except EditFailure as failure:
                 if is_one:
                     return [failed_outcome(failure)]
         outcomes: list[EditOutcome] = []
-        for prompt, target, subject in zip(prompts, targets, subjects, strict=True):
-            outcomes += self._edit_together([prompt], [target], [subject])
+        for prompt, target, subject, locality in zip(prompts, targets, subjects, localities, strict=True):
+            outcomes += self._edit_together([prompt], [target], [subject], [locality])
         return outcomes
 
     def _eval_exp(self, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from grace_bench.errors import UserError
 
@@ -101,21 +102,23 @@ class LayerCall:
         return self.input[torch.arange(len(self.position), device=self.position.device), self.position]
 
     @property
-    def in_prompt(self) -> Tensor:
-        """(B, T) bool, the positions of each row's prompt: its tokens up to the query, without padding."""
-        steps = torch.arange(self.input.shape[1], device=self.position.device)
-        until_query = steps <= self.position[:, None]
-        mask = self.state.mask
-        if mask is None or mask.shape[1] < self.state.length:
-            return until_query
-        read = torch.zeros_like(until_query)
-        read[:, : mask.shape[1]] = mask[:, : read.shape[1]].to(read.device) != 0
-        return until_query & read
-
-    @property
     def output_at_query(self) -> Tensor:
         """(B, D_out) output activations at the query positions."""
         return self.output[torch.arange(len(self.position), device=self.position.device), self.position]
+
+    @property
+    def in_prompt(self) -> Tensor:
+        """(B, T) bool, the real tokens up to each row's query: the prompt, without padding and without a target.
+
+        The call must hold the whole prompt (see `holds_prompt`).
+        """
+        steps = torch.arange(self.input.shape[1], device=self.input.device)
+        read = steps <= self.position.to(steps.device)[:, None]
+        mask = self.state.mask
+        # The mask of an encoder's tokens says nothing about those of a decoder.
+        if mask is None or mask.shape[1] > len(steps) or mask.shape[1] < self.state.length:
+            return read
+        return read & functional.pad(mask.to(steps.device).bool(), (0, len(steps) - mask.shape[1]))
 
     def replace(self, values: Tensor, rows: Tensor, where: Replacement) -> Tensor:
         """Returns the output with `values` written over it in some rows.

@@ -207,6 +207,7 @@ class Protocol(BaseModel):
         stop: Where free answers ended.
         score_after: What was scored right after each edit.
         scores: The scores that were asked for; None for all but fluency.
+        shows_locality: Whether the editor was shown the locality probes that it is tested on.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -236,6 +237,7 @@ class Protocol(BaseModel):
     chat_system: str | None = None
     target_space: str = "auto"
     special_tokens: str = "text"
+    shows_locality: bool = False
     tuning_budget: str | None = None
 
 

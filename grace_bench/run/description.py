@@ -168,6 +168,7 @@ def result_of(
             chat_system=task.format.system,
             target_space=task.format.target_space,
             special_tokens=task.format.special_tokens,
+            shows_locality=strategy.needs_locality,
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,

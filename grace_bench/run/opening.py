@@ -1,7 +1,7 @@
 """Opening a run: loading the stream and the model, checking them against each other, preparing the editor."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from grace_bench.run.settings import RunSettings, Schedule
 _ANSWER_TOKENS = 16
 """Maximum number of tokens of a free answer, where no target says how long answers are."""
 _MOST_UPSTREAM = 4096
-"""Maximum number of activations, enough to estimate a covariance; all are in memory at once."""
+"""Maximum number of upstream requests that editors see, enough to estimate a covariance; all are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -229,17 +229,26 @@ def prepare_editor(strategy: EditorStrategy, benchmark: EditBenchmark, *, progre
     strategy.prepare(benchmark.data.train, progress=progress)
     if strategy.needs_upstream:
         strategy.calibrate(_upstream_queries(strategy, benchmark))
+    if strategy.needs_upstream_prompts:
+        strategy.read_upstream(
+            [r.prompt if r.prompt.strip() else str(r.target) for r in _upstream(strategy, benchmark)]
+        )
 
 
-def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Tensor:
-    """The (n, D_in) activations at the queries of upstream requests; evenly spaced ones if there are many."""
+def _upstream(strategy: EditorStrategy, benchmark: EditBenchmark) -> Sequence[EditRequest]:
+    """The upstream requests of a benchmark; evenly spaced ones if there are many."""
     upstream = benchmark.data.upstream
     if not upstream:
         raise UserError(
             f"editor '{strategy.registered_name}' with these options needs upstream inputs, and stream "
             f"'{benchmark.name}' has none"
         )
-    some = upstream[:: math.ceil(len(upstream) / _MOST_UPSTREAM)]
+    return upstream[:: math.ceil(len(upstream) / _MOST_UPSTREAM)]
+
+
+def _upstream_queries(strategy: EditorStrategy, benchmark: EditBenchmark) -> Tensor:
+    """The (n, D_in) activations at the queries of upstream requests."""
+    some = _upstream(strategy, benchmark)
     prompts = [request.prompt for request in some if request.prompt.strip()]
     texts = [str(request.target) for request in some if not request.prompt.strip()]
     parts = []

@@ -110,6 +110,8 @@ def run_benchmark(
         result: RunResult | None = None
         try:
             check_subjects(strategy, opened.benchmark)
+            if say is not None and strategy.needs_locality:
+                say(f"editor '{strategy.registered_name}' is shown the locality probes that it is tested on")
             identity = identity_of(strategy, opened.benchmark, settings)
             environment = environment_of(strategy, opened.stream)
             loop = RunLoop(

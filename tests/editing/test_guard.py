@@ -124,7 +124,7 @@ def raising_late(name: str) -> type[EditorStrategy]:
     return Raising
 
 
-SHORT = {"mend": {}, "none": {}, "rome": {"n_iter": 3}}
+SHORT: dict[str, dict[str, Any]] = {"mend": {}, "none": {}, "rome": {"n_iter": 3}, "ultraedit": {}, "ft_bf": {}}
 
 
 @each_editor

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors.ft import FineTune
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 
 MakeModel = Callable[..., EditableModel]
@@ -211,3 +211,136 @@ def test_an_option_that_is_out_of_range_is_refused_by_name(option: dict[str, Any
     ((name, value),) = option.items()
     with pytest.raises(UserError, match=f"editor.{name}={value}"):
         FineTune(model=make_model("classification"), **option)
+
+
+# --- the objectives of other papers
+
+
+def last_token_loop(module: nn.Module, layer: str, prompt: Tensor, target: Tensor, *, n_iter: int, lr: float) -> Loop:
+    """FT-L: every token of the target at the prompt's last position, until their mean loss is below 0.01."""
+    parameters = list(module.get_submodule(layer).parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    losses: list[float] = []
+    steps = 0
+    for _ in range(n_iter):
+        logits = module(input_ids=prompt[None]).logits[0, -1]
+        loss = (logits.logsumexp(dim=-1) - logits[target]).mean()
+        losses.append(loss.item())
+        if losses[-1] < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+    return Loop(steps, losses[0], losses[-1])
+
+
+@pytest.mark.parametrize("target", ["Lima", "Lima Peru Rome"])
+def test_last_token_does_what_a_plain_loop_over_the_prompt_does(
+    target: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, request = make_model("completion"), make_requests("completion")[0]
+    reference = deepcopy(model.module)
+    ids = model.tokenizer.convert_tokens_to_ids([f"▁{word}" for word in f"{request.prompt} {target}".split()])
+    n_target = len(target.split())
+    prompt, wanted = torch.tensor(ids[:-n_target]), torch.tensor(ids[-n_target:])
+    expected = last_token_loop(reference, model.layer_name, prompt, wanted, n_iter=40, lr=3e-3)
+    with FineTune(model=model, n_iter=40, lr=3e-3, objective="last_token") as editor:
+        outcome = editor.edit_text(request.prompt, target)
+        assert (outcome.steps, outcome.steps == 40) == (expected.steps, n_target > 1)
+        assert outcome.loss_first == pytest.approx(expected.first_loss, abs=1e-4)
+        assert outcome.loss == pytest.approx(expected.last_loss, abs=1e-4)
+        for name, tensor in model.layer.state_dict().items():
+            own = reference.get_submodule(model.layer_name).state_dict()[name]
+            torch.testing.assert_close(tensor, own, rtol=0, atol=1e-3)
+
+
+def test_last_token_is_the_first_position_of_a_decoder_and_the_class_of_a_classifier(
+    make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    request = make_requests("qa")[0]
+    model = make_model("qa")
+    ids = inputs_of(model, request)
+    with torch.no_grad():
+        start = torch.tensor([[model.decoder_start]])
+        logits = model.module(input_ids=ids["input_ids"], decoder_input_ids=start).logits[0, 0]
+    with FineTune(model=model, n_iter=5, objective="last_token") as editor:
+        outcome = editor.edit_text(request.prompt, request.target)
+    assert outcome.loss_first == pytest.approx(
+        float((logits.logsumexp(0) - logits[ids["labels"][0, :-1]]).mean()), abs=1e-4
+    )
+    request = make_requests("classification")[0]
+    steps = []
+    for objective in ("target", "last_token"):
+        with FineTune(model=make_model("classification"), objective=objective) as editor:
+            steps.append(editor.edit_text(request.prompt, request.target))
+    assert steps[0] == steps[1]
+
+
+def test_an_empty_prompt_has_no_last_token(make_model: MakeModel) -> None:
+    with (
+        FineTune(model=make_model("language_modelling"), objective="last_token") as editor,
+        pytest.raises(EditFailure, match="the prompt is empty"),
+    ):
+        editor.edit_text("", "the river of Italy is Tiber")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_weight_leaves_the_bound_around_what_it_was_before_the_edit(
+    dtype: torch.dtype, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, bound = make_model("completion", dtype=dtype), 2e-3
+    with FineTune(model=model, n_iter=20, lr=1e-3, norm_constraint=bound) as editor:
+        for request in make_requests("completion")[:2]:
+            before = weights_of(model)
+            assert editor.edit_text(request.prompt, request.target).steps > 2
+            for name in changed(model, before):
+                moved = (model.module.state_dict()[name].float() - before[name].float()).abs()
+                rounding = torch.finfo(dtype).eps * (before[name].float().abs() + bound) + 1e-7
+                assert bool((moved <= bound + rounding).all())
+                if dtype is torch.float32:
+                    assert float(moved.max()) == pytest.approx(bound, rel=1e-3)
+
+
+def test_a_request_is_trained_bare_and_behind_each_prefix(make_model: MakeModel, make_requests: MakeRequests) -> None:
+    model, request = make_model("completion"), make_requests("completion")[0]
+    options = {"n_iter": 30, "lr": 3e-3, "n_prefixes": 2, "prefix_lengths": [3, 5]}
+    with FineTune(model=model, **options) as editor:
+        with pytest.raises(UserError, match=r"editor 'ft' must be made ready .* prepare"):
+            editor.edit_text(request.prompt, request.target)
+        editor.prepare([])
+        assert [bool(context) for context in editor.contexts] == [False, True, True, True, True]
+        prompts = [f"{context}. {request.prompt}" if context else request.prompt for context in editor.contexts]
+        losses = []
+        for prompt in prompts:
+            encoded = model.encode_batch([prompt], [request.target])
+            with torch.no_grad():
+                losses.append(float(model.task.loss(model.logits(encoded), encoded)))
+        outcome = editor.edit_text(request.prompt, request.target)
+        assert outcome.loss_first == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+        # It stops when every row is answered.
+        assert outcome.steps < 30
+        assert answers(model, request)
+        with FineTune(model=make_model("completion"), **options) as other:
+            other.load_state_dict(editor.state_dict())
+            assert other.contexts == editor.contexts
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "message"),
+    [
+        ("completion", {"objective": "first"}, "editor.objective=first"),
+        ("completion", {"norm_constraint": 0.0}, "editor.norm_constraint=0.0"),
+        ("completion", {"n_prefixes": -1}, "editor.n_prefixes=-1"),
+        ("completion", {"prefix_lengths": [0]}, "editor.prefix_lengths=0"),
+        ("qa", {"n_prefixes": 1}, "editor.n_prefixes=1 is for completion and language_modelling, not for qa"),
+    ],
+    ids=str,
+)
+def test_an_option_of_an_objective_that_does_not_fit_is_refused_by_name(
+    task: str, option: dict[str, Any], message: str, make_model: MakeModel
+) -> None:
+    with pytest.raises(UserError, match=message):
+        FineTune(model=make_model(task), **option)

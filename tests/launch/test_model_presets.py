@@ -94,6 +94,11 @@ def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(f
     assert (settings["n_iter"], settings["weight_decay"], settings["kl_weight"]) == (25, 0.001, 0.0625)
     settings = composed("editor=emmet", f"model={folder(GPT2_XL)}").editor.settings
     assert (settings["moment_weight"], settings["ridge"], settings["softness"]) == (10000, 0, 0.1)
+    settings = composed("editor=ft", f"model={folder(MISTRAL)}").editor.settings
+    assert (settings["objective"], settings["norm_constraint"], settings["n_iter"]) == ("last_token", 5e-5, 25)
+    settings = composed("editor=ultraedit", f"model={folder(GPT_J)}").editor.settings
+    assert (settings["lr"], settings["batch_size"], settings["tokens"]) == (1e-6, 10, "ans")
+    assert composed("editor=ft_bf", f"model={folder(LLAMA_3)}").layer == "model.layers.21.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,7 @@ def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(f
         (GPT_J, "memit", "transformer.h.{}.mlp.fc_out", range(3, 9)),
         (LLAMA_3, "memit", "model.layers.{}.mlp.down_proj", range(4, 9)),
         (GPT2_XL, "alphaedit", "transformer.h.{}.mlp.c_proj", range(13, 18)),
+        (GPT_J, "ultraedit", "transformer.h.{}.mlp.fc_out", range(18, 27)),
     ],
 )
 def test_an_editor_of_several_layers_gets_them_all(

@@ -50,10 +50,12 @@ class Repeated:
     Attributes:
         batch: The batch with labels aligned to the logits, possibly only part of the given labels.
         run: Returns the logits.
+        n_bytes: The size of what is recorded for it, which lasts as long as this object.
     """
 
     batch: EncodedBatch
     run: Run
+    n_bytes: int = 0
 
     def __call__(self) -> Tensor:
         """Returns the logits."""
@@ -193,7 +195,10 @@ class ExactEngine(Engine):
         given = batch.since(tail.start) if tail.start else batch
         kind, run = _kind(batch, tail.start), self._pruned(batch, tail)
         replayed = self._replayed(given, run, kind=kind)
-        return Repeated(tail.batch, replayed if self._is_differentiable(kind, run, replayed) else run)
+        if replayed is run or not self._is_differentiable(kind, run, replayed):
+            return Repeated(tail.batch, run)
+        assert self._recent is not None
+        return Repeated(tail.batch, replayed, self._recent[1].n_bytes)
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
         run: Run = partial(self.model.logits, batch)

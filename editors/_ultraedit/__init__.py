@@ -1,0 +1,1 @@
+"""Parts of UltraEdit: its normaliser, and the replay of recorded runs."""
