@@ -119,6 +119,13 @@ def test_an_editor_of_several_layers_gets_them_all(
     assert (run.editor.settings["layers"], run.layer) == (layers, layers[-1])
 
 
+def test_an_editor_that_acts_beside_its_layer_keeps_its_own_default_for_the_others(folder: MakeFolder) -> None:
+    run = composed("editor=melo", f"model={folder(GPT2_XL)}")
+    settings = run.editor.settings
+    assert (run.layer, settings["layers"]) == ("transformer.h.35.mlp.c_fc", None)
+    assert (settings["n_blocks"], settings["rank_per_block"], settings["init_radius"]) == (350, 2, 0.5)
+
+
 def test_a_paper_runs_its_editor_with_the_settings_of_its_authors(folder: MakeFolder) -> None:
     """Of two sources for Llama 3, one has 1 for `l2`."""
     run = compose(["paper=alphaedit", "stream.path=x", "editor=alphaedit", f"model={folder(LLAMA_3)}"])
