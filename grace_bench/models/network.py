@@ -346,7 +346,7 @@ class Network(nn.Module):
             call = layer_call_of(self.layer_name, args, kwargs, output, self._tracker.state)
             return _with_activations(output, answer(call))
 
-        return self._installed(self.layer.register_forward_hook(hook, with_kwargs=True, prepend=first))
+        return self._installed(self.layer, hook, first=first)
 
     def intercept_at(
         self, path: str, answer: Callable[[ModuleCall], Tensor], *, option: str = "layer"
@@ -372,11 +372,12 @@ class Network(nn.Module):
             return _with_activations(output, answer(call))
 
         module = self.find_layer(path, option=option)
-        return self._installed(module.register_forward_hook(hook, with_kwargs=True))
+        return self._installed(module, hook)
 
-    def _installed(self, handle: Any) -> "Interceptor":
+    def _installed(self, module: nn.Module, hook: Callable[..., Any], *, first: bool = False) -> "Interceptor":
+        # The tracker's own hooks come first: an interceptor may remove both while the hooks are called.
         self._tracker.attach()
-        interceptor = Interceptor(self, handle)
+        interceptor = Interceptor(self, module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         self._interceptors.add(interceptor)
         return interceptor
 
