@@ -12,8 +12,9 @@ from transformers import BertConfig, BertModel
 
 from grace_bench.cli import main
 from grace_bench.data.requests import EditRequest, Probe
+from grace_bench.editors._retrieval.demonstrations import demonstrations_of
 from grace_bench.editors._retrieval.traces import replay_file
-from grace_bench.editors.ike import Ike, demonstrations_of
+from grace_bench.editors.ike import Ike
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 
