@@ -136,6 +136,8 @@ def test_what_follows_a_failed_edit_is_what_follows_without_it(
         pytest.skip("it computes no loss")
     # Here every candidate is edited.
     task = "language_modelling"
+    if task not in EDITORS.get(name).supported_tasks:
+        pytest.skip(f"it does not work on {task}")
     requests = make_requests(task)[:4]
     more, bad = with_one_more(requests, 2)
     results = []
@@ -633,7 +635,8 @@ def test_a_learning_rate_out_of_all_bounds_is_recorded_on_every_edit(
     name: str, make_editor: MakeEditor, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
     """Adam moves a number by the rate, so after three steps it is huge, and finite."""
-    if name in ("none", "mend") or "clamp" in option_names(EDITORS.get(name)):
+    options = option_names(EDITORS.get(name))
+    if name == "mend" or "lr" not in options or "clamp" in options:
         pytest.skip("its updates are none, of networks that were trained before, or clamped")
     task = EDITORS.get(name).supported_tasks[0]
     recorder = Recorder()
