@@ -10,6 +10,7 @@ from grace_bench.common.options import check_text, check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
 from grace_bench.editors._retrieval.demonstrations import demonstrations_of, question_about
 from grace_bench.editors._retrieval.editor import By, RetrievalEditor
@@ -47,6 +48,13 @@ class Ike(RetrievalEditor):
         UserError: If an option is out of range, naming it, or the encoder cannot be loaded.
     """
 
+    about = About(
+        source="Zheng et al., EMNLP 2023",
+        changes="what the model reads: demonstrations and the new fact come first",
+        needs="the stream's `train` requests",
+        costs="a search a question, and a prompt many times as long",
+        choose="if the model learns from examples in its prompt",
+    )
     traces = "grace_bench.editors._retrieval.traces:replay_file"
     search_space: ClassVar = {"by": ("bm25", "embedding"), "threshold": (0.5, 0.7, 0.9)}
 
