@@ -124,6 +124,12 @@ def raising_late(name: str) -> type[EditorStrategy]:
     return Raising
 
 
+def steps(name: str, n: int) -> dict[str, int]:
+    """The option that makes an editor take so many steps on one request, if it has one."""
+    options = option_names(EDITORS.get(name))
+    return next(({option: n} for option in ("n_iter", "n_epochs") if option in options), {})
+
+
 SHORT: dict[str, dict[str, Any]] = {"mend": {}, "none": {}, "rome": {"n_iter": 3}, "ultraedit": {}, "ft_bf": {}}
 
 
@@ -198,7 +204,7 @@ def test_values_that_explode_leave_the_unedited_model(
     batch = model.encode_batch([request.prompt])
     with torch.no_grad():
         untouched = model.logits(batch).clone()
-    with make_editor(name, model, lr=1e37, n_iter=2) as editor:
+    with make_editor(name, model, lr=1e37, **steps(name, 2)) as editor:
         with pytest.raises(EditFailure, match=r"nan|inf|not finite"):
             editor.edit_text(request.prompt, 3 - int(untouched.argmax()))
         assert editor.n_edits == 0
@@ -641,7 +647,7 @@ def test_a_learning_rate_out_of_all_bounds_is_recorded_on_every_edit(
     task = EDITORS.get(name).supported_tasks[0]
     recorder = Recorder()
     evaluator = EvaluationPlugin(loggers=[recorder], collect_all=False)
-    with make_editor(name, make_model(task), evaluator=evaluator, n_iter=3, lr=1e9) as editor:
+    with make_editor(name, make_model(task), evaluator=evaluator, lr=1e9, **steps(name, 3)) as editor:
         records, state, metrics = carried_out(editor, make_requests(task)[:4], recorder)
     edited = [record for record in records if record["edited"]]
     assert edited
