@@ -321,6 +321,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "memit": {**_SPREAD, "moment_weight": 1.0, "history": True},
     "emmet": _SPREAD,
     "alphaedit": _SPREAD,
+    "retrieve": {"by": "embedding", "k": 2},
+    "ike": {"by": "embedding", "k": 2},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -354,6 +356,8 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "memit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
+    "retrieve": {"by": "embedding"},
+    "ike": {"k": 2},
 }
 """Options that keep the runs of `run_facts` short."""
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from grace_bench.common.options import check_positive
 from grace_bench.editors._grace.key_index import CosineIndex, EuclideanIndex, newest_of_least
-from grace_bench.editors._grace.rows import Rows
 from grace_bench.editors._grace.whitening import Whitening
+from grace_bench.editors._rows import Rows
 from grace_bench.errors import UserError
 
 Label = tuple[int, ...]

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from grace_bench.editors._grace.rows import Rows
+from grace_bench.editors._rows import Rows
 
 # Measured on one core: below this many multiplications, computing all distances is faster than bounding them first.
 _PLAIN = 2**20

@@ -155,8 +155,11 @@ class Guard:
 
     @torch.no_grad()
     def _loss(self, batch: EditBatch) -> float:
-        model = self._editor.model
-        return float(model.task.loss(model.logits(batch.encoded), batch.encoded))
+        model, encoded = self._editor.model, batch.encoded
+        if model.as_read(batch.prompts) != list(batch.prompts):
+            # The edit may have changed what the model reads.
+            encoded = model.encode_batch(batch.prompts, batch.targets)
+        return float(model.task.loss(model.logits(encoded), encoded))
 
 
 def failed_outcome(failure: EditFailure) -> EditOutcome:

@@ -132,6 +132,8 @@ class OptionalHooks:
     def answered_by(self, queries: Tensor) -> Answered | None:
         """Returns what answers each query, so that only answers that may have changed are scored again.
 
+        What a prompt is read as (`intercept_prompts`) is compared apart from this.
+
         Args:
             queries: (B, D_in) activations that enter the edited layer at the queries.
 

@@ -24,6 +24,7 @@ from grace_bench.editing.template import EditingTemplate
 from grace_bench.editing.weights import RewrittenWeights
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
+from grace_bench.models.network import PromptReader
 
 
 class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
@@ -32,9 +33,10 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     A subclass implements `edit`. If edits change anything but rewritten weights, it extends `rollback`, `state_dict`
     and `load_state_dict`. The methods of `OptionalHooks` and the class attributes have defaults.
 
-    An editor acts on the model through `intercept`, which changes what the edited layer returns, or by rewriting
-    weights, which the base class rolls back, suspends and saves. The layers that edits rewrite are declared, by
-    `layers` or `rewrite`; then `edit` changes their weights in place, or by `add_to_weight`.
+    An editor acts on the model through `intercept`, which changes what the edited layer returns, through
+    `intercept_prompts`, which changes what the model reads, or by rewriting weights, which the base class rolls back,
+    suspends and saves. The layers that edits rewrite are declared, by `layers` or `rewrite`; then `edit` changes their
+    weights in place, or by `add_to_weight`.
     Its constructor takes keyword arguments only. Each is an option `editor.<name>=`, stored in an attribute of its
     name.
 
@@ -144,6 +146,16 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """Lets `answer` decide what the edited layer returns, until `detach` (see `EditableModel.intercept`)."""
         self._interceptors.append(self.model.intercept(answer))
 
+    def intercept_prompts(self, read: PromptReader) -> None:
+        """Lets `read` decide which text the model reads in place of each prompt, until `detach`.
+
+        The text is read wherever a prompt becomes tokens: to answer, to score, and for the losses of edits. It is
+        bypassed while the editor is `suspended` (see `EditableModel.intercept_prompts`). An editor that changes nothing
+        else implements `answered_by` by `Answered([None] * len(queries))`: then only requests that are read in other
+        words are scored again.
+        """
+        self._interceptors.append(self.model.intercept_prompts(read))
+
     def rewrite(self, path: str) -> None:
         """Declares, before the first edit, that edits change the weights of the module at a dotted path.
 
@@ -197,7 +209,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         return self._weights.suspended()
 
     def detach(self) -> None:
-        """Undoes every edit and removes the interceptors from the layer."""
+        """Undoes every edit and removes the interceptors."""
         self.rollback()
         for handle in self._interceptors:
             handle.remove()

@@ -45,20 +45,23 @@ class _Known:
         version: The version of the entry that answered it last (see `Answered.versions`).
         items: Its cached scores by version.
         batch: The digests of the batch in which it was first scored, in order.
+        read: The digest of the text that was read in place of its prompt; empty if that was the prompt.
     """
 
     query: Tensor
     version: Hashable
     items: dict[Hashable, ItemScore]
     batch: tuple[str, ...]
+    read: str
 
 
 class Rescorer:
     """Scores requests with the edited model, rescoring only requests whose answer may have changed.
 
-    While the weights are frozen, the input of the edited layer at a request's query never changes. It is cached, and
-    the editor says which entry answers it now (`answered_by`). If that is the same version of the same entry as last
-    time, the answer is the same too.
+    While the weights are frozen, the input of the edited layer at a request's query changes only with the text that is
+    read in place of the prompt (`Network.as_read`). It is cached, and the editor says which entry answers it now
+    (`answered_by`). If the text is the same, and the same version of the same entry answers as last time, the answer is
+    the same too.
 
     An evaluation rescores requests in the batch in which they were first scored, if it asks for the whole batch and at
     least half of it must be rescored: the engine has recorded what comes before the edited layer. All others go into
@@ -108,20 +111,23 @@ class Rescorer:
         if not self.is_incremental:
             return model.score(requests)
         keys = [self._key(request) for request in requests]
-        known = self._look_up(keys)
+        reads = dict(zip(keys, self._reads(requests), strict=True))
+        known = self._look_up(keys, reads)
         asked = dict(zip(keys, requests, strict=True))
         stale = [key for key in asked if key not in known]
         if stale:
-            known |= self._score_anew(stale, asked)
+            known |= self._score_anew(stale, asked, reads)
         return [known[key] for key in keys]
 
     def knows(self, request: EditRequest) -> bool:
-        """Returns whether a request was scored before, so that its query is known."""
+        """Returns whether a request was scored before."""
         return self._key(request) in self._known
 
     def waits_for_values(self, request: EditRequest) -> bool:
-        """Returns whether a pending value answers a known request."""
+        """Returns whether a pending value answers a known request, or may answer it since another text is read."""
         known = self._known[self._key(request)]
+        if self._reads([request]) != [known.read]:
+            return True
         answered = self._editor.answered_by(known.query[None])
         return answered is not None and any(answered.pending)
 
@@ -142,6 +148,7 @@ class Rescorer:
             "versions": [one.version for one in known],
             "batches": [[numbers[key] for key in batch] for batch in batches],
             "batch": [batches[one.batch] for one in known],
+            "reads": [one.read for one in known],
             "queries": torch.stack([one.query for one in known]) if known else None,
         }
 
@@ -152,10 +159,12 @@ class Rescorer:
         keys = state["requests"]
         batches = [tuple(keys[number] for number in batch) for batch in state["batches"]]
         self._known = {}
-        rows = zip(keys, state["versions"], state["batch"], queries, *columns, strict=True)
-        for key, version, batch, query, *values in rows:
+        # Older checkpoints have none: every prompt was read as it is.
+        reads = state.get("reads", [""] * len(keys))
+        rows = zip(keys, state["versions"], state["batch"], reads, queries, *columns, strict=True)
+        for key, version, batch, read, query, *values in rows:
             item = restored(ItemScore, dict(zip(_FIELDS, values, strict=True)))
-            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch])
+            self._known[key] = _Known(query, _hashable(version), {_hashable(version): item}, batches[batch], read)
 
     def _key(self, request: EditRequest) -> str:
         """The digest of all fields of a request that affect its score; the texts would make checkpoints large."""
@@ -168,9 +177,17 @@ class Rescorer:
             self._names[parts] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self._names[parts]
 
-    def _look_up(self, keys: Sequence[str]) -> dict[str, ItemScore]:
+    def _reads(self, requests: Sequence[EditRequest]) -> list[str]:
+        """The digest of the text that is now read in place of each request's prompt; empty if that is the prompt."""
+        prompts = [request.prompt for request in requests]
+        return [
+            "" if text == prompt else hashlib.blake2b(json.dumps(text).encode(), digest_size=16).hexdigest()
+            for prompt, text in zip(prompts, self._editor.model.as_read(prompts), strict=True)
+        ]
+
+    def _look_up(self, keys: Sequence[str], reads: Mapping[str, str]) -> dict[str, ItemScore]:
         """The cached scores that are still valid, with the current entry and distance."""
-        kept = [key for key in dict.fromkeys(keys) if key in self._known]
+        kept = [key for key in dict.fromkeys(keys) if key in self._known and self._known[key].read == reads[key]]
         if not kept:
             return {}
         answered = self._editor.answered_by(torch.stack([self._known[key].query for key in kept]))
@@ -187,7 +204,9 @@ class Rescorer:
         return found
 
     @torch.no_grad()
-    def _score_anew(self, stale: Sequence[str], asked: Mapping[str, EditRequest]) -> dict[str, ItemScore]:
+    def _score_anew(
+        self, stale: Sequence[str], asked: Mapping[str, EditRequest], reads: Mapping[str, str]
+    ) -> dict[str, ItemScore]:
         again = [*self._again(stale, asked)] if self._reuses_batches else []
         held = {key for batch in again for key in batch}
         first: list[tuple[str, ...]] = []
@@ -214,9 +233,10 @@ class Rescorer:
             if answered is not None:
                 for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
                     before = self._known.get(key)
-                    earlier = before.items if self._keeps_versions and before else {}
+                    is_same_text = before is not None and before.read == reads[key]
+                    earlier = before.items if self._keeps_versions and before and is_same_text else {}
                     batch = before.batch if before else batches[key]
-                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch)
+                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch, reads[key])
                     if earlier:
                         self._with_earlier.append(known)
         return scored

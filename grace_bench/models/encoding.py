@@ -226,9 +226,10 @@ def encode_classification(
     *,
     side: PaddingSide = "right",
     max_length: int | None = None,
+    questions: Sequence[str] | None = None,
 ) -> EncodedBatch:
-    """Encodes texts for a sequence classifier; the query is the last real token."""
-    rows = tokens.closed_ids(prompts, max_length=max_length)
+    """Encodes texts for a sequence classifier, cut as in `closed_ids`; the query is the last real token."""
+    rows = tokens.closed_ids(prompts, max_length=max_length, questions=questions)
     ids, mask = pad(rows, tokens.pad_id, side)
     return EncodedBatch(
         inputs={"input_ids": ids, "attention_mask": mask},
@@ -249,13 +250,14 @@ def encode_seq2seq(
     max_target_length: int | None = None,
     decoder_start: int,
     query_in_decoder: bool = False,
+    questions: Sequence[str] | None = None,
 ) -> EncodedBatch:
-    """Encodes questions, and answers followed by the end token, for an encoder-decoder model.
+    """Encodes questions, cut as in `closed_ids`, and answers followed by the end token, for an encoder-decoder model.
 
     The query is the last real encoder token. If the edited layer is in the decoder, it is the decoder's start token,
     which has read the whole question by cross-attention and comes before every answer token.
     """
-    rows = tokens.closed_ids(prompts, max_length=max_length)
+    rows = tokens.closed_ids(prompts, max_length=max_length, questions=questions)
     ids, mask = pad(rows, tokens.pad_id, side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     query = torch.zeros(len(rows), dtype=torch.long) if query_in_decoder else last_token(mask)

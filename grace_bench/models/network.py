@@ -17,6 +17,10 @@ from grace_bench.models.padding import BEGIN_TOKENS, embedding_of, padded_for, w
 from grace_bench.models.sequences import SequenceTracker
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
+PromptReader = Callable[[Sequence[str]], Sequence[str]]
+"""Takes n prompts and returns the n texts that are read in their place."""
+_READERS = "_grace_bench_readers"
+"""The attribute of a module that holds its prompt interceptors; like hooks, they are the module's."""
 
 
 class Network(nn.Module):
@@ -65,6 +69,7 @@ class Network(nn.Module):
         self._pads: dict[str, bool] = {}
         self._bypassed = False
         self._interceptors: set[Interceptor] = set()
+        self._prompt_interceptors: set[PromptInterceptor] = set()
         self._tracker = SequenceTracker(self._path, queries_start=self.layer_in_decoder)
         module.requires_grad_(False)
 
@@ -296,7 +301,7 @@ class Network(nn.Module):
 
     @contextmanager
     def bypassing(self) -> Iterator[None]:
-        """Lets the layer answer by itself inside the context: interceptors are not called."""
+        """Lets the layer answer by itself inside the context: interceptors are not called, of prompts neither."""
         outer, self._bypassed = self._bypassed, True
         try:
             yield
@@ -341,10 +346,41 @@ class Network(nn.Module):
         self._interceptors.add(interceptor)
         return interceptor
 
+    def intercept_prompts(self, read: PromptReader) -> "PromptInterceptor":
+        """Lets `read` decide which text the module reads in place of each prompt, wherever prompts become tokens.
+
+        An empty prompt, whose target is running text, asks nothing and stays empty. If there are several interceptors,
+        each gets what the one before it returned.
+
+        Args:
+            read: Takes prompts that are not empty and returns the texts to read. A text should end with its prompt:
+                where the whole is too long, what comes before the prompt is cut first. The same prompt must give the
+                same text until an edit changes it, whatever the other prompts are. While it runs, the network's
+                interceptors are bypassed, so that it can ask the unedited model.
+
+        Returns:
+            A handle; `handle.remove()` removes the interceptor.
+        """
+        interceptor = PromptInterceptor(self, read)
+        vars(self.module).setdefault(_READERS, []).append(interceptor)
+        self._prompt_interceptors.add(interceptor)
+        return interceptor
+
+    def as_read(self, prompts: Sequence[str]) -> list[str]:
+        """Returns the text that the module reads in place of each prompt, as edited so far."""
+        texts = list(prompts)
+        asked = [i for i, prompt in enumerate(texts) if prompt.strip()]
+        for interceptor in vars(self.module).get(_READERS, ()) if asked else ():
+            for i, text in zip(asked, interceptor.read([texts[i] for i in asked]), strict=True):
+                texts[i] = text
+        return texts
+
     def release(self) -> None:
         """Removes every interceptor, and with the last one all hooks of this network."""
         for interceptor in [*self._interceptors]:
             interceptor.remove()
+        for reader in [*self._prompt_interceptors]:
+            reader.remove()
 
     def _forget(self, interceptor: "Interceptor") -> None:
         self._interceptors.discard(interceptor)
@@ -362,6 +398,27 @@ class Interceptor:
         """Removes the interceptor; removing it again does nothing."""
         self._handle.remove()
         self._network._forget(self)
+
+
+class PromptInterceptor:
+    """An interceptor of prompts (see `Network.intercept_prompts`)."""
+
+    def __init__(self, network: Network, read: PromptReader) -> None:
+        self._network, self._read = network, read
+
+    def read(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Returns the texts to read in place of prompts: the prompts themselves while the network is bypassed."""
+        if self._network._bypassed:
+            return prompts
+        with self._network.bypassing():
+            return self._read(prompts)
+
+    def remove(self) -> None:
+        """Removes the interceptor; removing it again does nothing."""
+        present = [other for other in vars(self._network.module).pop(_READERS, ()) if other is not self]
+        if present:
+            vars(self._network.module)[_READERS] = present
+        self._network._prompt_interceptors.discard(self)
 
 
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

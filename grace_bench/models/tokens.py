@@ -156,25 +156,33 @@ class PromptTokenizer:
         """Returns the token ids of running text, which is never put into a chat; like those of prompts otherwise."""
         return self._ids_of([self._plain(text) for text in texts])
 
-    def closed_ids(self, prompts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
+    def closed_ids(
+        self, prompts: Sequence[str], *, max_length: int | None = None, questions: Sequence[str] | None = None
+    ) -> list[list[int]]:
         """Returns the token ids of complete inputs, with all special tokens that belong around them.
 
         Args:
             prompts: B texts.
             max_length: Longest input; longer ones are cut on the tokenizer's truncation side, prompts of a chat as in
                 `cut`.
+            questions: The end of each text that should survive a cut; None for the whole texts. What comes before it
+                is cut first, at its start.
         """
         if self._template is not None:
             return self.prompt_ids(prompts, max_length=max_length)
+        from_left = getattr(self.tokenizer, "truncation_side", "right") == "left"
         rows = []
-        for prompt in prompts:
+        for prompt, question in zip(prompts, prompts if questions is None else questions, strict=True):
             written = self._plain(prompt)
             before = [] if written.is_rendered else self._before
             (ids,) = self._bare_ids([written])
             if max_length is not None:
                 room = max(0, max_length - len(before) - len(self._after))
-                from_left = getattr(self.tokenizer, "truncation_side", "right") == "left"
-                ids = ids[max(0, len(ids) - room) :] if from_left else ids[:room]
+                at_start = from_left
+                if len(ids) > room and prompt != question and prompt.endswith(question):
+                    (own,) = self._bare_ids([self._plain(question)])
+                    ids, at_start = (ids, True) if len(own) <= room else (own, from_left)
+                ids = ids[max(0, len(ids) - room) :] if at_start else ids[:room]
             rows.append([*before, *ids, *self._after] or [self.begin_id])
         return rows
 
@@ -259,6 +267,11 @@ class PromptTokenizer:
                 # The tokenizer merged across the seam. Generation starts from the prompt alone, so its tokens stay.
                 pairs.append((prompt_ids, self._continuing_ids(text, own=False)))
         return pairs
+
+    def joined(self, prompt: str, target: str) -> str:
+        """Returns a prompt and its target as one text outside a chat, with the space that belongs between them."""
+        stem = self._stem(prompt)
+        return stem + self._continuation(self._plain(stem), "", target)
 
     def answer_ids(self, targets: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of answers that a decoder gives by themselves, without an end token."""

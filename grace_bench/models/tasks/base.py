@@ -217,9 +217,15 @@ class Task(ABC):
 
     @abstractmethod
     def _encode(
-        self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
+        self,
+        model: Network,
+        texts: Sequence[str],
+        targets: Sequence[str | int] | None,
+        side: PaddingSide,
+        *,
+        prompts: Sequence[str],
     ) -> EncodedBatch:
-        """Implements `encode`, on the CPU."""
+        """Implements `encode`, on the CPU, for the texts that the model reads in place of prompts."""
 
     @abstractmethod
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:
@@ -281,6 +287,8 @@ class Task(ABC):
     ) -> EncodedBatch:
         """Encodes prompts on the model's device: with targets for losses and teacher-forced scores, else for answering.
 
+        Where an editor changes which text the model reads (`Network.intercept_prompts`), that text is encoded.
+
         Args:
             model: The model.
             prompts: B texts, at least one.
@@ -296,7 +304,7 @@ class Task(ABC):
             raise UserError("prompts=[] should hold at least one text")
         if targets is not None and (isinstance(targets, str) or len(targets) != len(prompts)):
             raise UserError(f"targets={targets!r} should be a list of {len(prompts)}, one for each prompt")
-        return self._encode(model, prompts, targets, side).to(model.device)
+        return self._encode(model, model.as_read(prompts), targets, side, prompts=prompts).to(model.device)
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:
         """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""
@@ -304,6 +312,11 @@ class Task(ABC):
         return least(self._count(model, prompt, is_prompt=True) + longest, model.max_length) or 1
 
     def _count(self, model: Network, text: str, *, is_prompt: bool = False) -> int:
+        if is_prompt:
+            (read,) = model.as_read([text])
+            if read != text:
+                # Not cached: there may be a new text after every edit.
+                return len(read) if model.tokenizer is None else self.tokens(model).count_prompt(read)
         if model.tokenizer is None:
             return len(text)
         key = text, is_prompt and self.format.chat

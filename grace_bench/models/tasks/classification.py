@@ -29,22 +29,29 @@ class Classification(Task):
         return "a tokenizer or encode=" if model.tokenizer is None and model.encode is None else None
 
     def _encode(
-        self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
+        self,
+        model: Network,
+        texts: Sequence[str],
+        targets: Sequence[str | int] | None,
+        side: PaddingSide,
+        *,
+        prompts: Sequence[str],
     ) -> EncodedBatch:
         labels = None if targets is None else [self._label_of(model, prompts[0], target) for target in targets]
         if model.encode is not None:
             return EncodedBatch(
-                inputs=model.encode(prompts),
-                query=torch.full((len(prompts),), -1),
+                inputs=model.encode(texts),
+                query=torch.full((len(texts),), -1),
                 labels=None if labels is None else torch.tensor(labels),
                 target_ids=() if labels is None else tuple((label,) for label in labels),
             )
         return encoding.encode_classification(
             self.tokens(model),
-            prompts,
+            texts,
             labels,
             side=side,
             max_length=least(model.max_length, self.max_input_tokens),
+            questions=prompts,
         )
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:  # noqa: D102

@@ -305,17 +305,24 @@ class QuestionAnswering(GenerationTask):
         return "a tokenizer" if model.tokenizer is None else None
 
     def _encode(
-        self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
+        self,
+        model: Network,
+        texts: Sequence[str],
+        targets: Sequence[str | int] | None,
+        side: PaddingSide,
+        *,
+        prompts: Sequence[str],
     ) -> EncodedBatch:
         return encoding.encode_seq2seq(
             self.tokens(model),
-            prompts,
+            texts,
             None if targets is None else [str(target) for target in targets],
             side=side,
             max_length=least(model.max_length, self.max_input_tokens),
             max_target_length=self._longest_target(model),
             decoder_start=model.decoder_start,
             query_in_decoder=model.layer_in_decoder,
+            questions=prompts,
         )
 
     def _room(self, model: Network, batch: EncodedBatch) -> int | None:
@@ -346,11 +353,17 @@ class Completion(GenerationTask):
         check_causal(self, model, request)
 
     def _encode(
-        self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
+        self,
+        model: Network,
+        texts: Sequence[str],
+        targets: Sequence[str | int] | None,
+        side: PaddingSide,
+        *,
+        prompts: Sequence[str],
     ) -> EncodedBatch:
         return encoding.encode_causal(
             self.tokens(model),
-            prompts,
+            texts,
             None if targets is None else [str(target) for target in targets],
             side=side,
             max_length=model.max_length,

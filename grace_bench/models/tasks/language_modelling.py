@@ -40,11 +40,17 @@ class LanguageModelling(Task):
         check_causal(self, model, request)
 
     def _encode(
-        self, model: Network, prompts: Sequence[str], targets: Sequence[str | int] | None, side: PaddingSide
+        self,
+        model: Network,
+        texts: Sequence[str],
+        targets: Sequence[str | int] | None,
+        side: PaddingSide,
+        *,
+        prompts: Sequence[str],
     ) -> EncodedBatch:
         return encoding.encode_causal(
             self.tokens(model),
-            prompts,
+            texts,
             None if targets is None else [str(target) for target in targets],
             side=side,
             max_length=model.max_length,
