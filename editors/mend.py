@@ -1,32 +1,28 @@
 """MEND: Fast Model Editing at Scale (Mitchell et al., ICLR 2022)."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from grace_bench.common.options import check_positive, check_whole
-from grace_bench.common.progress import Progress
-from grace_bench.data.artifacts import content_key, load_artifact, requests_key, save_artifact
+from grace_bench.common.options import check_positive
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.about import About
-from grace_bench.editing.batch import EditBatch, EditOutcome, State
-from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.editors._mend_networks import EditorNetworks, add_to_weight, edit_gradients, linear_size
-from grace_bench.editors._mend_training import MetaTraining
-from grace_bench.errors import EditFailure, UserError
+from grace_bench.editing.batch import EditBatch, EditOutcome
+from grace_bench.editors._meta.editor import MetaTrained
+from grace_bench.editors._meta.gradients import edit_gradients, updated
+from grace_bench.editors._meta.networks import EditorNetworks
+from grace_bench.editors._meta.training import MetaTraining, divergence
+from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
 
-_VERSION = 1
-"""The version of meta-training: networks of another version are not used."""
-
 
 @register_editor("mend")
-class Mend(EditorStrategy):
+class Mend(MetaTrained[EditorNetworks]):
     """Networks that turn an edit's gradient into an update of the weights, trained before the first edit.
 
     The gradient at a linear layer is a sum of outer products δ uᵀ over tokens (Mitchell et al. 2022, section 3); the
@@ -58,8 +54,6 @@ class Mend(EditorStrategy):
         costs="meta-training once; then one pass and its gradient an edit",
         choose="if edits are few and must be instant",
     )
-    freezes_weights = False
-    needs_meta_training = True
     # Mitchell et al. 2022, section 5: several of the last feed-forward maps together.
     layer_kind = "several"
     search_space: ClassVar = {"c_edit": (0.1, 0.3, 1.0), "edit_lr": (0.001, 0.01)}
@@ -80,128 +74,44 @@ class Mend(EditorStrategy):
         plugins: Sequence[BasePlugin] = (),
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
-        super().__init__(model=model, plugins=plugins, evaluator=evaluator)
-        for name, count in (("rank", rank), ("n_steps", n_steps), ("batch_size", batch_size)):
-            check_whole(f"editor.{name}", count, least=1)
-        for name, number in (("lr", lr), ("edit_lr", edit_lr), ("c_edit", c_edit), ("c_loc", c_loc)):
-            check_positive(f"editor.{name}", number)
-        check_whole("editor.meta_seed", meta_seed, least=0)
-        if isinstance(layers, str) or (layers is not None and not layers):
-            raise UserError(f"editor.layers={layers} should be a list of dotted paths, or null")
-        self.layers = None if layers is None else list(layers)
-        self.rank = rank
-        self.n_steps = n_steps
-        self.batch_size = batch_size
-        self.lr = lr
-        self.edit_lr = edit_lr
+        super().__init__(
+            model=model,
+            layers=layers,
+            rank=rank,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            lr=lr,
+            edit_lr=edit_lr,
+            c_loc=c_loc,
+            meta_seed=meta_seed,
+            plugins=plugins,
+            evaluator=evaluator,
+        )
+        check_positive("editor.c_edit", c_edit)
         self.c_edit = c_edit
-        self.c_loc = c_loc
-        self.meta_seed = meta_seed
-        self.networks: EditorNetworks | None = None
-        """The trained editor networks; None until they are prepared or meta-trained."""
-        self._linear = {path: model.find_layer(path) for path in self.layers or [model.layer_name]}
-        self._sizes = [linear_size(path, module) for path, module in self._linear.items()]
-        for path in self._linear:
-            self.rewrite(path)
-
-    def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
-        with self.suspended():
-            found = load_artifact(self.registered_name, self._key(train))
-        if found is None:
-            raise self._untrained()
-        self._adopt(found[0])
-
-    def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
-        """Trains the editor networks on single edits of the unedited model and saves them as an artifact.
-
-        An edit's equivalent is one of its rephrases or another request about the same fact, or else the edit itself.
-        Locality is the KL divergence from the unedited model's predictions to the edited model's, at the labelled
-        positions of a request about another fact.
-
-        Returns:
-            Mean losses and success over the first and the last steps, the number of steps, and their duration in
-            seconds.
-
-        Raises:
-            UserError: If the requests are all about one fact, or training diverges.
-        """
-        with self.suspended():
-            key = self._key(train)
-            found = load_artifact(self.registered_name, key)
-            if found is None:
-                self._meta_train(key, train, progress)
-                found = load_artifact(self.registered_name, key)
-        assert found is not None
-        self._adopt(found[0])
-        figures: dict[str, float] = json.loads(found[1]["figures"])
-        return figures
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         """Adds the update of every request, computed from the same weights, at once."""
-        if self.networks is None:
-            raise self._untrained()
-        task, encoded = self.model.task, batch.encoded
-        logits, gradients = edit_gradients(self.model, self._linear, encoded)
+        networks, task, encoded = self.trained, self.model.task, batch.encoded
+        logits, gradients = edit_gradients(self.model, self.linear, encoded)
         with torch.no_grad():
-            changes = [update.total() for update in self.networks(gradients)]
+            changes = [update.total() for update in networks(gradients)]
             if not all(bool(change.isfinite().all()) for change in changes):
                 raise EditFailure("the update of the weights is not finite")
-            for module, change in zip(self._linear.values(), changes, strict=True):
-                add_to_weight(module, change)
+            for module, change in zip(self.linear.values(), changes, strict=True):
+                _add_to_weight(module, change)
             after = float(task.loss(self.model.logits(encoded), encoded))
         return EditOutcome(loss_first=float(task.loss(logits, encoded)), loss=after, loss_after=after, steps=1)
 
-    def changing_state(self) -> State:
-        return EditorStrategy.state_dict(self)
+    def new_networks(self, generator: torch.Generator) -> EditorNetworks:
+        return EditorNetworks(self.sizes, rank=self.rank, edit_lr=self.edit_lr, generator=generator)
 
-    def state_dict(self) -> State:
-        networks = {} if self.networks is None else self.networks.state_dict()
-        return {**super().state_dict(), **{f"networks.{name}": tensor for name, tensor in networks.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        networks = {name.removeprefix("networks."): state[name] for name in state if name.startswith("networks.")}
-        if networks:
-            self._adopt(networks)
-
-    def _new_networks(self, generator: torch.Generator) -> EditorNetworks:
-        return EditorNetworks(self._sizes, rank=self.rank, edit_lr=self.edit_lr, generator=generator).to(
-            self.model.device
-        )
-
-    def _adopt(self, trained: Mapping[str, Tensor]) -> None:
-        networks = self._new_networks(torch.Generator())
-        networks.load_state_dict(dict(trained))
-        self.networks = networks.requires_grad_(False)
-
-    def _key(self, train: Sequence[EditRequest]) -> str:
-        """Returns a digest of all that decides meta-training; the model must be unedited."""
-        task = self.model.task
-        # Included only if there are any, so that networks trained without them keep their cache key.
-        limits = {"max_input_tokens": task.max_input_tokens, "max_target_tokens": task.max_target_tokens}
-        cuts = [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
-        cuts += [f"{name}={value}" for name, value in task.format.changed().items()]
-        return content_key(
-            version=_VERSION,
-            model=self.model.fingerprint,
-            task=[task.name, task.query, task.prefix_length, task.max_new_tokens, *cuts],
-            train=requests_key(train),
-            settings={**self.settings(), "layers": list(self._linear)},
-        )
-
-    def _untrained(self) -> UserError:
-        return UserError(
-            f"editor '{self.registered_name}' has not been meta-trained for this model, {', '.join(self._linear)}, "
-            f"training data and these settings: run `grace-bench meta-train` with the same options first"
-        )
-
-    def _meta_train(self, key: str, train: Sequence[EditRequest], progress: Progress | None) -> None:
-        """Trains networks, resuming an interrupted training, and saves them."""
-        generator = torch.Generator().manual_seed(self.meta_seed)
-        networks = self._new_networks(generator)
-        training = MetaTraining(
+    def new_training(
+        self, networks: EditorNetworks, train: Sequence[EditRequest], generator: torch.Generator
+    ) -> MetaTraining[EditorNetworks]:
+        return SingleEdits(
             model=self.model,
-            layers=self._linear,
+            layers=self.linear,
             networks=networks,
             train=train,
             batch_size=self.batch_size,
@@ -210,8 +120,74 @@ class Mend(EditorStrategy):
             c_loc=self.c_loc,
             generator=generator,
         )
-        seconds = training.run(self.n_steps, name=self.registered_name, key=key, progress=progress)
-        figures = {**training.figures(), "n_steps": self.n_steps, "seconds": seconds}
-        notes = {"figures": json.dumps(figures), "settings": json.dumps(self.settings()), "model": self.model.name}
-        save_artifact(self.registered_name, key, networks.state_dict(), notes)
-        training.forget(name=self.registered_name, key=key)
+
+
+class SingleEdits(MetaTraining[EditorNetworks]):
+    """Trains editor networks on single edits (Mitchell et al. 2022, section 3.2).
+
+    Args:
+        model: The unedited model.
+        layers: The edited linear layers, by dotted path.
+        networks: The networks to train, on the model's device.
+        train: The requests to learn from.
+        batch_size: Edits in a step, each made on its own.
+        lr: Learning rate of Adam.
+        c_edit: Weight of the edit loss.
+        c_loc: Weight of the locality loss.
+        generator: Draws the examples.
+
+    Raises:
+        UserError: If the requests are all about one fact.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        layers: dict[str, nn.Module],
+        networks: EditorNetworks,
+        train: Sequence[EditRequest],
+        batch_size: int,
+        lr: float,
+        c_edit: float,
+        c_loc: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(model=model, networks=networks, train=train, lr=lr, generator=generator)
+        self.layers = layers
+        self.batch_size = batch_size
+        self.c_edit = c_edit
+        self.c_loc = c_loc
+
+    def step(self) -> None:
+        edits, equivalents, others = zip(*(self._draw() for _ in range(self.batch_size)), strict=True)
+        _, gradients = edit_gradients(self.model, self.layers, self.encoded(edits))
+        self.networks.observe(gradients)
+        equivalent, other = self.encoded(equivalents), self.encoded(others)
+        with torch.no_grad():
+            unedited = self.model.logits(other)
+        with updated(self.layers, self.networks(gradients)):
+            answered, kept = self.model.logits(equivalent), self.model.logits(other)
+        edit_loss = self.model.task.loss(answered, equivalent)
+        locality_loss = divergence(unedited, kept, other)
+        loss = self.c_edit * edit_loss + self.c_loc * locality_loss
+        self.check_finite(loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        success = self.success(answered, equivalent)
+        self.history.append([float(edit_loss.detach()), success, float(locality_loss.detach())])
+
+    def _draw(self) -> tuple[EditRequest, EditRequest, EditRequest]:
+        """Draws an edit, an equivalent and a request about another fact."""
+        edit = other = self.one_of(self.train)
+        while other.fact_id == edit.fact_id:
+            other = self.one_of(self.train)
+        return edit, self.one_of(self.equivalents(edit)), other
+
+
+def _add_to_weight(module: nn.Module, change: Tensor) -> None:
+    """Adds a (D_out, D_in) change to a linear layer's weight, in float32 before it is rounded."""
+    weight: Any = module.weight
+    change = change.to(weight.device)
+    weight.data.copy_(weight.data.float() + (change.T if isinstance(module, Conv1D) else change))

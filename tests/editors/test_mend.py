@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.data.artifacts import cache_folder
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch
-from grace_bench.editors._mend_networks import EditorNetworks, RankOnes, edit_gradients, updated
+from grace_bench.editors._meta.gradients import RankOnes, edit_gradients, updated
+from grace_bench.editors._meta.networks import EditorNetworks
 from grace_bench.editors.mend import Mend
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
@@ -300,7 +301,7 @@ def test_a_bfloat16_model_is_edited_by_float32_networks(make_model: MakeModel, m
 def test_meta_training_lowers_the_meta_loss(task: str, make_model: MakeModel) -> None:
     with Mend(model=make_model(task), n_steps=100, batch_size=4, rank=16, lr=3e-3, edit_lr=1e-2) as editor:
         figures = editor.meta_train(train_requests(task))
-        untrained = editor._new_networks(torch.Generator().manual_seed(0)).state_dict()
+        untrained = editor.new_networks(torch.Generator().manual_seed(0)).state_dict()
         trained = networks_of(editor)
         assert all(not torch.equal(trained[name], tensor) for name, tensor in untrained.items()), "all of it is trained"
     first, last = (0.1 * figures[f"edit_loss_{when}"] + figures[f"locality_kl_{when}"] for when in ("first", "last"))
