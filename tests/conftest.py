@@ -323,6 +323,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "alphaedit": _SPREAD,
     "retrieve": {"by": "embedding", "k": 2},
     "ike": {"by": "embedding", "k": 2},
+    "serac": {"n_steps": 10, "width": 32, "n_layers": 1, "batch_size": 4, "lr": 0.01},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -358,6 +359,7 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 5},
     "retrieve": {"by": "embedding"},
     "ike": {"k": 2},
+    "serac": {"n_steps": 10, "width": 32, "n_layers": 1, "batch_size": 4, "lr": 0.01},
 }
 """Options that keep the runs of `run_facts` short."""
 
