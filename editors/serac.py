@@ -17,6 +17,7 @@ from grace_bench.editors._meta.editor import MetaTrainedEditor
 from grace_bench.editors._meta.training import MetaTraining
 from grace_bench.editors._serac import networks as parts
 from grace_bench.editors._serac.memory import EditMemory
+from grace_bench.editors._serac.mixture import Mixture
 from grace_bench.editors._serac.networks import Distance, ScopeClassifier, SeracNetworks, distances
 from grace_bench.editors._serac.training import SeracTraining
 from grace_bench.errors import EditFailure, UserError
@@ -25,7 +26,10 @@ from grace_bench.models.network import Reading
 from grace_bench.models.tokenizers import load_tokenizer
 from grace_bench.registry import register_editor
 
+Mixing = Literal["hard", "soft"]
 Fidelity = Literal["strict", "reference"]
+
+_AT_INFERENCE = ("threshold", "mixing")
 
 
 @register_editor("serac")
@@ -50,6 +54,8 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         dist_heads: The number of equal parts of an embedding; the smallest of their distances counts.
         bound_embeds: Whether tanh bounds embeddings.
         threshold: The similarity above which a question is in an edit's scope.
+        mixing: `soft` scores every question by the mixture of both models' predictions, where the similarity is the
+            counterfactual model's weight; free answers are decided by `threshold` all the same.
         fidelity: `reference` cuts only the last word of an edit's target off the text that is embedded, as EasyEdit's
             code does; `strict` embeds the prompt (docs/fidelity.md).
         n_steps: Steps of training; 0 if the folders hold trained networks.
@@ -71,6 +77,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
     )
     supported_tasks: ClassVar = ("qa", "completion")
     least_n_steps = 0
+    traces = "grace_bench.editors._serac.traces:replay_file"
     search_space: ClassVar = {"threshold": (0.5, 0.3, 0.7), "lr": (1e-3, 3e-3)}
 
     def __init__(
@@ -85,6 +92,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         dist_heads: int = 1,
         bound_embeds: bool = False,
         threshold: float = 0.5,
+        mixing: Mixing = "hard",
         fidelity: Fidelity = "strict",
         n_steps: int = 1000,
         batch_size: int = 32,
@@ -107,6 +115,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         for name, count in (("width", width), ("n_layers", n_layers), ("dist_heads", dist_heads)):
             check_whole(f"editor.{name}", count, least=1)
         check_choice("editor.distance", distance, get_args(Distance))
+        check_choice("editor.mixing", mixing, get_args(Mixing))
         check_choice("editor.fidelity", fidelity, get_args(Fidelity))
         check_flag("editor.bound_embeds", bound_embeds)
         check_positive("editor.threshold", threshold)
@@ -122,6 +131,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         self.dist_heads = dist_heads
         self.bound_embeds = bound_embeds
         self.threshold = threshold
+        self.mixing: Mixing = mixing
         self.fidelity: Fidelity = fidelity
         self.memory: EditMemory | None = None
         """All edits; None without trained networks."""
@@ -142,16 +152,32 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         """Returns the text of an edit that questions are compared with."""
         if self.fidelity == "strict":
             return prompt
-        return f"{prompt} {target}".rpartition(" ")[0] + self.scope.separator
+        return self._sentence(prompt, target).rpartition(" ")[0] + self.scope.separator
 
     @torch.no_grad()
     def embed(self, text: str) -> Tensor:
         """Returns the (D,) embedding of a text, alone: in a batch, its last bits would depend on the others."""
         return self.scope([text])[0]
 
+    def similarities(self, question: str) -> Tensor:
+        """Returns the (N,) float64 logarithms of a question's similarities to all edits."""
+        return self._known().log_similarities(self.embed(self._given_back(question)))
+
     def in_context(self, prompt: str, target: str, question: str) -> str:
         """Returns what the counterfactual model reads: an edit, and a question behind it."""
-        return f"{self.model.tokens.joined(prompt, target)} {question}"
+        return f"{self._sentence(prompt, target)} {self._given_back(question)}"
+
+    def _sentence(self, prompt: str, target: str) -> str:
+        if self.fidelity == "strict":
+            return self.model.tokens.joined(prompt, target)
+        return self._given_back(f"{prompt} {target}")
+
+    def _given_back(self, text: str) -> str:
+        """A text as it is compared and read: in the reference what the tokenizer gives back of it."""
+        if self.fidelity == "strict":
+            return text
+        (ids,) = self.model.tokens.text_ids([text])
+        return self.model.tokens.decode(ids)
 
     def answered_by(self, queries: Tensor) -> Answered:
         return Answered([None] * len(queries))
@@ -163,11 +189,14 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         return [self._read[prompt] for prompt in prompts]
 
     def _reading(self, prompt: str) -> Reading:
-        if self.memory:
-            similarity, index = self.memory.nearest(self.embed(prompt))
-            if similarity > self.threshold:
-                return Reading(self.in_context(*self.memory.facts[index], prompt), self.delegate)
-        return Reading(prompt)
+        if not self.memory:
+            return Reading(prompt)
+        similarity, index = self.memory.nearest(self.embed(self._given_back(prompt)))
+        is_in_scope, text = similarity > self.threshold, self.in_context(*self.memory.facts[index], prompt)
+        if self.mixing == "hard":
+            return Reading(text, self.delegate) if is_in_scope else Reading(prompt)
+        mixture = Mixture(self.model, self.delegate, question=prompt, weight=similarity, answers=is_in_scope)
+        return Reading(text, mixture)
 
     def _known(self) -> EditMemory:
         if self.memory is None:
@@ -277,7 +306,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         return {name: weight.half() for name, weight in networks.state_dict().items()}
 
     def meta_settings(self) -> dict[str, Any]:
-        settings = {name: value for name, value in self.settings().items() if name != "threshold"}
+        settings = {name: value for name, value in self.settings().items() if name not in _AT_INFERENCE}
         for name in ("classifier", "counterfactual"):
             if settings[name] is not None:
                 settings[name] = parts.content_of_folder(settings[name])

@@ -165,6 +165,8 @@ def new_counterfactual(model: EditableModel, *, width: int, n_layers: int) -> nn
                 **sizes,
             )
         )
+        # They are not trained (see `SeracTraining`): a unit each, so that a hidden state can tell them apart.
+        nn.init.normal_(made.get_input_embeddings().weight, std=width**-0.5)
     return made
 
 

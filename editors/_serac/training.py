@@ -10,8 +10,11 @@ from grace_bench.editors._meta.training import MetaTraining
 from grace_bench.editors._serac.networks import SeracNetworks
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.network import Network
+from grace_bench.models.padding import embedding_of
 
 _MAX_GRAD_NORM = 1.0
+_SHARE = 0.5
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 _LEAST = 1e-6
 """The least distance, whose logarithm is finite."""
 
@@ -58,18 +61,23 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         generator: torch.Generator,
     ) -> None:
         networks.requires_grad_(True)
+        # Words that training lacks keep their places among the others.
+        for part in (networks.classifier, networks.counterfactual):
+            if (embedding := embedding_of(part)) is not None:
+                embedding.requires_grad_(False)
         super().__init__(model=model, networks=networks, train=train, lr=lr, generator=generator)
         self.counterfactual = counterfactual
         self.embed = embed
         self.apart = apart
         self.in_context = in_context
         self.batch_size = batch_size
+        self._vocabulary = sorted({*range(len(model.tokenizer))} - model.tokens.special_ids)
 
     def step(self) -> None:
-        edits, inputs, others = self._draw()
-        scope_loss, accuracy = self._scope(edits, inputs, others)
-        texts = [self.in_context(e.prompt, str(e.target), i) for e, i in zip(edits, inputs, strict=True)]
-        batch = self.model.encode_batch(texts, [edit.target for edit in edits])
+        prompts, targets, inputs, others = self._draw()
+        scope_loss, accuracy = self._scope(prompts, inputs, others)
+        texts = [self.in_context(*example) for example in zip(prompts, targets, inputs, strict=True)]
+        batch = self.model.encode_batch(texts, targets)
         logits = self.counterfactual.logits(batch)
         loss = self.model.task.loss(logits, batch)
         self.check_finite(scope_loss + loss)
@@ -80,23 +88,51 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         self.optimizer.step()
         self.history.append([float(scope_loss.detach()), accuracy, float(loss.detach()), self.success(logits, batch)])
 
-    def _draw(self) -> tuple[list[EditRequest], list[str], list[str]]:
-        """Draws edits of different facts, an input in the scope of each, and inputs out of everybody's."""
+    def _draw(self) -> tuple[list[str], list[str], list[str], list[str]]:
+        """Draws prompts and targets of edits, an input in the scope of each, and inputs out of everybody's."""
         facts = [*self.of_fact]
         order = torch.randperm(len(facts), generator=self.generator)[: self.batch_size].tolist()
         edits = [self.one_of(self.of_fact[facts[i]]) for i in order]
         inputs = [self.one_of([edit, *self.equivalents(edit)]).prompt for edit in edits]
         edited = {edit.prompt for edit in edits}
-        others = [self._one_probe(edit) for edit in edits if edit.locality]
-        return edits, inputs, [prompt for prompt in others if prompt not in edited]
+        others = [probe for edit in edits if edit.locality and (probe := self._one_probe(edit)) not in edited]
+        swapped = [self._swapped(edit, asked) for edit, asked in zip(edits, inputs, strict=True)]
+        prompts, targets, inputs = (list(column) for column in zip(*swapped, strict=True))
+        return prompts, targets, inputs, others
+
+    def _swapped(self, edit: EditRequest, asked: str) -> tuple[str, str, str]:
+        """Draws words for about a quarter of those that an edit and its input share, and for half of all targets.
+
+        The training requests are few; so names that none of them has are compared and copied too.
+        """
+        prompt, target = edit.prompt, str(edit.target)
+        if self._tosses():
+            target = " ".join(self._word() for _ in target.split()) or target
+        if self._tosses():
+            shared = dict.fromkeys(prompt.split()).keys() & {*asked.split()}
+            new = {word: self._word() for word in sorted(shared) if self._tosses()}
+            prompt, asked = (" ".join(new.get(word, word) for word in text.split()) for text in (prompt, asked))
+        return prompt, target, asked
+
+    def _tosses(self) -> bool:
+        return bool(torch.rand((), generator=self.generator) < _SHARE)
+
+    def _word(self) -> str:
+        """Draws a word of one to three tokens."""
+        while True:
+            n = 1 + int(torch.randint(3, (), generator=self.generator))
+            drawn = torch.randint(len(self._vocabulary), (n,), generator=self.generator).tolist()
+            word = "".join(self.model.tokens.decode([self._vocabulary[i] for i in drawn]).split())
+            if word and word.isprintable() and _UNREADABLE not in word:
+                return word
 
     def _one_probe(self, edit: EditRequest) -> str:
         return edit.locality[int(torch.randint(len(edit.locality), (), generator=self.generator))].prompt
 
-    def _scope(self, edits: Sequence[EditRequest], inputs: list[str], others: list[str]) -> tuple[Tensor, float]:
+    def _scope(self, prompts: list[str], inputs: list[str], others: list[str]) -> tuple[Tensor, float]:
         """The classifier's loss, and its accuracy on inputs given all edits of the batch."""
-        n = len(edits)
-        embedded = self.embed([edit.prompt for edit in edits] + inputs + others)
+        n = len(prompts)
+        embedded = self.embed(prompts + inputs + others)
         apart = self.apart(embedded[n:, None], embedded[None, :n])
         belongs = torch.eye(len(inputs) + len(others), n, dtype=torch.bool, device=apart.device)
         outside = -torch.log(-torch.expm1(-apart.clamp(min=_LEAST)))
