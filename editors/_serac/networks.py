@@ -220,9 +220,7 @@ def _loaded(option: str, folder: str, loader: Any) -> nn.Module:
     check_model_folder(folder)
     load: Callable[..., nn.Module] = loader.from_pretrained
     try:
-        found = load(
-            folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32
-        )
+        found = load(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32)
     except Exception as error:  # A broken folder can raise the errors of any library that reads it.
         raise UserError(f"editor.{option}={folder}: cannot be loaded ({reason_of(error)})") from error
     return found.eval()
