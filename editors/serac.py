@@ -94,7 +94,7 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         threshold: float = 0.5,
         mixing: Mixing = "hard",
         fidelity: Fidelity = "strict",
-        n_steps: int = 1000,
+        n_steps: int = 600,
         batch_size: int = 32,
         lr: float = 1e-3,
         meta_seed: int = 0,

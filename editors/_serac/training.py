@@ -1,6 +1,6 @@
 """Training of SERAC's networks (Mitchell et al., ICML 2022, section 3.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from grace_bench.models.network import Network
 from grace_bench.models.padding import embedding_of
 
 _MAX_GRAD_NORM = 1.0
-_SHARE = 0.5
-_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_WORD = 3
+"""The largest number of tokens of a drawn word."""
 _LEAST = 1e-6
 """The least distance, whose logarithm is finite."""
 
@@ -71,7 +71,9 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         self.apart = apart
         self.in_context = in_context
         self.batch_size = batch_size
-        self._vocabulary = sorted({*range(len(model.tokenizer))} - model.tokens.special_ids)
+        tokens = sorted({*range(len(model.tokenizer))} - model.tokens.special_ids)
+        self._vocabulary = [token for token in tokens if self._readable([token]).isalnum()]
+        """The tokens that words are drawn from."""
 
     def step(self) -> None:
         prompts, targets, inputs, others = self._draw()
@@ -97,37 +99,51 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         edited = {edit.prompt for edit in edits}
         others = [probe for edit in edits if edit.locality and (probe := self._one_probe(edit)) not in edited]
         swapped = [self._swapped(edit, asked) for edit, asked in zip(edits, inputs, strict=True)]
-        prompts, targets, inputs = (list(column) for column in zip(*swapped, strict=True))
-        return prompts, targets, inputs, others
+        prompts, targets, inputs, near_misses = (list(column) for column in zip(*swapped, strict=True))
+        return prompts, targets, inputs, others + [text for text in near_misses if text]
 
-    def _swapped(self, edit: EditRequest, asked: str) -> tuple[str, str, str]:
+    def _swapped(self, edit: EditRequest, asked: str) -> tuple[str, str, str, str]:
         """Draws words for about a quarter of those that an edit and its input share, and for half of all targets.
 
         The training requests are few; so names that none of them has are compared and copied too.
+
+        Returns:
+            The edit's prompt and target, the input, and the input with another token in one of the drawn words, which
+            is about something else; empty if no word was drawn.
         """
         prompt, target = edit.prompt, str(edit.target)
+        if not self._vocabulary:
+            return prompt, target, asked, ""
         if self._tosses():
-            target = " ".join(self._word() for _ in target.split()) or target
-        if self._tosses():
-            shared = dict.fromkeys(prompt.split()).keys() & {*asked.split()}
-            new = {word: self._word() for word in sorted(shared) if self._tosses()}
-            prompt, asked = (" ".join(new.get(word, word) for word in text.split()) for text in (prompt, asked))
-        return prompt, target, asked
+            target = " ".join(self._readable([*self._tokens()]) for _ in target.split()) or target
+        shared = sorted({*prompt.split()} & {*asked.split()}) if self._tosses() else ()
+        drawn = {word: [*self._tokens()] for word in shared if self._tosses()}
+        if not drawn:
+            return prompt, target, asked, ""
+        new = {word: self._readable(tokens) for word, tokens in drawn.items()}
+        word = [*drawn][self._one_below(len(drawn))]
+        drawn[word][self._one_below(len(drawn[word]))] = self._token()
+        other = {**new, word: self._readable(drawn[word])}
+        near_miss = _with_words(asked, other) if other != new else ""
+        return _with_words(prompt, new), target, _with_words(asked, new), near_miss
 
     def _tosses(self) -> bool:
-        return bool(torch.rand((), generator=self.generator) < _SHARE)
+        return self._one_below(2) == 0
 
-    def _word(self) -> str:
-        """Draws a word of one to three tokens."""
-        while True:
-            n = 1 + int(torch.randint(3, (), generator=self.generator))
-            drawn = torch.randint(len(self._vocabulary), (n,), generator=self.generator).tolist()
-            word = "".join(self.model.tokens.decode([self._vocabulary[i] for i in drawn]).split())
-            if word and word.isprintable() and _UNREADABLE not in word:
-                return word
+    def _one_below(self, n: int) -> int:
+        return int(torch.randint(n, (), generator=self.generator))
+
+    def _tokens(self) -> Iterator[int]:
+        return (self._token() for _ in range(1 + self._one_below(_LONGEST_WORD)))
+
+    def _token(self) -> int:
+        return self._vocabulary[self._one_below(len(self._vocabulary))]
+
+    def _readable(self, tokens: list[int]) -> str:
+        return "".join(self.model.tokens.decode(tokens).split())
 
     def _one_probe(self, edit: EditRequest) -> str:
-        return edit.locality[int(torch.randint(len(edit.locality), (), generator=self.generator))].prompt
+        return edit.locality[self._one_below(len(edit.locality))].prompt
 
     def _scope(self, prompts: list[str], inputs: list[str], others: list[str]) -> tuple[Tensor, float]:
         """The classifier's loss, and its accuracy on inputs given all edits of the batch."""
@@ -143,3 +159,12 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         found = is_near & (apart.detach().argmin(dim=1) == torch.arange(len(apart), device=apart.device))
         right = torch.cat([found[:n], ~is_near[n:]])
         return loss, float(right.float().mean())
+
+
+def _with_words(text: str, new: Mapping[str, str]) -> str:
+    """Returns a text with some of its words replaced.
+
+    >>> _with_words("the river of Rome", {"Rome": "Lima"})
+    'the river of Lima'
+    """
+    return " ".join(new.get(word, word) for word in text.split())

@@ -96,7 +96,10 @@ def test_a_difference_names_edit_and_quantity(
         (lambda record: record.__setitem__("context_templates", ["no place"]), "field 'context_templates'"),
         (lambda record: record.__setitem__("weight_name", "model.layers.9.weight"), "field 'weight_name'"),
         (lambda record: record.__setitem__("entry_positions", [10**6]), "field 'entry_positions'"),
-        (lambda record: record["edits"].append(record["edits"][0]) or record["hparams"].__setitem__("save_freq", 1), "field 'tensors.masks'"),
+        (
+            lambda record: record["edits"].append(record["edits"][0]) or record["hparams"].__setitem__("save_freq", 1),
+            "field 'tensors.masks'",
+        ),
         (lambda record: record["tensors"].__setitem__("gone", ["float32"]), "field 'tensors.gone'"),
     ],
 )

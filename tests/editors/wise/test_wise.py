@@ -1,6 +1,5 @@
 """WISE: what its memories hold, which of them answers, and what an edit trains."""
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, ProbedBatch
 from grace_bench.editors._wise.memory import chosen
 from grace_bench.editors._wise.merging import merge
@@ -377,7 +375,9 @@ def test_a_failed_edit_leaves_every_memory_as_it_was_and_copies_none(make_wise: 
         for fact in FACTS:
             editor.edit_text(*fact)
         state = dict(editor.state_dict())
-        editor._descent = type(editor._descent)(edit_lr=1e30, n_iter=4, act_margin=(5.0, 20.0, 10.0), norm_constraint=None)
+        editor._descent = type(editor._descent)(
+            edit_lr=1e30, n_iter=4, act_margin=(5.0, 20.0, 10.0), norm_constraint=None
+        )
         with pytest.raises(EditFailure):
             editor.edit_text(*FACTS[0])
         after = editor.state_dict()
