@@ -125,7 +125,7 @@ def _editing(
         perturbation: Seeds a difference of all weights in their last bits; None for none.
     """
     model = load_recorded_model(path, record, layer=record.layer, field="weight_name", task="completion")
-    model.module.set_attn_implementation("eager")  # type: ignore[operator]  # type: ignore[operator]
+    model.module.set_attn_implementation("eager")  # type: ignore[operator]
     check_positions(record.entry_positions, record.layer, model)
     for index, probe in enumerate(record.probes):
         check_ids(probe.input_ids, f"probes.{index}.input_ids", model)
