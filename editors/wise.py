@@ -6,6 +6,7 @@ from typing import Any, ClassVar, get_args
 
 from grace_bench.common.options import check_choice, check_flag, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editors._wise.editor import Irrelevant, MemoryEditor
 from grace_bench.editors._wise.memory import Fidelity, Sharding
 from grace_bench.editors._wise.merging import MergeName
@@ -57,9 +58,17 @@ class Wise(MemoryEditor):
         UserError: If an option is out of range, naming it, or the layer is not linear.
     """
 
+    about = About(
+        source="Wang et al., NeurIPS 2024",
+        changes="what one layer returns, by the side memory that knows a prompt, or nothing",
+        needs="prompts of upstream requests",
+        costs="up to `n_iter` passes from the layer on, behind ten prefixes; a matrix for every `save_freq` edits; "
+        "one product of the layer's size a memory and prompt",
+        choose="for hundreds of edits whose rephrasings count, where other prompts must keep their answers",
+    )
     supported_tasks = ("completion", "language_modelling")
     layer_kind = "mlp_output"
-    search_space: ClassVar = {"edit_lr": (1.0, 10.0, 100.0), "act_ratio": (0.88, 0.5)}
+    search_space: ClassVar = {"edit_lr": (1.0, 3.0, 0.3), "act_ratio": (0.88, 0.6)}
     traces = "grace_bench.editors._wise.traces:replay_file"
 
     def __init__(

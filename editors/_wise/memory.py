@@ -115,19 +115,24 @@ class SideMemories:
         product = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         return product.view(*entering.shape[:-1], -1)
 
-    def activations(self, entering: Tensor, leaving: Tensor) -> Tensor:
-        """Returns the (B, T) distances of what leaves the layer with another weight from what leaves it by itself.
-
-        This is the routing activation of Wang et al. 2024, equation 4, with the nonlinearity of the model's
-        feed-forward networks around both outputs.
+    @torch.no_grad()
+    def own(self, entering: Tensor) -> Tensor:
+        """Returns what the layer gives by itself behind the nonlinearity of the model's feed-forward networks.
 
         Args:
             entering: (B, T, D_in) what enters the layer.
-            leaving: (B, T, D_out) what leaves it with the other weight.
         """
-        act = _nonlinearity(self.model)
-        own = self.output(entering, self.original)
-        return torch.linalg.vector_norm(act(leaving) - act(own), dim=-1)
+        found: Tensor = _nonlinearity(self.model)(self.output(entering, self.original))
+        return found
+
+    def activations(self, leaving: Tensor, own: Tensor) -> Tensor:
+        """Returns the (B, T) routing activations (Wang et al. 2024, equation 4): how far a weight moves the output.
+
+        Args:
+            leaving: (B, T, D_out) what leaves the layer with the weight.
+            own: What `own` returns for the same input.
+        """
+        return torch.linalg.vector_norm(_nonlinearity(self.model)(leaving) - own, dim=-1)
 
     # --- edits
 
@@ -226,13 +231,14 @@ class SideMemories:
             mask: (B, T) bool, the positions that count; at least one in each row.
         """
         candidates = self.answering()
-        found = [self._distance(entering, self.output(entering, one.weight), mask) for one in candidates]
+        own = self.own(entering) if candidates else entering
+        found = [self._distance(self.output(entering, one.weight), own, mask) for one in candidates]
         distances = torch.stack(found) if found else entering.new_zeros(0, len(entering), dtype=torch.float32)
         names, least = [one.name for one in candidates], [one.least for one in candidates]
         return Routes(candidates, distances, chosen(names, least, distances))
 
-    def _distance(self, entering: Tensor, leaving: Tensor, mask: Tensor) -> Tensor:
-        activations = self.activations(entering, leaving)
+    def _distance(self, leaving: Tensor, own: Tensor, mask: Tensor) -> Tensor:
+        activations = self.activations(leaving, own)
         if self.sharding.fidelity == "reference" and activations.shape[1] > _LONG:
             return activations.amax(dim=1)
         return mean_at(activations, mask)

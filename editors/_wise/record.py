@@ -75,7 +75,7 @@ class Turn(Part):
 
     request: Request
     losses: Annotated[Losses, Field(min_length=1)]
-    losses_last_10: Losses = []
+    losses_last_10: Losses = Field(default_factory=list)
     n_updates: Whole
     editing_activation: Annotated[list[float], Field(min_length=1, max_length=1)]
     mask_ones: int

@@ -77,13 +77,17 @@ class MemoryTraining:
         self._replayed = replayed
         self._is_reference = memories.sharding.fidelity == "reference"
         self._weight = memories.begin().requires_grad_()
+        self._own: Tensor | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def answer(self, call: LayerCall) -> Tensor:
         """Returns the layer's output with the trained weight."""
         memories = self._memories
         leaving = memories.output(call.input, self._weight)
-        self._seen = memories.activations(call.input, leaving), memories.positions(call)
+        if self._own is None:
+            # Every pass reads the same rows, and what enters the layer never changes.
+            self._own = memories.own(call.input)
+        self._seen = memories.activations(leaving, self._own), memories.positions(call)
         return leaving.to(call.output.dtype)
 
     def run(self, rows: EditRows) -> Trained:
@@ -158,16 +162,16 @@ class MemoryTraining:
         assert self._seen is not None
         return self._seen
 
-    def _entering(self, batch: EncodedBatch) -> tuple[Tensor, Tensor]:
-        """What enters the layer when a batch is read, and the positions that count."""
+    def _entering(self, batch: EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """What enters the layer when a batch is read, what leaves it then, and the positions that count."""
         with self._memories.model.bypassing():
             call = self._memories.model.layer_call(batch)
-        return call.input, self._memories.positions(call)
+        return call.input, self._memories.own(call.input), self._memories.positions(call)
 
-    def _activation_of(self, entering: Tensor, positions: Tensor) -> Tensor:
+    def _activation_of(self, entering: Tensor, own: Tensor, positions: Tensor) -> Tensor:
         """The activation of each row."""
         leaving = self._memories.output(entering, self._weight)
-        return mean_at(self._memories.activations(entering, leaving), positions)
+        return mean_at(self._memories.activations(leaving, own), positions)
 
     def _replayed_activation(self, rows: EditRows) -> Tensor:
         """The activation of each row of a request."""

@@ -310,7 +310,7 @@ def test_list_presets_shows_editor_model_layers_and_source(capsys: pytest.Captur
     shown = line("memit", "llama-3-8b", "model.layers.{4,5,6,7,8}.mlp.down_proj", "jianghoucheng/AlphaEdit@")
     assert "no editor" not in shown
     assert line("moment_weight=15000", "fact_token=subject_last")
-    assert "no editor 'wise' yet" in line("wise ", "llama-2-7b", "zjunlp/EasyEdit@")
+    assert "no editor 'simie' yet" in line("simie ", "llama-2-7b", "zjunlp/EasyEdit@")
     assert line("norm_constraint=0.0005")
     for preset in presets():
         assert any(preset.source in line and preset.editor in line for line in lines)
