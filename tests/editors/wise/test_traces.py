@@ -14,7 +14,7 @@ from grace_bench.launch.replay_traces import verify_files
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("wise/*/*.json"))
-# On a processor other than that of the recordings, every replay is made seven times: the others are in `make test-slow`.
+# On another processor than that of the recordings a replay is made seven times; the others are in `make test-slow`.
 QUICK = ("wise/llama/merge_magnitude",)
 
 needs_golden = pytest.mark.skipif(not GOLDEN_FILES, reason="the official recordings are not beside this checkout")
@@ -96,7 +96,10 @@ def test_a_difference_names_edit_and_quantity(
         (lambda record: record.__setitem__("context_templates", ["no place"]), "field 'context_templates'"),
         (lambda record: record.__setitem__("weight_name", "model.layers.9.weight"), "field 'weight_name'"),
         (lambda record: record.__setitem__("entry_positions", [10**6]), "field 'entry_positions'"),
-        (lambda record: record["edits"].append(record["edits"][0]) or record["hparams"].__setitem__("save_freq", 1), "field 'tensors.masks'"),
+        (
+            lambda record: record["edits"].append(record["edits"][0]) or record["hparams"].__setitem__("save_freq", 1),
+            "field 'tensors.masks'",
+        ),
         (lambda record: record["tensors"].__setitem__("gone", ["float32"]), "field 'tensors.gone'"),
     ],
 )
