@@ -75,7 +75,7 @@ class Turn(Part):
 
     request: Request
     losses: Annotated[Losses, Field(min_length=1)]
-    losses_last_10: Losses = Field(default_factory=list)
+    losses_last_10: Losses | None = None
     n_updates: Whole
     editing_activation: Annotated[list[float], Field(min_length=1, max_length=1)]
     mask_ones: int
@@ -129,7 +129,7 @@ class Record(Recording):
         if "masks" not in self.tensors:
             raise ValueError("field 'tensors.masks': Field required")
         for index, turn in enumerate(self.edits):
-            short = bool(turn.losses_last_10)
+            short = turn.losses_last_10 is not None
             if len(turn.losses) > turn.n_updates or (len(turn.losses) < turn.n_updates) != short:
                 raise ValueError(
                     f"field 'edits.{index}.losses': {len(turn.losses)} passes for {turn.n_updates} updates"

@@ -75,7 +75,8 @@ def _expected(record: Record, tensors: dict[str, Tensor]) -> Expectations:
 
     for index, turn in enumerate(record.edits):
         where = f"edit {index + 1}"
-        steps = [*enumerate(turn.losses), *enumerate(turn.losses_last_10, turn.n_updates - len(turn.losses_last_10))]
+        last = turn.losses_last_10 or []
+        steps = [*enumerate(turn.losses), *enumerate(last, turn.n_updates - len(last))]
         for step, losses in steps:
             expected.add(f"losses at {where}, pass {step + 1}", losses, _ALLOWED.loss * abs(losses[0]))
         expected.add(f"n_updates at {where}", turn.n_updates, 0.0)

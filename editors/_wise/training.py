@@ -151,7 +151,7 @@ class MemoryTraining:
             return self._memories.model.task.row_losses(logits, batch).mean()
         assert batch.labels is not None
         # The authors' mean counts the position before the target's first token.
-        n_counted = ((batch.labels != IGNORED).sum(dim=1) + 1).clamp(max=batch.labels.shape[1] - 1)
+        n_counted = ((batch.labels != IGNORED).sum(dim=1) + 1).clamp(max=batch.n_positions - 1)
         losses = functional.cross_entropy(
             logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(batch.labels)

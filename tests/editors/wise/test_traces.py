@@ -14,7 +14,7 @@ from grace_bench.launch.replay_traces import verify_files
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("wise/*/*.json"))
-# On a processor other than that of the recordings, every replay is made seven times: the others are in `make test-slow`.
+# On another processor than that of the recordings a replay is made seven times; the others are in `make test-slow`.
 QUICK = ("wise/llama/merge_magnitude",)
 
 needs_golden = pytest.mark.skipif(not GOLDEN_FILES, reason="the official recordings are not beside this checkout")

@@ -218,7 +218,7 @@ def trained_by_hand(editor: Wise, prompt: str, target: str, irrelevant: str, *, 
         low = [max(beta - one, one * 0) for one in inside]
 
         def mean(values: list[Tensor]) -> Tensor:
-            positive = [value for value in values if float(value) > 0]
+            positive = [value for value in values if float(value.detach()) > 0]
             return torch.stack(positive).mean() if positive else torch.zeros(())
 
         loss = torch.stack(losses).mean() + mean(hinge) + mean([max(outside - alpha, outside * 0)]) + mean(low)
@@ -258,16 +258,15 @@ def test_an_edit_changes_the_entries_of_its_mask_alone(make_wise: MakeWise, fami
 
 
 def test_only_the_layer_and_what_follows_it_run_again(make_wise: MakeWise, calls_of: Any) -> None:
+    before, after = "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"
     with make_wise() as editor:
-        with calls_of(editor.model, "model.layers.0") as before, calls_of(editor.model, "model.layers.2") as after:
-            editor.edit_text(*FACTS[0])
-        first, later = len(before), len(after)
-        with calls_of(editor.model, "model.layers.0") as before, calls_of(editor.model, "model.layers.2") as after:
+        # The first edit traces the model and compares gradients.
+        editor.edit_text(*FACTS[0])
+        with calls_of(editor.model, before) as calls_before, calls_of(editor.model, after) as calls_after:
             editor.edit_text(*FACTS[1])
-        # Tracing the model and comparing gradients take passes of the first edit.
-        assert first >= len(before)
-        assert len(before) <= 3
-        assert later >= len(after) >= SHORT["n_iter"]
+        # The request is recorded, and the irrelevant prompt read.
+        assert len(calls_before) == 2
+        assert len(calls_after) == SHORT["n_iter"] + 1
 
 
 def test_the_engines_make_the_same_edits(make_wise: MakeWise) -> None:
@@ -303,18 +302,13 @@ def test_contexts_continue_five_beginnings_greedily(make_wise: MakeWise) -> None
 
 def test_memories_are_saved_and_merged_at_their_numbers_of_edits(make_wise: MakeWise) -> None:
     with make_wise(save_freq=1, merge_freq=2) as editor:
-        memories = editor.memories
-        saved = []
-        for fact in FACTS[:2]:
+        memories, sizes = editor.memories, []
+        for fact in (*FACTS, FACTS[0]):
             editor.edit_text(*fact)
-            saved.append(memories.saved[-1])
             assert memories.new is None
-        assert len(memories.saved) == 1
-        first, second = saved[0], saved[1]
-        assert torch.equal(first, second)
-        editor.edit_text(*FACTS[2])
-        assert len(memories.saved) == 2
-        assert len(memories.least) == 2
+            assert len(memories.saved) == len(memories.least)
+            sizes.append(len(memories.saved))
+        assert sizes == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("retrieve", [True, False])
@@ -442,7 +436,6 @@ def test_a_result_says_whether_the_editor_saw_its_test(
     assert result.protocol.shows_locality == (irrelevant == "locality")
     assert result.editor.model_dump()["irrelevant"] == irrelevant
     assert any("shown the locality probes" in line for line in said) == (irrelevant == "locality")
-    assert result.metrics["n_edits"] if "n_edits" in result.metrics else True
 
 
 # --- the official rows
@@ -487,5 +480,5 @@ def test_options_out_of_range_are_refused_in_one_line(
 
 
 def test_a_layer_that_is_not_linear_is_refused(make_causal: MakeCausal) -> None:
-    with pytest.raises(UserError, match="layer=transformer.h.1.mlp is a GPT2MLP"):
+    with pytest.raises(UserError, match=r"layer=transformer\.h\.1\.mlp is a GPT2MLP"):
         Wise(model=make_causal(layer="transformer.h.1.mlp"))
