@@ -1,39 +1,29 @@
 """SERAC: Memory-Based Model Editing at Scale (Mitchell et al., ICML 2022)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from grace_bench.common.options import check_choice, check_flag, check_positive, check_text, check_whole
-from grace_bench.common.progress import Progress
+from grace_bench.common.options import check_choice, check_positive
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.data.requests import EditRequest
 from grace_bench.editing.about import About
 from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
-from grace_bench.editors._meta.editor import MetaTrainedEditor
-from grace_bench.editors._meta.training import MetaTraining
-from grace_bench.editors._serac import networks as parts
 from grace_bench.editors._serac.memory import EditMemory
 from grace_bench.editors._serac.mixture import Mixture
-from grace_bench.editors._serac.networks import Distance, ScopeClassifier, SeracNetworks, distances
-from grace_bench.editors._serac.training import SeracTraining
-from grace_bench.errors import EditFailure, UserError
+from grace_bench.editors._serac.networks import Distance
+from grace_bench.editors._serac.trained import Fidelity, ScopeAndCounterfactual
+from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.network import Reading
-from grace_bench.models.tokenizers import load_tokenizer
 from grace_bench.registry import register_editor
 
 Mixing = Literal["hard", "soft"]
-Fidelity = Literal["strict", "reference"]
-
-_AT_INFERENCE = ("threshold", "mixing")
 
 
 @register_editor("serac")
-class Serac(MetaTrainedEditor[SeracNetworks]):
+class Serac(ScopeAndCounterfactual):
     """Stores edits; a counterfactual model answers, behind the edit, what a scope classifier finds to be about it.
 
     The similarity of a question and an edit is exp(-d), where d is the distance of their embeddings. If that of the
@@ -76,7 +66,6 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
         choose="if the model must not change, and there are requests like the edits to train on",
     )
     supported_tasks: ClassVar = ("qa", "completion")
-    least_n_steps = 0
     traces = "grace_bench.editors._serac.traces:replay_file"
     search_space: ClassVar = {"threshold": (0.5, 0.3, 0.7), "lr": (1e-3, 3e-3)}
 
@@ -103,6 +92,14 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
     ) -> None:
         super().__init__(
             model=model,
+            classifier=classifier,
+            counterfactual=counterfactual,
+            width=width,
+            n_layers=n_layers,
+            distance=distance,
+            dist_heads=dist_heads,
+            bound_embeds=bound_embeds,
+            fidelity=fidelity,
             n_steps=n_steps,
             batch_size=batch_size,
             lr=lr,
@@ -110,31 +107,10 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
             plugins=plugins,
             evaluator=evaluator,
         )
-        check_text("editor.classifier", classifier, optional=True)
-        check_text("editor.counterfactual", counterfactual, optional=True)
-        for name, count in (("width", width), ("n_layers", n_layers), ("dist_heads", dist_heads)):
-            check_whole(f"editor.{name}", count, least=1)
-        check_choice("editor.distance", distance, get_args(Distance))
-        check_choice("editor.mixing", mixing, get_args(Mixing))
-        check_choice("editor.fidelity", fidelity, get_args(Fidelity))
-        check_flag("editor.bound_embeds", bound_embeds)
         check_positive("editor.threshold", threshold)
-        if width % parts.HEAD:
-            raise UserError(f"editor.width={width} should be a multiple of {parts.HEAD}")
-        if not n_steps and None in (classifier, counterfactual):
-            raise UserError("editor.n_steps=0 needs trained networks: see editor.classifier and editor.counterfactual")
-        self.classifier = classifier
-        self.counterfactual = counterfactual
-        self.width = width
-        self.n_layers = n_layers
-        self.distance: Distance = distance
-        self.dist_heads = dist_heads
-        self.bound_embeds = bound_embeds
+        check_choice("editor.mixing", mixing, get_args(Mixing))
         self.threshold = threshold
         self.mixing: Mixing = mixing
-        self.fidelity: Fidelity = fidelity
-        self.memory: EditMemory | None = None
-        """All edits; None without trained networks."""
         self._read: dict[str, Reading] = {}
         self.intercept_prompts(self._readings)
 
@@ -239,75 +215,3 @@ class Serac(MetaTrainedEditor[SeracNetworks]):
 
     def max_extra_parameters(self, n_edits: int) -> int:
         return sum(weight.numel() for weight in self.trained.parameters()) + n_edits * self._known().width
-
-    # --- the networks
-
-    def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
-        if self.n_steps:
-            super().prepare(train, progress=progress)
-        else:
-            self.use(self.new_networks(torch.Generator()))
-
-    def meta_train(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> dict[str, float]:
-        if not self.n_steps:
-            raise UserError("editor.n_steps=0: there is nothing to train")
-        return super().meta_train(train, progress=progress)
-
-    def new_networks(self, generator: torch.Generator) -> SeracNetworks:
-        seed = int(torch.randint(2**31, (), generator=generator))
-        sizes = {"width": self.width, "n_layers": self.n_layers}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            networks = SeracNetworks(
-                parts.load_classifier(self.classifier)
-                if self.classifier
-                else parts.new_classifier(self.model, **sizes),
-                parts.load_counterfactual(self.counterfactual, self.model)
-                if self.counterfactual
-                else parts.new_counterfactual(self.model, **sizes),
-            )
-        return networks.to(self.model.device)
-
-    def use(self, networks: SeracNetworks) -> None:
-        super().use(networks)
-        self.scope = self._scope_of(networks)
-        self.delegate = parts.delegate_of(self.model, networks.counterfactual)
-        self.memory = EditMemory(
-            self.embed("a").shape[0],
-            device=self.model.device,
-            distance=self.distance,
-            heads=self.dist_heads,
-            bound=self.bound_embeds,
-        )
-
-    def _scope_of(self, networks: SeracNetworks) -> ScopeClassifier:
-        tokenizer = load_tokenizer(self.classifier) if self.classifier else self.model.tokenizer
-        parses = self.fidelity == "reference"
-        return ScopeClassifier(networks.classifier, tokenizer, device=self.model.device, parses=parses)
-
-    def new_training(
-        self, networks: SeracNetworks, train: Sequence[EditRequest], generator: torch.Generator
-    ) -> MetaTraining[SeracNetworks]:
-        return SeracTraining(
-            model=self.model,
-            networks=networks,
-            counterfactual=parts.delegate_of(self.model, networks.counterfactual),
-            embed=self._scope_of(networks),
-            apart=partial(distances, kind=self.distance, heads=self.dist_heads, bound=self.bound_embeds),
-            in_context=self.in_context,
-            train=train,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            generator=generator,
-        )
-
-    def stored(self, networks: SeracNetworks) -> dict[str, Tensor]:
-        # Half the size, and more digits than what they were trained on says.
-        return {name: weight.half() for name, weight in networks.state_dict().items()}
-
-    def meta_settings(self) -> dict[str, Any]:
-        settings = {name: value for name, value in self.settings().items() if name not in _AT_INFERENCE}
-        for name in ("classifier", "counterfactual"):
-            if settings[name] is not None:
-                settings[name] = parts.content_of_folder(settings[name])
-        return settings

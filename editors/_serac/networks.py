@@ -41,12 +41,12 @@ class SeracNetworks(nn.Module):
         self.counterfactual = counterfactual
         self.eval()
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         """Returns the weights, those that two modules share once."""
         return {name: weight.detach() for name, weight in self.named_parameters()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], *_: Any, **__: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
         """Copies the weights from a state.
 
         Raises:
@@ -54,9 +54,9 @@ class SeracNetworks(nn.Module):
             RuntimeError: If one has another shape.
         """
         for name, weight in self.named_parameters():
-            if state[name].shape != weight.shape:
-                raise RuntimeError(f"{name} is {tuple(state[name].shape)}, not {tuple(weight.shape)}")
-            weight.copy_(state[name])
+            if state_dict[name].shape != weight.shape:
+                raise RuntimeError(f"{name} is {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}")
+            weight.copy_(state_dict[name])
 
 
 class ScopeClassifier:
@@ -166,7 +166,8 @@ def new_counterfactual(model: EditableModel, *, width: int, n_layers: int) -> nn
             )
         )
         # They are not trained (see `SeracTraining`): a unit each, so that a hidden state can tell them apart.
-        nn.init.normal_(made.get_input_embeddings().weight, std=width**-0.5)
+        embedding: Any = embedding_of(made)
+        nn.init.normal_(embedding.weight, std=width**-0.5)
     return made
 
 

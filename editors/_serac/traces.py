@@ -144,7 +144,8 @@ def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, 
         ):
             if ours != recorded:
                 return Verdict(f"{name} at edit {i + 1} is {ours!r}, where {recorded!r} was recorded")
-    expected, found = Expectations(), {}
+    expected = Expectations()
+    found: dict[str, Tensor] = {}
     for i, probe in enumerate(record.probes):
         where = f"at probe {i + 1}"
         difference = _decision(probe, model, editor)
@@ -154,13 +155,12 @@ def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, 
         if float(output.max() - output[probe.argmax_after]) > 2 * _TOLERANCE:
             return Verdict(f"argmax_after {where} is {int(output.argmax())}, not {probe.argmax_after}")
         similarities = editor.similarities(probe.text)
-        for name, recorded, ours in (
-            ("log_similarities", tensors["log_similarities"][i], similarities),
-            ("similarity", [probe.similarity], similarities.max().exp()[None]),
-            ("probe_output", tensors["probe_output"][i], output),
-        ):
-            expected.add(f"{name} {where}", recorded, _TOLERANCE)
-            found[f"{name} {where}"] = ours
+        expected.add(f"log_similarities {where}", tensors["log_similarities"][i], _TOLERANCE)
+        expected.add(f"similarity {where}", [probe.similarity], _TOLERANCE)
+        expected.add(f"probe_output {where}", tensors["probe_output"][i], _TOLERANCE)
+        found[f"log_similarities {where}"] = similarities
+        found[f"similarity {where}"] = similarities.max().exp()[None]
+        found[f"probe_output {where}"] = output
     return expected.compare(found)
 
 

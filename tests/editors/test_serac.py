@@ -187,7 +187,7 @@ def test_networks_come_from_folders(make_serac: Callable[..., Serac], make_train
         with pytest.raises(UserError, match="nothing to train"):
             editor.meta_train(make_train("completion"))
     (tmp_path / "classifier" / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="editor.classifier=.*cannot be loaded"):
+    with pytest.raises(UserError, match=r"editor.classifier=.*cannot be loaded"):
         Serac(model=model, **folders, n_steps=0).prepare(())
 
 
