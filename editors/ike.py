@@ -10,7 +10,9 @@ from grace_bench.common.options import check_text, check_whole
 from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editors._retrieval.demonstrations import demonstrations_of, question_about
 from grace_bench.editors._retrieval.editor import By, RetrievalEditor
 from grace_bench.editors._retrieval.encoders import Encoder, LayerEncoder, SentenceEncoder
 from grace_bench.editors._retrieval.index import nearest
@@ -46,6 +48,13 @@ class Ike(RetrievalEditor):
         UserError: If an option is out of range, naming it, or the encoder cannot be loaded.
     """
 
+    about = About(
+        source="Zheng et al., EMNLP 2023",
+        changes="what the model reads: demonstrations and the new fact come first",
+        needs="the stream's `train` requests",
+        costs="a search a question, and a prompt many times as long",
+        choose="if the model learns from examples in its prompt",
+    )
     traces = "grace_bench.editors._retrieval.traces:replay_file"
     search_space: ClassVar = {"by": ("bm25", "embedding"), "threshold": (0.5, 0.7, 0.9)}
 
@@ -149,29 +158,3 @@ class Ike(RetrievalEditor):
 
     def max_extra_parameters(self, n_edits: int) -> int:
         return self.embeddings.numel() + super().max_extra_parameters(n_edits)
-
-
-def question_about(prompt: str, target: str, question: str) -> str:
-    """Returns a question behind a new fact.
-
-    >>> question_about("The river of Rome is the", "Tiber", "Rome lies on the")
-    'New Fact: The river of Rome is the Tiber\\nPrompt: Rome lies on the'
-    """
-    return f"New Fact: {prompt} {target}\nPrompt: {question}"
-
-
-def demonstrations_of(train: Sequence[EditRequest], answers: Mapping[str, str]) -> list[str]:
-    """Returns the demonstrations of training requests: copy, update and retain of each, if it has what they need.
-
-    Args:
-        train: The requests.
-        answers: Answers to locality probes that have none.
-    """
-    found: list[str] = []
-    for request in train:
-        prompt, target = request.prompt, str(request.target)
-        pairs = [(prompt, target), *((rephrase, target) for rephrase in request.rephrases[:1])]
-        for probe in request.locality[:1]:
-            pairs.append((probe.prompt, answers[probe.prompt] if probe.target is None else str(probe.target)))
-        found += [f"{question_about(prompt, target, asked)} {answer}\n\n" for asked, answer in pairs]
-    return found

@@ -142,7 +142,7 @@ class Memoir(EditorStrategy):
         for chunk in self.model.query_batches(prompts):
             encoded = self.model.encode_batch([prompts[index] for index in chunk])
             found += self.model.task.by_length(
-                self.model, encoded, lambda batch: list(_mean_over_prompt(self.model.layer_call(batch)))
+                self.model, encoded, lambda _, batch: list(_mean_over_prompt(self.model.layer_call(batch)))
             )
         return torch.stack(found)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from grace_bench.common.options import check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
+from grace_bench.editing.about import About
 from grace_bench.editors._retrieval.editor import By, RetrievalEditor
 from grace_bench.editors._retrieval.encoders import LayerEncoder
 from grace_bench.models.editable import EditableModel
@@ -31,6 +32,12 @@ class Retrieve(RetrievalEditor):
         UserError: If an option is out of range, naming it.
     """
 
+    about = About(
+        source="Lewis et al., NeurIPS 2020, applied to edits",
+        changes="what the model reads: sentences of similar edits come first",
+        costs="a search a question, and a longer prompt; an embedding an edit where `by=embedding`",
+        choose="as the bar that every other editor should clear",
+    )
     search_space: ClassVar = {"by": ("bm25", "embedding"), "threshold": (0.5, 0.7, 0.9)}
 
     def __init__(

@@ -66,9 +66,9 @@ class RLEdit(MetaTrainedOnBatches):
         tokens: EditTokens = "answer",
         rank: int = 64,
         n_blocks: int = 2,
-        n_steps: int = 60,
+        n_steps: int = 40,
         n_batches: int = 10,
-        batch_size: int = 8,
+        batch_size: int = 5,
         back_depth: int = 10,
         time_decay: float = 0.95,
         lr: float = 1e-3,
@@ -172,8 +172,8 @@ class Trajectories(BatchTraining):
             logits = self.model.logits(batch)
         rows = _split(range(len(batch)), self.batch_size)
         losses = [self.model.task.loss(logits[list(some)], batch.rows(some)) for some in rows]
-        total = torch.stack([self.time_decay**j * loss for j, loss in enumerate(reversed(losses))]).sum()
-        return total, self.success(logits, batch)
+        decayed = (self.time_decay**j * loss for j, loss in enumerate(reversed(losses)))
+        return sum(decayed, torch.zeros_like(losses[0])), self.success(logits, batch)
 
     def _returns(
         self, trajectory: Sequence[Sequence[Tensor]], slopes: Sequence[Sequence[Tensor]]

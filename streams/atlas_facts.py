@@ -165,6 +165,7 @@ class AtlasFacts(EditStream):
     default_model = "atlas-facts"
     default_layer = "model.layers.1.mlp.down_proj"
     in_demo = True
+    ships_networks = True
     search_layers: ClassVar = {
         "any": ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
         "mlp_output": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),

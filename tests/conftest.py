@@ -331,6 +331,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "retrieve": {"by": "embedding", "k": 2},
     "ike": {"by": "embedding", "k": 2},
     "wise": {"n_iter": 8, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
+    "serac": {"n_steps": 10, "width": 32, "n_layers": 1, "batch_size": 4, "lr": 0.01},
 }
 """Options that keep edits and preparation short on these tiny models."""
 
@@ -375,6 +376,7 @@ SHORT_RUNS: dict[str, dict[str, Any]] = {
     "retrieve": {"by": "embedding"},
     "ike": {"k": 2},
     "wise": {"n_iter": 5, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
+    "serac": {"n_steps": 10, "width": 32, "n_layers": 1, "batch_size": 4, "lr": 0.01},
 }
 """Options that keep the runs of `run_facts` short."""
 

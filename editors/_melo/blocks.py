@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grace_bench.editing.guard import check_loss, size_failure
-from grace_bench.editors._rows import Rows
 from grace_bench.editors._melo.clusters import NO_BLOCK
+from grace_bench.editors._rows import Rows
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch

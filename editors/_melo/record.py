@@ -136,6 +136,10 @@ def read_record(path: Path) -> tuple[Record, dict[str, Tensor]]:
     lacking = next((name for name in map(initial_name, record.hparams.target_modules) if name not in tensors), None)
     if lacking is not None:
         raise UserError(f"{path}: field 'tensors.{lacking}': Field required")
+    logits = tensors.get("probe_logits_after")
+    if logits is not None and (logits.dim() != 2 or len(logits) != len(record.probes)):
+        rows = f"{len(record.probes)} probes"
+        raise UserError(f"{path}: field 'tensors.probe_logits_after': is {tuple(logits.shape)}, where there are {rows}")
     return record, tensors
 
 

@@ -28,6 +28,7 @@ from grace_bench.editors._recordings import (
     replaying,
     usable_model,
 )
+from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
 from grace_bench.registry import EDITORS
@@ -52,7 +53,10 @@ def replay_file(path: Path) -> Verdict:
     record, tensors = read_record(path)
     with replaying(path), _editing(record, tensors, path) as editor:
         replay = _Replay(record, tensors, editor)
-        replay.run()
+        try:
+            replay.run()
+        except UserError as error:
+            raise UnusableError(f"field 'hparams.target_modules': {error}") from error
         if replay.differences:
             return Verdict(replay.differences[0])
         return replay.expected.compare(replay.numbers)
@@ -74,19 +78,20 @@ def _editing(record: Record, tensors: dict[str, Tensor], path: Path) -> Iterator
         field="hparams.grace_layer",
         task="qa" if is_encoder_decoder else "completion",
     )
-    missing = next((name for name in given.target_modules if name not in dict(model.module.named_modules())), None)
-    if missing is not None:
-        raise UnusableError(f"field 'hparams.target_modules': {missing} is not in the model")
-    with EDITORS.get("melo")(
-        model=model,
-        layers=given.target_modules,
-        n_blocks=given.num_block,
-        rank_per_block=given.num_rank_per_block,
-        init_radius=given.init_radius,
-        n_iter=given.num_iter,
-        lr=given.edit_lr,
-        fidelity="reference",
-    ) as editor:
+    try:
+        made = EDITORS.get("melo")(
+            model=model,
+            layers=given.target_modules,
+            n_blocks=given.num_block,
+            rank_per_block=given.num_rank_per_block,
+            init_radius=given.init_radius,
+            n_iter=given.num_iter,
+            lr=given.edit_lr,
+            fidelity="reference",
+        )
+    except UserError as error:
+        raise UnusableError(f"field 'hparams.target_modules': {error}") from error
+    with made as editor:
         rank = given.num_rank_per_block
         for name, (n_in, _) in editor.blocks.sizes.items():
             found, wanted = tuple(tensors[initial_name(name)].shape), (n_in, given.num_block * rank)
@@ -171,7 +176,11 @@ class _Replay:
         self._same(f"block at {where}", turn.block, len(self._editor.blocks))
         if self.differences:
             return
-        self._editor.edit(EditBatch(prompts=("",) * n_rows, targets=("",) * n_rows, encoded=encoded))
+        try:
+            self._editor.edit(EditBatch(prompts=("",) * n_rows, targets=("",) * n_rows, encoded=encoded))
+        except EditFailure as failure:
+            self.differences.append(f"{where} fails: {failure}")
+            return
         for row, (op, ours) in enumerate(zip(turn.ops, self._editor.settled, strict=True)):
             here = f"ops.{row} at {where}"
             self._same(f"op of {here}", op.op, _OPS[ours.op])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.common.progress import Progress
@@ -22,77 +22,58 @@ from grace_bench.editors._meta.training import MetaTraining
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 
-Networks = TypeVar("Networks", bound=EditorNetworks)
+Networks = TypeVar("Networks", bound=nn.Module)
+Updaters = TypeVar("Updaters", bound=EditorNetworks)
 
 
-class MetaTrained(EditorStrategy, Generic[Networks]):
-    """Computes updates of weights by networks that are trained once for a model, layers, requests and settings.
+class MetaTrainedEditor(EditorStrategy, Generic[Networks]):
+    """Has networks that are trained once for a model, requests and settings, before the first edit.
 
     A subclass makes its networks and their training, and edits with `trained`.
 
     Args:
         model: The model to edit.
-        layers: Dotted paths of the linear layers whose weights are edited; None for only the model's edited layer.
-        rank: Rank of the networks' matrices.
         n_steps: Steps of meta-training.
         batch_size: Edits in a batch of meta-training.
         lr: Learning rate of Adam in meta-training.
-        edit_lr: Initial edit learning rate of each layer, which is then learned.
-        c_loc: Weight of the locality loss in meta-training.
         meta_seed: Seeds meta-training; separate from the run's seed, so that all runs of a table share the networks.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
 
     Attributes:
         version: The version of meta-training: networks of another version are not used.
+        least_n_steps: The least number of steps.
 
     Raises:
-        UserError: If a number is out of range or a layer is not linear, naming it.
+        UserError: If a number is out of range, naming it.
     """
 
-    freezes_weights = False
     needs_meta_training = True
     version: ClassVar[int] = 1
+    least_n_steps: ClassVar[int] = 1
 
     def __init__(
         self,
         *,
         model: EditableModel,
-        layers: Sequence[str] | None,
-        rank: int,
         n_steps: int,
         batch_size: int,
         lr: float,
-        edit_lr: float,
-        c_loc: float,
         meta_seed: int,
         plugins: Sequence[BasePlugin],
         evaluator: EvaluationPlugin | None,
     ) -> None:
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
-        for name, count in (("rank", rank), ("n_steps", n_steps), ("batch_size", batch_size)):
-            check_whole(f"editor.{name}", count, least=1)
-        for name, number in (("lr", lr), ("edit_lr", edit_lr), ("c_loc", c_loc)):
-            check_positive(f"editor.{name}", number)
+        check_whole("editor.n_steps", n_steps, least=self.least_n_steps)
+        check_whole("editor.batch_size", batch_size, least=1)
+        check_positive("editor.lr", lr)
         check_whole("editor.meta_seed", meta_seed, least=0)
-        if isinstance(layers, str) or (layers is not None and not layers):
-            raise UserError(f"editor.layers={layers} should be a list of dotted paths, or null")
-        self.layers = None if layers is None else list(layers)
-        self.rank = rank
         self.n_steps = n_steps
         self.batch_size = batch_size
         self.lr = lr
-        self.edit_lr = edit_lr
-        self.c_loc = c_loc
         self.meta_seed = meta_seed
         self.networks: Networks | None = None
-        """The trained editor networks; None until they are prepared or meta-trained."""
-        self.linear = {path: model.find_layer(path) for path in self.layers or [model.layer_name]}
-        """The edited layers, by dotted path."""
-        self.sizes = [linear_size(path, module) for path, module in self.linear.items()]
-        """D_in and D_out of each layer."""
-        for path in self.linear:
-            self.rewrite(path)
+        """The trained networks; None until they are prepared or meta-trained."""
 
     @abstractmethod
     def new_networks(self, generator: torch.Generator) -> Networks:
@@ -107,6 +88,23 @@ class MetaTrained(EditorStrategy, Generic[Networks]):
         Raises:
             UserError: If the requests are all about one fact.
         """
+
+    def use(self, networks: Networks) -> None:
+        """Edits with networks from now on."""
+        self.networks = networks.requires_grad_(False)
+
+    def stored(self, networks: Networks) -> dict[str, Tensor]:
+        """Returns the weights of trained networks as they are cached."""
+        return networks.state_dict()
+
+    def meta_settings(self) -> dict[str, Any]:
+        """Returns the settings that meta-training depends on."""
+        return self.settings()
+
+    @property
+    def place(self) -> str:
+        """What the networks are trained for beside the model, for messages."""
+        return ""
 
     @property
     def trained(self) -> Networks:
@@ -163,7 +161,7 @@ class MetaTrained(EditorStrategy, Generic[Networks]):
     def _adopt(self, trained: Mapping[str, Tensor]) -> None:
         networks = self.new_networks(torch.Generator()).to(self.model.device)
         networks.load_state_dict(dict(trained))
-        self.networks = networks.requires_grad_(False)
+        self.use(networks)
 
     def _key(self, train: Sequence[EditRequest]) -> str:
         """Returns a digest of all that decides meta-training; the model must be unedited."""
@@ -177,12 +175,12 @@ class MetaTrained(EditorStrategy, Generic[Networks]):
             model=self.model.fingerprint,
             task=[task.name, task.query, task.prefix_length, task.max_new_tokens, *cuts],
             train=requests_key(train),
-            settings={**self.settings(), "layers": list(self.linear)},
+            settings=self.meta_settings(),
         )
 
     def _untrained(self) -> UserError:
         return UserError(
-            f"editor '{self.registered_name}' has not been meta-trained for this model, {', '.join(self.linear)}, "
+            f"editor '{self.registered_name}' has not been meta-trained for this model, {self.place}"
             f"training data and these settings: run `grace-bench meta-train` with the same options first"
         )
 
@@ -194,8 +192,81 @@ class MetaTrained(EditorStrategy, Generic[Networks]):
         seconds = training.run(self.n_steps, name=self.registered_name, key=key, progress=progress)
         figures = {**training.figures(), "n_steps": self.n_steps, "seconds": seconds}
         notes = {"figures": json.dumps(figures), "settings": json.dumps(self.settings()), "model": self.model.name}
-        save_artifact(self.registered_name, key, networks.state_dict(), notes)
+        save_artifact(self.registered_name, key, self.stored(networks), notes)
         training.forget(name=self.registered_name, key=key)
+
+
+class MetaTrained(MetaTrainedEditor[Updaters]):
+    """Computes updates of weights by networks that are trained once for a model, layers, requests and settings.
+
+    A subclass makes its networks and their training, and edits with `trained`.
+
+    Args:
+        model: The model to edit.
+        layers: Dotted paths of the linear layers whose weights are edited; None for only the model's edited layer.
+        rank: Rank of the networks' matrices.
+        n_steps: Steps of meta-training.
+        batch_size: Edits in a batch of meta-training.
+        lr: Learning rate of Adam in meta-training.
+        edit_lr: Initial edit learning rate of each layer, which is then learned.
+        c_loc: Weight of the locality loss in meta-training.
+        meta_seed: Seeds meta-training; separate from the run's seed, so that all runs of a table share the networks.
+        plugins: Avalanche plugins.
+        evaluator: Avalanche's evaluation plugin.
+
+    Raises:
+        UserError: If a number is out of range or a layer is not linear, naming it.
+    """
+
+    freezes_weights = False
+    layer_kind = "several"
+
+    def __init__(
+        self,
+        *,
+        model: EditableModel,
+        layers: Sequence[str] | None,
+        rank: int,
+        n_steps: int,
+        batch_size: int,
+        lr: float,
+        edit_lr: float,
+        c_loc: float,
+        meta_seed: int,
+        plugins: Sequence[BasePlugin],
+        evaluator: EvaluationPlugin | None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            n_steps=n_steps,
+            batch_size=batch_size,
+            lr=lr,
+            meta_seed=meta_seed,
+            plugins=plugins,
+            evaluator=evaluator,
+        )
+        check_whole("editor.rank", rank, least=1)
+        for name, number in (("edit_lr", edit_lr), ("c_loc", c_loc)):
+            check_positive(f"editor.{name}", number)
+        if isinstance(layers, str) or (layers is not None and not layers):
+            raise UserError(f"editor.layers={layers} should be a list of dotted paths, or null")
+        self.layers = None if layers is None else list(layers)
+        self.rank = rank
+        self.edit_lr = edit_lr
+        self.c_loc = c_loc
+        self.linear = {path: model.find_layer(path) for path in self.layers or [model.layer_name]}
+        """The edited layers, by dotted path."""
+        self.sizes = [linear_size(path, module) for path, module in self.linear.items()]
+        """D_in and D_out of each layer."""
+        for path in self.linear:
+            self.rewrite(path)
+
+    def meta_settings(self) -> dict[str, Any]:
+        return {**self.settings(), "layers": list(self.linear)}
+
+    @property
+    def place(self) -> str:
+        return f"{', '.join(self.linear)}, "
 
 
 class MetaTrainedOnBatches(MetaTrained[AggregatingNetworks]):

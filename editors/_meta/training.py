@@ -43,12 +43,14 @@ class MetaTraining(ABC, Generic[Networks]):
 
     Attributes:
         checkpoint_every: Steps between checkpoints, after which a killed training is resumed.
+        columns: The names of a step's figures.
 
     Raises:
         UserError: If the requests are all about one fact.
     """
 
     checkpoint_every: ClassVar[int] = 50
+    columns: ClassVar[Sequence[str]] = ("edit_loss", "edit_success", "locality_kl")
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class MetaTraining(ABC, Generic[Networks]):
         self.generator = generator
         self.optimizer = torch.optim.Adam(networks.parameters(), lr=lr)
         self.history: list[list[float]] = []
-        """Edit loss, success and locality loss of every step so far."""
+        """The figures of every step so far, in the order of `columns`."""
         self.of_fact: dict[str, list[EditRequest]] = defaultdict(list)
         """The requests about each fact."""
         for request in train:
@@ -115,12 +117,11 @@ class MetaTraining(ABC, Generic[Networks]):
         drop_artifact(name, _partial(key))
 
     def figures(self) -> dict[str, float]:
-        """Returns the mean losses and success over the first and over the last steps."""
+        """Returns the mean figures of the first and of the last steps."""
         history = torch.tensor(self.history, dtype=torch.float64)
         first, last = history[:_WINDOW].mean(dim=0).tolist(), history[-_WINDOW:].mean(dim=0).tolist()
-        names = ("edit_loss", "edit_success", "locality_kl")
-        return {f"{name}_first": value for name, value in zip(names, first, strict=True)} | {
-            f"{name}_last": value for name, value in zip(names, last, strict=True)
+        return {f"{name}_first": value for name, value in zip(self.columns, first, strict=True)} | {
+            f"{name}_last": value for name, value in zip(self.columns, last, strict=True)
         }
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ inputs as the recorder did, to the last tokens that the model reads.
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -29,10 +29,11 @@ from grace_bench.editors._recordings import (
     read_recording,
     replaying,
 )
+from grace_bench.editors._retrieval.demonstrations import question_about
 from grace_bench.editors._retrieval.encoders import Encoder
-from grace_bench.editors.ike import Ike, question_about
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import encode_causal
+from grace_bench.registry import EDITORS
 
 _PLACES = 64
 _LOGIT = 3.6e-4
@@ -156,7 +157,7 @@ def _request_of(index: int, row: _Row) -> EditRequest:
 
 
 def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, unrelated: list[str]) -> Verdict:
-    editor = Ike(model=model, k=record.hparams.k, n_train=len(record.train_rows))
+    editor = EDITORS.get("ike")(model=model, k=record.hparams.k, n_train=len(record.train_rows))
     editor.encode = StandIn()
     editor.prepare([_request_of(i, row) for i, row in enumerate(record.train_rows)])
     if editor.demonstrations != record.sentences:
@@ -209,7 +210,7 @@ def _first_difference(ours: list[str], recorded: list[str]) -> str:
     return f"demonstration {first} is {ours[first]!r}, where {recorded[first]!r} was recorded"
 
 
-def _is_tie(editor: Ike, index: int, recorded: list[int]) -> bool:
+def _is_tie(editor: Any, index: int, recorded: list[int]) -> bool:
     """Whether the recorded demonstrations of an edit are as similar to it as ours."""
     prompt, target = editor.facts[index]
     similarities = editor.embeddings @ editor.encode([question_about(prompt, target, prompt) + "\n\n"])[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch, causal_batch, last_token, pad
+from grace_bench.models.network import Network
 from grace_bench.models.tasks.continuing import generated_rows
 
 BEGINNINGS = ("I", "You", "Because", "Yes", "Q: ")
@@ -55,8 +56,8 @@ def greedy_contexts(model: EditableModel, lengths: Sequence[int]) -> list[str]:
     contexts: list[str] = []
     for length in lengths:
 
-        def run(given: EncodedBatch, length: int = length) -> list[list[int]]:
-            return generated_rows(model.task, model, given, max_new_tokens=length, stops=())
+        def run(network: Network, given: EncodedBatch, length: int = length) -> list[list[int]]:
+            return generated_rows(model.task, network, given, max_new_tokens=length, stops=())
 
         found = model.task.by_length(model, batch, run, generates=True)
         contexts += [model.tokens.decode([*row, *new]).strip() for row, new in zip(ids, found, strict=True)]

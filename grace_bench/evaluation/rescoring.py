@@ -41,14 +41,14 @@ class _Known:
     """A request that was scored before.
 
     Attributes:
-        query: (D_in,) the edited layer's input at its query.
+        query: (D_in,) the edited layer's input at its query; None if another network answered.
         version: The version of the entry that answered it last (see `Answered.versions`).
         items: Its cached scores by version.
         batch: The digests of the batch in which it was first scored, in order.
         read: The digest of the text that was read in place of its prompt; empty if that was the prompt.
     """
 
-    query: Tensor
+    query: Tensor | None
     version: Hashable
     items: dict[Hashable, ItemScore]
     batch: tuple[str, ...]
@@ -61,7 +61,7 @@ class Rescorer:
     While the weights are frozen, the input of the edited layer at a request's query changes only with the text that is
     read in place of the prompt (`Network.as_read`). It is cached, and the editor says which entry answers it now
     (`answered_by`). If the text is the same, and the same version of the same entry answers as last time, the answer is
-    the same too.
+    the same too. Where another network reads the text, nothing else decides its answer.
 
     An evaluation rescores requests in the batch in which they were first scored, if it asks for the whole batch and at
     least half of it must be rescored: the engine has recorded what comes before the edited layer. All others go into
@@ -128,6 +128,8 @@ class Rescorer:
         known = self._known[self._key(request)]
         if self._reads([request]) != [known.read]:
             return True
+        if known.query is None:
+            return False
         answered = self._editor.answered_by(known.query[None])
         return answered is not None and any(answered.pending)
 
@@ -141,6 +143,7 @@ class Rescorer:
         items = [one.items[one.version] for one in known]
         numbers = {key: number for number, key in enumerate(self._known)}
         batches = {batch: number for number, batch in enumerate(dict.fromkeys(one.batch for one in known))}
+        queries = [one.query for one in known if one.query is not None]
         return {
             "requests": [*self._known],
             # By column, which is fast: checkpoints of thousands of scores are frequent.
@@ -149,14 +152,18 @@ class Rescorer:
             "batches": [[numbers[key] for key in batch] for batch in batches],
             "batch": [batches[one.batch] for one in known],
             "reads": [one.read for one in known],
-            "queries": torch.stack([one.query for one in known]) if known else None,
+            "queries": torch.stack(queries) if queries else None,
+            "without_query": [number for number, one in enumerate(known) if one.query is None],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state from `state_dict`, which may have passed through JSON."""
-        queries = () if state["queries"] is None else state["queries"].to(self._editor.model.layer_device)
+        stacked = () if state["queries"] is None else state["queries"].to(self._editor.model.layer_device)
         columns = [state["items"][name] for name in _FIELDS]
         keys = state["requests"]
+        # Older checkpoints lack neither queries nor this.
+        rows_of_queries, without = iter(stacked), {*state.get("without_query", ())}
+        queries = [None if number in without else next(rows_of_queries) for number in range(len(keys))]
         batches = [tuple(keys[number] for number in batch) for batch in state["batches"]]
         self._known = {}
         # Older checkpoints have none: every prompt was read as it is.
@@ -190,11 +197,14 @@ class Rescorer:
         kept = [key for key in dict.fromkeys(keys) if key in self._known and self._known[key].read == reads[key]]
         if not kept:
             return {}
-        answered = self._editor.answered_by(torch.stack([self._known[key].query for key in kept]))
+        found = {key: known.items[None] for key in kept if (known := self._known[key]).query is None}
+        queried = [(key, query) for key in kept if (query := self._known[key].query) is not None]
+        if not queried:
+            return found
+        answered = self._editor.answered_by(torch.stack([query for _, query in queried]))
         if answered is None:
-            return {}
-        found = {}
-        for key, version, note in zip(kept, answered.versions, answered.notes(), strict=True):
+            return found
+        for (key, _), version, note in zip(queried, answered.versions, answered.notes(), strict=True):
             known = self._known[key]
             if version in known.items:
                 known.version, item = version, known.items[version]
@@ -225,21 +235,28 @@ class Rescorer:
         finally:
             handle.remove()
         scored = {key: items[key] for key in stale}
-        kept = {key: item for key, item in scored.items() if item.query is not None}
-        if kept:
-            batches = {key: batch for batch in first for key in batch}
-            queries = [item.query for item in kept.values() if item.query is not None]
-            answered = self._editor.answered_by(torch.stack(queries))
-            if answered is not None:
-                for (key, item), query, version in zip(kept.items(), queries, answered.versions, strict=True):
-                    before = self._known.get(key)
-                    is_same_text = before is not None and before.read == reads[key]
-                    earlier = before.items if self._keeps_versions and before and is_same_text else {}
-                    batch = before.batch if before else batches[key]
-                    known = self._known[key] = _Known(query, version, {**earlier, version: item}, batch, reads[key])
-                    if earlier:
-                        self._with_earlier.append(known)
+        batches = {key: batch for batch in first for key in batch}
+        for key, version in self._versions(scored, asked).items():
+            before, item = self._known.get(key), scored[key]
+            is_same_text = before is not None and before.read == reads[key]
+            earlier = before.items if self._keeps_versions and before and is_same_text else {}
+            batch = before.batch if before else batches[key]
+            known = self._known[key] = _Known(item.query, version, {**earlier, version: item}, batch, reads[key])
+            if earlier:
+                self._with_earlier.append(known)
         return scored
+
+    def _versions(self, scored: Mapping[str, ItemScore], asked: Mapping[str, EditRequest]) -> dict[str, Hashable]:
+        """The version that answered each scored request, as far as its score can be reused."""
+        versions: dict[str, Hashable] = {}
+        queries = {key: item.query for key, item in scored.items() if item.query is not None}
+        if queries:
+            answered = self._editor.answered_by(torch.stack([*queries.values()]))
+            if answered is not None:
+                versions = dict(zip(queries, answered.versions, strict=True))
+        readings = self._editor.model.readings([asked[key].prompt for key in scored])
+        elsewhere = (key for key, reading in zip(scored, readings, strict=True) if reading.network is not None)
+        return versions | dict.fromkeys(elsewhere)
 
     def _score_batch(self, batch: Sequence[str], asked: Mapping[str, EditRequest]) -> Iterable[tuple[str, ItemScore]]:
         model = self._editor.model

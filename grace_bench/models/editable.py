@@ -227,16 +227,18 @@ class EditableModel(Network):
         Returns:
             Logits that cover all labelled positions, and the batch with labels aligned to them.
         """
-        return self.engine.labelled(batch)
+        return super().labelled_logits(batch) if batch.networks else self.engine.labelled(batch)
 
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
         """Prepares many runs of a batch, between which only the edited layer's output or weights change.
+
+        The model itself answers every row.
 
         Args:
             batch: The inputs and their labels.
             first_changed: The first position at which the layer's output may change; 0 if its weights do.
         """
-        return self.engine.repeated(batch, first_changed=first_changed)
+        return self.engine.repeated(batch.own, first_changed=first_changed)
 
     @torch.no_grad()
     def layer_call(self, batch: EncodedBatch) -> LayerCall:
@@ -254,7 +256,7 @@ class EditableModel(Network):
 
         interceptor = self.intercept(observe, first=True)
         try:
-            self.engine.reach_layer(batch)
+            self.engine.reach_layer(batch.own)
         finally:
             interceptor.remove()
         if not seen:
@@ -278,7 +280,7 @@ class EditableModel(Network):
         for chunk in self.query_batches(prompts, targets):
             chosen = [prompts[index] for index in chunk], targets and [targets[index] for index in chunk]
             found = self.task.by_length(
-                self, self.encode_batch(*chosen), lambda batch: list(self.layer_call(batch).query.float())
+                self, self.encode_batch(*chosen).own, lambda _, batch: list(self.layer_call(batch).query.float())
             )
             rows.update(zip(chunk, found, strict=True))
         return torch.stack([rows[index] for index in range(len(prompts))])

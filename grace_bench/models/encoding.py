@@ -6,7 +6,7 @@ cross-entropy serves every task and no other module shifts anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class EncodedBatch:
         target_ids: The wanted answer of each row, without padding; editors compare labels by it.
         content: (B, T) bool, the labelled positions that are text rather than the end token; None without labels.
         pad_id: The token that fills up the rows.
+        networks: The network that answers each row, None for the one that is given the batch; empty if that answers
+            all.
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +44,7 @@ class EncodedBatch:
     target_ids: tuple[tuple[int, ...], ...] = ()
     content: Tensor | None = None
     pad_id: int = 0
+    networks: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.query)
@@ -94,7 +97,20 @@ class EncodedBatch:
             labels=None if self.labels is None else self.labels[chosen],
             target_ids=tuple(self.target_ids[index] for index in chosen) if self.target_ids else (),
             content=None if self.content is None else self.content[chosen],
+            networks=tuple(self.networks[index] for index in chosen) if self.networks else (),
         )
+
+    @property
+    def own(self) -> "EncodedBatch":
+        """The batch, with every row answered by the network that is given it."""
+        return replace(self, networks=()) if self.networks else self
+
+    def by_network(self) -> list[tuple[Any, list[int]]]:
+        """Returns each network with the rows that it answers."""
+        groups: dict[int, tuple[Any, list[int]]] = {}
+        for row, network in enumerate(self.networks):
+            groups.setdefault(id(network), (network, []))[1].append(row)
+        return list(groups.values())
 
     def aligned_at_query(self) -> "EncodedBatch":
         """Returns a causal model's right-padded batch, padded on the left until all queries are at one position."""

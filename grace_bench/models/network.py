@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -24,8 +25,24 @@ from grace_bench.models.padding import BEGIN_TOKENS, embedding_of, padded_for, w
 from grace_bench.models.sequences import SequenceTracker
 
 TextEncoder = Callable[[Sequence[str]], dict[str, Tensor]]
-PromptReader = Callable[[Sequence[str]], Sequence[str]]
-"""Takes n prompts and returns the n texts that are read in their place."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read in place of a prompt, and which network reads it.
+
+    Attributes:
+        text: The text.
+        network: The network that reads and answers it; None for the one that was asked. It has the same tokenizer,
+            the same vocabulary, and reads texts that are as long.
+    """
+
+    text: str
+    network: "Network | None" = None
+
+
+PromptReader = Callable[[Sequence[str]], Sequence[str | Reading]]
+"""Takes n prompts and returns the n texts that are read in their place, as a `Reading` if another network answers."""
 _READERS = "_grace_bench_readers"
 """The attribute of a module that holds its prompt interceptors; like hooks, they are the module's."""
 
@@ -181,6 +198,8 @@ class Network(nn.Module):
             batch: The inputs.
             **arguments: Further arguments of the module's forward pass.
         """
+        if batch.networks:
+            return self._logits_by_network(batch)
         inputs = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in batch.inputs.items()
@@ -193,6 +212,13 @@ class Network(nn.Module):
             outputs = self.module(**padded, **arguments)
         logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
         return logits.to(batch.query.device)
+
+    def _logits_by_network(self, batch: EncodedBatch) -> Tensor:
+        """The logits of a batch of which other networks answer some rows."""
+        parts = batch.by_network()
+        logits = [(network or self).logits(batch.rows(rows).own) for network, rows in parts]
+        order = torch.tensor([row for _, rows in parts for row in rows], device=logits[0].device)
+        return torch.cat([part.to(order.device) for part in logits])[order.argsort()]
 
     def generation_inputs(self, batch: EncodedBatch) -> dict[str, Tensor]:
         """Returns the arguments of the module's `generate` for a batch of prompts."""
@@ -389,8 +415,8 @@ class Network(nn.Module):
         Args:
             read: Takes prompts that are not empty and returns the texts to read. A text should end with its prompt:
                 where the whole is too long, what comes before the prompt is cut first. The same prompt must give the
-                same text until an edit changes it, whatever the other prompts are. While it runs, the network's
-                interceptors are bypassed, so that it can ask the unedited model.
+                same text until an edit changes it, whatever the other prompts are, and the same text the same network.
+                While it runs, the network's interceptors are bypassed, so that it can ask the unedited model.
 
         Returns:
             A handle; `handle.remove()` removes the interceptor.
@@ -401,13 +427,17 @@ class Network(nn.Module):
         return interceptor
 
     def as_read(self, prompts: Sequence[str]) -> list[str]:
-        """Returns the text that the module reads in place of each prompt, as edited so far."""
-        texts = list(prompts)
-        asked = [i for i, prompt in enumerate(texts) if prompt.strip()]
+        """Returns the text that is read in place of each prompt, as edited so far."""
+        return [reading.text for reading in self.readings(prompts)]
+
+    def readings(self, prompts: Sequence[str]) -> list[Reading]:
+        """Returns what is read in place of each prompt, as edited so far, and by which network."""
+        readings = [Reading(prompt) for prompt in prompts]
+        asked = [i for i, prompt in enumerate(prompts) if prompt.strip()]
         for interceptor in vars(self.module).get(_READERS, ()) if asked else ():
-            for i, text in zip(asked, interceptor.read([texts[i] for i in asked]), strict=True):
-                texts[i] = text
-        return texts
+            for i, found in zip(asked, interceptor.read([readings[i].text for i in asked]), strict=True):
+                readings[i] = found if isinstance(found, Reading) else replace(readings[i], text=found)
+        return readings
 
     def release(self) -> None:
         """Removes every interceptor, and with the last one all hooks of this network."""
@@ -440,7 +470,7 @@ class PromptInterceptor:
     def __init__(self, network: Network, read: PromptReader) -> None:
         self._network, self._read = network, read
 
-    def read(self, prompts: Sequence[str]) -> Sequence[str]:
+    def read(self, prompts: Sequence[str]) -> Sequence[str | Reading]:
         """Returns the texts to read in place of prompts: the prompts themselves while the network is bypassed."""
         if self._network._bypassed:
             return prompts

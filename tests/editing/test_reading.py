@@ -15,6 +15,7 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, PaddingSide
+from grace_bench.models.network import Network, Reading
 from grace_bench.models.tokens import PromptTokenizer
 
 MakeModel = Callable[..., EditableModel]
@@ -203,3 +204,85 @@ def test_what_comes_before_a_question_is_cut_before_the_question_is(
         assert found == whole[-len(found) :]
     else:
         assert found == own
+
+
+class Deputy(Reminder):
+    """Lets another network read what was said, and answer in place of the model."""
+
+    registered_name = "deputy"
+
+    def __init__(self, *, network: Network, **given: Any) -> None:
+        EditorStrategy.__init__(self, **given)
+        self.said: dict[str, str] = {}
+        self.network = network
+        self.intercept_prompts(
+            lambda prompts: [
+                Reading(self.said[prompt] + prompt, self.network) if prompt in self.said else prompt
+                for prompt in prompts
+            ]
+        )
+
+
+@each_task
+@pytest.mark.parametrize("engine", ["exact", "plain"])
+def test_what_another_network_reads_it_answers_and_the_model_answers_the_rest(
+    task: str, engine: Any, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, other, unedited = make_model(task), make_model(task, seed=1), make_model(task)
+    requests = make_requests(task)
+    with Deputy(model=model, network=other) as editor, model.serving(model.task, engine=engine), torch.no_grad():
+        for request in requests[:3]:
+            editor.edit_text(request.prompt, request.target)
+        read = [
+            request.model_copy(update={"prompt": editor.said.get(request.prompt, "") + request.prompt})
+            for request in requests
+        ]
+        prompts, targets = [r.prompt for r in read], [r.target for r in requests]
+        for side in SIDES:
+            batch = model.encode_batch([r.prompt for r in requests], targets, side=side)
+            plain = unedited.encode_batch(prompts, targets, side=side)
+            assert same(batch, plain)
+            expected = torch.cat([other.logits(plain)[:3], unedited.logits(plain)[3:]])
+            assert torch.allclose(model.logits(batch), expected, atol=1e-4)
+            # Layers are the model's own, whoever answers.
+            assert torch.allclose(model.layer_call(batch).query, unedited.layer_call(plain).query, atol=1e-5)
+        found, theirs, ours = model.score(requests), other.score(read[:3]), unedited.score(read[3:])
+        assert [score.text for score in found] == [score.text for score in (*theirs, *ours)]
+        assert [score.score for score in found] == pytest.approx([s.score for s in (*theirs, *ours)], rel=1e-4)
+        if task != "language_modelling":
+            asked = [request.prompt for request in requests]
+            assert model.ask(asked) == [*other.ask(prompts[:3]), *unedited.ask(prompts[3:])]
+        with editor.suspended():
+            assert [s.text for s in model.score(requests)] == [s.text for s in unedited.score(requests)]
+
+
+@pytest.mark.parametrize("task", ["qa", "language_modelling"])
+def test_what_another_network_answered_is_not_scored_again_until_it_reads_something_else(
+    task: str, make_model: MakeModel, make_requests: MakeRequests
+) -> None:
+    model, requests = make_model(task), make_requests(task)
+    scored: list[str] = []
+    with Deputy(model=model, network=make_model(task, seed=1)) as editor, torch.no_grad():
+        own_scores = model.score_batch
+
+        def score_batch(some: Sequence[EditRequest]) -> Any:
+            scored.extend(request.id for request in some)
+            return own_scores(some)
+
+        model.score_batch = score_batch  # type: ignore[method-assign]
+        rescorer = Rescorer(editor)
+        rescorer.score(requests)
+        for edited in (2, None, 4, 2):
+            if edited is not None:
+                editor.edit_text(requests[edited].prompt, f"{requests[edited].target} {editor.n_edits}")
+            scored.clear()
+            with rescorer.evaluation():
+                found = rescorer.score(requests)
+            assert scored == ([] if edited is None else [requests[edited].id])
+            assert [score.text for score in found] == [score.text for score in model.score(requests)]
+            resumed = Rescorer(editor)
+            resumed.load_state_dict(rescorer.state_dict())
+            scored.clear()
+            assert as_given(resumed.score(requests)) == as_given(found)
+            assert not scored
+            assert not rescorer.waits_for_values(requests[2])

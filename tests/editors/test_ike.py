@@ -12,8 +12,9 @@ from transformers import BertConfig, BertModel
 
 from grace_bench.cli import main
 from grace_bench.data.requests import EditRequest, Probe
+from grace_bench.editors._retrieval.demonstrations import demonstrations_of
 from grace_bench.editors._retrieval.traces import replay_file
-from grace_bench.editors.ike import Ike, demonstrations_of
+from grace_bench.editors.ike import Ike
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 
@@ -115,7 +116,7 @@ def test_a_question_is_read_behind_its_fact_and_the_facts_nearest_demonstrations
 
 def test_without_training_requests_only_the_fact_alone_can_be_read(make_model: MakeModel) -> None:
     model = make_model("qa")
-    with Ike(model=model) as editor, pytest.raises(UserError, match="editor.k=0"):
+    with Ike(model=model) as editor, pytest.raises(UserError, match=r"editor\.k=0"):
         editor.prepare([])
     with Ike(model=model, k=0) as editor:
         editor.prepare([])

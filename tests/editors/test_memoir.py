@@ -1,4 +1,4 @@
-"""MEMOIR: its masks, its training against the same written out with torch's own optimiser, and when the memory is on."""
+"""MEMOIR: its masks, its training against torch's own optimiser on a whole matrix, and when the memory is on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -233,7 +233,7 @@ def test_options_are_checked(options: dict[str, Any], message: str, make_causal:
 
 def test_it_needs_a_linear_layer_and_to_be_prepared(make_causal: MakeCausal) -> None:
     with pytest.raises(
-        UserError, match="layer=transformer.h.1.ln_1 is a LayerNorm: editor 'memoir' acts beside a linear"
+        UserError, match=r"layer=transformer.h.1.ln_1 is a LayerNorm: editor 'memoir' acts beside a linear"
     ):
         Memoir(model=make_causal(layer="transformer.h.1.ln_1"))
     model = make_causal()
@@ -243,11 +243,13 @@ def test_it_needs_a_linear_layer_and_to_be_prepared(make_causal: MakeCausal) -> 
 
 def test_an_edit_ends_once_the_loss_is_small(make_causal: MakeCausal, make_prepared: MakePrepared) -> None:
     model = make_causal()
-    editor = make_prepared("memoir", model, n_iter=70)
+    editor = make_prepared("memoir", model, n_iter=2000)
     outcome = editor.edit(batch_of(model, 0))
-    assert outcome.loss_after < 0.02 or abs(outcome.loss_after - outcome.loss) < 1e-4 or outcome.steps == 70
-    assert outcome.loss_after < outcome.loss_first / 10
-    assert editor.edit(batch_of(model, 0)).steps == 0
+    assert 1 < outcome.steps < 2000
+    assert outcome.loss >= 0.02
+    assert outcome.loss_after < 0.02 or abs(outcome.loss_after - outcome.loss) < 1e-4
+    again = editor.edit(batch_of(model, 0))
+    assert again.steps <= 1
 
 
 def test_requests_about_one_subject_do_not_crowd_the_background(make_causal: MakeCausal) -> None:

@@ -97,10 +97,9 @@ def test_the_sentence_of_an_edit_comes_before_its_prompt_and_nothing_before_anot
 def test_several_sentences_come_in_order_the_most_similar_last(make_model: MakeModel) -> None:
     model = make_model("completion")
     with edited(model, FACTS, k=2, threshold=0.0):
-        (read,) = model.as_read(["what is the river of Peru"])
-        assert read.split(". ") == ["currency of Peru Sol", "river of Italy Tiber", "what is the river of Peru"] or (
-            read.split(". ") == ["river of Italy Tiber", "currency of Peru Sol", "what is the river of Peru"]
-        )
+        question = "what is the river of Italy in Peru"
+        (read,) = model.as_read([question])
+        assert read.split(". ") == ["currency of Peru Sol", "river of Italy Tiber", question]
 
 
 @pytest.mark.parametrize("by", ["bm25", "embedding"])
@@ -127,10 +126,7 @@ def test_an_embedding_is_the_mean_of_what_enters_the_edited_layer(make_model: Ma
     with edited(model, FACTS, by="embedding") as editor:
         handle = model.layer.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
         with torch.no_grad():
-            model.module(
-                model.tokens.prompt_ids(["river of Italy"])
-                and torch.tensor(model.tokens.prompt_ids(["river of Italy"]))
-            )
+            model.module(torch.tensor(model.tokens.prompt_ids(["river of Italy"])))
         handle.remove()
         own = functional.normalize(entering[0][0].mean(dim=0), dim=0)
         assert torch.allclose(editor.state_dict()["keys"][1], own, atol=1e-6)

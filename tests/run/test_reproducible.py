@@ -168,7 +168,10 @@ def test_over_thirty_edits_only_rounding_tells_batches_and_evaluation_frequencie
     tmp_path: Path, editor: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Prints a row of the table in docs/reliability.md."""
-    stream = next(name for task, name in LONG_STREAMS.items() if task in EDITORS.get(editor).supported_tasks)
+    cls = EDITORS.get(editor)
+    fitting = (name for task, name in LONG_STREAMS.items() if task in cls.supported_tasks)
+    # Where the networks of all editors ship that need some.
+    stream = "atlas-facts" if cls.needs_meta_training else next(fitting)
 
     def run(name: str, *options: str) -> Path:
         out = tmp_path / name

@@ -7,7 +7,7 @@ the kind of model.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -287,7 +287,8 @@ class Task(ABC):
     ) -> EncodedBatch:
         """Encodes prompts on the model's device: with targets for losses and teacher-forced scores, else for answering.
 
-        Where an editor changes which text the model reads (`Network.intercept_prompts`), that text is encoded.
+        Where an editor changes which text is read (`Network.intercept_prompts`), that text is encoded, for the network
+        that answers it.
 
         Args:
             model: The model.
@@ -304,7 +305,10 @@ class Task(ABC):
             raise UserError("prompts=[] should hold at least one text")
         if targets is not None and (isinstance(targets, str) or len(targets) != len(prompts)):
             raise UserError(f"targets={targets!r} should be a list of {len(prompts)}, one for each prompt")
-        return self._encode(model, model.as_read(prompts), targets, side, prompts=prompts).to(model.device)
+        readings = model.readings(prompts)
+        batch = self._encode(model, [reading.text for reading in readings], targets, side, prompts=prompts)
+        networks = tuple(reading.network for reading in readings)
+        return replace(batch, networks=networks if any(networks) else ()).to(model.device)
 
     def size(self, model: Network, prompt: str, targets: Iterable[str | int] = ()) -> int:
         """Returns the maximum number of tokens in a forward pass of a prompt with any of the targets."""
@@ -352,23 +356,31 @@ class Task(ABC):
         self,
         model: Network,
         batch: EncodedBatch,
-        score: Callable[[EncodedBatch], Sequence[Row]],
+        score: Callable[[Network, EncodedBatch], Sequence[Row]],
         *,
         generates: bool = False,
     ) -> list[Row]:
-        """Returns one result for each row of a batch; rows of unequal length are run apart if padding changes answers.
+        """Returns one result for each row of a batch.
+
+        Rows that other networks answer are run apart, and so are rows of unequal length if padding changes answers.
 
         Args:
             model: The model.
             batch: The batch.
-            score: Runs a batch and returns a result for each of its rows.
+            score: Runs a batch with the network that answers it and returns a result for each of its rows.
             generates: Whether it generates answers.
         """
-        if model.pads(batch, generates=generates):
-            return list(score(batch))
         results: dict[int, Row] = {}
-        for rows in batch.equally_long:
-            results.update(zip(rows, score(batch.unpadded(rows)), strict=True))
+        if batch.networks:
+            for network, rows in batch.by_network():
+                part = batch.rows(rows).own
+                found = self.by_length(network or model, part, score, generates=generates)
+                results.update(zip(rows, found, strict=True))
+        elif model.pads(batch, generates=generates):
+            return list(score(model, batch))
+        else:
+            for rows in batch.equally_long:
+                results.update(zip(rows, score(model, batch.unpadded(rows)), strict=True))
         return [results[row] for row in range(len(batch))]
 
     # Answers and scores.

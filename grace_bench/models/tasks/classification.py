@@ -112,8 +112,8 @@ class Classification(Task):
     def _labels(self, model: Network, prompts: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
         """The most likely label of each prompt, with the records of hooks."""
 
-        def run(batch: EncodedBatch) -> list[tuple[int, dict[str, Any]]]:
-            logits, _ = model.labelled_logits(batch)
-            return list(zip(logits.argmax(dim=-1).tolist(), notes_of(model.last_state, len(batch)), strict=True))
+        def run(network: Network, batch: EncodedBatch) -> list[tuple[int, dict[str, Any]]]:
+            logits, _ = network.labelled_logits(batch)
+            return list(zip(logits.argmax(dim=-1).tolist(), notes_of(network.last_state, len(batch)), strict=True))
 
         return self.by_length(model, self.encode(model, prompts), run)

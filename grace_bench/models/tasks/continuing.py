@@ -69,11 +69,11 @@ def fluencies(task: Task, model: Network, prompts: Sequence[str]) -> list[dict[s
         return scores
     ends = task.tokens(model).end_ids
 
-    def run(batch: EncodedBatch) -> list[float]:
+    def run(network: Network, batch: EncodedBatch) -> list[float]:
         room = model.max_target_length
         if not getattr(model.config, "is_encoder_decoder", False):
             room = None if model.max_length is None else max(1, model.max_length - batch.n_positions)
-        rows = generated_rows(task, model, batch, max_new_tokens=least(FLUENCY_TOKENS, room), stops=ends)
+        rows = generated_rows(task, network, batch, max_new_tokens=least(FLUENCY_TOKENS, room), stops=ends)
         return [fluency(row[: next((i for i, token in enumerate(row) if token in ends), len(row))]) for row in rows]
 
     side: PaddingSide = "right" if getattr(model.config, "is_encoder_decoder", False) else "left"

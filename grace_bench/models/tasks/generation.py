@@ -127,7 +127,7 @@ class GenerationTask(Task):
         if "token_accuracy" in self.scores or any(
             request.reference == str(request.target) for request in along.values()
         ):
-            rows = self.by_length(model, forced, partial(_predicted_and_wanted, model))
+            rows = self.by_length(model, forced, _predicted_and_wanted)
             for i, (given, wanted) in enumerate(rows):
                 scores[i]["token_accuracy"] = token_accuracy(given, wanted)
                 predicted[i] = given
@@ -147,7 +147,7 @@ class GenerationTask(Task):
         if not others:
             return known
         prompts, answers = zip(*((request.prompt, request.reference) for request in others.values()), strict=True)
-        rows = self.by_length(model, self.encode(model, prompts, answers), partial(_predicted_and_wanted, model))
+        rows = self.by_length(model, self.encode(model, prompts, answers), _predicted_and_wanted)
         return known | {i: given for i, (given, _) in zip(others, rows, strict=True)}
 
     def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:  # noqa: D102
@@ -155,7 +155,7 @@ class GenerationTask(Task):
         tokens: list[tuple[int, ...] | None] = [None for _ in requests]
         if "token_agreement" in self.scores:
             prompts, answers = [request.prompt for request in requests], [request.reference for request in requests]
-            rows = self.by_length(model, self.encode(model, prompts, answers), partial(_predicted_and_wanted, model))
+            rows = self.by_length(model, self.encode(model, prompts, answers), _predicted_and_wanted)
             tokens = [tuple(given) for given, _ in rows]
         return [Unedited(text=text, tokens=along) for text, along in zip(texts, tokens, strict=True)]
 
@@ -258,7 +258,7 @@ class GenerationTask(Task):
     @torch.no_grad()
     def _losses(self, model: Network, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The mean negative log-likelihoods per token of answers to prompts, without the end token."""
-        return self.by_length(model, self.encode(model, prompts, answers), partial(_mean_losses, model))
+        return self.by_length(model, self.encode(model, prompts, answers), _mean_losses)
 
     def answers(self, model: Network, prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
         return [text for text, _ in self.generate(model, prompts)]
@@ -275,7 +275,7 @@ class GenerationTask(Task):
     def _generate(self, model: Network, prompts: Sequence[str]) -> list[tuple[str, list[int], dict[str, Any]]]:
         """Does what `generate` does; adds the records of hooks."""
         batch = self.encode(model, prompts, side=self._generation_side)
-        return self.by_length(model, batch, partial(self._generate_batch, model), generates=True)
+        return self.by_length(model, batch, self._generate_batch, generates=True)
 
     def _generate_batch(self, model: Network, batch: EncodedBatch) -> list[tuple[str, list[int], dict[str, Any]]]:
         tokens = self.tokens(model)

@@ -64,12 +64,12 @@ class LanguageModelling(Task):
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
         compares = any(_unedited_tokens(request) is not None for request in requests)
 
-        def run(encoded: EncodedBatch) -> list[tuple[float, int, list[int], dict[str, Any]]]:
-            logits, batch = model.labelled_logits(encoded)
+        def run(network: Network, encoded: EncodedBatch) -> list[tuple[float, int, list[int], dict[str, Any]]]:
+            logits, batch = network.labelled_logits(encoded)
             assert batch.labels is not None
             counts = (batch.labels != IGNORED).sum(dim=1)
             totals = token_losses(logits, batch).double().sum(dim=1)
-            notes = notes_of(model.last_state, len(batch))
+            notes = notes_of(network.last_state, len(batch))
             predicted: list[list[int]] = predicted_tokens(logits, batch) if compares else [[] for _ in notes]
             return [*zip(totals.tolist(), counts.tolist(), predicted, notes, strict=True)]
 
@@ -86,8 +86,8 @@ class LanguageModelling(Task):
         ]
 
     def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:  # noqa: D102
-        def run(encoded: EncodedBatch) -> list[list[int]]:
-            return predicted_tokens(*model.labelled_logits(encoded))
+        def run(network: Network, encoded: EncodedBatch) -> list[list[int]]:
+            return predicted_tokens(*network.labelled_logits(encoded))
 
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
         rows = self.by_length(model, self.encode(model, prompts, targets), run)

@@ -134,7 +134,7 @@ def test_reference_runs_out_of_blocks_and_strict_does_not(make_causal: MakeCausa
                 editor.edit_text(PROMPTS[1], TARGETS[1])
                 assert len(editor.blocks) == 2
                 continue
-            with pytest.raises(EditFailure, match="all 1 blocks are taken: set editor.n_blocks"):
+            with pytest.raises(EditFailure, match=r"all 1 blocks are taken: set editor.n_blocks"):
                 editor.edit_text(PROMPTS[1], TARGETS[1])
             assert (len(editor.blocks), len(editor.codebook)) == (1, 1)
 
@@ -145,7 +145,7 @@ def test_a_failed_edit_leaves_no_trace(make_causal: MakeCausal, monkeypatch: pyt
         editor.edit_text(PROMPTS[0], TARGETS[0])
         before, answered = editor.state_dict(), logits(model, PROMPTS[0])
         monkeypatch.setattr(editor, "lr", float("inf"))
-        with pytest.raises(EditFailure, match="not finite|is nan"):
+        with pytest.raises(EditFailure, match=r"not finite|is nan"):
             editor.edit_text(PROMPTS[1], TARGETS[1])
         after = editor.state_dict()
         assert all(

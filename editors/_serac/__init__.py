@@ -1,0 +1,1 @@
+"""The private parts of SERAC: its networks, their training, and the replay of recordings."""
