@@ -49,7 +49,7 @@ class OptionalHooks:
 
         Args:
             queries: (n, D_in) activations that enter the edited layer at the queries of upstream prompts
-                (`EditableModel.queries`). Editors see nothing else of upstream requests, and never their answers.
+                (`EditableModel.queries`). Editors never see the answers of upstream requests.
 
         Raises:
             UserError: If the editor needs none, has made edits already, or cannot work with them.
@@ -66,7 +66,7 @@ class OptionalHooks:
 
         Args:
             prompts: The prompts of upstream requests, without their answers, in the order of the stream; of a request
-                without a prompt its running text. Nothing else of upstream requests is shown to an editor.
+                without a prompt its running text.
 
         Raises:
             UserError: If the editor needs none, or has made edits already.
