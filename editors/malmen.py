@@ -7,6 +7,7 @@ import torch
 
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editors._meta.editor import MetaTrainedOnBatches
 from grace_bench.editors._meta.gradients import EditTokens, shifted
 from grace_bench.editors._meta.networks import AggregatingNetworks
@@ -45,6 +46,12 @@ class Malmen(MetaTrainedOnBatches):
         UserError: If an option is out of range, naming it, or a layer is not linear or is quantised.
     """
 
+    about = About(
+        source="Tan et al., ICLR 2024",
+        changes="the layers' weights, by one least-squares update from what networks compute",
+        costs="meta-training once; then one pass and its gradient a batch, and a solve a layer",
+        choose="for batches of like facts, where requests to train on exist",
+    )
     search_space: ClassVar = {"c_loc": (0.6, 2.0), "edit_lr": (1e-3, 1e-4, 3e-3)}
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor
 from grace_bench.common.options import check_not_negative, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
+from grace_bench.editing.about import About
 from grace_bench.editors._meta.editor import MetaTrainedOnBatches
 from grace_bench.editors._meta.gradients import EditTokens, shifted
 from grace_bench.editors._meta.networks import AggregatingNetworks
@@ -56,6 +57,12 @@ class RLEdit(MetaTrainedOnBatches):
         UserError: If an option is out of range, naming it, or a layer is not linear or is quantised.
     """
 
+    about = About(
+        source="Li et al. 2025 (arXiv 2502.05759)",
+        changes="the layers' weights, by networks trained over whole streams of edits",
+        costs="meta-training once, longer than `malmen`; then as `malmen`",
+        choose="as `malmen`, for batch after batch",
+    )
     search_space: ClassVar = {"c_loc": (0.6, 2.0), "edit_lr": (1e-3, 1e-4, 3e-3)}
 
     def __init__(

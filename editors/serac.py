@@ -83,7 +83,7 @@ class Serac(ScopeAndCounterfactual):
         threshold: float = 0.5,
         mixing: Mixing = "hard",
         fidelity: Fidelity = "strict",
-        n_steps: int = 600,
+        n_steps: int = 1200,
         batch_size: int = 32,
         lr: float = 1e-3,
         meta_seed: int = 0,

@@ -361,9 +361,12 @@ def _declared(module: str, class_name: str, name: str) -> Any:
     if bound:
         plain = [node for node in cls.body if isinstance(node, ast.Assign | ast.AnnAssign) and _targets(node) == bound]
         return _literal(plain[0].value) if plain else _UNKNOWN
-    if len(cls.bases) != 1 or not isinstance(cls.bases[0], ast.Name):
+    # Of `Base[Kind]`, the class is Base; `Generic[Kind]` declares nothing.
+    plain_bases = [base.value if isinstance(base, ast.Subscript) else base for base in cls.bases]
+    bases = [base.id if isinstance(base, ast.Name) else None for base in plain_bases]
+    base, *others = [base for base in bases if base != "Generic"] or [None]
+    if base is None or others:
         return _UNKNOWN
-    base = cls.bases[0].id
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
     for node in imports:
         for alias in node.names:

@@ -20,9 +20,9 @@ from grace_bench.editors._recordings import (
     read_recording,
     replaying,
 )
-from grace_bench.editors.serac import Serac
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.registry import EDITORS
 
 _TOLERANCE = 3.6e-4
 """Of logits, logarithms of probabilities and of similarities: ten times what a second implementation differed by."""
@@ -110,7 +110,7 @@ def replay_file(path: Path) -> Verdict:
             check_ids(probe.input_ids, f"probes.{i}.input_ids", model)
             check_ids([probe.argmax_after], f"probes.{i}.argmax_after", model)
         try:
-            editor = Serac(model=model, **record.options(models_folder(path)))
+            editor = EDITORS.get("serac")(model=model, **record.options(models_folder(path)))
             editor.prepare(())
         except UserError as error:
             raise UnusableError(str(error)) from error
@@ -132,18 +132,18 @@ def _check(record: Record, tensors: dict[str, Tensor]) -> None:
             raise UnusableError(f"field 'probes.{i}.cache_index': there are {len(record.edits)} edits")
 
 
-def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, editor: Serac) -> Verdict:
+def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, editor: Any) -> Verdict:
     for i, edit in enumerate(record.edits):
         prompt, target = edit.request.prompt, edit.request.target_new
         editor.edit_text(prompt, target)
         context = editor.in_context(prompt, target, "")
-        for name, ours, recorded in (
+        for name, text, recorded in (
             ("cached_input", context.removesuffix(" "), edit.cached_input),
             ("classifier_text", editor.text_in_scope(prompt, target), edit.classifier_text),
             ("context", context, edit.context),
         ):
-            if ours != recorded:
-                return Verdict(f"{name} at edit {i + 1} is {ours!r}, where {recorded!r} was recorded")
+            if text != recorded:
+                return Verdict(f"{name} at edit {i + 1} is {text!r}, where {recorded!r} was recorded")
     expected = Expectations()
     found: dict[str, Tensor] = {}
     for i, probe in enumerate(record.probes):
@@ -164,7 +164,7 @@ def _replayed(record: Record, tensors: dict[str, Tensor], model: EditableModel, 
     return expected.compare(found)
 
 
-def _decision(probe: _Probe, model: EditableModel, editor: Serac) -> tuple[str, Any, Any] | None:
+def _decision(probe: _Probe, model: EditableModel, editor: Any) -> tuple[str, Any, Any] | None:
     """The first of a probe's decisions that differs: its name, ours, and the recorded one."""
     similarities = editor.similarities(probe.text)
     best, similarity = int(similarities.argmax()), float(similarities.max().exp())
