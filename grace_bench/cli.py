@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="run every editor on an embedded stream and print a table")
-    demo.add_argument("--edits", type=_positive, default=50, help="edits per editor (default 50)")
+    demo.add_argument("--edits", type=_positive, default=20, help="edits per editor (default 20)")
     demo.add_argument("--out", type=Path, default=Path("demo-runs"), help="where run folders are made")
     demo.set_defaults(command=_demo)
 
