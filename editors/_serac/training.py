@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors._meta.training import MetaTraining
 from grace_bench.editors._serac.networks import SeracNetworks
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.network import Network
 from grace_bench.models.padding import embedding_of
 
@@ -26,7 +28,7 @@ class SeracTraining(MetaTraining[SeracNetworks]):
     other edits and everybody's locality probes. The classifier's loss is the binary cross-entropy of the similarities
     of edits and inputs; of those out of scope, the mean of all and the mean of each input's most similar edit count
     alike, since a memory holds more edits than a batch. The counterfactual model's loss is the cross-entropy of the
-    edit's target after the edit and the input.
+    edit's target after the edit and the input, and where it reads running text also that of all it reads.
 
     Args:
         model: The unedited model.
@@ -82,9 +84,12 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         batch = self.model.encode_batch(texts, targets)
         logits = self.counterfactual.logits(batch)
         loss = self.model.task.loss(logits, batch)
-        self.check_finite(scope_loss + loss)
+        total = scope_loss + loss
+        if self.model.task.reads_running_text:
+            total = total + _reading_loss(logits, batch)
+        self.check_finite(total)
         self.optimizer.zero_grad()
-        (scope_loss + loss).backward()
+        total.backward()
         nn.utils.clip_grad_norm_(self.networks.classifier.parameters(), _MAX_GRAD_NORM)
         nn.utils.clip_grad_norm_(self.networks.counterfactual.parameters(), _MAX_GRAD_NORM)
         self.optimizer.step()
@@ -105,7 +110,8 @@ class SeracTraining(MetaTraining[SeracNetworks]):
     def _swapped(self, edit: EditRequest, asked: str) -> tuple[str, str, str, str]:
         """Draws words for about a quarter of those that an edit and its input share, and for half of all targets.
 
-        The training requests are few; so names that none of them has are compared and copied too.
+        A drawn target is another request's or a drawn word. The training requests are few; so names that none of them
+        has are compared and copied too.
 
         Returns:
             The edit's prompt and target, the input, and the input with another token in one of the drawn words, which
@@ -115,7 +121,8 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         if not self._vocabulary:
             return prompt, target, asked, ""
         if self._tosses():
-            target = " ".join(self._readable([*self._tokens()]) for _ in target.split()) or target
+            others = str(self.one_of(self.train).target)
+            target = others if self._tosses() else self._readable([*self._tokens()])
         shared = sorted({*prompt.split()} & {*asked.split()}) if self._tosses() else ()
         drawn = {word: [*self._tokens()] for word in shared if self._tosses()}
         if not drawn:
@@ -159,6 +166,16 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         found = is_near & (apart.detach().argmin(dim=1) == torch.arange(len(apart), device=apart.device))
         right = torch.cat([found[:n], ~is_near[n:]])
         return loss, float(right.float().mean())
+
+
+def _reading_loss(logits: Tensor, batch: EncodedBatch) -> Tensor:
+    """Returns the cross-entropy of all tokens that a causal model reads: an input repeats words of the edit before it.
+
+    A new model learns to copy by it.
+    """
+    ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
+    read = (mask & batch.inputs["attention_mask"][:, :-1]).bool()
+    return functional.cross_entropy(logits[:, :-1][read].float(), ids[read])
 
 
 def _with_words(text: str, new: Mapping[str, str]) -> str:
