@@ -47,7 +47,8 @@ class Serac(ScopeAndCounterfactual):
         mixing: `soft` scores every question by the mixture of both models' predictions, where the similarity is the
             counterfactual model's weight; free answers are decided by `threshold` all the same.
         fidelity: `reference` cuts only the last word of an edit's target off the text that is embedded, as EasyEdit's
-            code does; `strict` embeds the prompt (docs/fidelity.md).
+            code does, and ends the edit with a space before the question; `strict` embeds the prompt, and ends the edit
+            with a full stop too (docs/fidelity.md).
         n_steps: Steps of training; 0 if the folders hold trained networks.
         batch_size: Edits in a step of training.
         lr: Learning rate of Adam in training.
@@ -83,7 +84,7 @@ class Serac(ScopeAndCounterfactual):
         threshold: float = 0.5,
         mixing: Mixing = "hard",
         fidelity: Fidelity = "strict",
-        n_steps: int = 1200,
+        n_steps: int = 600,
         batch_size: int = 32,
         lr: float = 1e-3,
         meta_seed: int = 0,
@@ -141,7 +142,8 @@ class Serac(ScopeAndCounterfactual):
 
     def in_context(self, prompt: str, target: str, question: str) -> str:
         """Returns what the counterfactual model reads: an edit, and a question behind it."""
-        return f"{self._sentence(prompt, target)} {self._given_back(question)}"
+        end = "." if self.fidelity == "strict" else ""
+        return f"{self._sentence(prompt, target)}{end} {self._given_back(question)}"
 
     def _sentence(self, prompt: str, target: str) -> str:
         if self.fidelity == "strict":

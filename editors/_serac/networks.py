@@ -20,7 +20,9 @@ from grace_bench.models.tokens import PromptTokenizer, TextFormat
 
 Distance = Literal["squared", "euclidean", "cosine"]
 HEAD = 32
-"""The width of an attention head."""
+"""The width of a scope classifier's attention heads."""
+_COPYING_HEADS = 2
+"""The attention heads of a counterfactual model made here; each is as wide as the model, to copy any token whole."""
 _READ_IN_SCOPE = 128
 """The longest text, in tokens, that a scope classifier made here reads."""
 _READ = 2048
@@ -139,26 +141,30 @@ def new_counterfactual(model: EditableModel, *, width: int, n_layers: int) -> nn
         "pad_token_id": model.tokens.pad_id,
         "eos_token_id": model.tokens.end_id,
     }
-    made: nn.Module
+    made: Any
     if getattr(model.config, "is_encoder_decoder", False):
         config = T5Config(
             d_model=width,
-            d_kv=HEAD,
+            d_kv=width,
             d_ff=2 * width,
             num_layers=n_layers,
-            num_heads=width // HEAD,
+            num_heads=_COPYING_HEADS,
             dropout_rate=0.0,
             decoder_start_token_id=model.decoder_start,
             **sizes,
         )
         made = T5ForConditionalGeneration(config)
+        attention = made.decoder.block[-1].layer[1].EncDecAttention
+        _let_copy(attention.v, attention.o)
     else:
         made = LlamaForCausalLM(
             LlamaConfig(
                 hidden_size=width,
                 intermediate_size=2 * width,
                 num_hidden_layers=n_layers,
-                num_attention_heads=width // HEAD,
+                num_attention_heads=_COPYING_HEADS,
+                num_key_value_heads=_COPYING_HEADS,
+                head_dim=width,
                 max_position_embeddings=model.max_length or _READ,
                 tie_word_embeddings=True,
                 bos_token_id=model.tokens.begin_id,
@@ -166,9 +172,19 @@ def new_counterfactual(model: EditableModel, *, width: int, n_layers: int) -> nn
             )
         )
         # They are not trained (see `SeracTraining`): a unit each, so that a hidden state can tell them apart.
-        embedding: Any = embedding_of(made)
-        nn.init.normal_(embedding.weight, std=width**-0.5)
-    return made
+        nn.init.normal_(made.get_input_embeddings().weight, std=width**-0.5)
+        attention = made.model.layers[-1].self_attn
+        _let_copy(attention.v_proj, attention.o_proj)
+    counterfactual: nn.Module = made
+    return counterfactual
+
+
+@torch.no_grad()
+def _let_copy(values: nn.Linear, output: nn.Linear) -> None:
+    """Lets each head of an attention start by passing on what it attends to, so that only where is left to learn."""
+    identity = torch.eye(values.in_features)
+    values.weight.copy_(identity.repeat(_COPYING_HEADS, 1))
+    output.weight.copy_(identity.repeat(1, _COPYING_HEADS) / _COPYING_HEADS)
 
 
 def load_classifier(folder: str) -> nn.Module:

@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors._meta.training import MetaTraining
 from grace_bench.editors._serac.networks import SeracNetworks
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.encoding import EncodedBatch
 from grace_bench.models.network import Network
 from grace_bench.models.padding import embedding_of
 
@@ -24,11 +22,11 @@ _LEAST = 1e-6
 class SeracTraining(MetaTraining[SeracNetworks]):
     """Trains the scope classifier and the counterfactual model side by side, each by its own loss.
 
-    Of each edit in a batch, one input is in scope: its own prompt or an equivalent. Out of its scope are those of the
+    Of each edit in a batch, one input is in scope: its own prompt or an equivalent, half of the time each. Out of its scope are those of the
     other edits and everybody's locality probes. The classifier's loss is the binary cross-entropy of the similarities
     of edits and inputs; of those out of scope, the mean of all and the mean of each input's most similar edit count
     alike, since a memory holds more edits than a batch. The counterfactual model's loss is the cross-entropy of the
-    edit's target after the edit and the input, and where it reads running text also that of all it reads.
+    edit's target after the edit and the input.
 
     Args:
         model: The unedited model.
@@ -84,12 +82,9 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         batch = self.model.encode_batch(texts, targets)
         logits = self.counterfactual.logits(batch)
         loss = self.model.task.loss(logits, batch)
-        total = scope_loss + loss
-        if self.model.task.reads_running_text:
-            total = total + _reading_loss(logits, batch)
-        self.check_finite(total)
+        self.check_finite(scope_loss + loss)
         self.optimizer.zero_grad()
-        total.backward()
+        (scope_loss + loss).backward()
         nn.utils.clip_grad_norm_(self.networks.classifier.parameters(), _MAX_GRAD_NORM)
         nn.utils.clip_grad_norm_(self.networks.counterfactual.parameters(), _MAX_GRAD_NORM)
         self.optimizer.step()
@@ -100,7 +95,7 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         facts = [*self.of_fact]
         order = torch.randperm(len(facts), generator=self.generator)[: self.batch_size].tolist()
         edits = [self.one_of(self.of_fact[facts[i]]) for i in order]
-        inputs = [self.one_of([edit, *self.equivalents(edit)]).prompt for edit in edits]
+        inputs = [(edit if self._tosses() else self.one_of(self.equivalents(edit))).prompt for edit in edits]
         edited = {edit.prompt for edit in edits}
         others = [probe for edit in edits if edit.locality and (probe := self._one_probe(edit)) not in edited]
         swapped = [self._swapped(edit, asked) for edit, asked in zip(edits, inputs, strict=True)]
@@ -166,16 +161,6 @@ class SeracTraining(MetaTraining[SeracNetworks]):
         found = is_near & (apart.detach().argmin(dim=1) == torch.arange(len(apart), device=apart.device))
         right = torch.cat([found[:n], ~is_near[n:]])
         return loss, float(right.float().mean())
-
-
-def _reading_loss(logits: Tensor, batch: EncodedBatch) -> Tensor:
-    """Returns the cross-entropy of all tokens that a causal model reads: an input repeats words of the edit before it.
-
-    A new model learns to copy by it.
-    """
-    ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
-    read = (mask & batch.inputs["attention_mask"][:, :-1]).bool()
-    return functional.cross_entropy(logits[:, :-1][read].float(), ids[read])
 
 
 def _with_words(text: str, new: Mapping[str, str]) -> str:

@@ -70,7 +70,7 @@ def test_an_edited_prompt_is_in_its_own_scope_and_the_newest_edit_of_it_counts(
         editor.edit_text(prompt, "Lima")
         assert editor.memory is not None
         assert editor.memory.nearest(editor.embed(prompt)) == (1.0, 3)
-        assert editor.model.as_read([prompt]) == [f"{prompt} Lima {prompt}"]
+        assert editor.model.as_read([prompt]) == [f"{prompt} Lima. {prompt}"]
 
 
 @pytest.mark.parametrize("task", ["completion", "qa"])
@@ -86,7 +86,7 @@ def test_the_counterfactual_model_answers_in_scope_and_the_model_bit_for_bit_els
         assert editor.networks is not None
         plain = unedited.encode_batch([other.prompt], [other.target])
         assert torch.equal(model.logits(model.encode_batch([other.prompt], [other.target])), unedited.logits(plain))
-        text = f"{edited.prompt} {edited.target} {edited.prompt}"
+        text = f"{edited.prompt} {edited.target}. {edited.prompt}"
         batch = unedited.encode_batch([text], [edited.target])
         theirs = editor.networks.counterfactual(**batch.inputs).logits
         assert torch.equal(model.logits(model.encode_batch([edited.prompt], [edited.target])), theirs)
