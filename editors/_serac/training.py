@@ -22,11 +22,12 @@ _LEAST = 1e-6
 class SeracTraining(MetaTraining[SeracNetworks]):
     """Trains the scope classifier and the counterfactual model side by side, each by its own loss.
 
-    Of each edit in a batch, one input is in scope: its own prompt or an equivalent, half of the time each. Out of its scope are those of the
-    other edits and everybody's locality probes. The classifier's loss is the binary cross-entropy of the similarities
-    of edits and inputs; of those out of scope, the mean of all and the mean of each input's most similar edit count
-    alike, since a memory holds more edits than a batch. The counterfactual model's loss is the cross-entropy of the
-    edit's target after the edit and the input.
+    Of each edit in a batch, one input is in scope: its own prompt or an equivalent, each half of the time. Out of its
+    scope are those of the other edits, everybody's locality probes, and inputs with another word in the place of a
+    drawn one. The classifier's loss is the binary cross-entropy of the similarities of edits and inputs; of those out
+    of scope, the mean of all and the mean of each input's most similar edit count alike, since a memory holds more
+    edits than a batch. The counterfactual model's loss is the cross-entropy of the edit's target after the edit and the
+    input.
 
     Args:
         model: The unedited model.

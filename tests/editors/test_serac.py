@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from grace_bench.cli import main
+from grace_bench.data.artifacts import shipped_folder
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors._serac.networks import distances
 from grace_bench.editors._serac.traces import replay_file
 from grace_bench.editors.serac import Serac
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.streams.atlas_facts import AtlasFacts
 
 MakeModel = Callable[..., EditableModel]
 MakeRequests = Callable[[str], list[EditRequest]]
@@ -189,6 +191,24 @@ def test_networks_come_from_folders(make_serac: Callable[..., Serac], make_train
     (tmp_path / "classifier" / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"editor.classifier=.*cannot be loaded"):
         Serac(model=model, **folders, n_steps=0).prepare(())
+
+
+def test_the_networks_for_atlas_facts_ship_and_answer_edits_they_were_not_trained_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path))
+    data = AtlasFacts().load()
+    model = EditableModel.from_pretrained("atlas-facts", task="completion", device="cpu")
+    edits, n_bytes = data.edits[:20], [file.stat().st_size for file in (shipped_folder() / "serac").iterdir()]
+    assert max(n_bytes) < 3e6
+    with Serac(model=model) as editor:
+        editor.prepare(data.train)
+        for edit in edits:
+            editor.edit_text(edit.prompt, edit.target)
+        answers = model.answer([edit.rephrases[0] for edit in edits])
+        assert sum(answer == edit.target for answer, edit in zip(answers, edits, strict=True)) >= 15
+        probes = [probe.prompt for edit in edits for probe in edit.locality]
+        assert model.as_read(probes) == probes
 
 
 @pytest.mark.parametrize(
