@@ -56,6 +56,7 @@ class FineTune(EditorStrategy):
         choose="as the baseline, or for a handful of edits",
     )
     freezes_weights = False
+    younger_options = ("objective", "norm_constraint", "n_prefixes", "prefix_lengths", "seed")
     search_space: ClassVar = {"lr": (0.01, 0.003, 0.001, 0.0003, 0.0001, 3e-05)}
 
     def __init__(

@@ -67,7 +67,7 @@ n_candidates_seen = "grace_bench_offset.metric:CandidatesSeen"
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
+    found, *_ = re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
     return str(found)
 
 

@@ -61,6 +61,8 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         layer_kind: The layers of a stream's model that tuning tries: `any` layer, `mlp_output` for the last map of a
             feed-forward block, or lists of layers under the option `layers`: `mlp_outputs`, or `several` of any kind.
         search_space: The values that tuning tries, by option of the constructor, the preferred value first.
+        younger_options: Options that were added after runs had been made. With their default they are not part of the
+            hash that names run folders.
         traces: `module:function` that replays a recording for `grace-bench verify` (`commands.Replay`), or None.
 
     Raises:
@@ -77,6 +79,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     freezes_weights: ClassVar[bool] = True
     supported_tasks: ClassVar[tuple[str, ...]] = get_args(TaskName)
     figures: ClassVar[Mapping[str, FigureKind]] = {}
+    younger_options: ClassVar[tuple[str, ...]] = ()
     traces: ClassVar[str | None] = None
     is_reference: ClassVar[bool] = False
     layer_kind: ClassVar[LayerKind] = "any"

@@ -444,23 +444,24 @@ def hash_config(plain: Mapping[str, Any]) -> str:
     hashed = {name.partition(".")[0] for name, option in OPTIONS.items() if option.in_hash}
     left_out = {name.partition(".")[0] for name in OPTIONS} - hashed
     counted = {key: value for key, value in _without_young_defaults(plain).items() if key not in left_out}
-    if "stream" in counted:
-        counted["stream"] = _without_younger_options(counted["stream"])
-    editor = plain.get("editor")
+    editor = counted.get("editor")
     if isinstance(editor, Mapping) and "seed" in editor:
         own = editor["seed"] != plain.get("seed")
         counted["editor"] = {**editor, "seed": [editor["seed"]] if own else 0}
+    for kind, registry in (("stream", STREAMS), ("editor", EDITORS)):
+        if kind in counted:
+            counted[kind] = _without_younger_options(counted[kind], registry)
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _without_younger_options(node: Any) -> Any:
-    """The settings of a stream without the options that it declares as younger and that have their default."""
-    name = STREAMS.name_of(node.get("_target_")) if isinstance(node, Mapping) else None
-    if name is None:
+def _without_younger_options(node: Any, registry: Registry[Any]) -> Any:
+    """The settings of a stream or editor without the options that it declares as younger and that have their default."""
+    name = registry.name_of(node.get("_target_")) if isinstance(node, Mapping) else None
+    younger = () if name is None else registry.attribute(name, "younger_options")
+    if name is None or not younger:
         return node
-    cls = STREAMS.get(name)
-    parameters = inspect.signature(cls).parameters
-    defaults = {option: parameters[option].default for option in cls.younger_options}
+    parameters = inspect.signature(registry.get(name)).parameters
+    defaults = {option: parameters[option].default for option in younger if option in parameters}
     return {key: value for key, value in node.items() if key not in defaults or value != defaults[key]}
 
 
