@@ -455,14 +455,16 @@ def hash_config(plain: Mapping[str, Any]) -> str:
 
 
 def _without_younger_options(node: Any, registry: Registry[Any]) -> Any:
-    """The settings of a stream or editor without the options that it declares as younger and that have their default."""
+    """The settings of a stream or editor without its younger options that have their default."""
     name = registry.name_of(node.get("_target_")) if isinstance(node, Mapping) else None
     younger = () if name is None else registry.attribute(name, "younger_options")
     if name is None or not younger:
         return node
     parameters = inspect.signature(registry.get(name)).parameters
     defaults = {option: parameters[option].default for option in younger if option in parameters}
-    return {key: value for key, value in node.items() if key not in defaults or value != defaults[key]}
+    # A composed configuration has lists where a constructor has tuples.
+    plain = {option: list(value) if isinstance(value, tuple) else value for option, value in defaults.items()}
+    return {key: value for key, value in node.items() if key not in plain or value != plain[key]}
 
 
 def _without_young_defaults(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
