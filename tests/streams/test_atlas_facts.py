@@ -194,6 +194,7 @@ def test_the_shipped_model_knows_the_facts_and_none_of_the_new_values() -> None:
     assert figures == {name: pytest.approx(recorded[f"{name}_exact_match"], abs=0.03) for name in figures}
 
 
+@pytest.mark.slow
 def test_pretraining_twice_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, small in {"N_HOMES": 8, "N_CITIES": {"edits": 12, "validation": 6}, "EPOCHS": 1}.items():
         monkeypatch.setattr(atlas_facts, name, small)

@@ -29,7 +29,10 @@ from grace_bench.launch.replay_traces import verify_files
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/*.json"))
 # Where they replace is shown on GPT-2 and, by the port below, on every family; the long settings on two of three.
-SLOW_FILES = ("bert/replace_all", "bert/replace_last", "t5/replace_all", "t5/replace_last", "t5/paper_settings_cold")
+SLOW_FILES = (
+    *("bert/replace_all", "bert/replace_last", "bert/paper_settings_cold"),
+    *("t5/replace_all", "t5/replace_last", "t5/replace_prompt", "t5/paper_settings_cold"),
+)
 VOCABULARY = 40
 LAYERS = {
     "gpt2": "transformer.h[0].mlp.c_fc.weight",
