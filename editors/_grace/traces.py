@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from grace_bench.data.requests import TaskName
@@ -29,6 +28,7 @@ from grace_bench.editing.batch import EditBatch
 from grace_bench.editing.commands import Verdict
 from grace_bench.editors._grace.record import Record, RecordedStep, read_record
 from grace_bench.editors._grace.rounding import MAX_EXACT_ROWS, Rounding
+from grace_bench.editors._recordings import UnusableError, replaying, usable_model
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch, causal_batch, pad, seq2seq_batch
@@ -53,39 +53,29 @@ def replay_file(path: Path) -> Verdict:
         UserError: If the record or its model is missing or damaged, naming the field.
     """
     record = read_record(path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with replaying(path):
         model = _load_model(path.parent / "model", record)
         with _editing(model, record) as replay:
             replay.run()
             return replay.compare()
-    except _Unusable as error:
-        raise UserError(f"{path}: {error}") from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Unusable(Exception):  # noqa: N818 - carries half a message to where the file's name is known
-    pass
 
 
 def _load_model(folder: Path, record: Record) -> EditableModel:
     if not folder.is_dir():
-        raise _Unusable("the model it was made with is not beside it (folder 'model')")
+        raise UnusableError("the model it was made with is not beside it (folder 'model')")
     layer = record.layer.removesuffix(".weight").replace("[", ".").replace("]", "")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] != record.family:
-            raise _Unusable(f"field 'family': {record.family!r}, but the model beside it is {config['model_type']!r}")
-        model = EditableModel.from_pretrained(
-            folder, layer=layer, task=_TASKS[record.task], device="cpu", tokenizer=False
-        )
-    except UserError as error:
-        raise _Unusable(f"field 'layer': {error}" if str(error).startswith("layer=") else str(error)) from error
-    # A broken checkpoint can raise the errors of any library that reads it.
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _Unusable(f"its model cannot be loaded ({type(error).__name__}: {error})") from error
+    with usable_model():
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if config["model_type"] != record.family:
+                raise UnusableError(
+                    f"field 'family': {record.family!r}, but the model beside it is {config['model_type']!r}"
+                )
+            model = EditableModel.from_pretrained(
+                folder, layer=layer, task=_TASKS[record.task], device="cpu", tokenizer=False
+            )
+        except UserError as error:
+            raise UnusableError(f"field 'layer': {error}" if str(error).startswith("layer=") else str(error)) from error
     # One thread: a step of a tiny model is mostly overhead of the framework.
     model.config.use_cache = False
     return model
@@ -98,10 +88,10 @@ def _encode(
     n_classes = model.config.num_labels if family == "bert" else model.config.vocab_size
     for field, given, limit in ((input_field, input_ids, model.config.vocab_size), (labels_field, labels, n_classes)):
         if max(given) >= limit:
-            raise _Unusable(f"field '{field}': {max(given)} is not one of the model's {limit} ids")
+            raise UnusableError(f"field '{field}': {max(given)} is not one of the model's {limit} ids")
     length = len(input_ids) + (len(labels) if family == "gpt2" else 0)
     if model.max_length is not None and length > model.max_length:
-        raise _Unusable(f"field '{input_field}': {length} tokens, where the model reads {model.max_length}")
+        raise UnusableError(f"field '{input_field}': {length} tokens, where the model reads {model.max_length}")
     if family == "gpt2":
         n_prompt = len(input_ids)
         return causal_batch([input_ids + labels], [n_prompt], [n_prompt - 1], pad_id=0, end=None)
@@ -110,7 +100,7 @@ def _encode(
     query = torch.tensor([len(input_ids) - 1])
     if family == "bert":
         if len(labels) != 1:
-            raise _Unusable(f"field '{labels_field}': {len(labels)} labels, where a classifier has one")
+            raise UnusableError(f"field '{labels_field}': {len(labels)} labels, where a classifier has one")
         return EncodedBatch(inputs=inputs, query=query, labels=torch.tensor(labels), target_ids=(tuple(labels),))
     return seq2seq_batch(inputs, query, [labels], end=None, pad_id=0, decoder_start=model.decoder_start)
 
@@ -183,7 +173,7 @@ class _Replay:
             self._model.layer_call(edits[0])
         # Any module can be named, and each that is not a layer of the forward pass fails in its own way.
         except Exception as error:
-            raise _Unusable(f"field 'layer': an entry cannot replace what {record.layer} gives") from error
+            raise UnusableError(f"field 'layer': an entry cannot replace what {record.layer} gives") from error
         previous: list[float] = []
         for encoded, step in zip(edits, record.trace, strict=True):
             self._steps.append(self._edit(encoded, previous, step))
@@ -249,9 +239,9 @@ class _Replay:
     def _recorded_start(self, width: int) -> Tensor:
         recorded, number = self._record.initial_values or [], len(self._starts)
         if number >= len(recorded):
-            raise _Unusable(f"field 'initial_values': {len(recorded)} values, fewer than new entries")
+            raise UnusableError(f"field 'initial_values': {len(recorded)} values, fewer than new entries")
         if len(recorded[number]) != width:
-            raise _Unusable(
+            raise UnusableError(
                 f"field 'initial_values.{number}': {len(recorded[number])} numbers, where the layer gives {width}"
             )
         return torch.tensor(recorded[number])

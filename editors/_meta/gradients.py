@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
+from grace_bench.editors._linear import dimensions
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
@@ -49,12 +49,10 @@ def linear_size(path: str, module: nn.Module) -> tuple[int, int]:
     Raises:
         UserError: If it is not a linear layer.
     """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        n_in, n_out = module.weight.shape
-        return n_in, n_out
-    raise UserError(f"layer={path!r} is a {type(module).__name__}: its weight is not that of a linear map")
+    size = dimensions(module)
+    if size is None:
+        raise UserError(f"layer={path!r} is a {type(module).__name__}: its weight is not that of a linear map")
+    return size
 
 
 def edit_gradients(
