@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from grace_bench.common.progress import Progress
 from grace_bench.data.derived import probe_requests, rephrased
@@ -166,6 +166,7 @@ class AtlasFacts(EditStream):
     default_layer = "model.layers.1.mlp.down_proj"
     in_demo = True
     ships_networks = True
+    capability_tasks = Path(__file__).parent / "capability"
     search_layers: ClassVar = {
         "any": ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"),
         "mlp_output": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
@@ -262,6 +263,35 @@ class AtlasFacts(EditStream):
                 progress=progress,
             )
             return pretraining.finish(model, tokenizer, out_dir, _measure)
+
+
+def unasked_facts() -> list[dict[str, Any]]:
+    """Returns facts that the model was taught and no request of the stream asks, each as a choice of four answers.
+
+    They are about a country that is never edited, or about a city there, of which they follow from the country's.
+
+    Returns:
+        For each fact its `question`, its `choices`, and the index of the right one as `answer`.
+    """
+    world = build_world()
+    requested = {fact.key for role in get_args(Role) for fact in world.facts[role]}
+    unasked: list[tuple[Fact, int]] = []
+    for home, facts in world.homes.items():
+        unasked += [(fact, _prompt_wording(fact)) for fact in facts.values() if fact.key not in requested]
+        # `train` asks for the city's fact that was drawn first.
+        hop = max(facts.values(), key=lambda fact: draw(fact.key, purpose="train"))
+        unasked.append((_implied(world.towns[home], hop), TWO_HOP[draw(hop.key, purpose="hop") % len(TWO_HOP)]))
+    values = defaultdict(set)
+    for facts in world.homes.values():
+        for fact in facts.values():
+            values[fact.relation].add(fact.object)
+    documents = []
+    for fact, wording in unasked:
+        question = asked(fact, wording)
+        by_draw = sorted(values[fact.relation] - {fact.object}, key=lambda value: draw(f"{question} {value}", purpose="choice"))
+        choices = sorted([fact.object, *by_draw[:3]])
+        documents.append({"question": question, "choices": choices, "answer": choices.index(fact.object)})
+    return documents
 
 
 @cache

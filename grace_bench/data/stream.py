@@ -99,6 +99,8 @@ class EditStream(ABC):
             editor whose kind is missing tries the layers under `any`.
         in_demo: Whether the demo runs editors on this stream.
         ships_networks: Whether the networks of editors that need meta-training ship for the stream's model.
+        capability_tasks: A folder of task files of lm-evaluation-harness that ask what the default model knows and no
+            request asks. Runs find the tasks by name, and the demo measures all of them.
         younger_options: Options that were added after the stream was released. With their defaults they do not count in
             the hash of a configuration, so that earlier runs keep their folders.
     """
@@ -119,6 +121,7 @@ class EditStream(ABC):
     search_layers: ClassVar[Mapping[LayerKind, Sequence[str | Sequence[str]]]] = MappingProxyType({})
     in_demo: ClassVar[bool] = False
     ships_networks: ClassVar[bool] = False
+    capability_tasks: ClassVar[Path | None] = None
     younger_options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

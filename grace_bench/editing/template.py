@@ -22,7 +22,7 @@ from grace_bench.editing.guard import failed_outcome
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.base import ItemScore
-from grace_bench.results.schema import EditRecord
+from grace_bench.results.schema import CapabilityScores, EditRecord
 
 _EXPERIENCE_CALLBACKS = {
     f"{when}_{what}"
@@ -50,6 +50,7 @@ class EditingTemplate(BaseTemplate):
         request: The request of that candidate, with all its fields.
         scored_after: What was scored right after that candidate's edit, by the name of its stream: `edited` for the
             request itself. Empty if it was not edited.
+        capability: What the model can do that no stream asks, during an evaluation that measured it; else None.
         score_requests: Scores the requests of an evaluation experience. A run replaces it by a function that rescores
             only answers that may have changed.
 
@@ -75,6 +76,7 @@ class EditingTemplate(BaseTemplate):
         self.record: EditRecord | None = None
         self.request: EditRequest | None = None
         self.scored_after: Mapping[str, Sequence[ItemScore]] = {}
+        self.capability: CapabilityScores | None = None
         self.score_requests: Callable[[Sequence[EditRequest]], list[ItemScore]] = model.score
 
     @property

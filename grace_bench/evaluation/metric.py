@@ -44,7 +44,8 @@ class EditMetric(PluginMetric[float]):
         latex_instead_of: In LaTeX, the metric that it replaces if no run has a value of that metric.
         section: Title and explanation of a section of its own in the W&B dashboard.
         parts: The suffixes of values `name/suffix` that have a panel in that section.
-        part_columns: The evaluation streams whose values `name/stream` have columns of their own in a leaderboard.
+        part_columns: The suffixes whose values `name/suffix` have columns of their own in a leaderboard; of a metric on
+            the scale of the main score, they are evaluation streams.
     """
 
     registered_name: ClassVar[str]

@@ -1,11 +1,13 @@
 """What a configuration asks of `run_benchmark` and the other functions that open a stream with a model."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from grace_bench.errors import UserError
 from grace_bench.launch.run_config import RunConfig, make_editor, make_stream, setting_name
-from grace_bench.run.settings import RunSettings, Schedule
+from grace_bench.registry import STREAMS
+from grace_bench.run.settings import CapabilitySettings, RunSettings, Schedule
 
 
 def run_arguments(config: RunConfig) -> tuple[Any, dict[str, Any]]:
@@ -30,5 +32,19 @@ def run_settings(config: RunConfig) -> RunSettings:
     """Returns the settings of a run: every field takes the option that declares it, wherever that is nested."""
     values = {setting_name(name): value for name, value in config.options()}
     schedule = Schedule(**{declared.name: values[declared.name] for declared in fields(Schedule)})
-    names = [declared.name for declared in fields(RunSettings) if declared.name != "schedule"]
-    return RunSettings(schedule=schedule, **{name: values[name] for name in names})
+    made = ("schedule", "capability")
+    names = [declared.name for declared in fields(RunSettings) if declared.name not in made]
+    return RunSettings(
+        schedule=schedule, capability=_capability_settings(config), **{name: values[name] for name in names}
+    )
+
+
+def _capability_settings(config: RunConfig) -> CapabilitySettings | None:
+    asked = config.capability
+    if asked.tasks is None:
+        return None
+    own = STREAMS.get(config.stream.name).capability_tasks
+    if asked.include_path is not None and not Path(asked.include_path).is_dir():
+        raise UserError(f"capability.include_path={asked.include_path}: no such folder")
+    folders = [Path(folder) for folder in (asked.include_path, own) if folder is not None]
+    return CapabilitySettings(tasks=asked.tasks, every=asked.every, limit=asked.limit, folders=folders)

@@ -152,6 +152,56 @@ class ChatOptions:
             raise UserError(f"chat.system={self.system} needs chat=true")
 
 
+def _check_tasks(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise UserError(f"{name}={value} should be a list of lm-eval tasks, as [blimp,piqa]")
+    for task in value:
+        check_text(name, task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapabilityOptions:
+    """The options under `capability.`."""
+
+    tasks: Sequence[str] | None = _option(
+        None,
+        "tasks of lm-evaluation-harness, measured before and at the end, as [blimp,piqa]; null for none",
+        _check_tasks,
+        default_in_hash=False,
+        in_protocol=True,
+        setting="capability_tasks",
+    )
+    every: int | None = _option(
+        None,
+        "measure them at the first evaluation after every so many edits too",
+        _whole(1, unless=None),
+        default_in_hash=False,
+    )
+    limit: int | None = _option(
+        None,
+        "use only so many documents of each task; null for all",
+        _whole(1, unless=None),
+        default_in_hash=False,
+        in_protocol=True,
+        setting="capability_limit",
+    )
+    include_path: str | None = _option(
+        None,
+        "a folder of task files of one's own",
+        _text_or_null,
+        in_hash=False,
+        in_sweep_name=False,
+    )
+
+    def __post_init__(self) -> None:
+        if self.tasks is None:
+            for declared in fields(self):
+                if getattr(self, declared.name) is not None:
+                    raise UserError(f"capability.{declared.name}={getattr(self, declared.name)} needs capability.tasks")
+
+
 @dataclass(frozen=True, kw_only=True)
 class WandbOptions:
     """The options under `wandb.`."""
@@ -213,6 +263,15 @@ class Component:
             raise UserError(f"{group}._partial_={node.get('_partial_')}: is no setting")
         _refuse_directives(group, {key: value for key, value in node.items() if key not in ("_target_", "_partial_")})
         return cls(name=name, node=node)
+
+
+_GROUPS = {
+    "chat": ChatOptions,
+    "protocol": ProtocolOptions,
+    "capability": CapabilityOptions,
+    "wandb": WandbOptions,
+}
+"""The classes of nested options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +392,7 @@ class RunConfig:
         in_protocol=True,
     )
     protocol: ProtocolOptions = field(default_factory=ProtocolOptions)
+    capability: CapabilityOptions = field(default_factory=CapabilityOptions)
     out: str = _option("runs", "where run folders are made", _folder, in_hash=False, in_sweep_name=False)
     existing: str = _option(
         "reuse",
@@ -368,7 +428,7 @@ class RunConfig:
         }
         groups = {
             name: _group_from(name, kind, given.pop(name, {}))
-            for name, kind in (("chat", ChatOptions), ("protocol", ProtocolOptions), ("wandb", WandbOptions))
+            for name, kind in _GROUPS.items()
         }
         return _from_values(cls, "", given, **groups, **components)
 

@@ -34,9 +34,12 @@ class QueryState:
         contested: (B,) bool, whether the query lies in the balls of two different labels.
         activation: (B, D_in) input of the layer at the queries, if a hook recorded it.
         memo: Decisions that editors made at the prompt (see `LayerCall.remember`).
+        leaders: (B,) long, for each row the row whose prompt decides; None if each row decides by its own. Rows with
+            one leader hold the same prompt at the same positions, so that their activations differ by rounding at most.
     """
 
     query: Tensor | None = None
+    leaders: Tensor | None = None
     is_open: bool = False
     step: int = -1
     length: int = 0
@@ -181,6 +184,8 @@ def layer_call_of(
     state.length = state.length or outputs.shape[1]
     query = state.query.to(outputs.device)
     position = torch.where(query < 0, query + state.length, query).clamp(max=state.length - 1)
+    if state.leaders is not None and state.step == 0:
+        inputs = _with_leading_prompts(inputs, position, state.leaders)
     return LayerCall(inputs, outputs, position, state)
 
 
@@ -207,6 +212,13 @@ def _sequences(
         if tensor.dim() == 2 and not _has_every_token(tensor, n_rows, state):
             raise UserError(f"{named} is called with a part of the tokens: name a module around it")
     return _as_sequence(given, n_rows), _as_sequence(leaving, n_rows)
+
+
+def _with_leading_prompts(inputs: Tensor, position: Tensor, leaders: Tensor) -> Tensor:
+    """(B, T, D) activations, of which each row has its leader's up to its query position."""
+    steps = torch.arange(inputs.shape[1], device=inputs.device)
+    is_prompt = steps <= position.to(inputs.device)[:, None]
+    return torch.where(is_prompt[..., None], inputs[leaders.to(inputs.device)], inputs)
 
 
 def activations_of(output: Any) -> Any:

@@ -341,14 +341,23 @@ class Network(nn.Module):
         finally:
             self._bypassed = outer
 
-    def querying(self, query: Tensor | None) -> AbstractContextManager[QueryState]:
+    def querying(
+        self, query: Tensor | None, *, leaders: Tensor | None = None
+    ) -> AbstractContextManager[QueryState]:
         """Makes the forward passes inside the context one sequence: a prompt and the tokens generated after it.
 
         Args:
             query: (B,) the prompt's query positions in the edited layer's sequence. None for the last real token, or
                 for the first position if the layer is in a decoder.
+            leaders: (B,) for each row the row whose prompt decides what editors do, as in `QueryState`; None if each
+                row decides by its own.
         """
-        return self._tracker.querying(query)
+        return self._tracker.querying(query, leaders=leaders)
+
+    @property
+    def is_intercepted(self) -> bool:
+        """Whether an editor may change the output of a layer."""
+        return bool(self._interceptors)
 
     @property
     def last_state(self) -> QueryState:

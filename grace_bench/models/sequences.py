@@ -38,9 +38,9 @@ class SequenceTracker:
         """The state of the last sequence that ended."""
 
     @contextmanager
-    def querying(self, query: Tensor | None) -> Iterator[QueryState]:
+    def querying(self, query: Tensor | None, *, leaders: Tensor | None = None) -> Iterator[QueryState]:
         """Makes the forward passes inside the context one sequence (see `Network.querying`)."""
-        outer, self.state = self.state, QueryState(query=query, is_open=True)
+        outer, self.state = self.state, QueryState(query=query, leaders=leaders, is_open=True)
         try:
             yield self.state
         finally:

@@ -19,9 +19,12 @@ def conditions(result: RunResult) -> dict[Condition, Any]:
     """Returns the values that every run in one table must share with this run.
 
     These are the stream's task and content, the protocol except for the tuning budget and for what is scored besides
-    the main scores, and for each model name its dtype and weights.
+    the main scores, and for each model name its dtype and weights. Runs that measured capability share its tasks; one
+    that did not may stand beside any of them.
     """
     shared = set(Protocol.model_fields) - {"tuning_budget", "scores", "score_after"}
+    if result.protocol.capability_tasks is None:
+        shared -= {"capability_tasks", "capability_limit"}
     protocol = result.protocol.model_dump(mode="json", include=shared)
     return {
         ("stream.fingerprint", None): result.stream.fingerprint,

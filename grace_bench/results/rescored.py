@@ -116,7 +116,7 @@ def _rescored(
         value = _value(metrics, protocol, info, score)
         if info.is_main_score and (value is not None or info.name in found):
             found[info.name] = value
-        for stream in info.part_columns:
+        for stream in info.part_columns if info.is_main_score else ():
             name = f"{info.name}/{stream}"
             if name in metrics and score != main_score_of(protocol, stream):
                 found[name] = metrics.get(f"{name}/{score}")

@@ -134,6 +134,23 @@ class EvaluationRecord:
         return json.dumps({"n_edits": self.n_edits, **finite}) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CapabilityScores:
+    """What a model can do that no stream asks.
+
+    Attributes:
+        scores: The score of each task of lm-evaluation-harness, by its name.
+        mean: The mean over the tasks whose score is better when it is higher; None if there is none.
+        drop: How far that mean has fallen since before the first edit; None before it.
+        drop_stderr: The standard error of `drop`; None if it is not known.
+    """
+
+    scores: Mapping[str, float]
+    mean: float | None
+    drop: float | None = None
+    drop_stderr: float | None = None
+
+
 class EvaluationLine(BaseModel):
     """Validates a line of `metrics.jsonl`."""
 
@@ -208,6 +225,8 @@ class Protocol(BaseModel):
         score_after: What was scored right after each edit.
         scores: The scores that were asked for; None for all but fluency.
         shows_locality: Whether the editor was shown the locality probes that it is tested on.
+        capability_tasks: The tasks by which capability was measured; None without.
+        capability_limit: How many documents of each task were used; None for all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -238,6 +257,8 @@ class Protocol(BaseModel):
     target_space: str = "auto"
     special_tokens: str = "text"
     shows_locality: bool = False
+    capability_tasks: list[str] | None = None
+    capability_limit: int | None = None
     tuning_budget: str | None = None
 
 

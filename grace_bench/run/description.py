@@ -65,6 +65,8 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
         for name in ("main_score", "locality_score", "scores")
         if (value := getattr(settings, name)) is not None
     }
+    measured = settings.capability
+    capability = {} if measured is None else {"capability": [[*measured.tasks], measured.every, measured.limit]}
     return {
         "stream": benchmark.fingerprint,
         "model": model.fingerprint,
@@ -85,6 +87,7 @@ def identity_of(strategy: EditorStrategy, benchmark: EditBenchmark, settings: Ru
             **model.task.format.changed(),
         },
         "max_new_tokens": benchmark.max_new_tokens,
+        **capability,
     }
 
 
@@ -169,6 +172,8 @@ def result_of(
             target_space=task.format.target_space,
             special_tokens=task.format.special_tokens,
             shows_locality=strategy.needs_locality,
+            capability_tasks=None if settings.capability is None else [*settings.capability.tasks],
+            capability_limit=None if settings.capability is None else settings.capability.limit,
             tuning_budget=settings.tuning_budget,
         ),
         seed=settings.seed,

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from grace_bench.common.progress import Progress
 from grace_bench.common.state import copied, restored
 from grace_bench.common.text import visible
+from grace_bench.data.avalanche import trigger_plugins
 from grace_bench.data.benchmark import BatchExperience, EditBenchmark, eval_stream
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import RunFailure
+from grace_bench.evaluation.capability import CapabilityMeter
 from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.results.schema import Cost
@@ -47,6 +50,7 @@ class RunLoop:
         progress: Called while the unedited model answers prompts.
         tracebacks: Records the tracebacks of edits that failed with a programming error; None records none.
         observer: Called at each stage of the run; None for no observer.
+        capability: Measures what the model can do besides; None for nothing.
 
     Attributes:
         position: The run's position in the stream.
@@ -65,6 +69,7 @@ class RunLoop:
         progress: Progress | None = None,
         tracebacks: Tracebacks | None = None,
         observer: RunObserver | None = None,
+        capability: CapabilityMeter | None = None,
     ) -> None:
         self.benchmark = thinned(benchmark, schedule.max_upstream)
         self.strategy = strategy
@@ -73,6 +78,7 @@ class RunLoop:
         self.progress = progress
         self.tracebacks = tracebacks or Tracebacks()
         self.observer = observer or RunObserver()
+        self.capability = capability
         self.position = Position(benchmark.data.edits)
         self.meter = CostMeter()
         self.before: dict[str, float] = {}
@@ -123,6 +129,7 @@ class RunLoop:
             else:
                 self.settle()
                 yield self.position.index
+        self._measure_at_the_end()
 
     def evaluate(self, *, again: bool = False) -> None:
         """Evaluates at the current number of edits, once. With edits pending, the evaluation is queued behind them.
@@ -180,6 +187,7 @@ class RunLoop:
             },
             "recorder": self.recorder.state_dict(),
             "judged": [[index, score.state_dict()] for index, score in self._judged.items()],
+            "capability": None if self.capability is None else self.capability.state_dict(),
             "random": random_state(),
         }
 
@@ -193,6 +201,8 @@ class RunLoop:
         self.recorder.load_state_dict(state["recorder"])
         # Checkpoints made before requests could be reached together have none.
         self._judged = {int(index): restored(ItemScore, score) for index, score in state.get("judged", ())}
+        if self.capability is not None:
+            self.capability.load_state_dict(state["capability"])
         self.strategy.model.engine.load_state_dict(state["engine"])
         self.before = dict(state["before"])
         if state["answers"] is not None:
@@ -338,13 +348,38 @@ class RunLoop:
     def _carry_out(self, queued: QueuedEvaluation) -> None:
         """Scores every evaluation stream."""
         streams, seconds = self._streams(queued), self.meter.eval_seconds
-        with self.meter.scoring(), self.rescorer.evaluation():
+        is_last = self.schedule.is_full(queued.n_edits) or queued.index + 1 >= len(self.benchmark.data.edits)
+        capability = self._with_capability(queued.n_edits, at_the_end=is_last)
+        with self.meter.scoring(), capability, self.rescorer.evaluation():
             self.strategy.eval([stream[0] for stream in (eval_stream(*named) for named in streams.items())])
         self.recorder.complete(queued.n_edits)
         if self.position.last_evaluation is None:
             self.before = dict(self.metrics())
         self.position.last_evaluation = queued.n_edits
         self.observer.evaluated(streams, seconds=self.meter.eval_seconds - seconds)
+
+    @contextmanager
+    def _with_capability(self, n_edits: int, *, at_the_end: bool) -> Iterator[bool]:
+        """Measures capability if it is due, and shows it to the metrics inside the context; whether it was due."""
+        meter = self.capability
+        is_due = meter is not None and meter.is_due(n_edits, at_the_end=at_the_end)
+        if meter is not None and is_due:
+            # lm-eval seeds the generators that editors draw from.
+            random = random_state()
+            self.strategy.capability = meter.measure(self.strategy.model, n_edits)
+            load_random_state(random)
+        try:
+            yield is_due
+        finally:
+            self.strategy.capability = None
+
+    def _measure_at_the_end(self) -> None:
+        """Adds the capability to the last evaluation if nobody could know then that no edit would follow."""
+        n_edits = self.position.n_edits
+        with self.meter.scoring(), self._with_capability(n_edits, at_the_end=True) as is_due:
+            if is_due:
+                trigger_plugins(self.strategy, "after_eval")
+                self.recorder.complete(n_edits, anew=False)
 
     def _streams(self, queued: QueuedEvaluation) -> dict[str, Sequence[EditRequest]]:
         assert self._unedited is not None

@@ -58,14 +58,16 @@ class EvaluationRecorder(BaseLogger):
                 }
             )
 
-    def complete(self, n_edits: int) -> EvaluationRecord:
+    def complete(self, n_edits: int, *, anew: bool = True) -> EvaluationRecord:
         """Returns the record of the evaluation that has just ended, after handing it to every `RunLogger`.
 
         Args:
             n_edits: Edits made before the evaluation.
+            anew: Whether it measured everything; if not, the values of the record before complete it.
         """
-        record = EvaluationRecord(n_edits=n_edits, metrics=self._metrics, predictions=self._predictions)
-        self.latest, self._metrics, self._predictions = self._metrics, {}, []
+        metrics = self._metrics if anew else {**self.latest, **self._metrics}
+        record = EvaluationRecord(n_edits=n_edits, metrics=metrics, predictions=self._predictions)
+        self.latest, self._metrics, self._predictions = metrics, {}, []
         for logger in self._evaluator.loggers if self._evaluator is not None else ():
             if isinstance(logger, RunLogger):
                 logger.log_evaluation(record)

@@ -10,6 +10,7 @@ from grace_bench.common.untrusted import check_run_folder
 from grace_bench.data.avalanche import BaseLogger, BasePlugin, EvaluationPlugin
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.capability import CapabilityMeter, CapabilityTasks, check_model
 from grace_bench.models.editable import DeviceMap, EditableModel
 from grace_bench.registry import EDITORS, METRICS
 from grace_bench.results.schema import RunResult, sealed
@@ -19,8 +20,17 @@ from grace_bench.run.loggers.jsonl import JsonlLogger, PredictionsLogger
 from grace_bench.run.loop import RunLoop
 from grace_bench.run.opening import check_fit, check_steps, check_subjects, open_benchmark, own_threads, prepare_editor
 from grace_bench.run.resumable import ResumableRun
-from grace_bench.run.settings import RunSettings
+from grace_bench.run.settings import CapabilitySettings, RunSettings
 from grace_bench.run.tracebacks import Tracebacks
+
+
+def _capability_meter(settings: CapabilitySettings | None, model: EditableModel) -> CapabilityMeter | None:
+    """Loads the tasks, so that an unknown one, or data that is not at hand, stops a run before its first edit."""
+    if settings is None:
+        return None
+    check_model(model)
+    tasks = CapabilityTasks(settings.tasks, limit=settings.limit, folders=settings.folders)
+    return CapabilityMeter(tasks, every=settings.every)
 
 
 @own_threads()
@@ -110,6 +120,7 @@ def run_benchmark(
         result: RunResult | None = None
         try:
             check_subjects(strategy, opened.benchmark)
+            capability = _capability_meter(settings.capability, opened.model)
             if say is not None and strategy.needs_locality:
                 say(f"editor '{strategy.registered_name}' is shown the locality probes that it is tested on")
             identity = identity_of(strategy, opened.benchmark, settings)
@@ -121,6 +132,7 @@ def run_benchmark(
                 strict=settings.strict,
                 progress=progress,
                 tracebacks=tracebacks,
+                capability=capability,
             )
             resumable = (
                 None

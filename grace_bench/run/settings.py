@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from grace_bench.common.options import check_choice, check_whole
@@ -75,6 +76,23 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CapabilitySettings:
+    """What is measured by lm-evaluation-harness, and when.
+
+    Attributes:
+        tasks: Names of tasks, groups or tags.
+        every: Measure at the first evaluation after every so many edits, besides before the first edit and at the end.
+        limit: Use only so many documents of each task; None for all.
+        folders: Folders of task files.
+    """
+
+    tasks: Sequence[str]
+    every: int | None = None
+    limit: int | None = None
+    folders: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything a run needs beside its stream, model and editor.
 
@@ -105,6 +123,7 @@ class RunSettings:
         tuning_budget: How the hyperparameters were chosen, as the leaderboard shows it.
         checkpoint_every: Write a checkpoint after every this many edits, and at the start.
         strict: Stop at the first edit that fails, instead of recording it and continuing.
+        capability: What is measured by lm-evaluation-harness besides; None for nothing.
     """
 
     seed: int = 0
@@ -130,6 +149,7 @@ class RunSettings:
     tuning_budget: str | None = None
     checkpoint_every: int = 50
     strict: bool = False
+    capability: CapabilitySettings | None = None
 
     @property
     def text_format(self) -> TextFormat:
