@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -288,10 +288,15 @@ def unasked_facts() -> list[dict[str, Any]]:
     documents = []
     for fact, wording in unasked:
         question = asked(fact, wording)
-        by_draw = sorted(values[fact.relation] - {fact.object}, key=lambda value: draw(f"{question} {value}", purpose="choice"))
+        others = values[fact.relation] - {fact.object}
+        by_draw = sorted(others, key=partial(_draw_of_choice, question))
         choices = sorted([fact.object, *by_draw[:3]])
         documents.append({"question": question, "choices": choices, "answer": choices.index(fact.object)})
     return documents
+
+
+def _draw_of_choice(question: str, value: str) -> int:
+    return draw(f"{question} {value}", purpose="choice")
 
 
 @cache

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: one thread, W&B off, and tiny random models that take text."""
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
 from grace_bench.run.meta_training import meta_train
 from grace_bench.run.run_benchmark import run_benchmark
-from grace_bench.run.settings import RunSettings, Schedule
+from grace_bench.run.settings import CapabilitySettings, RunSettings, Schedule
 
 WORDS = [
     "what",
@@ -427,6 +428,7 @@ def run_facts(
         batch_size: int = 64,
         n_requests: int = 6,
         engine_memory_mb: int | None = None,
+        capability: CapabilitySettings | None = None,
         **options: Any,
     ) -> RunResult:
         cls = EDITORS.get(editor)
@@ -443,12 +445,40 @@ def run_facts(
                 batch_size=batch_size,
                 threads=1,
                 engine_memory_mb=engine_memory_mb,
+                capability=capability,
             ),
             folder=folder,
             **options,
         )
 
     return run
+
+
+@pytest.fixture
+def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the lm-eval task `capitals`: four questions with the same four answers, each right once."""
+    answers = {"France": "Paris", "Kazakhstan": "Astana", "Italy": "Rome", "Peru": "Lima"}
+    documents = [
+        {"question": f"what is the capital of {country}", "choices": [*answers.values()], "answer": answer}
+        for answer, country in enumerate(answers)
+    ]
+    folder = tmp_path_factory.mktemp("capitals")
+    (folder / "capitals.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "capitals.yaml").write_text(
+        f"""
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder / "capitals.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+target_delimiter: " "
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+    )
+    return folder
 
 
 _FACTS: Sequence[tuple[str, str, str, int]] = (

@@ -154,9 +154,7 @@ class CapabilityMeter:
         self._last = state["last"]
 
 
-def mean_drop(
-    before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]
-) -> tuple[float | None, float | None]:
+def mean_drop(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> tuple[float | None, float | None]:
     """Returns the mean over tasks of how far their scores fell, and its standard error.
 
     The documents of a task are the same before and after, so the error is that of the mean of paired differences;
@@ -207,9 +205,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _task_score(name: str, found: Mapping[str, Any]) -> TaskScore:
     """The score of a task in the results of lm-eval, where metrics are named `metric,filter`."""
-    key = next(
-        key for key in found["results"][name] if "," in key and not key.partition(",")[0].endswith("_stderr")
-    )
+    key = next(key for key in found["results"][name] if "," in key and not key.partition(",")[0].endswith("_stderr"))
     metric, _, filter_name = key.partition(",")
     value = float(found["results"][name][key])
     values = [sample[metric] for sample in found["samples"][name] if sample["filter"] == filter_name]

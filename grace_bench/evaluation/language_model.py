@@ -60,14 +60,12 @@ class EditedLM(HFLM):
 
     def __init__(self, network: Network, *, batch_size: int) -> None:
         # lm-eval may give the tokenizer another padding token.
-        super().__init__(
-            pretrained=network.module, tokenizer=copy.deepcopy(network.tokenizer), batch_size=batch_size
-        )
+        super().__init__(pretrained=network.module, tokenizer=copy.deepcopy(network.tokenizer), batch_size=batch_size)
         self.network = network
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Returns for each context and continuation its log-likelihood, and whether it is the greedy answer."""
-        return self._as_read(requests, lambda lm, asked: super(EditedLM, lm).loglikelihood(asked, disable_tqdm=True))
+        return self._as_read(requests, lambda lm, asked: super().loglikelihood(asked, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Returns the log-likelihood of running text."""
@@ -76,7 +74,7 @@ class EditedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Returns free answers."""
-        return self._as_read(requests, lambda lm, asked: super(EditedLM, lm).generate_until(asked, disable_tqdm=True))
+        return self._as_read(requests, lambda lm, asked: super().generate_until(asked, disable_tqdm=True))
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns nothing: lm-eval would look the model up on the hub."""

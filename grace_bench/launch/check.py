@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -308,6 +308,11 @@ def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Find
 def _candidates(result: RunResult, edits: Sequence[EditRecord]) -> Iterator[Finding]:
     edited = [record for record in edits if record.edited]
     n_edits = [*accumulate(int(record.edited) for record in edits)]
+    if result.protocol.edits_at_once > 1:
+        # An editor of batches has made all edits of a batch before the first of them is recorded.
+        batches = [[*batch] for _, batch in groupby(edits, key=lambda record: record.n_edits)]
+        ends = accumulate(sum(record.edited for record in batch) for batch in batches)
+        n_edits = [end for end, batch in zip(ends, batches, strict=True) for _ in batch]
     yield _compared("index of each candidate", [record.index for record in edits], [*range(len(edits))])
     yield _compared("n_edits of each candidate", [record.n_edits for record in edits], n_edits)
     counted = {

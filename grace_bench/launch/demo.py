@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def demo(out: Path, *, n_edits: int) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: Not a directory")
+    if find_spec("lm_eval") is None:
+        say("Without lm-eval there is no column Capability: pip install 'grace-bench[capability]'")
     folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
@@ -59,9 +62,17 @@ def _works_on(editor: Any, stream: Any) -> bool:
 def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
     """Carries out one run and returns its folder."""
     stream, editor = pair
-    config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}"])
+    config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}", *_capability_of(stream)])
     # Not as overrides: a path may hold characters that their grammar gives a meaning. And an interrupted demo resumes.
     config = replace(config, out=out, existing="resume")
     # Several runs cannot each move a bar in one terminal.
     run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)
+
+
+def _capability_of(stream: str) -> list[str]:
+    """The option that measures the tasks which ship with a stream, if there are any and lm-eval is installed."""
+    folder = STREAMS.get(stream).capability_tasks
+    if folder is None or find_spec("lm_eval") is None:
+        return []
+    return [f"capability.tasks=[{','.join(sorted(file.stem for file in folder.glob('*.yaml')))}]"]

@@ -426,10 +426,7 @@ class RunConfig:
             group: Component.from_node(group, given.pop(group, None), registry)
             for group, registry in (("stream", STREAMS), ("editor", EDITORS))
         }
-        groups = {
-            name: _group_from(name, kind, given.pop(name, {}))
-            for name, kind in _GROUPS.items()
-        }
+        groups = {name: _group_from(name, kind, given.pop(name, {})) for name, kind in _GROUPS.items()}
         return _from_values(cls, "", given, **groups, **components)
 
     def options(self) -> Iterator[tuple[str, Any]]:

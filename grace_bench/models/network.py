@@ -341,9 +341,7 @@ class Network(nn.Module):
         finally:
             self._bypassed = outer
 
-    def querying(
-        self, query: Tensor | None, *, leaders: Tensor | None = None
-    ) -> AbstractContextManager[QueryState]:
+    def querying(self, query: Tensor | None, *, leaders: Tensor | None = None) -> AbstractContextManager[QueryState]:
         """Makes the forward passes inside the context one sequence: a prompt and the tokens generated after it.
 
         Args:

@@ -379,3 +379,12 @@ def test_a_wrong_count_at_the_first_candidate_is_told_in_numbers(run: Path) -> N
     assert first_edit(run) == 0, "the first candidate is edited"
     change_line(run / "edits.jsonl", 0, n_edits=2)
     assert check(run)["n_edits of each candidate"].told == "item 0: recorded 2, now 1"
+
+
+def test_a_run_of_batches_holds_and_a_wrong_count_in_it_is_noticed(tmp_path: Path) -> None:
+    options = ["stream=atlas-facts", "editor=ultraedit", "edit=all", "edits_at_once=3", "max_edits=7", "max_upstream=5"]
+    assert main(["run", *options, f"out={tmp_path}"]) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert failing(result.parent) == set()
+    change_line(result.parent / "edits.jsonl", 4, n_edits=7)
+    assert "n_edits of each candidate" in failing(result.parent)

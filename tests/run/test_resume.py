@@ -27,6 +27,7 @@ from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
 from grace_bench.run.checkpoint import SCHEMA_VERSION
 from grace_bench.run.loggers import RunLogger
+from grace_bench.run.settings import CapabilitySettings
 
 
 class KilledError(Exception):
@@ -102,6 +103,24 @@ def test_a_run_that_dies_again_and_again_ends_as_one_that_never_did(
     assert n_deaths >= 2
     assert traces(folder) == expected
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_capability_is_measured_as_if_the_run_had_never_died(
+    tmp_path: Path, run_facts: Callable[..., RunResult], capitals: Path
+) -> None:
+    options: dict[str, Any] = {
+        "editor": "grace",
+        "task": "completion",
+        "capability": CapabilitySettings(tasks=["capitals"], every=4, folders=[capitals]),
+    }
+    run_facts(tmp_path / "whole", **options)
+    expected, folder = traces(tmp_path / "whole"), tmp_path / "broken"
+    assert expected["metrics.jsonl"].count(b"CapabilityDrop/stderr") >= 2
+    for after in (3, 6, 4):
+        with pytest.raises(KilledError):
+            run_facts(folder, resume=True, loggers=[Dies(after)], **options)
+    run_facts(folder, resume=True, **options)
+    assert traces(folder) == expected
 
 
 @pytest.mark.parametrize("task", ["classification", pytest.param("language_modelling", marks=pytest.mark.slow)])
