@@ -62,6 +62,7 @@ class EditedLM(HFLM):
         # lm-eval may give the tokenizer another padding token.
         super().__init__(pretrained=network.module, tokenizer=copy.deepcopy(network.tokenizer), batch_size=batch_size)
         self.network = network
+        self.batch_size_per_gpu: int = batch_size
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Returns for each context and continuation its log-likelihood, and whether it is the greedy answer."""
