@@ -141,10 +141,8 @@ def _translate(translation: _Translation, given: _Field, known: Mapping[str, Any
     rule = {"option": rule} if isinstance(rule, str) else rule or {"why": ""}
     value, option = given.value, rule.get("option")
     if "only" in rule:
-        always = "so here" if _same(value, rule["only"]) else f"{_typed(rule['only'])} here"
-        translation.remarks.append(
-            given.says(f"{_typed(value)} has no counterpart: it is always {always} ({rule['why']})")
-        )
+        needs = "and needs none:" if _same(value, rule["only"]) else f"here it is always {_typed(rule['only'])}:"
+        translation.remarks.append(given.says(f"{_typed(value)} has no counterpart, {needs} {rule['why']}"))
         return
     if option is None:
         why = f": {rule['why']}" if rule["why"] else f"{did_you_mean(given.name, known)}"

@@ -135,7 +135,7 @@ def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
             "alg_name: GRACE\nmodel_name: m\ninner_params:\n- model.layers[2].mlp.down_proj.weight\nedit_lr: 1e-1\n"
             "eps: 2.0\ndist_fn: cos\nval_train: pert\nval_reg: None\nreplacement: replace_last\n",
             ["layer=model.layers.2.mlp.down_proj", "editor.eps_init=2.0", "editor.distance=cosine", "editor.lr=0.1"],
-            ["'val_train': pert has no counterpart: it is always sgd here"],
+            ["'val_train': pert has no counterpart, here it is always sgd"],
         ),
         (
             "alg_name: R-ROME\nlayers: [4]\nrewrite_module_tmp: transformer.h.{}.mlp.fc_out\nmom2_adjustment: false\n"
@@ -162,8 +162,8 @@ def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
             "lr: 2e-4\nobjective_optimization: prompt_last\nnorm_constraint: 5e-3\nweight_decay: 0\nkl_factor: 0.5\n",
             ["layer=model.layers.3.mlp.down_proj", "editor.objective=last_token", "editor.norm_constraint=0.005"],
             [
-                "'weight_decay': 0 has no counterpart: it is always so",
-                "'kl_factor': 0.5 has no counterpart: it is always 0",
+                "'weight_decay': 0 has no counterpart, and needs none",
+                "'kl_factor': 0.5 has no counterpart, here it is always 0",
             ],
         ),
         (
@@ -201,7 +201,7 @@ def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
             "alg_name: MEND\ninner_params: [model.layers.4.mlp.up_proj.weight]\nlr: 1e-5\ncedit: 0.2\nmax_iters: 700\n"
             "opt: SGD\nshared: true\n",
             ["editor.c_edit=0.2", "editor.n_steps=700"],
-            ["'opt': SGD has no counterpart: it is always Adam", "'shared': has no counterpart"],
+            ["'opt': SGD has no counterpart, here it is always Adam", "'shared': has no counterpart"],
         ),
         (
             "alg_name: SERAC\nsmall_name: ./small\ncls_name: ./bert\ndist_heads: 2\ninner_params: []\nsquare: false\n"
@@ -222,7 +222,7 @@ def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
         (
             "alg_name: LoRA\nrank: 4\nlora_alpha: 16\nlora_type: adalora\ntarget_modules: [q_proj]\nlayers: []\n",
             ["editor=lora", "editor.r=4", "editor.alpha=16"],
-            ["adalora has no counterpart: it is always lora", "'target_modules': has no counterpart"],
+            ["adalora has no counterpart, here it is always lora", "'target_modules': has no counterpart"],
         ),
         (
             "alg_name: EMMET\nlayers: [5]\nrewrite_module_tmp: h.{}.out\nupdate_norm_lambda: 1\nemmet_lambda: 0.2\n",
