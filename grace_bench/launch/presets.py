@@ -14,6 +14,7 @@ from grace_bench.launch.typed import texts_of
 from grace_bench.registry import EDITORS, STREAMS
 
 _GROUP = "own"
+_ENDINGS = (".yaml", ".yml")
 _SETTINGS = ("chat", "editor", "layer", "model", "target_space", "tuning_budget")
 _SETTINGS_OF_A_FILE = (*_SETTINGS, "device_map", "dtype", "edits_at_once")
 
@@ -38,7 +39,7 @@ def register_presets(overrides: Sequence[str]) -> list[str]:
             taken.append(override)
             continue
         taken.append("tuned=none")
-        if Path(value).is_file():
+        if Path(value).is_file() or (value.endswith(_ENDINGS) and not Path(value).is_dir()):
             editor, node = _read_for_any_stream(Path(value))
             taken += _naming(editor, overrides, value)
             for stream in STREAMS.entries():
@@ -74,7 +75,7 @@ def _naming(editor: str, overrides: Sequence[str], path: str) -> list[str]:
 
 
 def _is_path(value: str) -> bool:
-    return "/" in value or value.endswith((".yaml", ".yml")) or Path(value).is_dir()
+    return "/" in value or value.endswith(_ENDINGS) or Path(value).is_dir()
 
 
 def _read(path: Path, settings: Sequence[str]) -> dict[str, Any]:

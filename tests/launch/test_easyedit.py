@@ -18,6 +18,7 @@ from grace_bench.launch.compose import compose
 from grace_bench.launch.easyedit import import_easyedit
 from grace_bench.launch.model_presets import presets
 from grace_bench.launch.run_config import OPTIONS, SHORT
+from grace_bench.launch.sweep import composed_runs
 from grace_bench.registry import EDITORS
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "published" / "hyperparameters.jsonl"
@@ -111,6 +112,13 @@ def test_a_written_file_gives_a_run_the_same_settings_and_is_never_overwritten(t
     typed = compose(["stream=toy", "tuning_budget=EasyEdit", *options])
     assert run == typed
     assert compose(["stream=atlas-facts", f"tuned={out}", "editor.n_iter=9"]).editor.settings["n_iter"] == 9
+    runs = [run.config for run in composed_runs([["stream=toy,atlas-facts", f"tuned={out}", "seed=0,1"]], "sweep")]
+    assert [(run.stream.name, run.editor.settings["n_iter"], run.seed) for run in runs if run is not None] == [
+        ("toy", 7, 0),
+        ("toy", 7, 1),
+        ("atlas-facts", 7, 0),
+        ("atlas-facts", 7, 1),
+    ]
     content = out.read_bytes()
     code, options, err = cli("import-easyedit", path, "--out", out)
     assert (code, options) == (2, [])
@@ -118,11 +126,20 @@ def test_a_written_file_gives_a_run_the_same_settings_and_is_never_overwritten(t
     assert out.read_bytes() == content
 
 
+def test_json_with_an_alg_name_is_read_too(tmp_path: Path) -> None:
+    content = {"alg_name": "memit", "layers": [3], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "v_lr": 1e-05}
+    imported = import_easyedit(written(tmp_path, json.dumps(content, indent=4), "gpt2-xl.json"))
+    assert imported.settings["editor.lr"] == 1e-05
+    assert imported.settings["editor.layers"] == ["transformer.h.3.mlp.c_proj"]
+
+
 def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
     out = tmp_path / "memit.yaml"
     assert cli("import-easyedit", written(tmp_path, MEMIT), "--out", out)[0] == 0
     with pytest.raises(UserError, match=r"settings of editor memit, not of rome"):
         compose(["stream=toy", f"tuned={out}", "editor=rome"])
+    with pytest.raises(UserError, match=r"gone.yaml: cannot be read"):
+        compose(["stream=toy", f"tuned={tmp_path / 'gone.yaml'}"])
     nameless = written(tmp_path, "editor: {n_iter: 3}", "nameless.yaml")
     with pytest.raises(UserError, match=r"nameless.yaml: field 'editor.name'"):
         compose(["stream=toy", f"tuned={nameless}"])
@@ -305,6 +322,23 @@ def test_each_algorithm_is_read(content: str, options: list[str], remarks: list[
 def test_a_damaged_file_is_one_line_with_file_line_and_field(content: str, says: str, tmp_path: Path) -> None:
     assert says in refused(tmp_path, content)
     assert [path.name for path in tmp_path.iterdir()] == ["hparams.yaml"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "editor: {name: ft, _target_: pathlib.Path.touch}",
+        "editor: {name: ft, lr: '${oc.env:HOME}'}",
+        "editor: {name: ft}\nlayer: !!python/object/apply:os.getcwd []",
+        "editor: {name: nobody}",
+        "editor: {name: ft, lrr: 1}",
+        "editor: {name: ft}\nseed: 1",
+    ],
+)
+def test_a_strangers_settings_are_values_only(content: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["stream=toy", f"tuned={written(tmp_path, content)}"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_no_text_is_one_line(tmp_path: Path) -> None:
