@@ -104,7 +104,7 @@ def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(f
     assert (settings["objective"], settings["norm_constraint"], settings["n_iter"]) == ("last_token", 5e-5, 25)
     settings = composed("editor=ultraedit", f"model={folder(GPT_J)}").editor.settings
     assert (settings["lr"], settings["batch_size"], settings["tokens"]) == (1e-6, 10, "ans")
-    assert composed("editor=ft_bf", f"model={folder(LLAMA_3)}").layer == "model.layers.21.mlp.down_proj"
+    assert composed("editor=ft_bf", f"model={folder(LLAMA_3)}").layer == "model.layers.22.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
