@@ -6,12 +6,12 @@ Which field is which option stands in `published/easyedit.yaml`.
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -161,17 +161,32 @@ def _translate(translation: _Translation, given: _Field, known: Mapping[str, Any
         found = [ours for theirs, ours in rule["values"].items() if _same(value, theirs)]
         # A value that is none of the named ones is taken as it is where the option takes numbers.
         if not found and (isinstance(value, bool) or not isinstance(_number(value), int | float)):
-            names = ", ".join(_typed(theirs) for theirs in rule["values"])
-            translation.remarks.append(given.says(f"{_typed(value)} has no counterpart; these have: {names}"))
+            translation.remarks.append(given.says(_unmatched(value, rule["values"])))
             return
         value = found[0] if found else value
         if value is None:
             return
     elif option == "layer":
         value = _path(value, given)
+    choices = _choices(translation.editor, option)
+    if choices and value not in choices:
+        translation.remarks.append(given.says(_unmatched(value, choices)))
+        return
     translation.set(option, value, given)
     if "note" in rule:
         translation.remarks.append(given.says(f"is {option}={_typed(translation.settings[option])}; {rule['note']}"))
+
+
+def _unmatched(value: Any, known: Iterable[Any]) -> str:
+    return f"{_typed(value)} has no counterpart; these have: {', '.join(map(_typed, known))}"
+
+
+def _choices(editor: str, option: str) -> tuple[Any, ...]:
+    """The only values that an option of the editor may have; empty for an option without such a list."""
+    parameter = _parameters(editor).get(option.removeprefix(_EDITOR)) if option.startswith(_EDITOR) else None
+    if parameter is None or get_origin(parameter.annotation) is not Literal:
+        return ()
+    return get_args(parameter.annotation)
 
 
 def _set_layers(

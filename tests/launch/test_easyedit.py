@@ -185,9 +185,9 @@ def test_a_file_for_another_editor_is_one_line(tmp_path: Path) -> None:
         ),
         (
             "alg_name: WISE\ninner_params: ['model.layers[5].mlp.down_proj.weight']\nact_margin: [1.0, 9.0, 3.0]\n"
-            "densities: 0.4\nretrieve: true\nuse_chat_template: true\nmodel_parallel: true\n",
+            "densities: 0.4\nmerge_alg: median\nretrieve: true\nuse_chat_template: true\nmodel_parallel: true\n",
             ["editor.act_margin=[1.0,9.0,3.0]", "editor.density=0.4", "chat=true", "device_map=auto"],
-            [],
+            ["'merge_alg': median has no counterpart; these have: ties"],
         ),
         (
             "alg_name: MELO\nmodel: {name: m, grace_layer: transformer.h.5.mlp.c_fc,\n"
