@@ -547,6 +547,9 @@ class Codebook:
 
     def remove(self, entry: int) -> None:
         """Removes an entry; the others stay as they are, and those after it move up."""
+        if len(self) == 1:
+            self.clear()
+            return
         state = self.state_dict()
         kept = [other for other in range(len(self)) if other != entry]
         rows = {name: state[name][kept] for name in ("keys", "values", "radii")}

@@ -96,7 +96,7 @@ def _load_beside_model(path: Path, device: str | torch.device, device_map: Devic
     name = _json_of(path / "editor.json").get("editor")
     module.editor = EDITORS.get(str(name)).from_pretrained(path, model=model)
     if model.reads_prompts:
-        module.generate = ReadingGenerate(model)
+        module.generate = ReadingGenerate(model, editor=str(name))
     return module
 
 
@@ -130,10 +130,12 @@ class ReadingGenerate:
 
     Args:
         model: The edited model.
+        editor: The editor's name, for messages.
     """
 
-    def __init__(self, model: EditableModel) -> None:
+    def __init__(self, model: EditableModel, *, editor: str) -> None:
         self._model = model
+        self._editor = editor
         self._generate: Callable[..., Any] = model.module.generate  # type: ignore[assignment]
 
     @torch.no_grad()
@@ -239,7 +241,7 @@ class ReadingGenerate:
         if len(inside) > len(plain):
             raise UserError(
                 f"row {row} of the prompts holds special tokens inside its text, as a chat does: editor "
-                f"'{self._model.module.editor.registered_name}' changes what is read in place of plain prompts"
+                f"'{self._editor}' changes what is read in place of plain prompts"
             )
         return tokens.decode(inside)
 

@@ -1,4 +1,4 @@
-"""Exporting an edited model: as a plain transformers folder, as an adapter of peft, or as a saved editor (docs/deploy.md)."""
+"""Exporting an edited model as a plain transformers folder, an adapter of peft, or a saved editor (docs/deploy.md)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -269,10 +269,9 @@ def _scores(run: RunResult) -> Iterator[str]:
     for info in metric_infos():
         after = run.metrics.get(info.name)
         if after is not None and info.shown("table") and not info.is_count:
-            pair = (run.before.get(info.name), after)
-            yield (
-                f"| {info.header} | " + " | ".join("–" if x is None else f"{x:.{info.decimals}f}" for x in pair) + " |"
-            )
+            both = (run.before.get(info.name), after)
+            shown = ["–" if score is None else f"{score:.{info.decimals}f}" for score in both]
+            yield f"| {info.header} | {' | '.join(shown)} |"
 
 
 def _in_table(text: str) -> str:
