@@ -49,6 +49,7 @@ def load_edited(folder: str | Path, *, device: str | torch.device = "auto", devi
     check_model_folder(str(path))
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     config = _json_of(path / "config.json")
     architecture = getattr(transformers, str(next(iter(config.get("architectures") or ()), None)), None)
     # The name stands in a file: it must not call just anything of transformers.

@@ -151,13 +151,16 @@ def _told(editor: ExportableEditor, kind: Kind) -> str:
     about = editor.about
     changes = "acts on the model while it runs" if about is None else f"changes {about.changes}"
     return (
-        f"a saved editor, no plain weights, because '{editor.registered_name}' {changes}: "
-        f"grace_bench.load_edited loads it"
+        f"a saved editor, which grace_bench.load_edited loads; no plain weights, because '{editor.registered_name}' "
+        f"{changes}"
     )
 
 
 def _write_model(model: EditableModel, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the model as it is now, with its tokenizer and its own settings of generation."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     module: Any = model.module
     weights = None if dtype is None else _cast(Weights(module), dtype)
     try:
