@@ -22,8 +22,8 @@ from grace_bench.models.tokenizers import load_tokenizer
 from grace_bench.registry import EDITORS
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
-"""Limits that count the tokens of the prompt, with those that do not."""
+_LENGTHS = (("max_length", "max_new_tokens", 1), ("min_length", "min_new_tokens", 0))
+"""Limits that count the tokens of the prompt, those that do not, and the least number that these can be."""
 
 
 def load_edited(folder: str | Path, *, device: str | torch.device = "auto", device_map: DeviceMap | None = None) -> Any:
@@ -175,9 +175,9 @@ class ReadingGenerate:
             raise UserError("return_dict_in_generate: where an edit changes what is read, only the tokens are returned")
         ids = given["input_ids"]
         settings = {name: value for name, value in given.items() if not _has_rows(value, len(ids))}
-        for total, new in _LENGTHS.items():
+        for total, new, least in _LENGTHS:
             if settings.get(total) is not None and settings.get(new) is None and not self._is_seq2seq:
-                settings[new] = max(1, settings.pop(total) - ids.shape[1])
+                settings[new] = max(least, settings.pop(total) - ids.shape[1])
         found: dict[int, list[list[int]]] = {}
         same = [row for row in range(len(ids)) if row not in set(changed)]
         if same:

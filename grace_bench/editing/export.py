@@ -177,14 +177,15 @@ def _write_model(model: EditableModel, folder: Path, dtype: torch.dtype | None =
 
 def _cast(weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights in another dtype; those that share their memory still do."""
-    cast: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    cast: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Tensor, Tensor]] = {}
     named = {}
     for name in weights:
         tensor = weights[name]
         place = tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
         if place not in cast:
-            cast[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        named[name] = cast[place]
+            # Both are kept: the memory of a weight that was loaded for this would be used for the next.
+            cast[place] = tensor, tensor.to(dtype) if tensor.is_floating_point() else tensor
+        named[name] = cast[place][1]
     return named
 
 

@@ -376,3 +376,30 @@ def test_a_model_of_the_hub_is_named_and_not_copied(
             patch.setattr(EditableModel, "from_pretrained", lambda source, hub=hub, **_: hub[source])
             loaded = load_edited(tmp_path / name, device="cpu")
         assert answers_of(loaded, make_model("completion"), prompts) == editor.model.answer(prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("retrieve", {}), ("ike", {}), ("serac", {}), ("serac", {"mixing": "soft"})]
+)
+@pytest.mark.parametrize("task", ["qa", "completion"])
+def test_what_is_read_in_place_of_a_prompt_is_read_by_generate(
+    name: str,
+    options: dict[str, Any],
+    task: str,
+    make_model: Any,
+    make_editor: Any,
+    make_requests: Any,
+    tmp_path: Path,
+) -> None:
+    # With this seed the encoder-decoder has something to say.
+    editor = make_editor(name, make_model(task, seed=5), **options)
+    requests = make_requests(task)
+    editor.edit_texts(requests[:3])
+    prompts = [text for request in requests for text in (request.prompt, *request.rephrases)]
+    before = editor.model.answer(prompts)
+    assert before != make_model(task, seed=5).answer(prompts)
+    editor.export(tmp_path / "out")
+    loaded = load_edited(tmp_path / "out", device="cpu")
+    assert answers_of(loaded, make_model(task, seed=5), prompts) == before
+    loaded.editor.model.task.max_new_tokens = N_NEW
+    assert loaded.editor.model.answer(prompts) == before
