@@ -212,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(command=_check)
 
+    export = commands.add_parser("export", help="write the edited model of a finished run, for use without it")
+    export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the run's)"
+    )
+    export.set_defaults(command=_export)
+
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
@@ -432,6 +440,14 @@ def _check(options: argparse.Namespace) -> int:
     from grace_bench.launch.check import check_runs
 
     return check_runs(options.runs)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from grace_bench.common.terminal import say
+    from grace_bench.launch.export import export_run
+
+    export_run(options.run, options.folder, dtype=options.dtype, say=say)
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -43,6 +43,11 @@ class EditableModel(Network):
         name: The name used in results.
         engine: `exact`, or `plain` to compute every pass in full.
 
+    Attributes:
+        hub_id: The hub id that `from_pretrained` loaded the model by; None for a folder and for a caller's own module.
+        generation_config: The checkpoint's own settings of generation, which `from_pretrained` puts aside, or else the
+            module's.
+
     Raises:
         UserError: If there is no such layer; names the closest one.
     """
@@ -61,6 +66,8 @@ class EditableModel(Network):
         super().__init__(module, layer=layer, tokenizer=tokenizer, encode=encode, name=name)
         self.task: Task = get_task(task) if isinstance(task, str) else task
         self.engine: Engine = make_engine(engine, self)
+        self.hub_id: str | None = None
+        self.generation_config: Any = getattr(module, "generation_config", None)
 
     @classmethod
     def from_pretrained(
@@ -101,7 +108,7 @@ class EditableModel(Network):
             device_map=device_map,
             tokenizer=tokenizer,
         )
-        return cls(
+        model = cls(
             loaded.module,
             layer=loaded.layer,
             task=chosen,
@@ -110,6 +117,8 @@ class EditableModel(Network):
             name=loaded.name,
             engine=engine,
         )
+        model.hub_id, model.generation_config = loaded.hub_id, loaded.generation_config
+        return model
 
     @contextmanager
     def serving(self, task: Task, *, engine: EngineName, memory_mb: int | None = None) -> Iterator[Self]:

@@ -35,6 +35,8 @@ class Pretrained:
         tokenizer: The tokenizer; None if it was not requested, or the model has `encode`.
         encode: Turns texts into the module's inputs, for models without a tokenizer.
         name: The name in results.
+        hub_id: The hub id that it was loaded by; None for a folder.
+        generation_config: The checkpoint's own settings of generation; None if it has none.
     """
 
     module: nn.Module
@@ -42,6 +44,8 @@ class Pretrained:
     tokenizer: Any
     encode: TextEncoder | None
     name: str
+    hub_id: str | None
+    generation_config: Any
 
 
 def load_pretrained(
@@ -61,7 +65,7 @@ def load_pretrained(
     """
     source = resolve_model(name_or_path)
     target = pick_device(device)
-    precision = _pick_dtype(dtype)
+    precision = pick_dtype(dtype)
     if device_map is not None:
         _check_device_map(device_map, device)
     if source.stream and get_task(source.stream.task).auto_class != task.auto_class:
@@ -73,8 +77,10 @@ def load_pretrained(
     for folder in dict.fromkeys((weights, vocabulary)):
         check_model_folder(folder)
     custom = source.stream.load_model(Path(weights)) if source.stream else None
+    generation_config = None
     if custom is None:
-        module, encode = _load_module(weights, task, precision, device_map), None
+        module, generation_config = _load_module(weights, task, precision, device_map)
+        encode = None
     elif device_map is None:
         module, encode = custom
     else:
@@ -85,6 +91,8 @@ def load_pretrained(
         tokenizer=load_tokenizer(vocabulary) if tokenizer and custom is None else None,
         encode=encode,
         name=source.name,
+        hub_id=None if Path(source.path).is_dir() else source.path,
+        generation_config=generation_config,
     )
 
 
@@ -125,7 +133,15 @@ def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
     return 1 if n_parameters < _TINY_MODEL_PARAMETERS else torch.get_num_threads()
 
 
-def _pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Returns a dtype by name.
+
+    >>> pick_dtype("bfloat16")
+    torch.bfloat16
+
+    Raises:
+        UserError: If weights are not loaded in it.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -141,7 +157,8 @@ def _check_device_map(device_map: DeviceMap, device: str | torch.device) -> None
         raise UserError(f"device_map={device_map} needs accelerate: pip install 'grace-bench[large]'")
 
 
-def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMap | None) -> nn.Module:
+def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMap | None) -> tuple[nn.Module, Any]:
+    """The model, which generates greedily, and the checkpoint's own settings of generation."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -161,10 +178,10 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(f"model={path}: the checkpoint lacks {lacking[0]}{more}, which {task.name} needs")
+    own = getattr(model, "generation_config", None)
     # A checkpoint's own sampling settings would make the answers of models incomparable.
     model.generation_config = greedy_config(start_token(model) if model.config.is_encoder_decoder else None)
-    loaded: nn.Module = model
-    return loaded
+    return model, own
 
 
 def _check_kind(path: str, task: Task) -> None:
