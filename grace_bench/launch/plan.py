@@ -25,7 +25,7 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.launch.plan_trials import Counts, Trial, count_run, sample
-from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.editable import DeviceMap, EditableModel, Quantisation
 from grace_bench.registry import EDITORS, METRICS
 from grace_bench.run.backlog import LOOKAHEAD
 from grace_bench.run.cost import peak_rss
@@ -101,6 +101,7 @@ def plan_benchmark(
     dtype: str = "float32",
     device: str = "auto",
     device_map: DeviceMap | None = None,
+    load_in: Quantisation | None = None,
     loggers: Callable[[Path], Sequence[RunLogger]] = lambda folder: (),
     started: float | None = None,
     progress: Progress | None = None,
@@ -108,7 +109,7 @@ def plan_benchmark(
     """Foresees what `run_benchmark` will take with the same arguments; leaves no files.
 
     Args:
-        stream: As in `run_benchmark`, like `model` to `device_map` and `progress`.
+        stream: As in `run_benchmark`, like `model` to `load_in` and `progress`.
         model: See above.
         editor: See above.
         settings: See above.
@@ -116,6 +117,7 @@ def plan_benchmark(
         dtype: See above.
         device: See above.
         device_map: See above.
+        load_in: See above.
         loggers: Makes the loggers that the run will have, for a folder that is removed afterwards.
         started: When the process began to get ready, as `time.time()` gives it; now by default.
         progress: See above.
@@ -135,6 +137,7 @@ def plan_benchmark(
             dtype=dtype,
             device=device,
             device_map=device_map,
+            load_in=load_in,
             progress=progress,
         ) as opened,
     ):
