@@ -163,9 +163,11 @@ def _load_module(
     config = _read_config(path)
     _check_kind(path, config, task)
     is_quantised = _check_quantised(path, config, load_in) or load_in is not None
-    if is_quantised and device_map is None:
+    if is_quantised:
+        # bitsandbytes would say at every product that it rounds activations.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         # Quantised weights are made on their device, and stay there.
-        device_map = {"": str(device)}
+        device_map = device_map or {"": str(device)}
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
             path,
@@ -226,8 +228,6 @@ def _quantisation_config(load_in: Quantisation, dtype: torch.dtype) -> Any:
 
 def _steady(model: nn.Module) -> None:
     """Makes bitsandbytes leave its weights as they were loaded."""
-    # It would say at every product that it rounds activations.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     part: Any
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):

@@ -92,13 +92,11 @@ def test_editors_that_change_no_weights_edit_it_and_others_say_in_a_line_why_not
     if "completion" not in EDITORS.get(name).supported_tasks:
         return
     untouched, fingerprint = logits_of(model), model.fingerprint
-    try:
-        EDITORS.get(name)(model=model).detach()
-    except UserError as refusal:
-        assert str(refusal).startswith(f"layer={LAYER} has quantised weights, which editor '{name}' cannot change: ")
+    if not EDITORS.get(name).freezes_weights or name == "wise":
+        with pytest.raises(UserError, match=f"^layer={LAYER} has quantised weights, which editor '{name}' cannot"):
+            EDITORS.get(name)(model=model)
         assert torch.equal(logits_of(model), untouched)
         return
-    assert EDITORS.get(name).freezes_weights
     with make_editor(name, model) as editor:
         outcome = editor.edit_text(request.prompt, request.target, subject=request.subject)
         assert outcome.failed is None
@@ -126,12 +124,12 @@ def test_the_engine_edits_and_answers_as_a_plain_pass_does(
             # The second time from recordings.
             scores.append([[item.score for item in model.score(requests)] for _ in range(2)])
             answers.append(model.answer([request.prompt for request in requests]))
+    assert [first for first, _ in scores] == [again for _, again in scores]
+    # Where two ways of computing differ in the last bit, 8 bits may round an activation to another of 255 steps.
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3 if bits == "4bit" else 0.05)
     if bits == "4bit":
         assert answers[0] == answers[1]
-    # Where two ways of computing differ in the last bit, an activation may be rounded to another of 255 steps.
-    tolerance = 1e-3 if bits == "4bit" else 0.05
-    for exact, plain in ((losses[0], losses[1]), (scores[0][0], scores[1][0]), (scores[0][1], scores[1][1])):
-        assert exact == pytest.approx(plain, rel=tolerance, abs=tolerance)
+        assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("package", ["accelerate", "bitsandbytes"])
