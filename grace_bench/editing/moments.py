@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_choice, check_text, check_whole
 from grace_bench.common.progress import Progress
@@ -184,18 +185,26 @@ def second_moments(
 
 def _groups(model: EditableModel, layers: Sequence[str]) -> Iterator[list[str]]:
     """Yields layers by as many as their sums leave memory for the model."""
-    if not layers:
-        return
-    widths = input_widths(model, layers)
     most, group, n_bytes = memory_for_matrices(model.layer_device), list[str](), 0
     for layer in layers:
-        size = torch.float64.itemsize * widths[layer] ** 2
+        size = torch.float64.itemsize * _width_of(model, layer) ** 2
         if group and n_bytes + size > most:
             yield group
             group, n_bytes = [], 0
         group.append(layer)
         n_bytes += size
-    yield group
+    if group:
+        yield group
+
+
+def _width_of(model: EditableModel, layer: str) -> int:
+    """The width of a linear layer's input; of another module's the largest that its weights allow."""
+    module = model.find_layer(layer)
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, Conv1D):
+        return len(module.weight)
+    return max((size for weight in module.parameters() for size in weight.shape), default=0)
 
 
 def cached_queries(model: EditableModel, prompts: Sequence[str], targets: Sequence[str | int] | None = None) -> Tensor:
