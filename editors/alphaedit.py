@@ -130,6 +130,11 @@ class AlphaEdit(MassEditor):
         self.l2 = l2
         self._bases: dict[str, Tensor] = {}
 
+    @property
+    def n_matrices(self) -> int:
+        # Float32 bases, and the keys of earlier batches before and after an edit.
+        return 3
+
     def use_moments(self, moments: Mapping[str, Tensor], *, progress: Progress | None = None) -> None:
         bases = {}
         for index, (path, moment) in enumerate(moments.items(), start=1):

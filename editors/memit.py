@@ -146,6 +146,11 @@ class Memit(MassEditor):
             else (self.paths,)
         )
 
+    @property
+    def n_matrices(self) -> int:
+        # Factors; with `history`, the keys of earlier batches before and after an edit instead.
+        return 2 if self.history else 1
+
     def use_moments(self, moments: Mapping[str, Tensor], *, progress: Progress | None = None) -> None:
         self._moments = dict(moments)
         self._factors = {}

@@ -130,7 +130,20 @@ class LocateThenEdit(EditorStrategy):
     def edit_facts(self, facts: Sequence[Fact]) -> list[Value]:
         """Writes facts into the model and returns their optimised values."""
 
+    @property
+    def n_matrices(self) -> int:
+        """How many float64 matrices of (D_in, D_in) the editor keeps of each layer, at most."""
+        return 1
+
     # --- the contract
+
+    def matrix_bytes(self) -> Mapping[str, int]:
+        if not self.needs_moments:
+            return {}
+        sizes = [self.weight_of(path).shape[1] ** 2 for path in self.paths]
+        # While one layer is solved: the matrix, its factor, and a solver's copy of that.
+        solves = torch.float64.itemsize * (self.n_matrices * sum(sizes) + 2 * max(sizes))
+        return {"second moments": torch.float32.itemsize * sum(sizes), "factors and projections": solves}
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
         with self.suspended():

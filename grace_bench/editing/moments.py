@@ -137,7 +137,8 @@ def second_moments(
     """Returns the mean of k kᵀ over every token of the texts, for the inputs k of each layer.
 
     It is cached for each layer by weights, configuration and tokens. What is not cached is summed in float64, in one
-    pass over the texts for all layers whose sums fit into a quarter of the device's memory. An interrupted pass resumes; the result is the same to the last bit.
+    pass over the texts for all layers whose sums fit into a quarter of the device's memory. An interrupted pass
+    resumes; the result is the same to the last bit.
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.
