@@ -320,7 +320,9 @@ class _Planner:
         recordings = engine.kept_bytes / max(1, last.evaluations[-1].n_requests) * most
         growth = max(0.0, min(recordings, engine.most_kept_bytes) - engine.kept_bytes) + self._more_parameters(counts)
         # A larger batch than any of the trials takes more memory for its activations.
-        sampled, largest = last.evaluations[0].n_requests, min(self.strategy.model.task.batch_size, most)
+        # No batch holds requests of two streams.
+        stream = max((n for evaluation in counts.evaluations for n in evaluation.requests.values()), default=0)
+        sampled, largest = last.evaluations[0].n_requests, min(self.strategy.model.task.batch_size, stream)
         return growth + (trials * (largest / sampled - 1) if 0 < sampled < largest else 0.0)
 
     def _memory(self, peak: float, counts: Counts) -> dict[str, float]:
