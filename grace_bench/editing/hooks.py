@@ -99,6 +99,13 @@ class OptionalHooks:
         """Returns an upper bound of `extra_parameters` after `n_edits` edits."""
         return 0
 
+    def matrix_bytes(self) -> Mapping[str, int]:
+        """Returns the bytes of matrices that the editor needs beside the model and its parameters, by what they hold.
+
+        `grace-bench plan` prints a line for each, before the run: second moments, say, or projections.
+        """
+        return {}
+
     # --- leaving edits pending, to finish them together
 
     @property

@@ -113,7 +113,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         self._weights = RewrittenWeights(model, editor=name)
         if not self.freezes_weights:
             option = "editor.layers" if "layers" in option_names(type(self)) else "layers"
-            for path in [model.layer_name] if layers is None else checked_paths(layers, option):
+            paths = [model.layer_name] if layers is None else checked_paths(layers, option)
+            option = "layer" if layers is None else option
+            for path in paths:
                 self._weights.add(path, option=option)
 
     # --- the contract

@@ -24,7 +24,7 @@ def run_arguments(config: RunConfig) -> tuple[Any, dict[str, Any]]:
         "model": str(model),
         "editor": make_editor(config),
         "settings": settings,
-        **{name: getattr(config, name) for name in ("layer", "dtype", "device", "device_map")},
+        **{name: getattr(config, name) for name in ("layer", "dtype", "device", "device_map", "load_in")},
     }
 
 

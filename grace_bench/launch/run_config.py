@@ -294,6 +294,12 @@ class RunConfig:
         in_hash=False,
         in_sweep_name=False,
     )
+    load_in: Literal["8bit", "4bit"] | None = _option(
+        None,
+        "quantise the weights while loading: 8bit or 4bit (needs bitsandbytes); null to take them as they are",
+        _one_of("8bit", "4bit", optional=True),
+        default_in_hash=False,
+    )
     seed: int = _option(0, "shuffles the edits and seeds every random generator", _whole(0), in_hash=False)
     split: str = _option("edits", "edits, or validation for tuning", _one_of("edits", "validation"), in_protocol=True)
     order: Literal["shuffle", "stream"] | None = _option(

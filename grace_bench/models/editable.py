@@ -17,13 +17,13 @@ from grace_bench.models.calls import LayerCall, Replacement
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, check_texts
 from grace_bench.models.engine.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.models.fingerprint import hash_configuration, hash_weights
-from grace_bench.models.loading import DeviceMap, load_pretrained
+from grace_bench.models.loading import DeviceMap, Quantisation, load_pretrained
 from grace_bench.models.network import Network, TextEncoder
 from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.tokens import PromptTokenizer
 
-__all__ = ["DeviceMap", "EditableModel", "LayerCall", "Replacement"]
+__all__ = ["DeviceMap", "EditableModel", "LayerCall", "Quantisation", "Replacement"]
 
 
 class EditableModel(Network):
@@ -79,6 +79,7 @@ class EditableModel(Network):
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "auto",
         device_map: DeviceMap | None = None,
+        load_in: Quantisation | None = None,
         tokenizer: bool = True,
         engine: EngineName = "exact",
     ) -> Self:
@@ -92,6 +93,8 @@ class EditableModel(Network):
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest available.
             device_map: Spreads the weights over several devices and the disk instead: an argument of transformers'
                 `from_pretrained`, such as `auto`. Needs accelerate.
+            load_in: `8bit` or `4bit` to quantise linear modules while loading; computing is in `dtype`. Needs
+                bitsandbytes. A checkpoint that is quantised already loads as it is.
             tokenizer: Whether to load the tokenizer; without it the model takes token ids only.
             engine: `exact`, or `plain` to compute every pass in full.
 
@@ -106,6 +109,7 @@ class EditableModel(Network):
             dtype=dtype,
             device=device,
             device_map=device_map,
+            load_in=load_in,
             tokenizer=tokenizer,
         )
         model = cls(

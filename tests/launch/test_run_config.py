@@ -100,6 +100,7 @@ layer: null
 dtype: float32
 device: auto
 device_map: null
+load_in: null
 seed: 0
 split: edits
 order: null
