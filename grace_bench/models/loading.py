@@ -206,7 +206,8 @@ def _load_module(
     model.generation_config = greedy_config(start_token(model) if model.config.is_encoder_decoder else None)
     if is_quantised:
         _steady(model)
-    loaded: nn.Module = model if device_map is not None else model.to(device=device, dtype=dtype)
+    # Not to a dtype: buffers such as the frequencies of rotary positions stay in float32, as in transformers.
+    loaded: nn.Module = model if device_map is not None else model.to(device)
     return loaded, own
 
 
