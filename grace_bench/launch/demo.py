@@ -34,12 +34,12 @@ def demo(out: Path, *, n_edits: int) -> None:
         raise UserError(f"out={out}: Not a directory")
     if find_spec("lm_eval") is None:
         say("Without lm-eval there is no column Capability: pip install 'grace-bench[capability]'")
-    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
+    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), demo_pairs())
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
 
-def _pairs() -> Iterator[tuple[str, str]]:
+def demo_pairs() -> Iterator[tuple[str, str]]:
     """Each editor with the first demo stream it works on, and the reference editors with every stream so chosen."""
     streams = {name: stream for name, stream in STREAMS.classes().items() if stream.in_demo}
     editors = EDITORS.classes()

@@ -16,6 +16,7 @@ from grace_bench.cli import main
 from grace_bench.registry import EDITORS
 from grace_bench.results.schema import RunResult
 from grace_bench.run.settings import Schedule
+from helpers import read_lines
 
 DECISIONS = ("index", "id", "was_error", "edited", "n_edits", "op", "key", "n_keys", "failed")
 SCORE, LOSS = 1e-4, 1e-3
@@ -28,10 +29,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 each_editor = pytest.mark.parametrize("editor", list(EDITORS.entries()))
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 def timeless(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for what it cost and how it was started."""
     result = json.loads((folder / "result.json").read_bytes())
@@ -41,7 +38,7 @@ def timeless(folder: Path) -> dict[str, Any]:
     names = ("metrics.jsonl", "predictions.parquet", "editor/editor.json", "editor/editor.safetensors")
     return {
         "result.json": result,
-        "edits.jsonl": [json.dumps({**line, "seconds": None}) for line in lines(folder / "edits.jsonl")],
+        "edits.jsonl": [json.dumps({**line, "seconds": None}) for line in read_lines(folder / "edits.jsonl")],
         **{name: (folder / name).read_bytes() for name in names},
     }
 
@@ -56,10 +53,10 @@ class Difference:
 
 def difference(one: Path, other: Path) -> Difference:
     """Compares two runs that must have decided the same, at the evaluations that both have."""
-    pairs = list(zip(lines(one / "edits.jsonl"), lines(other / "edits.jsonl"), strict=True))
+    pairs = list(zip(read_lines(one / "edits.jsonl"), read_lines(other / "edits.jsonl"), strict=True))
     for a, b in pairs:
         assert {name: a[name] for name in DECISIONS} == {name: b[name] for name in DECISIONS}
-    measured = [{line["n_edits"]: line for line in lines(folder / "metrics.jsonl")} for folder in (one, other)]
+    measured = [{line["n_edits"]: line for line in read_lines(folder / "metrics.jsonl")} for folder in (one, other)]
     common = measured[0].keys() & measured[1].keys()
     assert {0, max(measured[0])} <= common
     return Difference(

@@ -28,10 +28,7 @@ from grace_bench.results.schema import RunResult
 from grace_bench.run.checkpoint import SCHEMA_VERSION
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.settings import CapabilitySettings
-
-
-class KilledError(Exception):
-    """What a killed process never gets to say."""
+from helpers import KilledError, sends
 
 
 class Dies(RunLogger):
@@ -371,9 +368,13 @@ def folder_in(out: Path) -> Path:
     return config.parent
 
 
-def wait_for_checkpoint(running: "subprocess.Popen[str]", out: Path, number: int) -> None:
+def has_checkpoint(out: Path, number: int) -> bool:
     # Not further down: a checkpoint's folder has another name while it is written, and may be gone when it is opened.
-    while not any(int(path.name) >= number for path in out.glob("*/*/*/*/checkpoint/0*")):
+    return any(int(path.name) >= number for path in out.glob("*/*/*/*/checkpoint/0*"))
+
+
+def wait_for_checkpoint(running: "subprocess.Popen[str]", out: Path, number: int) -> None:
+    while not has_checkpoint(out, number):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
 
@@ -389,7 +390,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_real_processes_are_killed_refused_interrupted_and_resumed(
+def test_a_real_process_is_killed_refused_interrupted_and_resumed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL, "editor=grace", "editor.n_iter=300", "seed=1"]
@@ -412,11 +413,10 @@ def test_real_processes_are_killed_refused_interrupted_and_resumed(
     first.communicate()
 
     # The lock of a dead process is no obstacle, and neither is an unfinished run to one that is told to resume.
-    second = grace_bench("run", *options, f"out={out}", "existing=resume")
-    wait_for_checkpoint(second, out, 5)
-    second.send_signal(signal.SIGTERM)
-    said, err = second.communicate(timeout=60)
-    assert second.returncode == 130, err
+    with sends(signal.SIGTERM, when=lambda: has_checkpoint(out, 5)):
+        code = main(["run", *options, f"out={out}", "existing=resume"])
+    said, err = capfd.readouterr()
+    assert code == 130, err
     assert re.match(rf"{folder}: resumed at \d+ edits", said)
     assert re.search(r"grace-bench: interrupted at \d+ edits; `grace-bench resume \S+` goes on\n$", err)
     assert main(["run", *options, f"out={out}"]) == 2
