@@ -86,6 +86,7 @@ def busy_workers(command: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_sweep_on_ray_ends_with_the_results_of_a_serial_one(tmp_path: Path) -> None:
     given = (*SMALL, "editor=grace", "seed=0,1,2")

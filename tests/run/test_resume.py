@@ -134,14 +134,20 @@ def test_what_is_kept_between_evaluations_never_shows_in_the_result(
     assert traces(tmp_path / "whole") == traces(tmp_path / "nothing kept") == traces(tmp_path / "broken")
 
 
-@pytest.fixture
-def stopped(tmp_path: Path, run_facts: Callable[..., RunResult]) -> tuple[Path, dict[str, Any]]:
-    """A run that died with two checkpoints and lines after the newest, and what it should have come to."""
-    run_facts(tmp_path / "whole", task="qa")
-    folder = tmp_path / "stopped"
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory, run_facts: Callable[..., RunResult]) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("died")
+    run_facts(root / "whole", task="qa")
     with pytest.raises(KilledError):
-        run_facts(folder, task="qa", checkpoint_every=2, loggers=[Dies(17)])
-    return folder, traces(tmp_path / "whole")
+        run_facts(root / "stopped", task="qa", checkpoint_every=2, loggers=[Dies(17)])
+    return root / "stopped", traces(root / "whole")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, died: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """A run that died with two checkpoints and lines after the newest, and what it should have come to."""
+    folder, expected = died
+    return shutil.copytree(folder, tmp_path / "stopped"), expected
 
 
 def files_of(folder: Path) -> list[Path]:
