@@ -28,7 +28,7 @@ import grace_bench.streams
 from grace_bench.cli import main
 from grace_bench.common.scores import PANEL
 from grace_bench.launch.compose import compose
-from grace_bench.launch.demo import demo_pairs
+from grace_bench.launch.demo import demo_config, demo_pairs
 from grace_bench.launch.run_config import hash_config
 from grace_bench.launch.run_folder import folder_of, read_plain_config, write_config
 from grace_bench.models.editable import EditableModel
@@ -799,7 +799,7 @@ def one_core() -> Iterator[None]:
 
 def run_demo(out: Path, editors: set[str]) -> Done:
     """Runs the demo where one of its runs was interrupted, and checks what it leaves and prints."""
-    interrupted = folder_of(compose(["stream=atlas-facts", "editor=none", "max_edits=1", f"out={out}"]))
+    interrupted = folder_of(demo_config("atlas-facts", "none", out=str(out), n_edits=1))
     interrupted.mkdir(parents=True)
     done = cli("demo", "--edits", "1", "--out", str(out))
     assert done.code == 0, done.err
@@ -912,24 +912,36 @@ def test_a_finished_run_ends_in_its_figures_and_its_folder(tmp_path: Path) -> No
         assert math.isclose(float(told[name]), value, abs_tol=5e-4)
 
 
-def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinished(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@contextlib.contextmanager
+def stderr_in(path: Path) -> Iterator[None]:
+    """Sends what is written to standard error to a file, also by its descriptor, as a signal handler does."""
+    before = os.dup(2)
+    with path.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with contextlib.redirect_stderr(io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)):
+                yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinished(tmp_path: Path) -> None:
     # So many steps that the first edit is still going on when the interrupts arrive.
     arguments = ["run", *SMALL, f"out={tmp_path / 'runs'}", "editor=grace", "editor.n_iter=10000000"]
-    err = io.StringIO()
+    err, out = tmp_path / "err", io.StringIO()
     with (
+        stderr_in(err),
         # The first checkpoint is written right after the first line of progress.
         sends(signal.SIGINT, when=lambda: any((tmp_path / "runs").glob("*/*/*/*/checkpoint/000001"))),
-        sends(signal.SIGINT, when=lambda: "grace-bench: stopping after" in err.getvalue()),
-        contextlib.redirect_stderr(err),
+        sends(signal.SIGINT, when=lambda: "grace-bench: stopping after" in err.read_text()),
+        contextlib.redirect_stdout(out),
     ):
         assert main(arguments) == 130
-    first, waiting, last = err.getvalue().splitlines()
+    first, waiting, last = err.read_text().splitlines()
     assert first.startswith("grace on toy: 0/3, 0 edits"), first
     assert waiting.startswith("grace-bench: stopping after the current edit or evaluation"), waiting
-    assert last == "grace-bench: interrupted"
-    assert capfd.readouterr().out == ""
+    assert (out.getvalue(), last) == ("", "grace-bench: interrupted")
     (folder,) = (tmp_path / "runs" / "toy" / "toy" / "grace").iterdir()
     assert not (folder / "result.json").exists()
     ways = f"`grace-bench resume {folder}`", "existing=resume", "existing=rerun"

@@ -14,6 +14,7 @@ from grace_bench.common.processes import side_by_side
 from grace_bench.common.terminal import say
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
+from grace_bench.launch.run_config import RunConfig
 from grace_bench.launch.run_folder import folder_of, run_or_reuse
 from grace_bench.registry import EDITORS, STREAMS
 
@@ -59,12 +60,16 @@ def _works_on(editor: Any, stream: Any) -> bool:
     return stream.task in editor.supported_tasks and (stream.ships_networks or not editor.needs_meta_training)
 
 
-def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
-    """Carries out one run and returns its folder."""
-    stream, editor = pair
+def demo_config(stream: str, editor: str, *, out: str, n_edits: int) -> RunConfig:
+    """Returns the configuration of one of the demo's runs."""
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}", *_capability_of(stream)])
     # Not as overrides: a path may hold characters that their grammar gives a meaning. And an interrupted demo resumes.
-    config = replace(config, out=out, existing="resume")
+    return replace(config, out=out, existing="resume")
+
+
+def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
+    """Carries out one run and returns its folder."""
+    config = demo_config(*pair, out=out, n_edits=n_edits)
     # Several runs cannot each move a bar in one terminal.
     run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)
