@@ -6,9 +6,11 @@ import json
 import os
 import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from grace_bench.cli import main
 from grace_bench.editing.strategy import EditorStrategy
@@ -64,6 +66,20 @@ def texts_of(svg: Path) -> str:
 
 def axes_of(figure: Any, title: str) -> Any:
     return next(axes for axes in figure.axes if axes.get_title() == title)
+
+
+def each_value_once(names: str, first: Iterable[Any], second: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by two options: pairs that show every value once are quick, the other combinations slow."""
+    one, other = list(first), list(second)
+    n = min(len(one), len(other))
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(a, b, marks=() if i % n == j % n else pytest.mark.slow)
+            for i, a in enumerate(one)
+            for j, b in enumerate(other)
+        ],
+    )
 
 
 class KilledError(Exception):

@@ -25,6 +25,7 @@ from transformers import (
 from grace_bench.editors._grace.traces import replay_file
 from grace_bench.errors import UserError
 from grace_bench.launch.replay_traces import verify_files
+from helpers import each_value_once
 
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/*.json"))
@@ -238,15 +239,7 @@ def test_official_recordings_agree(path: Path) -> None:
     assert replay_file(path).difference is None
 
 
-@pytest.mark.parametrize(
-    ("family", "replacement"),
-    # Each family and each replacement.
-    [
-        pytest.param(family, replacement, marks=() if i == j else pytest.mark.slow)
-        for i, family in enumerate(("gpt2", "bert", "t5"))
-        for j, replacement in enumerate(("replace_last", "replace_all", "replace_prompt"))
-    ],
-)
+@each_value_once("family, replacement", ["gpt2", "bert", "t5"], ["replace_last", "replace_all", "replace_prompt"])
 def test_an_independent_port_agrees(tmp_path: Path, family: str, replacement: str) -> None:
     path = write(tmp_path, record(tmp_path, family, replacement=replacement, n_edits=10))
     assert replay_file(path).difference is None
