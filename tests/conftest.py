@@ -74,7 +74,7 @@ LAYERS = {
 }
 
 # Examples are the same every time, however busy the machine is, so a failing test fails for everyone.
-for profile, n_examples in (("steady", 25), ("thorough", 400)):
+for profile, n_examples in (("steady", 15), ("thorough", 400)):
     settings.register_profile(
         profile,
         max_examples=n_examples,

@@ -324,7 +324,13 @@ def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
     assert config.tuning_budget == preset["tuning_budget"]
 
 
-@pytest.mark.parametrize("name", TUNED)
+# One editor of each stream.
+SHOWN = {name.partition("_")[0]: name for name in TUNED}.values()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in TUNED]
+)
 def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     stream, _, editor = name.partition("_")
     preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
