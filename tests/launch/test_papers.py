@@ -339,7 +339,14 @@ def first_records(stream: str, folder: Path, n: int = 6) -> Path:
 
 
 @needs_data
-@each_protocol
+@pytest.mark.parametrize(
+    ("paper", "stream"),
+    # Each paper on the stream of its own.
+    [
+        pytest.param(paper, stream, marks=() if DEFAULT_STREAMS[paper] == stream else pytest.mark.slow)
+        for paper, stream in PROTOCOLS
+    ],
+)
 def test_a_paper_runs_on_a_local_folder_and_its_result_names_the_protocol(
     paper: str, stream: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
