@@ -39,6 +39,17 @@ def interleave(
     return taken
 
 
+def peak() -> float:
+    """Returns the floating-point operations per second that a product of two large matrices reaches."""
+    left, right = torch.randn(2, 2048, 2048).unbind()
+    seconds = []
+    for _ in range(8):
+        before = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - before)
+    return float(2 * 2048**3 / median(seconds))
+
+
 def spread(seconds: list[float], *, unit: float = 1.0) -> str:
     """Returns the median, with minimum and maximum in brackets, in multiples of `unit` seconds."""
     least, middle, greatest = (f"{which(seconds) / unit:.4g}" for which in (min, median, max))

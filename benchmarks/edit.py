@@ -1,23 +1,30 @@
-"""Seconds per edit of GRACE: the exact engine against the plain one, on models of real sizes with random weights.
+"""Seconds per edit: the exact engine against the plain one, on models of real sizes.
 
     OMP_NUM_THREADS=2 python benchmarks/edit.py
     OMP_NUM_THREADS=2 python benchmarks/edit.py --models gpt2 --replacement replace_last
+    OMP_NUM_THREADS=1 python benchmarks/edit.py --editors memit wise --model models/smollm2-135m --facts FILE --n 4
 
-T5-small v1.1 with questions of 12 tokens, BERT-base with 512 tokens, GPT-2 small with 90 prompt and 30 target tokens.
-The exact engine is given as many requests as `--at-hand` says and trains their values together; the plain one makes
-the first of these edits, one at a time. Both start from the same weights; rounds are interleaved, and a short one goes
-before them. Beside the measured seconds stands the limit: the floating-point operations that each engine needs for an
-edit, counted, over the rate that a large matrix product reaches in the same run.
+Without `--editors`, GRACE with random weights: T5-small v1.1 with questions of 12 tokens, BERT-base with 512
+tokens, GPT-2 small with 90 prompt and 30 target tokens. The exact engine is given as many requests as `--at-hand`
+says and trains their values together; the plain one makes the first of these edits, one at a time. Both start from
+the same weights; rounds are interleaved, and a short one goes before them. Beside the measured seconds stands the
+limit: the floating-point operations that each engine needs for an edit, counted, over the rate that a large matrix
+product reaches in the same run.
+
+With `--editors`, each of them edits the first facts of a CounterFact file in EasyEdit's format (JSON lines) in a Llama
+of real weights, by its own settings (`_editors.py`), on both engines; an editor of batches gets all of them at once.
+Preparation (second moments, contexts) is done before the clock starts.
 """
 
 import argparse
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from _measure import interleave, machine, spread
+import _editors
+from _measure import interleave, machine, peak, spread
 from _models import SIZES, Size
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +38,13 @@ from grace_bench.models.editable import EditableModel, Replacement
 from grace_bench.models.engine.engine import EngineName
 
 N_PLAIN = 4
+TARGETS = {
+    (SIZES["t5"].layer, "replace_prompt"): 8.0,
+    (SIZES["bert"].layer, "replace_prompt"): 26.0,
+    (SIZES["gpt2"].layer, "replace_prompt"): 3.5,
+    (SIZES["gpt2"].layer, "replace_last"): 5.0,
+}
+"""The ratio to reach, by layer and replacement."""
 
 
 class Side:
@@ -75,17 +89,6 @@ class Side:
         return (counts[0] + (n_iter - 1) * (counts[1] - counts[0])) / len(self.requests)
 
 
-def peak() -> float:
-    """Returns the floating-point operations per second that a product of two large matrices reaches."""
-    left, right = torch.randn(2, 2048, 2048).unbind()
-    seconds = []
-    for _ in range(8):
-        before = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - before)
-    return float(2 * 2048**3 / median(seconds))
-
-
 def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement: Replacement) -> dict[str, Any]:
     """Returns the figures for one model's row of the table."""
     module, requests = size.module(), size.requests(at_hand)
@@ -111,6 +114,7 @@ def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement:
     return {
         **taken,
         "ratio": median(taken["plain"]) / median(taken["exact"]),
+        "target": TARGETS.get((size.layer, replacement), math.nan),
         "limit": median(taken["plain"]) / (needed["exact"] / fastest),
         "counted": needed["plain"] / needed["exact"],
         "reached": {name: needed[name] / median(taken[name]) / fastest for name in taken},
@@ -120,47 +124,75 @@ def measure(size: Size, *, at_hand: int, n_iter: int, repeats: int, replacement:
     }
 
 
+COLUMNS = ("plain", "exact", "ratio", "target", "limit", "counted", "of peak", "losses apart")
+NOTE = (
+    "ratio: plain / exact; limit: the ratio if the exact engine ran its operations at the peak rate; counted: the "
+    "ratio of operations; of peak: the share of the peak rate that plain and exact reach"
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of a row of figures, in the order of `COLUMNS`."""
+    reached = row["reached"]
+    return [
+        spread(row["plain"]),
+        spread(row["exact"]),
+        *(f"{row[key]:.1f}" for key in ("ratio", "target", "limit", "counted")),
+        f"{reached['plain']:.0%} / {reached['exact']:.0%}",
+        f"{row['apart']:.1e}",
+    ]
+
+
+def rows_of_editors(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the figures of every selected editor."""
+    loaded = EditableModel.from_pretrained(options.model, layer=_editors.MIDDLE[0], task="completion")
+    requests = _editors.facts(options.facts, options.n)
+    for name in options.editors:
+        yield name, _editors.measure(name, loaded.module, loaded.tokenizer, requests, repeats=options.repeats)
+
+
+def rows_of_models(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields GRACE's figures on every selected model."""
+    for name in options.models:
+        yield (
+            name,
+            measure(
+                SIZES[name],
+                at_hand=options.at_hand or (32 if name == "t5" else 1),
+                n_iter=options.steps,
+                repeats=options.repeats,
+                replacement=options.replacement,
+            ),
+        )
+
+
 def main() -> None:
-    """Measures the selected models and prints the table."""
+    """Measures what was selected and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--at-hand", type=int, help="requests edited together (32 for T5, 1 for the others)")
     parser.add_argument("--replacement", default="replace_prompt", choices=["replace_prompt", "replace_last"])
-    parser.add_argument("--steps", type=int, default=100, help="Adam steps per edit (100)")
+    parser.add_argument("--steps", type=int, default=100, help="Adam steps per edit of GRACE (100)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
+    parser.add_argument("--editors", nargs="+", choices=list(_editors.WORK), help="time these instead of GRACE")
+    parser.add_argument("--model", default="models/smollm2-135m", help="the model of --editors")
+    parser.add_argument("--facts", type=Path, help="the CounterFact file of --editors")
+    parser.add_argument("--n", type=int, default=4, help="how many facts --editors edit (4)")
     options = parser.parse_args()
+    if options.editors and options.facts is None:
+        parser.error("--editors needs --facts")
     print(f"before: {machine()}")
-    table = Table(title=f"Seconds per edit of {options.steps} steps, {options.replacement}: median (min-max)")
-    for heading in ("model", "at hand", "plain", "exact", "ratio", "limit", "counted", "of peak", "losses apart"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name in options.models:
-        at_hand = options.at_hand or (32 if name == "t5" else 1)
-        row = measure(
-            SIZES[name],
-            at_hand=at_hand,
-            n_iter=options.steps,
-            repeats=options.repeats,
-            replacement=options.replacement,
-        )
+    what = "editor" if options.editors else "model"
+    table = Table(title=f"Seconds per edit: median (min-max) of {options.repeats} rounds")
+    for heading in (what, *COLUMNS):
+        table.add_column(heading, justify="left" if heading == what else "right")
+    for name, row in rows_of_editors(options) if options.editors else rows_of_models(options):
         print(f"{name}: {row}", flush=True)
-        reached = row["reached"]
-        table.add_row(
-            name,
-            str(at_hand),
-            spread(row["plain"]),
-            spread(row["exact"]),
-            *(f"{row[key]:.1f}" for key in ("ratio", "limit", "counted")),
-            f"{reached['plain']:.0%} / {reached['exact']:.0%}",
-            f"{row['apart']:.1e}",
-        )
+        table.add_row(name, *cells(row))
     print(f"after: {machine()}")
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(table)
-    console.print(
-        "ratio: plain / exact; limit: the ratio if the exact engine ran its operations at the peak rate; counted: the "
-        "ratio of operations; of peak: the share of the peak rate that plain and exact reach",
-        highlight=False,
-    )
+    console.print(NOTE, highlight=False)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,11 @@ class AlphaEdit(MassEditor):
         self.l2 = l2
         self._bases: dict[str, Tensor] = {}
 
+    @property
+    def n_matrices(self) -> int:
+        # Float32 bases, and the keys of earlier batches before and after an edit.
+        return 3
+
     def use_moments(self, moments: Mapping[str, Tensor], *, progress: Progress | None = None) -> None:
         bases = {}
         for index, (path, moment) in enumerate(moments.items(), start=1):
@@ -151,13 +156,21 @@ class AlphaEdit(MassEditor):
         self._bases = {path: constants[f"basis.{path}"] for path in self.paths}
 
     def change(self, path: str, keys: Tensor, residuals: Tensor) -> Tensor:
-        basis = self._bases[path].double()
-        kept = self.l2 * torch.eye(basis.shape[1], dtype=basis.dtype) + self.past.get(path, 0.0)
-        return closed_form(keys @ basis, residuals, torch.linalg.cholesky(kept), softness=1.0) @ basis.T
+        # A float64 basis of a wide layer takes gigabytes: it is not kept during the solve.
+        coordinates = keys @ self._bases[path].double()
+        change = closed_form(coordinates, residuals, self._factor_of(path), softness=1.0)
+        return change @ self._bases[path].double().T
+
+    def _factor_of(self, path: str) -> Tensor:
+        """The factor of λ I and the keys of earlier batches, in the basis of the null space."""
+        if path not in self.past:
+            return torch.linalg.cholesky(torch.eye(self._bases[path].shape[1], dtype=torch.float64).mul_(self.l2))
+        kept = self.past[path].clone()
+        kept.diagonal().add_(self.l2)
+        return torch.linalg.cholesky(kept)
 
     def remember(self, path: str, keys: Tensor) -> None:
-        coordinates = keys @ self._bases[path].double()
-        self.past[path] = coordinates.T @ coordinates + self.past.get(path, 0.0)
+        self.past[path] = self.added_to_past(path, keys @ self._bases[path].double())
 
     def _null_space(self, moment: Tensor) -> Tensor:
         """The (D_in, r) orthonormal basis of the directions below the threshold, cached by content."""

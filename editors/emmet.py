@@ -116,8 +116,11 @@ class Emmet(MassEditor):
 
     def use_moments(self, moments: Mapping[str, Tensor], *, progress: Progress | None = None) -> None:
         for path, moment in moments.items():
-            weighted = self.moment_weight * regularised(moment)
-            self._factors[path] = torch.linalg.cholesky(weighted + self.ridge * torch.eye(len(weighted)))
+            weighted = regularised(moment).mul_(self.moment_weight)
+            # Rounded to float32, as a float32 identity times the ridge is.
+            weighted.diagonal().add_(float(torch.tensor(self.ridge)))
+            self._factors[path] = torch.linalg.cholesky(weighted)
+            del weighted
 
     def constants(self) -> dict[str, Tensor]:
         return {f"factor.{path}": factor for path, factor in self._factors.items()}

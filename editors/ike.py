@@ -138,6 +138,11 @@ class Ike(RetrievalEditor):
         demonstrations = "".join(self.demonstrations[index] for index in self.chosen[found[0]])
         return demonstrations + question_about(*self.facts[found[0]], prompt)
 
+    def _keep(self, indices: Sequence[int]) -> None:
+        chosen = [self.chosen[index] for index in indices]
+        super()._keep(indices)
+        self.chosen = chosen
+
     def truncate(self, n: int) -> None:
         super().truncate(n)
         del self.chosen[n:]

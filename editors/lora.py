@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.about import About
+from grace_bench.editing.batch import Adapter
 from grace_bench.editors._adaptor import AdaptorStrategy
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall
@@ -87,3 +88,20 @@ class Lora(AdaptorStrategy):
     def respond(self, adaptor: Any, call: LayerCall) -> Tensor:
         update = adaptor["B"](adaptor["A"](call.input.float())) * self._scale
         return call.output + update.to(call.output.dtype)
+
+    def adapter(self) -> Adapter:
+        from peft import LoraConfig
+
+        if self.adaptor is None or not self.is_trained:
+            raise UserError("editor 'lora' has no adapter before its first edit")
+        path = self.model.layer_name
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            target_modules=[path],
+            fan_in_fan_out=isinstance(self.model.layer, Conv1D),
+        )
+        weights = self.adaptor.state_dict()
+        return Adapter(
+            config, {f"base_model.model.{path}.lora_{name}.weight": weights[f"{name}.weight"] for name in ("A", "B")}
+        )

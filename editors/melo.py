@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from grace_bench.common.options import check_choice, check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.about import About
-from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editing.strategy import EditorStrategy, checked_paths
 from grace_bench.editors._grace.codebook import Before, Fidelity
 from grace_bench.editors._linear import size_of
@@ -186,6 +186,12 @@ class Melo(EditorStrategy):
         )
 
     # --- undoing and saving
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        # Its point stays: other inputs near it would otherwise get the block of the next point.
+        call = self.model.layer_call(self.model.encode_batch([edit.prompt], [edit.target]))
+        self.codebook.unlink(self.key_of(call)[0])
+        self._changes.clear()
 
     def undo_point(self) -> Callable[[], None]:
         changes: list[tuple[int, Before]] = []

@@ -18,6 +18,7 @@ from grace_bench.editors._rome.facts import Fact, FactToken
 from grace_bench.editors._rome.values import Value
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.memory import memory_for_matrices
 from grace_bench.registry import register_editor
 
 
@@ -145,6 +146,11 @@ class Memit(MassEditor):
             else (self.paths,)
         )
 
+    @property
+    def n_matrices(self) -> int:
+        # Factors; with `history`, the keys of earlier batches before and after an edit instead.
+        return 2 if self.history else 1
+
     def use_moments(self, moments: Mapping[str, Tensor], *, progress: Progress | None = None) -> None:
         self._moments = dict(moments)
         self._factors = {}
@@ -174,16 +180,22 @@ class Memit(MassEditor):
 
     def remember(self, path: str, keys: Tensor) -> None:
         if self.history:
-            self.past[path] = keys.T @ keys + self.past.get(path, 0.0)
+            self.past[path] = self.added_to_past(path, keys)
 
     def _factor_of(self, path: str) -> Tensor:
         """The factor of λC and the keys of earlier batches; without these it is the same for all batches."""
         past = self.past.get(path)
+        if past is None and path in self._factors:
+            return self._factors[path]
+        weighted = regularised(self._moments[path]).mul_(self.moment_weight)
         if past is not None:
-            return torch.linalg.cholesky(self.moment_weight * regularised(self._moments[path]) + past)
-        if path not in self._factors:
-            self._factors[path] = torch.linalg.cholesky(self.moment_weight * regularised(self._moments[path]))
-        return self._factors[path]
+            self._factors.pop(path, None)
+            return torch.linalg.cholesky(weighted.add_(past))
+        factor = torch.linalg.cholesky(weighted)
+        n_bytes = sum(known.nbytes for known in self._factors.values()) + factor.nbytes
+        if n_bytes <= memory_for_matrices(factor.device):
+            self._factors[path] = factor
+        return factor
 
     def rollback(self) -> None:
         super().rollback()

@@ -12,7 +12,7 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.about import About
-from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.batch import EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editing.running_text import sampled_running_text
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._linear import size_of
@@ -187,6 +187,25 @@ class Memoir(EditorStrategy):
         return rows, self.masks.unpacked(entry[rows])
 
     # --- undoing and saving
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        # What was trained stays in the memory, and no prompt uses it by this mask any more.
+        mask = self._mask_of(edit)
+        twin = next((other for other in others if torch.equal(self._mask_of(other), mask)), None)
+        if twin is not None:
+            raise UserError(
+                f"editor 'memoir' cannot undo edit '{edit.request_id}' alone: it has the same mask as edit "
+                f"'{twin.request_id}'"
+            )
+        stored = self.masks.unpacked(torch.arange(len(self.masks), device=mask.device))
+        found = (stored == mask).all(dim=1)
+        packed = self.masks.packed[~found].clone()
+        self.masks.truncate(0)
+        self.masks.extend_packed(packed)
+
+    def _mask_of(self, edit: NamedEdit) -> Tensor:
+        """(D_in,) bool, the mask of an edit."""
+        return self._mask(self.model.layer_call(self.model.encode_batch([edit.prompt], [edit.target])))[0]
 
     def undo_point(self) -> Callable[[], None]:
         n, undo_memory = len(self.masks), self.memory.undo_point()

@@ -9,7 +9,7 @@ from torch import Tensor
 from grace_bench.common.options import check_choice, check_positive
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
 from grace_bench.editing.about import About
-from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editors._serac.memory import EditMemory
 from grace_bench.editors._serac.mixture import Mixture
 from grace_bench.editors._serac.networks import Distance
@@ -187,6 +187,11 @@ class Serac(ScopeAndCounterfactual):
         """Undoes all but the first `n` edits."""
         if self.memory is not None:
             self.memory.truncate(n)
+        self._read = {}
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        memory = self._known()
+        memory.keep([index for index, (prompt, _) in enumerate(memory.facts) if prompt != edit.prompt])
         self._read = {}
 
     def undo_point(self) -> Callable[[], None]:

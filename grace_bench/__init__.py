@@ -4,17 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grace_bench.data.requests import EditRequest
+    from grace_bench.editing.deployment import load_edited
     from grace_bench.models.editable import EditableModel
     from grace_bench.run.run_benchmark import run_benchmark
     from grace_bench.run.settings import RunSettings, Schedule
 
-__all__ = ["EditRequest", "EditableModel", "RunSettings", "Schedule", "run_benchmark"]
+__all__ = ["EditRequest", "EditableModel", "RunSettings", "Schedule", "load_edited", "run_benchmark"]
 
 _HOMES = {
     "EditRequest": "data.requests",
     "EditableModel": "models.editable",
     "RunSettings": "run.settings",
     "Schedule": "run.settings",
+    "load_edited": "editing.deployment",
     "run_benchmark": "run.run_benchmark",
 }
 

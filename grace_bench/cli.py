@@ -201,11 +201,24 @@ def _parser() -> argparse.ArgumentParser:
         "figure", help="curves, sweeps, balls and their overlap, and what distance predicts", add_help=False
     )
 
+    imported = commands.add_parser("import-easyedit", help="the settings of a file of EasyEdit's, as options of run")
+    imported.add_argument("file", type=Path, metavar="HPARAMS.yaml", help="EasyEdit's hyperparameter file")
+    imported.add_argument("--out", type=Path, metavar="FILE.yaml", help="writes them for tuned=FILE.yaml; must be new")
+    imported.set_defaults(command=_import_easyedit)
+
     check = commands.add_parser("check", help="check that finished runs still match their results")
     check.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold run folders"
     )
     check.set_defaults(command=_check)
+
+    export = commands.add_parser("export", help="write the edited model of a finished run, for use without it")
+    export.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to write, which must not exist")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the run's)"
+    )
+    export.set_defaults(command=_export)
 
     verify = commands.add_parser("verify", help="replay recorded traces and compare")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
@@ -241,7 +254,7 @@ def _run_help() -> str:
             "",
             "Streams and editors (grace-bench list) add theirs as stream.NAME= and editor.NAME=.",
             "Settings tuned on validation requests apply unless others are given; tuned=none leaves them out.",
-            "tuned=FOLDER takes your own, as sweep=tune writes them.",
+            "tuned=FOLDER takes your own, as sweep=tune writes them, and tuned=FILE.yaml those of import-easyedit.",
             f"paper=NAME applies a published setting: {papers}; n_edits=1,10,100 under it sweeps max_edits.",
             "preset=auto takes what was published for editor and model (grace-bench list presets), as some papers do.",
             f"sweep=NAME is a published sweep: {sweeps}. sweep=tune tunes an editor on validation requests.",
@@ -408,10 +421,33 @@ def _figure(arguments: list[str]) -> int:
     return 0
 
 
+def _import_easyedit(options: argparse.Namespace) -> int:
+    from grace_bench.launch.compose import note
+    from grace_bench.launch.easyedit import import_easyedit
+
+    imported = import_easyedit(options.file)
+    if options.out is not None:
+        imported.write(options.out)
+    for line in imported.option_lines():
+        print(visible(line))
+    # On standard error, so that a command line can take the settings from standard output.
+    for remark in imported.remarks:
+        note(remark)
+    return 0
+
+
 def _check(options: argparse.Namespace) -> int:
     from grace_bench.launch.check import check_runs
 
     return check_runs(options.runs)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from grace_bench.common.terminal import say
+    from grace_bench.launch.export import export_run
+
+    export_run(options.run, options.folder, dtype=options.dtype, say=say)
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""CounterFact, in ROME's own format and in EasyEdit's."""
+"""CounterFact, in ROME's own format, EasyEdit's and KnowEdit's."""
 
 from collections.abc import Container, Iterable, Iterator
 from functools import partial
@@ -11,24 +11,36 @@ from grace_bench.data.derived import rephrased
 from grace_bench.data.requests import DerivedRequest, EditRequest, Probe, TaskName
 from grace_bench.data.stream import AnswerLength, StreamData, StreamMetadata, check_answer_length
 from grace_bench.registry import register_stream
-from grace_bench.streams._easyedit import OneHop
+from grace_bench.streams._easyedit import OneHop, Questions, Texts, answered_probes
 from grace_bench.streams._lines import Filled, Record
+from grace_bench.streams._natural_questions import Answers, flat_texts
 from grace_bench.streams._questions import check_locality_target
 from grace_bench.streams._records import Files, Format, Hub, Reader, RecordStream, Source
 
 
-class _EasyEdit(BaseModel):
+class _Completion(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    case_id: int | str
+    case_id: int | str | None = None
     prompt: Filled
     target_new: Filled
     subject: Filled
+
+
+class _EasyEdit(_Completion):
     ground_truth: Filled | None = None
     rephrase_prompt: Filled | None = None
     locality_prompt: Filled | None = None
     locality_ground_truth: Filled | None = None
     portability: OneHop | None = None
+
+
+class _KnowEdit(_Completion):
+    ground_truth: Answers | None = None
+    rephrase_prompt: Texts | None = None
+    rephrase: Texts | None = None
+    locality: Questions
+    portability: Questions = Field(default_factory=dict)
 
 
 class _Target(BaseModel):
@@ -58,6 +70,8 @@ class _Rome(BaseModel):
 
 _FORMATS: tuple[Format[Any], ...] = (
     Format("ROME", _Rome, frozenset({"requested_rewrite", "neighborhood_prompts"})),
+    # Before EasyEdit's, whose fields it has too.
+    Format("KnowEdit", _KnowEdit, frozenset({"prompt", "target_new", "locality"})),
     Format("EasyEdit", _EasyEdit, frozenset({"prompt", "target_new"})),
 )
 
@@ -66,12 +80,17 @@ _FORMATS: tuple[Format[Any], ...] = (
 class CounterFact(RecordStream):
     """Counterfactual completions: from the hub, ROME's `counterfact.json`, or a file in EasyEdit's format.
 
-    Records come in one of two formats; fields that are not named here are ignored.
+    Records come in one of three formats; fields that are not named here are ignored.
 
     - ROME: `case_id`, `requested_rewrite`; optionally `paraphrase_prompts`, `neighborhood_prompts` and `portability`,
       which EasyEdit adds to ROME's records.
-    - EasyEdit: `case_id`, `prompt`, `target_new`, `subject`; optionally `ground_truth`, `rephrase_prompt`,
+    - EasyEdit: `prompt`, `target_new`, `subject`; optionally `case_id`, `ground_truth`, `rephrase_prompt`,
       `locality_prompt`, `locality_ground_truth`, `portability`.
+    - KnowEdit (`wiki_counterfact`): `prompt`, `target_new`, `subject`, `locality`; optionally `case_id`,
+      `ground_truth`, `rephrase_prompt` or `rephrase`, `portability`. Locality and portability map kinds to lists of
+      `prompt` and `ground_truth` (a text or a list of texts), and questions without an answer are left out.
+
+    A record without `case_id` has its number as id.
 
     Paraphrases and rephrases become the holdout. Neighbourhood and locality prompts become locality probes. They also
     become upstream requests, without duplicates and edited prompts, whose targets are the unedited model's own answers
@@ -167,8 +186,10 @@ def _true_answer(probe: Probe) -> str:
     return probe.contrast[0]
 
 
-def _request(record: Record[_Rome | _EasyEdit], *, gold: bool) -> EditRequest:
-    return (_from_rome if isinstance(record.value, _Rome) else _from_easyedit)(record, gold=gold)
+def _request(record: Record[Any], *, gold: bool) -> EditRequest:
+    converts = ((_Rome, _from_rome), (_EasyEdit, _from_easyedit), (_KnowEdit, _from_knowedit))
+    convert = next(convert for schema, convert in converts if isinstance(record.value, schema))
+    return convert(record, gold=gold)
 
 
 def _neighbour(prompt: str, *, true: str, new: str, gold: bool) -> Probe:
@@ -196,8 +217,6 @@ def _from_rome(record: Record[Any], *, gold: bool) -> EditRequest:
 
 def _from_easyedit(record: Record[Any], *, gold: bool) -> EditRequest:
     value: _EasyEdit = record.value
-    if value.subject not in value.prompt:
-        record.fail("subject", "does not occur in the prompt, letter by letter")
     for given, other in (
         ("locality_prompt", "locality_ground_truth"),
         ("locality_ground_truth", "locality_prompt"),
@@ -208,15 +227,46 @@ def _from_easyedit(record: Record[Any], *, gold: bool) -> EditRequest:
     if value.locality_prompt is not None and value.locality_ground_truth is not None:
         true = value.locality_ground_truth
         locality = (_neighbour(value.locality_prompt, true=true, new=value.target_new, gold=gold),)
-    truth = value.ground_truth
+    return _completion(
+        record,
+        truth=value.ground_truth,
+        rephrases=flat_texts(value.rephrase_prompt),
+        locality=locality,
+        portability=() if value.portability is None else (value.portability.probe(),),
+    )
+
+
+def _from_knowedit(record: Record[Any], *, gold: bool) -> EditRequest:
+    value: _KnowEdit = record.value
+    kept = ((probe.prompt, str(probe.target)) for probe in answered_probes(record, "locality", value.locality))
+    return _completion(
+        record,
+        truth=next(iter(flat_texts(value.ground_truth)), None),
+        rephrases=flat_texts((*flat_texts(value.rephrase_prompt), *flat_texts(value.rephrase))),
+        locality=tuple(_neighbour(asked, true=true, new=value.target_new, gold=gold) for asked, true in kept),
+        portability=tuple(answered_probes(record, "portability", value.portability)),
+    )
+
+
+def _completion(
+    record: Record[Any],
+    *,
+    truth: str | None,
+    rephrases: tuple[str, ...],
+    locality: tuple[Probe, ...],
+    portability: tuple[Probe, ...],
+) -> EditRequest:
+    value: _Completion = record.value
+    if value.subject not in value.prompt:
+        record.fail("subject", "does not occur in the prompt, letter by letter")
     return EditRequest(
-        id=str(value.case_id),
+        id=str(record.number if value.case_id is None else value.case_id),
         prompt=value.prompt,
         target=value.target_new,
         subject=value.subject,
-        rephrases=(value.rephrase_prompt,) if value.rephrase_prompt is not None else (),
+        rephrases=rephrases,
         locality=locality,
-        portability=() if value.portability is None else (value.portability.probe(),),
+        portability=portability,
         contrast=None if truth is None else (value.target_new, truth),
         metadata={} if truth is None else {"ground_truth": truth},
     )

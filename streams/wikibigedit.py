@@ -1,4 +1,4 @@
-"""WikiBigEdit: questions about facts that changed in Wikidata, in the authors' format and in LocFT's."""
+"""WikiBigEdit: facts that changed in Wikidata, in the authors' format and in LocFT's; UltraEditBench."""
 
 import re
 from functools import partial
@@ -52,9 +52,21 @@ class _Locft(BaseModel):
     locality_ground_truth: str | None = None
 
 
+class _UltraEdit(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Filled
+    ans: Filled
+    subject: str | None = None
+    rephrase_prompt: str | None = None
+    loc: str | None = None
+    loc_ans: str | None = None
+
+
 _FORMATS: tuple[Format[Any], ...] = (
     Format("the authors'", _TimeStep, frozenset({"update", "ans"})),
     Format("LocFT", _Locft, frozenset({"prompt", "target_new"})),
+    Format("UltraEditBench", _UltraEdit, frozenset({"prompt", "ans"})),
 )
 
 
@@ -70,7 +82,7 @@ class _NamedFiles(Files):
 class WikiBigEdit(QuestionStream):
     """Questions about facts that changed in Wikidata, by time step.
 
-    Records come in one of two formats; fields that are not named here are ignored, and optional ones may be null or
+    Records come in one of three formats; fields that are not named here are ignored, and optional ones may be null or
     empty.
 
     - The authors': `update` (the question), `ans`; optionally `subject`, `rephrase`, `personas`, `mhop` with
@@ -79,6 +91,8 @@ class WikiBigEdit(QuestionStream):
       their names.
     - LocFT: `prompt`, `target_new`; optionally `subject`, `rephrase_prompt`, `locality_prompt` with
       `locality_ground_truth`. It has no time steps.
+    - UltraEditBench, other facts from Wikidata: `prompt`, `ans`; optionally `subject`, `rephrase_prompt`, `loc` with
+      `loc_ans`. It has no time steps.
 
     Rephrases and the questions of personas are the holdout, multi-hop questions portability probes. Locality questions
     are locality probes; they are also upstream, each once and with the unedited model's answer as target. A subject
@@ -94,7 +108,9 @@ class WikiBigEdit(QuestionStream):
         UserError: If no path is given.
     """
 
-    where = ": the files wiki_big_edit_*.json of huggingface.co/datasets/lukasthede/WikiBigEdit, or LocFT's"
+    where = (
+        ": the files wiki_big_edit_*.json of huggingface.co/datasets/lukasthede/WikiBigEdit, LocFT's, or UltraEditBench"
+    )
     order = "stream"
     metadata: ClassVar[StreamMetadata] = StreamMetadata(
         source="WikiBigEdit, github.com/ExplainableML/WikiBigEdit",
@@ -135,8 +151,10 @@ def _request(record: Record[Any], *, locality_target: str) -> EditRequest:
         follows = pair(record, "mhop", "mhop_ans")
         step, metadata = _step(record.file), {} if given(value.tag) is None else {"tag": value.tag}
     else:
-        prompt, target, rephrases = value.prompt, value.target_new, (value.rephrase_prompt,)
-        kept = pair(record, "locality_prompt", "locality_ground_truth")
+        is_locft = isinstance(value, _Locft)
+        prompt, target = value.prompt, value.target_new if is_locft else value.ans
+        rephrases = (value.rephrase_prompt,)
+        kept = pair(record, *(("locality_prompt", "locality_ground_truth") if is_locft else ("loc", "loc_ans")))
         follows, step, metadata = None, None, {}
     return EditRequest(
         id=str(record.number),

@@ -1,4 +1,4 @@
-"""zsRE: questions about one relation of one subject, in the formats of MEND, EasyEdit and KnowEdit."""
+"""zsRE: questions about one relation of one subject, in the formats of MEND, EasyEdit and KnowEdit; FEVER."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -69,6 +69,16 @@ class _Malmen(BaseModel):
     portability: OneHop | None = None
 
 
+class _Fever(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    prompt: Filled
+    alt: Filled
+    equiv_prompt: Texts
+    unrel_prompt: Filled
+    unrel_ans: Filled
+
+
 class _EasyEdit(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -89,6 +99,7 @@ _FORMATS: tuple[Format[Any], ...] = (
     _ANNOTATED,
     Format("MEND's evaluation", _Evaluation, frozenset({"src", "alt"})),
     Format("MALMEN", _Malmen, frozenset({"src", "ans"})),
+    Format("FEVER", _Fever, frozenset({"prompt", "alt", "equiv_prompt"})),
     Format("EasyEdit", _EasyEdit, frozenset({"prompt", "target_new"})),
 )
 
@@ -109,6 +120,8 @@ class Zsre(RecordStream):
     - MEND's evaluation set, such as ROME's and EasyEdit's `zsre_mend_eval.json`: `src`, `alt`, `answers`, `rephrase`,
       `loc`, `loc_ans`; optionally `subject` and `portability` (`New Question`, `New Answer`). The target is `alt`.
       MALMEN's and UltraEdit's records, whose target is `ans`, need neither `alt` nor `answers`.
+    - FEVER as MALMEN and UltraEdit have it: `prompt`, `alt`, `equiv_prompt` (a text or a list of texts),
+      `unrel_prompt`, `unrel_ans`. The target is `alt`.
     - EasyEdit and KnowEdit: `prompt`, `target_new`; optionally `subject`, `ground_truth`, `rephrase_prompt` or
       `rephrase`, `locality_prompt` with `locality_ground_truth`, and `locality` and `portability`, which map kinds to
       lists of `prompt` and `ground_truth` (a text or a list of texts). The target of a portability question is its
@@ -271,7 +284,9 @@ class Zsre(RecordStream):
             )
         if isinstance(record.value, _Annotated):
             return _from_annotated(record)
-        convert = self._from_easyedit if isinstance(record.value, _EasyEdit) else self._from_evaluation
+        converts = ((_EasyEdit, self._from_easyedit), (_Fever, self._from_fever))
+        found = (convert for schema, convert in converts if isinstance(record.value, schema))
+        convert = next(found, self._from_evaluation)
         request = convert(record, f"{prefix}{record.number}")
         new, old = str(request.target), request.metadata["ground_truth"]
         if not new.strip():
@@ -301,6 +316,17 @@ class Zsre(RecordStream):
             locality=self._locality(value.loc, value.loc_ans),
             portability=() if value.portability is None else (value.portability.probe(),),
             metadata={"ground_truth": list(old)},
+        )
+
+    def _from_fever(self, record: Record[Any], name: str) -> EditRequest:
+        value: _Fever = record.value
+        return EditRequest(
+            id=name,
+            prompt=value.prompt,
+            target=value.alt,
+            rephrases=flat_texts(value.equiv_prompt),
+            locality=self._locality(value.unrel_prompt, value.unrel_ans),
+            metadata={"ground_truth": []},
         )
 
     def _from_easyedit(self, record: Record[Any], name: str) -> EditRequest:

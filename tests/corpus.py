@@ -413,6 +413,7 @@ _WRONG_OPTIONS: Mapping[str, Sequence[str]] = {
     "dtype": ("nonsense", "[]", "{a: 1}", "''", "3", "null", "int8"),
     "device": ("nonsense", "[]", "''", "null", "cuda:99", "cpu:x"),
     "device_map": ("[]", "3", "nonsense", "''"),
+    "load_in": ("[]", "8", "2bit", "''"),
     "layer": ("nonsense", "[]", "3", "second.weight", "''", "second[0]", "."),
     "model": ("nowhere/at/all", "[]", "''", "3", "/dev/null", "~nobody-of-that-name/x"),
     "out": ("[]", "''", "3", "null", "/dev/null", "/dev/null/below", "a" * 300),

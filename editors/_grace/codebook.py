@@ -539,6 +539,23 @@ class Codebook:
         self.label_means.append(label_mean)
         return Settlement(op, entry, True, distance, is_close)
 
+    def entry_at(self, query: Tensor) -> int | None:
+        """Returns the entry whose key is a (D_in,) query, as exactly as passes of the model repeat it; None without."""
+        found = self.retrieve(query[None])
+        is_key = float(found.distance[0]) <= self._noise(query.detach().float())
+        return int(found.entry[0]) if is_key else None
+
+    def remove(self, entry: int) -> None:
+        """Removes an entry; the others stay as they are, and those after it move up."""
+        if len(self) == 1:
+            self.clear()
+            return
+        state = self.state_dict()
+        kept = [other for other in range(len(self)) if other != entry]
+        rows = {name: state[name][kept] for name in ("keys", "values", "radii")}
+        lists = {name: [state[name][other] for other in kept] for name in ("labels", "label_means")}
+        self.load_state_dict({**state, **rows, **lists})
+
     def clear(self) -> None:
         """Removes every entry; the distance stays the same."""
         self.labels, self.label_means, self._id_of_label = [], [], {}

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.batch import Answered, EditOutcome, State
+from grace_bench.editing.batch import Answered, EditOutcome, NamedEdit, State
 from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._grace.codebook import Codebook, Retrieval
 from grace_bench.editors._grace.recent import RecentEdits
 from grace_bench.editors._grace.values import ValueTraining
 from grace_bench.editors._grace.versions import Versions
+from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 
 
@@ -118,6 +119,40 @@ class CodebookEditor(EditorStrategy):
             distance=found.distance,
             contested=self.codebook.contested(queries),
         )
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        """Removes the entry that the edit made.
+
+        Radii that earlier made room for the entry stay as they are.
+
+        Raises:
+            UserError: If another edit made the entry that answers the edit, or the entry may answer other edits too.
+        """
+        entry = self._made_for(edit)
+        shared = f"editor '{self.registered_name}' cannot undo edit '{edit.request_id}' alone: "
+        if entry is None:
+            raise UserError(f"{shared}its entry was made by another edit")
+        twin = next((other for other in others if self._answering(other) == entry), None)
+        if twin is not None:
+            raise UserError(f"{shared}its entry also answers edit '{twin.request_id}'")
+        if edit.is_followed:
+            raise UserError(f"{shared}its entry may answer later edits, which have no request id")
+        self.codebook.remove(entry)
+        self.versions.clear()
+        self.recent.begin()
+
+    def _query_of(self, edit: NamedEdit) -> Tensor:
+        """(1, D_in) the query of an edit."""
+        return self.model.layer_call(self.model.encode_batch([edit.prompt], [edit.target])).query
+
+    def _made_for(self, edit: NamedEdit) -> int | None:
+        """The entry whose key is an edit's query; None if there is none."""
+        return self.codebook.entry_at(self._query_of(edit)[0]) if len(self.codebook) else None
+
+    def _answering(self, edit: NamedEdit) -> int | None:
+        """The entry that answers an edit; None if none does."""
+        found = self.codebook.retrieve(self._query_of(edit))
+        return int(found.entry[0]) if found.hit[0] else None
 
     @property
     def n_pending(self) -> int:

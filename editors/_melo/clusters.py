@@ -148,6 +148,14 @@ class Clusters(Codebook):
             raise
         return [replace(one, before=self._changed) for one in settled]
 
+    def unlink(self, query: Tensor) -> None:
+        """Lets the points at a (D,) query choose no block; clusters stay as they are."""
+        if not self._n_all:
+            return
+        kept = self._homes.tensor != _DROPPED
+        _, point, distance = self._points.among(query.detach().float()[None], kept[None])
+        self._blocks.tensor[point[distance <= self._noise(query)]] = NO_BLOCK
+
     def undo(self, before: Before) -> None:
         super().undo(before)
         assert isinstance(before, ClustersBefore)

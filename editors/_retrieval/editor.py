@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_not_negative
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, State
+from grace_bench.editing.batch import Answered, EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editors._retrieval.encoders import Encoder
 from grace_bench.editors._retrieval.index import Bm25Index, EmbeddingIndex, Index
@@ -120,6 +120,18 @@ class RetrievalEditor(EditorStrategy):
                 self._newest[prompt] = replaced
                 self._is_newest[replaced] = True
         self._read = {}
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        self._keep([index for index, (prompt, _) in enumerate(self.facts) if prompt != edit.prompt])
+
+    def _keep(self, indices: Sequence[int]) -> None:
+        """Removes all edits but some."""
+        facts = [self.facts[index] for index in indices]
+        state = {name: value[indices] for name, value in self._index.state_dict().items()}  # type: ignore[index, call-overload]
+        self.truncate(0)
+        self._index.load([prompt for prompt, _ in facts], state)
+        for fact in facts:
+            self._add(*fact)
 
     def undo_point(self) -> Callable[[], None]:
         n, n_edits = len(self.facts), self.n_edits

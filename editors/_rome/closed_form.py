@@ -26,12 +26,16 @@ def regularised(moments: Tensor) -> Tensor:
         moments: (D, D), symmetric.
 
     Returns:
-        (D, D) float64.
+        (D, D) float64, a copy.
     """
-    matrix = moments.double()
-    ridge = _RIDGE * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    _, failed = torch.linalg.cholesky_ex(matrix - ridge)
-    return matrix + ridge if bool(failed) else matrix
+    # Matrices of wide layers take gigabytes, so each step is in place.
+    matrix = moments.to(torch.float64, copy=True)
+    diagonal = matrix.diagonal().clone()
+    ridge = _RIDGE * diagonal.mean()
+    matrix.diagonal().sub_(ridge)
+    failed = bool(torch.linalg.cholesky_ex(matrix).info)
+    matrix.diagonal().copy_(diagonal + ridge if failed else diagonal)
+    return matrix
 
 
 def closed_form(keys: Tensor, residuals: Tensor, factor: Tensor | None, *, softness: float) -> Tensor:

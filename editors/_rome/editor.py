@@ -1,7 +1,7 @@
 """The base classes of ROME's family: where a fact is located, and how its value is spread over layers."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
 
@@ -130,7 +130,20 @@ class LocateThenEdit(EditorStrategy):
     def edit_facts(self, facts: Sequence[Fact]) -> list[Value]:
         """Writes facts into the model and returns their optimised values."""
 
+    @property
+    def n_matrices(self) -> int:
+        """How many float64 matrices of (D_in, D_in) the editor keeps of each layer, at most."""
+        return 1
+
     # --- the contract
+
+    def matrix_bytes(self) -> Mapping[str, int]:
+        if not self.needs_moments:
+            return {}
+        sizes = [self.weight_of(path).shape[1] ** 2 for path in self.paths]
+        # While one layer is solved: the matrix, its factor, and a solver's copy of that.
+        solves = torch.float64.itemsize * (self.n_matrices * sum(sizes) + 2 * max(sizes))
+        return {"second moments": torch.float32.itemsize * sum(sizes), "factors and projections": solves}
 
     def prepare(self, train: Sequence[EditRequest], *, progress: Progress | None = None) -> None:
         with self.suspended():
@@ -282,6 +295,11 @@ class MassEditor(LocateThenEdit):
     def remember(self, path: str, keys: Tensor) -> None:
         """Receives the (N, D_in) keys of a batch that has been written into a layer."""
 
+    def added_to_past(self, path: str, keys: Tensor) -> Tensor:
+        """Returns `past` of a layer with the (D, D) second moment of a batch's (N, D) keys added, as a new matrix."""
+        summed = keys.T @ keys
+        return summed.add_(self.past[path]) if path in self.past else summed
+
     @property
     def groups(self) -> Sequence[Sequence[str]]:
         """Groups of layers: values are optimised at the last layer of a group and spread over the group."""
@@ -318,6 +336,18 @@ class MassEditor(LocateThenEdit):
     def rollback(self) -> None:
         super().rollback()
         self.past.clear()
+
+    def undo_point(self) -> Callable[[], None]:
+        # An edit replaces the matrices of earlier batches and changes none: they need not be copied.
+        past, self.past = self.past, {}
+        undo = super().undo_point()
+        self.past = dict(past)
+
+        def undo_all() -> None:
+            undo()
+            self.past = dict(past)
+
+        return undo_all
 
     def changing_state(self) -> State:
         kept = {f"past.{path}": history for path, history in self.past.items()}

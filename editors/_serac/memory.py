@@ -1,6 +1,6 @@
 """SERAC's memory: edits in order, with the embeddings that questions are compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,13 @@ class EditMemory:
         """Removes all but the first `n` edits."""
         del self.facts[n:]
         self._keys.truncate(n)
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Removes all edits but some, given in order."""
+        keys, facts = self._keys.tensor[indices], [self.facts[index] for index in indices]
+        self.truncate(0)
+        self._keys.extend(keys)
+        self.facts = facts
 
     def state_dict(self) -> State:
         """Returns all edits."""

@@ -1,6 +1,6 @@
 """The data exchanged between an editor and the harness: batches of requests in, outcomes and answers out."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +98,33 @@ class Answered:
             return [{"entry": None, "distance": None, "contested": None}] * len(self.versions)
         columns = zip(self.entry.tolist(), self.distance.tolist(), self.contested.tolist(), strict=True)
         return [{"entry": entry, "distance": distance, "contested": flag} for entry, distance, flag in columns]
+
+
+@dataclass(frozen=True)
+class NamedEdit:
+    """An edit that was given a request id, by which it can be undone.
+
+    Attributes:
+        request_id: The id.
+        prompt: The prompt.
+        target: The target.
+        is_followed: Whether edits without an id were made after it.
+    """
+
+    request_id: str
+    prompt: str
+    target: str | int
+    is_followed: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The changes of an editor as an adapter of peft.
+
+    Attributes:
+        config: Its configuration, a `peft.PeftConfig`.
+        weights: Its weights, by the names that peft gives them.
+    """
+
+    config: Any
+    weights: Mapping[str, Tensor]

@@ -94,7 +94,8 @@ class Guard:
                 raise
             raise EditFailure(reason) from error
         if not n_pending:
-            self._undo_pending = undo
+            # It may hold a copy of everything that edits change.
+            self._undo_pending = undo if editor.n_pending else None
         return outcome
 
     def finish(self) -> Sequence[EditOutcome]:

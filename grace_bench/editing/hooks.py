@@ -10,7 +10,7 @@ from torch import Tensor
 from grace_bench.common.progress import Progress
 from grace_bench.common.state import copied
 from grace_bench.data.requests import EditRequest
-from grace_bench.editing.batch import Answered, EditOutcome, State
+from grace_bench.editing.batch import Adapter, Answered, EditOutcome, NamedEdit, State
 from grace_bench.errors import UserError
 
 
@@ -18,6 +18,7 @@ class OptionalHooks:
     """The optional methods of an editor, with the behaviour of an editor that implements none of them."""
 
     registered_name: ClassVar[str]
+    freezes_weights: ClassVar[bool]
     n_edits: int
 
     @abstractmethod
@@ -98,6 +99,13 @@ class OptionalHooks:
         """Returns an upper bound of `extra_parameters` after `n_edits` edits."""
         return 0
 
+    def matrix_bytes(self) -> Mapping[str, int]:
+        """Returns the bytes of matrices that the editor needs beside the model and its parameters, by what they hold.
+
+        `grace-bench plan` prints a line for each, before the run: second moments, say, or projections.
+        """
+        return {}
+
     # --- leaving edits pending, to finish them together
 
     @property
@@ -171,3 +179,29 @@ class OptionalHooks:
     def tells_what_changed(self) -> bool:
         """Whether the editor implements `answered_by`."""
         return type(self).answered_by is not OptionalHooks.answered_by
+
+    # --- after the edits
+
+    def forget(self, edit: NamedEdit, others: Sequence[NamedEdit]) -> None:
+        """Undoes one edit, and every earlier edit of its prompt; all other edits are answered as before.
+
+        Its prompt is then answered as if it had never been edited: by the unedited model, or by whatever another edit
+        makes of it. No edit is pending.
+
+        Args:
+            edit: The edit.
+            others: The other edits that have a request id.
+
+        Raises:
+            UserError: If the editor cannot undo this edit alone, with the reason; nothing has changed.
+        """
+        why = "its edits train the same numbers" if self.freezes_weights else "its edits are mixed in the same weights"
+        raise UserError(f"editor '{self.registered_name}' cannot undo one edit: {why}")
+
+    def adapter(self) -> Adapter | None:
+        """Returns the edits made so far as an adapter of peft, for `export`; None if they are none.
+
+        Raises:
+            UserError: If there is nothing to export yet.
+        """
+        return None

@@ -83,14 +83,14 @@ def _read(file: Path, layer: str, width: int) -> SecondMoment:
             raise UserError(f"{file}: field '{_COUNT}': should be a positive whole number")
         summed = _field(archive, _SUM, file, layer=layer, width=width)
     matrix = torch.from_numpy(summed.astype(np.float64, copy=False))
-    largest = float(matrix.abs().max())
+    largest = float(torch.linalg.vector_norm(matrix, np.inf))
     if not np.isfinite(largest):
         raise UserError(f"{file}: field '{_SUM}': holds numbers that are not finite")
-    if float((matrix - matrix.T).abs().max()) > _ASYMMETRY * largest:
+    if float((matrix - matrix.T).abs_().max()) > _ASYMMETRY * largest:
         raise UserError(f"{file}: field '{_SUM}': is not symmetric")
     if float(matrix.diagonal().min()) < 0 or largest == 0:
         raise UserError(f"{file}: field '{_SUM}': is no sum of squares: its diagonal should be positive")
-    return SecondMoment(((matrix + matrix.T) / (2 * n_tokens)).float(), n_tokens, path=file)
+    return SecondMoment((matrix + matrix.T).div_(2 * n_tokens).float(), n_tokens, path=file)
 
 
 @contextmanager

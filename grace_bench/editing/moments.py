@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from grace_bench.common.options import check_choice, check_text, check_whole
 from grace_bench.common.progress import Progress
@@ -27,6 +28,7 @@ from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
 from grace_bench.models.fingerprint import hash_configuration, hash_tensors
+from grace_bench.models.memory import memory_for_matrices
 
 __all__ = [
     "MomentSource",
@@ -134,8 +136,9 @@ def second_moments(
 ) -> dict[str, SecondMoment]:
     """Returns the mean of k kᵀ over every token of the texts, for the inputs k of each layer.
 
-    It is cached for each layer by weights, configuration and tokens. What is not cached is computed for all layers in
-    one pass over the texts, and summed in float64. An interrupted pass resumes; the result is the same to the last bit.
+    It is cached for each layer by weights, configuration and tokens. What is not cached is summed in float64, in one
+    pass over the texts for all layers whose sums fit into a quarter of the device's memory. An interrupted pass
+    resumes; the result is the same to the last bit.
 
     Args:
         model: A causal model; it is read as it is, so its edits must be suspended.
@@ -165,20 +168,44 @@ def second_moments(
     }
     keys = {layer: content_key(layer=layer, **content) for layer in layers}
     found = {layer: moment for layer, key in keys.items() if (moment := _cached(key)) is not None}
-    missing = sorted(set(layers) - set(found))
-    if missing:
-        job = content_key(layers=missing, **content)
+    n_tokens = sum(map(len, rows))
+    for group in _groups(model, sorted(set(layers) - set(found))):
+        job = content_key(layers=group, **content)
         started = time.perf_counter()
-        sums = _summed(model, missing, rows, job, progress)
-        n_tokens = sum(map(len, rows))
-        for layer in missing:
-            computed = SecondMoment((sums[layer] / n_tokens).float().cpu(), n_tokens)
+        sums = _summed(model, group, rows, job, progress)
+        for layer in group:
+            computed = SecondMoment(sums.pop(layer).div_(n_tokens).float().cpu(), n_tokens)
             saved = {"moment": computed.matrix, "n_tokens": torch.tensor(n_tokens)}
             _save(keys[layer], saved, model=model.name, layer=layer)
             path, seconds = artifact_path(_FOLDER, keys[layer]), time.perf_counter() - started
-            found[layer] = replace(computed, path=path, seconds=seconds)
+            # The saved matrix is read from the file as it is used, and takes no memory of its own.
+            found[layer] = replace(_cached(keys[layer]) or computed, path=path, seconds=seconds)
         drop_artifact(_FOLDER, job)
     return {layer: found[layer] for layer in layers}
+
+
+def _groups(model: EditableModel, layers: Sequence[str]) -> Iterator[list[str]]:
+    """Yields layers by as many as their sums leave memory for the model."""
+    most, group, n_bytes = memory_for_matrices(model.layer_device), list[str](), 0
+    for layer in layers:
+        size = torch.float64.itemsize * _width_of(model, layer) ** 2
+        if group and n_bytes + size > most:
+            yield group
+            group, n_bytes = [], 0
+        group.append(layer)
+        n_bytes += size
+    if group:
+        yield group
+
+
+def _width_of(model: EditableModel, layer: str) -> int:
+    """The width of a linear layer's input; of another module's the largest that its weights allow."""
+    module = model.find_layer(layer)
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, Conv1D):
+        return len(module.weight)
+    return max((size for weight in module.parameters() for size in weight.shape), default=0)
 
 
 def cached_queries(model: EditableModel, prompts: Sequence[str], targets: Sequence[str | int] | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, get_args
@@ -12,17 +13,18 @@ from torch import Tensor
 
 from grace_bench.common.signatures import choice_fault, class_fault, constructor_fault, hide_argument
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
-from grace_bench.data.requests import TaskName
+from grace_bench.data.requests import EditRequest, TaskName
 from grace_bench.data.stream import LayerKind
 from grace_bench.editing.about import About
-from grace_bench.editing.batch import EditBatch, EditOutcome, State
+from grace_bench.editing.batch import EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editing.commands import FigureKind
-from grace_bench.editing.guard import Guard
+from grace_bench.editing.export import Export, export_editor
+from grace_bench.editing.guard import Guard, failed_outcome
 from grace_bench.editing.hooks import OptionalHooks
 from grace_bench.editing.saving import GIVEN_BY_THE_HARNESS, load_editor, option_names, save_editor, split_state
 from grace_bench.editing.template import EditingTemplate
 from grace_bench.editing.weights import RewrittenWeights
-from grace_bench.errors import UserError
+from grace_bench.errors import EditFailure, UserError, did_you_mean
 from grace_bench.models.calls import ModuleCall
 from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.network import PromptReader
@@ -107,10 +109,13 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
         self._guard = Guard(self)
         self._interceptors: list[Any] = []
+        self._named: list[NamedEdit] = []
         self._weights = RewrittenWeights(model, editor=name)
         if not self.freezes_weights:
             option = "editor.layers" if "layers" in option_names(type(self)) else "layers"
-            for path in [model.layer_name] if layers is None else checked_paths(layers, option):
+            paths = [model.layer_name] if layers is None else checked_paths(layers, option)
+            option = "layer" if layers is None else option
+            for path in paths:
                 self._weights.add(path, option=option)
 
     # --- the contract
@@ -131,17 +136,21 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """Undoes every edit: the model answers as before the first one, bit for bit."""
         self.restore_weights()
         self.n_edits = 0
+        self._named = []
 
     def state_dict(self) -> State:
         """Returns everything needed to continue editing, rewritten weights included, as tensors and JSON values.
 
         The call has no effect: pending edits stay pending, here and in an editor that loads the state.
         """
-        return {"n_edits": self.n_edits, **self._weights.state_dict()}
+        # Absent where no edit was given an id, so that such states are those of earlier versions.
+        named = {"named": [[*vars(edit).values()] for edit in self._named]} if self._named else {}
+        return {"n_edits": self.n_edits, **named, **self._weights.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a state returned by `state_dict`."""
         self.n_edits = int(state["n_edits"])
+        self._named = [NamedEdit(*values) for values in state.get("named", ())]
         self._weights.load_state_dict(state)
 
     # --- how an editor acts on the model
@@ -235,7 +244,13 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     # --- using an editor
 
     def edit_text(
-        self, prompt: str, target: str | int, *, subject: str | None = None, locality: Sequence[str] = ()
+        self,
+        prompt: str,
+        target: str | int,
+        *,
+        subject: str | None = None,
+        locality: Sequence[str] = (),
+        request_id: str | None = None,
     ) -> EditOutcome:
         """Edits one request given as text, and finishes it.
 
@@ -244,15 +259,93 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
             target: The wanted answer, or a label id.
             subject: The entity the prompt is about, for editors that need one.
             locality: Prompts whose answers must not change, for editors that are shown such (`needs_locality`).
+            request_id: A name by which the edit can be undone (`undo`); it is saved with the editor.
 
         Raises:
             EditFailure: If the edit fails; it is undone. An error that the editor raised is its cause.
-            UserError: If the target is not one of the model's labels.
+            UserError: If the target is not one of the model's labels, or another prompt's edit has the id.
         """
+        self._check_name(request_id, prompt)
         outcome = self._attempt(self._batch_of([prompt], [target], [subject], [locality]))
         flushed = self._finish_all()
-        self.n_edits += 1
+        self._count_edit(prompt, target, request_id)
         return flushed[-1] if flushed else outcome
+
+    def edit_texts(self, requests: Sequence[EditRequest]) -> list[EditOutcome]:
+        """Edits several requests and finishes them, as one batch if the editor declares `edits_together`.
+
+        Each edit can be undone by the id of its request (`undo`). Of a batch that fails, the requests are edited one by
+        one.
+
+        Args:
+            requests: The requests; of each only the prompt, the target and the id are read, the subject if the editor
+                needs it, and the prompts of its locality probes if it is shown them.
+
+        Returns:
+            The outcomes in the order of the requests; those of edits that failed, and are undone, say why.
+
+        Raises:
+            UserError: If a target is not one of the model's labels, or edits of two prompts would have one id.
+        """
+        seen: dict[str, str] = {}
+        for request in requests:
+            self._check_name(request.id, request.prompt)
+            if seen.setdefault(request.id, request.prompt) != request.prompt:
+                raise UserError(f"two requests have the id '{request.id}'")
+        groups = [requests] if self.edits_together and requests else [[request] for request in requests]
+        return [outcome for group in groups for outcome in self._edit_group(group)]
+
+    def _edit_group(self, requests: Sequence[EditRequest]) -> list[EditOutcome]:
+        """Edits requests together and finishes them."""
+        outcomes = self._edit_together(
+            [request.prompt for request in requests],
+            [request.target for request in requests],
+            [request.subject for request in requests],
+            [[probe.prompt for probe in request.locality] for request in requests],
+        )
+        try:
+            flushed = self._finish_all()
+        except EditFailure as failure:
+            outcomes = [failed_outcome(failure)] * len(requests)
+        else:
+            outcomes = list(flushed) if len(flushed) == len(requests) else outcomes
+        for request, outcome in zip(requests, outcomes, strict=True):
+            if outcome.failed is None:
+                self._count_edit(request.prompt, request.target, request.id)
+        return outcomes
+
+    def undo(self, request_id: str) -> None:
+        """Undoes the edit that was given an id; the other edits are answered as before.
+
+        Its prompt is answered as if it had never been edited. `n_edits` still counts it. Where a prompt was edited
+        several times, only the id of the last edit is known, and undoing it undoes them all.
+
+        Raises:
+            UserError: If no edit has the id, or the editor cannot undo it, with the reason; nothing has changed.
+        """
+        edit = next((edit for edit in self._named if edit.request_id == request_id), None)
+        if edit is None:
+            known = [edit.request_id for edit in self._named]
+            raise UserError(f"no edit has the request id '{request_id}'{did_you_mean(request_id, known)}")
+        others = [other for other in self._named if other is not edit]
+        self._finish_all()
+        self.forget(edit, others)
+        self._named = others
+
+    def _check_name(self, request_id: str | None, prompt: str) -> None:
+        """Raises `UserError` if the edit of another prompt has an id."""
+        if any(edit.request_id == request_id and edit.prompt != prompt for edit in self._named):
+            raise UserError(f"an edit of another prompt has the request id '{request_id}': undo it first")
+
+    def _count_edit(self, prompt: str, target: str | int, request_id: str | None = None) -> None:
+        super()._count_edit(prompt, target)
+        if prompt.strip():
+            self._named = [edit for edit in self._named if edit.prompt != prompt]
+        if request_id is None:
+            self._named = [replace(edit, is_followed=True) for edit in self._named]
+        else:
+            self._named = [edit for edit in self._named if edit.request_id != request_id]
+            self._named.append(NamedEdit(request_id, prompt, target))
 
     def finish(self) -> Sequence[EditOutcome]:
         """Returns the outcomes of `flush`; if that raises, undoes all pending edits.
@@ -268,7 +361,40 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
     def _finish_all(self) -> Sequence[EditOutcome]:
         return self._guard.finish_all()
 
-    # --- saving
+    # --- exporting and saving
+
+    @property
+    def rewrites_only(self) -> bool:
+        """Whether edits change weights and nothing else."""
+        return not self._interceptors
+
+    def export(self, folder: str | Path, *, dtype: str | None = None) -> Export:
+        """Writes the edited model to a new folder, for use without a run (docs/deploy.md).
+
+        Rewritten weights become a folder of a transformers model that is loaded like any other; an `adapter` becomes
+        one of peft. Of other editors it is the saved editor, and the model unless the hub has it. `load_edited` loads
+        all three.
+
+        Args:
+            folder: The folder, which must not exist or be empty.
+            dtype: Of the weights that are written, `float32`, `bfloat16` or `float16`; None for the model's.
+
+        Returns:
+            What was written, with a line that says how to load it, and why it is no plain model if it is none.
+
+        Raises:
+            UserError: If the folder is there, the model is no transformers model, or what the editor changes cannot be
+                written in another dtype.
+            RuntimeError: While `suspended`, when there are no edits to export.
+            EditFailure: If a pending edit failed.
+        """
+        self._refuse_suspended("exported")
+        self._finish_all()
+        return export_editor(self, folder, dtype=dtype)
+
+    def _refuse_suspended(self, what: str) -> None:
+        if self._weights.is_suspended:
+            raise RuntimeError(f"a suspended editor cannot be {what}")
 
     def settings(self) -> dict[str, Any]:
         """Returns the options that rebuild this editor, read from the attributes of their names."""
@@ -281,8 +407,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
             RuntimeError: While `suspended`, when there are no edits to save.
             EditFailure: If a pending edit failed.
         """
-        if self._weights.is_suspended:
-            raise RuntimeError("a suspended editor cannot be saved")
+        self._refuse_suspended("saved")
         self._finish_all()
         save_editor(self, folder)
 

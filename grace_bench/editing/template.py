@@ -136,7 +136,12 @@ class EditingTemplate(BaseTemplate):
             subjects = (visible.subject if self.needs_subject else None,)
             localities = (visible.locality if self.needs_locality else (),)
         self.outcomes = self._edit_together(prompts, targets, subjects, localities)
-        self.n_edits += len(prompts)
+        for prompt, target in zip(prompts, targets, strict=True):
+            self._count_edit(prompt, target)
+
+    def _count_edit(self, prompt: str, target: str | int) -> None:
+        """Counts an edit, failed or not."""
+        self.n_edits += 1
 
     def _edit_together(
         self,

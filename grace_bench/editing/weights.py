@@ -48,11 +48,12 @@ class RewrittenWeights:
             option: The option that names it, for messages.
 
         Raises:
-            UserError: If the model has no such module, or its weights are offloaded and cannot be loaded.
+            UserError: If the model has no such module, or its weights are quantised, or offloaded and cannot be loaded.
         """
         if path in self._modules:
             return
         module = self._model.find_layer(path, option=option)
+        _check_not_quantised(module, path, self._editor, option=option)
         if is_offloaded(module):
             try:
                 self._offload[path] = load_offloaded(self._model.module, module)
@@ -188,15 +189,21 @@ def check_linear(model: EditableModel, path: str, editor: str, *, option: str = 
     """
     layer = model.find_layer(path, option=option)
     # Wrappers such as weight normalisation compute the weight and hold none.
-    weight = layer._parameters.get("weight")
-    if isinstance(layer, nn.Linear | Conv1D) and weight is not None:
-        # A weight of one byte each is quantised.
-        if weight.is_floating_point() and weight.element_size() > 1:
-            return
-        kind = f"{type(layer).__name__} with quantised weights"
-    else:
-        kind = type(layer).__name__
-    raise UserError(f"{option}={path} is a {kind}: editor '{editor}' rewrites a linear layer (nn.Linear or Conv1D)")
+    if not isinstance(layer, nn.Linear | Conv1D) or layer._parameters.get("weight") is None:
+        raise UserError(
+            f"{option}={path} is a {type(layer).__name__}: editor '{editor}' rewrites a linear layer (nn.Linear or "
+            f"Conv1D)"
+        )
+    _check_not_quantised(layer, path, editor, option=option)
+
+
+def _check_not_quantised(module: nn.Module, path: str, editor: str, *, option: str) -> None:
+    # A weight of one byte each is quantised.
+    if any(not weight.is_floating_point() or weight.element_size() == 1 for weight in module.parameters()):
+        raise UserError(
+            f"{option}={path} has quantised weights, which editor '{editor}' cannot change: take the model without "
+            f"quantisation, or an editor that changes no weights"
+        )
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class CapabilityTasks:
         with _quietly():
             try:
                 found = simple_evaluate(
-                    EditedLM(model, batch_size=model.task.batch_size),
+                    EditedLM(model, batch_size=model.task.batch_size, batch_tokens=model.task.batch_tokens),
                     tasks=self._tasks,
                     task_manager=self._manager,
                     limit=self._limit,

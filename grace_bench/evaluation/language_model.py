@@ -56,13 +56,15 @@ class EditedLM(HFLM):
         network: The network. Its module is a causal or encoder-decoder model of transformers, with a tokenizer.
         batch_size: Maximum number of inputs in one forward pass. All continuations of a context are in one pass, which
             may be larger for them.
+        batch_tokens: Fewer inputs are in a pass where the longest of them would need more tokens than this together.
     """
 
-    def __init__(self, network: Network, *, batch_size: int) -> None:
+    def __init__(self, network: Network, *, batch_size: int, batch_tokens: int = 16384) -> None:
         # lm-eval may give the tokenizer another padding token.
         super().__init__(pretrained=network.module, tokenizer=copy.deepcopy(network.tokenizer), batch_size=batch_size)
         self.network = network
         self.batch_size_per_gpu: int = batch_size
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Returns for each context and continuation its log-likelihood, and whether it is the greedy answer."""
@@ -93,38 +95,41 @@ class EditedLM(HFLM):
                 replace(requests[row], arguments=(readings[row].text, *requests[row].args[1:]), resps=[])
                 for row in rows
             ]
-            lm = self if network is None else EditedLM(network, batch_size=int(self.batch_size))
+            lm = (
+                self
+                if network is None
+                else EditedLM(network, batch_size=self._batch_size, batch_tokens=self._batch_tokens)
+            )
             answers.update(zip(rows, ask(lm, asked), strict=True))
         return [answers[row] for row in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
+        most = max(1, min(self._batch_size, self._batch_tokens // min(longest, self.max_length)))
         if not self.network.is_intercepted:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-                requests, disable_tqdm=True, override_bs=override_bs
-            )
-            return found
+            return self._in_batches_of(most, requests)
         contexts = [tuple(context) for _, context, _ in requests]
         if self.backend == "causal":
             asked = [_Continued.of(context, continuation, self.max_length) for _, context, continuation in requests]
             contexts = [one.context for one in asked]
         answers: dict[int, tuple[float, bool]] = {}
-        for rows in _packed(contexts, int(self.batch_size)):
+        for rows in _packed(contexts, most):
             if self.backend == "causal":
                 answered = self._continuations([asked[row] for row in rows])
             else:
-                answered = self._in_one_batch([requests[row] for row in rows])
+                answered = self._in_batches_of(len(rows), [requests[row] for row in rows])
             answers.update(zip(rows, answered, strict=True))
         return [answers[row] for row in range(len(requests))]
 
-    def _in_one_batch(self, requests: list[TokenRequest]) -> list[tuple[float, bool]]:
-        own, self.batch_size_per_gpu = self.batch_size_per_gpu, len(requests)
+    def _in_batches_of(self, n: int, requests: list[TokenRequest]) -> list[tuple[float, bool]]:
+        self.batch_size_per_gpu = n
         try:
             found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
             return found
         finally:
-            self.batch_size_per_gpu = own
+            self.batch_size_per_gpu = self._batch_size
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if attn_mask is None or not self.network.is_intercepted:

@@ -24,7 +24,7 @@ def run_arguments(config: RunConfig) -> tuple[Any, dict[str, Any]]:
         "model": str(model),
         "editor": make_editor(config),
         "settings": settings,
-        **{name: getattr(config, name) for name in ("layer", "dtype", "device", "device_map")},
+        **{name: getattr(config, name) for name in ("layer", "dtype", "device", "device_map", "load_in")},
     }
 
 
@@ -46,5 +46,5 @@ def _capability_settings(config: RunConfig) -> CapabilitySettings | None:
     own = STREAMS.get(config.stream.name).capability_tasks
     if asked.include_path is not None and not Path(asked.include_path).is_dir():
         raise UserError(f"capability.include_path={asked.include_path}: no such folder")
-    folders = [Path(folder) for folder in (asked.include_path, own) if folder is not None]
+    folders = tuple(Path(folder) for folder in (asked.include_path, own) if folder is not None)
     return CapabilitySettings(tasks=asked.tasks, every=asked.every, limit=asked.limit, folders=folders)

@@ -205,7 +205,7 @@ class Checker:
 
     def _editable(self, stream: EditStream, config: RunConfig) -> EditableModel:
         name = str(config.model or stream.default_model)
-        options = {option: getattr(config, option) for option in ("layer", "dtype", "device_map")}
+        options = {option: getattr(config, option) for option in ("layer", "dtype", "device_map", "load_in")}
         key = (stream.task, name, json.dumps(options))
         if self._model is None or self._model[0] != key:
             # Not two at once.

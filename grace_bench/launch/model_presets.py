@@ -18,8 +18,15 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from grace_bench.errors import UserError
-from grace_bench.models.architecture import ModelShape, corresponding, is_portable, read_shape
+from grace_bench.errors import UserError, did_you_mean, reason_of
+from grace_bench.models.architecture import (
+    ModelShape,
+    corresponding,
+    is_in_block,
+    is_portable,
+    number_of,
+    read_shape,
+)
 from grace_bench.models.zoo import layer_by_size, resolve_model
 from grace_bench.registry import EDITORS
 
@@ -27,6 +34,7 @@ GROUP = "model_preset"
 """Hydra's group of the nodes that `preset=auto` adds to a configuration: `auto_PAPER_EDITOR`."""
 ANY_MODEL = "any"
 _FOLDER = files("grace_bench.launch") / "published"
+_PRESETS = "presets.jsonl"
 KEY = "preset"
 """Where a composed configuration says that it takes a preset, and then has its values; no option of the run."""
 _LAYERS = "layers"
@@ -45,6 +53,7 @@ class Preset:
         layers: Dotted paths of the layers that are edited, in the order in which the source names them.
         options: The editor's options.
         untranslated: What the editor has no option for, as the source names it.
+        place: The file and line that hold it.
     """
 
     editor: str
@@ -54,6 +63,7 @@ class Preset:
     layers: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     untranslated: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
 
     @property
     def repository(self) -> str:
@@ -107,9 +117,31 @@ class Chosen:
 
 @cache
 def presets() -> tuple[Preset, ...]:
-    """Returns all presets, in the order of the file."""
-    lines = (_FOLDER / "presets.jsonl").read_text(encoding="utf-8").splitlines()
-    return tuple(Preset(**{**entry, "layers": tuple(entry.get("layers", ()))}) for entry in map(json.loads, lines))
+    """Returns all presets, in the order of the file.
+
+    Raises:
+        UserError: If a line is no preset, is about a model that `models.yaml` does not have, or names a layer that the
+            model lacks; names line and field.
+    """
+    lines = (_FOLDER / _PRESETS).read_text(encoding="utf-8").splitlines()
+    return tuple(_preset(f"{_PRESETS}:{number}", line) for number, line in enumerate(lines, start=1))
+
+
+def _preset(place: str, line: str) -> Preset:
+    try:
+        entry = json.loads(line)
+        preset = Preset(**{**entry, "layers": tuple(entry.get("layers", ()))}, place=place)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: is no preset ({reason_of(error)})") from error
+    known = _models().get(preset.model)
+    if known is None and preset.model != ANY_MODEL:
+        raise UserError(f"{place}: field 'model': no model {preset.model!r}{did_you_mean(preset.model, _models())}")
+    for layer in preset.layers:
+        if known is None:
+            raise UserError(f"{place}: field 'layers': settings for any model name no layer, such as {layer}")
+        if not is_in_block(layer) or number_of(layer) >= known.n_layers:
+            raise UserError(f"{place}: field 'layers': {preset.model} has {known.n_layers} blocks, and no {layer}")
+    return preset
 
 
 @cache
@@ -139,21 +171,21 @@ def choose(editor: str, model: str, *, paper: str = "none") -> Chosen:
         The choice; the editor's and the model's own defaults for a model of which no config.json is at hand.
 
     Raises:
-        UserError: If the name of the model looks like a folder and there is none, or the folder contains no model.
+        UserError: If the name of the model looks like a folder and there is none, the folder contains no model, or a
+            preset has an option that the editor lacks.
     """
     shape = read_shape(model)
     if shape is None:
         return Chosen()
     nearness = _nearness(shape, model, paper)
     # Settings for any model say nothing about layers, but more than those for another model.
-    settings = min((preset for preset in presets() if preset.editor == editor), key=nearness, default=None)
+    settings = min(_presets_of(editor), key=nearness, default=None)
     layered = min(_layered(editor, shape), key=nearness, default=None)
     chosen = Chosen()
     if settings is not None:
         exact = settings.model == ANY_MODEL or _models()[settings.model].is_shape_of(shape)
-        parameters = _parameters(editor)
         chosen = Chosen(
-            options={name: value for name, value in settings.options.items() if name in parameters},
+            options=settings.options,
             budget="published" if exact else f"published for {settings.model}",
             note="" if exact else f"settings of {settings.model} ({settings.source})",
         )
@@ -236,11 +268,23 @@ def _parameters(editor: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(EDITORS.get(editor)).parameters
 
 
+def _presets_of(editor: str) -> list[Preset]:
+    """The presets of an editor that can be imported, after checking their options against its own."""
+    found, parameters = [preset for preset in presets() if preset.editor == editor], _parameters(editor)
+    for preset in found:
+        for name in preset.options:
+            if name not in parameters:
+                unknown = (
+                    f"field 'options.{name}': editor {editor!r} has no such option{did_you_mean(name, parameters)}"
+                )
+                raise UserError(f"{preset.place}: {unknown}")
+    return found
+
+
 def _node_options(editor: str) -> list[str]:
     """The options of an editor that presets have values for."""
-    named = [name for preset in presets() if preset.editor == editor for name in preset.options]
-    parameters = _parameters(editor)
-    return [name for name in dict.fromkeys((*named, _LAYERS)) if name in parameters]
+    named = [name for preset in _presets_of(editor) for name in preset.options]
+    return list(dict.fromkeys((*named, *([_LAYERS] if _LAYERS in _parameters(editor) else []))))
 
 
 def _layered(editor: str, shape: ModelShape) -> Sequence[Preset]:

@@ -122,7 +122,7 @@ def _opened(wanted: _Wanted, progress: Any) -> Iterator[tuple[EditableModel, Seq
     config, settings = wanted.config, run_settings(wanted.config)
     # A model that no layer is known for needs none beside those that are asked for.
     layer = config.layer or (wanted.layers[0] if wanted.layers else None)
-    loading: Mapping[str, Any] = {name: getattr(config, name) for name in ("dtype", "device", "device_map")}
+    loading: Mapping[str, Any] = {name: getattr(config, name) for name in ("dtype", "device", "device_map", "load_in")}
     if wanted.has_stream:
         stream = make_stream(config)
         with open_benchmark(

@@ -7,7 +7,7 @@ whole schedule is then counted without asking the model, and the plan is the sum
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.launch.plan_trials import Counts, Trial, count_run, sample
-from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.editable import DeviceMap, EditableModel, Quantisation
 from grace_bench.registry import EDITORS, METRICS
 from grace_bench.run.backlog import LOOKAHEAD
 from grace_bench.run.cost import peak_rss
@@ -65,6 +65,7 @@ class Forecast:
         seconds_low, seconds_high: The range that its time is likely in.
         rss_mb: Peak memory of the process.
         gpu_mb: Peak memory of torch on the GPU; None without one.
+        memory_mb: What the memory is for, by name: the model's weights, the editor's matrices, and the rest.
         disk_mb: Size of the run folder, without W&B's uploads.
         counts: What the run does.
         measured_seconds: What the trials took.
@@ -78,6 +79,7 @@ class Forecast:
     seconds_high: float
     rss_mb: float
     gpu_mb: float | None
+    memory_mb: Mapping[str, float]
     disk_mb: float
     counts: Counts
     measured_seconds: float
@@ -101,6 +103,7 @@ def plan_benchmark(
     dtype: str = "float32",
     device: str = "auto",
     device_map: DeviceMap | None = None,
+    load_in: Quantisation | None = None,
     loggers: Callable[[Path], Sequence[RunLogger]] = lambda folder: (),
     started: float | None = None,
     progress: Progress | None = None,
@@ -108,7 +111,7 @@ def plan_benchmark(
     """Foresees what `run_benchmark` will take with the same arguments; leaves no files.
 
     Args:
-        stream: As in `run_benchmark`, like `model` to `device_map` and `progress`.
+        stream: As in `run_benchmark`, like `model` to `load_in` and `progress`.
         model: See above.
         editor: See above.
         settings: See above.
@@ -116,6 +119,7 @@ def plan_benchmark(
         dtype: See above.
         device: See above.
         device_map: See above.
+        load_in: See above.
         loggers: Makes the loggers that the run will have, for a folder that is removed afterwards.
         started: When the process began to get ready, as `time.time()` gives it; now by default.
         progress: See above.
@@ -123,7 +127,7 @@ def plan_benchmark(
     Raises:
         UserError: Where the run would raise it before its first edit.
     """
-    settings, started = settings or RunSettings(), started or time.time()
+    settings, started, program = settings or RunSettings(), started or time.time(), peak_rss()
     make = EDITORS.get(editor) if isinstance(editor, str) else editor
     with (
         TemporaryDirectory(prefix="grace-bench-plan-") as name,
@@ -135,6 +139,7 @@ def plan_benchmark(
             dtype=dtype,
             device=device,
             device_map=device_map,
+            load_in=load_in,
             progress=progress,
         ) as opened,
     ):
@@ -145,18 +150,22 @@ def plan_benchmark(
         evaluator = EvaluationPlugin(*metrics, loggers=watchers, collect_all=False)
         with make(model=opened.model, plugins=[], evaluator=evaluator) as strategy:
             check_subjects(strategy, opened.benchmark)
-            return _Planner(opened.benchmark, strategy, settings, watchers, Path(name)).plan(started, progress)
+            return _Planner(opened.benchmark, strategy, settings, watchers, Path(name), program).plan(started, progress)
 
 
 @dataclass
 class _Planner:
-    """Makes trials of growing size in `folder`, with the loggers of the run, and adds up its plan."""
+    """Makes trials of growing size in `folder`, with the loggers of the run, and adds up its plan.
+
+    `program` is what Python and its libraries took before stream and model were opened, in bytes.
+    """
 
     benchmark: EditBenchmark
     strategy: EditorStrategy
     settings: RunSettings
     watchers: Sequence[RunLogger]
     folder: Path
+    program: int
     trials: list[Trial] = field(default_factory=list)
 
     def plan(self, started: float, progress: Progress | None) -> Forecast:
@@ -191,12 +200,14 @@ class _Planner:
         seconds, times = sum(phase.seconds for phase in phases), np.asarray(last.edit_times)
         error = float(2 * times.std(ddof=1) / len(times) ** 0.5 / times.mean()) if len(times) > 1 else 0.5
         spread = _NOISE * seconds + min(error, 0.5) * self._edit_seconds(counts.edits)
+        memory = self._memory(peak_rss() + self._memory_growth(counts, peak_rss() - rss), counts)
         return Forecast(
             title=f"{strategy.registered_name} on {self.benchmark.name}, model {model.name}",
             phases=phases,
             seconds_low=max(seconds - spread, opening * (1 - _NOISE)),
             seconds_high=seconds + spread,
-            rss_mb=(peak_rss() + self._memory_growth(counts, peak_rss() - rss)) / 2**20,
+            rss_mb=sum(memory.values()) / 2**20,
+            memory_mb={what: size / 2**20 for what, size in memory.items()},
             gpu_mb=torch.cuda.max_memory_allocated() / 2**20 if model.device.type == "cuda" else None,
             disk_mb=self._disk(counts) / 2**20,
             counts=counts,
@@ -309,8 +320,25 @@ class _Planner:
         recordings = engine.kept_bytes / max(1, last.evaluations[-1].n_requests) * most
         growth = max(0.0, min(recordings, engine.most_kept_bytes) - engine.kept_bytes) + self._more_parameters(counts)
         # A larger batch than any of the trials takes more memory for its activations.
-        sampled, largest = last.evaluations[0].n_requests, min(self.strategy.model.task.batch_size, most)
+        # No batch holds requests of two streams.
+        stream = max((n for evaluation in counts.evaluations for n in evaluation.requests.values()), default=0)
+        sampled, largest = last.evaluations[0].n_requests, min(self.strategy.model.task.batch_size, stream)
         return growth + (trials * (largest / sampled - 1) if 0 < sampled < largest else 0.0)
+
+    def _memory(self, peak: float, counts: Counts) -> dict[str, float]:
+        """Bytes of memory by what they hold; what nothing else accounts for is activations and the stream."""
+        module = self.strategy.model.module
+        # Weights that are tied or on a GPU take no main memory of their own.
+        storages = {
+            weight.data_ptr(): weight.nbytes for weight in (*module.parameters(), *module.buffers()) if weight.is_cpu
+        }
+        parts = {
+            "Python and libraries": float(self.program),
+            "weights of the model": float(sum(storages.values())),
+            **{what: float(size) for what, size in self.strategy.matrix_bytes().items()},
+            "parameters of the editor": 4.0 * self.strategy.max_extra_parameters(counts.edits),
+        }
+        return {**parts, "activations and the stream": max(0.0, peak - sum(parts.values()))}
 
     def _more_parameters(self, counts: Counts) -> int:
         """Bytes that the editor will add beyond those of the trial's edits."""
@@ -356,6 +384,7 @@ def print_forecast(forecast: Forecast) -> None:
         f"about {_duration(forecast.seconds)} "
         f"({_duration(forecast.seconds_low)} to {_duration(forecast.seconds_high)}), "
         f"{forecast.rss_mb:,.0f} MB of memory{gpu}, {forecast.disk_mb:,.1f} MB of disk",
+        "memory: " + ", ".join(f"{what} {size:,.0f} MB" for what, size in forecast.memory_mb.items() if size >= 0.5),
         f"from {forecast.trial_edits} {'edit' if forecast.trial_edits == 1 else 'edits'} and "
         f"{_duration(forecast.measured_seconds)} of measuring",
         *forecast.notes,

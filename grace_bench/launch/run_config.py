@@ -294,6 +294,12 @@ class RunConfig:
         in_hash=False,
         in_sweep_name=False,
     )
+    load_in: Literal["8bit", "4bit"] | None = _option(
+        None,
+        "quantise the weights while loading: 8bit or 4bit (needs bitsandbytes); null to take them as they are",
+        _one_of("8bit", "4bit", optional=True),
+        default_in_hash=False,
+    )
     seed: int = _option(0, "shuffles the edits and seeds every random generator", _whole(0), in_hash=False)
     split: str = _option("edits", "edits, or validation for tuning", _one_of("edits", "validation"), in_protocol=True)
     order: Literal["shuffle", "stream"] | None = _option(
@@ -500,7 +506,7 @@ def hash_config(plain: Mapping[str, Any]) -> str:
     """
     hashed = {name.partition(".")[0] for name, option in OPTIONS.items() if option.in_hash}
     left_out = {name.partition(".")[0] for name in OPTIONS} - hashed
-    counted = {key: value for key, value in _without_young_defaults(plain).items() if key not in left_out}
+    counted = {key: value for key, value in _hashed_part(plain).items() if key not in left_out}
     editor = counted.get("editor")
     if isinstance(editor, Mapping) and "seed" in editor:
         own = editor["seed"] != plain.get("seed")
@@ -524,15 +530,17 @@ def _without_younger_options(node: Any, registry: Registry[Any]) -> Any:
     return {key: value for key, value in node.items() if key not in plain or value != plain[key]}
 
 
-def _without_young_defaults(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration without the options that are younger than the hash and have their default."""
+def _hashed_part(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration without younger options that have their default and nested options that are not hashed."""
     kept = {}
     for key, value in plain.items():
         name = f"{prefix}{key}"
         if name in YOUNG_DEFAULTS and value == YOUNG_DEFAULTS[name]:
             continue
+        if prefix and name in OPTIONS and not OPTIONS[name].in_hash:
+            continue
         if any(young.startswith(f"{name}.") for young in YOUNG_DEFAULTS):
-            value = _without_young_defaults(value, f"{name}.")
+            value = _hashed_part(value, f"{name}.")
             if not value:
                 continue
         kept[key] = value

@@ -57,6 +57,7 @@ _ARCHITECTURES: dict[str, _Blocks] = {
     # The first Qwen, whose code is not part of transformers.
     "qwen": _Blocks("transformer.h", {"out": "mlp.c_proj", "in": "mlp.w1", "gate": "mlp.w2"}),
 }
+_BLOCK = re.compile(r"(.*?)\.(\d+)(?:\.(.*))?$")
 _PARTS = {suffix: part for blocks in _ARCHITECTURES.values() for part, suffix in blocks.parts.items()}
 
 # A field of config.json has these names in one architecture or another.
@@ -152,6 +153,15 @@ def number_of(layer: str) -> int:
     return int(_split(layer)[1])
 
 
+def is_in_block(layer: str) -> bool:
+    """Returns whether a dotted path leads into a numbered block.
+
+    >>> is_in_block("model.layers.27.mlp.down_proj"), is_in_block("lm_head")
+    (True, False)
+    """
+    return _BLOCK.match(layer) is not None
+
+
 def is_portable(layer: str) -> bool:
     """Returns whether it is known to which part of its block a layer belongs, so that other architectures have it too.
 
@@ -193,7 +203,7 @@ def corresponding(layer: str, of: ModelShape, shape: ModelShape) -> str | None:
 
 def _split(layer: str) -> tuple[str, str, str]:
     """The path of the blocks, the number of the block, and the path within it."""
-    found = re.match(r"(.*?)\.(\d+)(?:\.(.*))?$", layer)
+    found = _BLOCK.match(layer)
     if found is None:
         raise ValueError(f"{layer} is in no numbered block")
     return found[1], found[2], found[3] or ""

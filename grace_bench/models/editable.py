@@ -17,13 +17,13 @@ from grace_bench.models.calls import LayerCall, Replacement
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, check_texts
 from grace_bench.models.engine.engine import Engine, EngineName, Repeated, make_engine
 from grace_bench.models.fingerprint import hash_configuration, hash_weights
-from grace_bench.models.loading import DeviceMap, load_pretrained
+from grace_bench.models.loading import DeviceMap, Quantisation, load_pretrained
 from grace_bench.models.network import Network, TextEncoder
 from grace_bench.models.tasks.base import ItemScore, Task
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.models.tokens import PromptTokenizer
 
-__all__ = ["DeviceMap", "EditableModel", "LayerCall", "Replacement"]
+__all__ = ["DeviceMap", "EditableModel", "LayerCall", "Quantisation", "Replacement"]
 
 
 class EditableModel(Network):
@@ -43,6 +43,11 @@ class EditableModel(Network):
         name: The name used in results.
         engine: `exact`, or `plain` to compute every pass in full.
 
+    Attributes:
+        hub_id: The hub id that `from_pretrained` loaded the model by; None for a folder and for a caller's own module.
+        generation_config: The checkpoint's own settings of generation, which `from_pretrained` puts aside, or else the
+            module's.
+
     Raises:
         UserError: If there is no such layer; names the closest one.
     """
@@ -61,6 +66,8 @@ class EditableModel(Network):
         super().__init__(module, layer=layer, tokenizer=tokenizer, encode=encode, name=name)
         self.task: Task = get_task(task) if isinstance(task, str) else task
         self.engine: Engine = make_engine(engine, self)
+        self.hub_id: str | None = None
+        self.generation_config: Any = getattr(module, "generation_config", None)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +79,7 @@ class EditableModel(Network):
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "auto",
         device_map: DeviceMap | None = None,
+        load_in: Quantisation | None = None,
         tokenizer: bool = True,
         engine: EngineName = "exact",
     ) -> Self:
@@ -85,6 +93,8 @@ class EditableModel(Network):
             device: `cpu`, `cuda`, `mps`, or `auto` for the fastest available.
             device_map: Spreads the weights over several devices and the disk instead: an argument of transformers'
                 `from_pretrained`, such as `auto`. Needs accelerate.
+            load_in: `8bit` or `4bit` to quantise linear modules while loading; computing is in `dtype`. Needs
+                bitsandbytes. A checkpoint that is quantised already loads as it is.
             tokenizer: Whether to load the tokenizer; without it the model takes token ids only.
             engine: `exact`, or `plain` to compute every pass in full.
 
@@ -99,9 +109,10 @@ class EditableModel(Network):
             dtype=dtype,
             device=device,
             device_map=device_map,
+            load_in=load_in,
             tokenizer=tokenizer,
         )
-        return cls(
+        model = cls(
             loaded.module,
             layer=loaded.layer,
             task=chosen,
@@ -110,6 +121,8 @@ class EditableModel(Network):
             name=loaded.name,
             engine=engine,
         )
+        model.hub_id, model.generation_config = loaded.hub_id, loaded.generation_config
+        return model
 
     @contextmanager
     def serving(self, task: Task, *, engine: EngineName, memory_mb: int | None = None) -> Iterator[Self]:

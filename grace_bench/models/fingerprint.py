@@ -28,7 +28,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def hash_weights(module: nn.Module) -> str:
     """Returns the SHA-256 of a module's weights and buffers, including those that accelerate has offloaded."""
-    return hash_tensors(_Weights(module))
+    return hash_tensors(Weights(module))
 
 
 def hash_configuration(config: Any, tokenizer: Any) -> str:
@@ -60,8 +60,12 @@ def _serialised(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-class _Weights(Mapping[str, Tensor]):
-    """A module's state dict, from which offloaded tensors are read one at a time."""
+class Weights(Mapping[str, Tensor]):
+    """A module's state dict, from which offloaded tensors are read one at a time.
+
+    Args:
+        module: The module.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

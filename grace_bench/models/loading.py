@@ -1,16 +1,18 @@
 """Loading: a model and its tokenizer from a short name, the hub or a folder; devices, dtypes and threads by name."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from grace_bench.common.options import check_choice
 from grace_bench.common.untrusted import check_model_folder
 from grace_bench.errors import UserError, did_you_mean, reason_of
 from grace_bench.models.network import TextEncoder, greedy_config, start_token
@@ -20,6 +22,8 @@ from grace_bench.models.tokenizers import load_tokenizer
 from grace_bench.models.zoo import default_layer, resolve_model
 
 DeviceMap = str | Mapping[str, str | int]
+Quantisation = Literal["8bit", "4bit"]
+"""How bitsandbytes stores the weights of linear modules: LLM.int8() without outlier columns, or NF4."""
 
 _TINY_MODEL_PARAMETERS = 20_000_000
 _MASKED, _CAUSAL, _SEQ2SEQ = "AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
@@ -35,6 +39,8 @@ class Pretrained:
         tokenizer: The tokenizer; None if it was not requested, or the model has `encode`.
         encode: Turns texts into the module's inputs, for models without a tokenizer.
         name: The name in results.
+        hub_id: The hub id that it was loaded by; None for a folder.
+        generation_config: The checkpoint's own settings of generation; None if it has none.
     """
 
     module: nn.Module
@@ -42,6 +48,8 @@ class Pretrained:
     tokenizer: Any
     encode: TextEncoder | None
     name: str
+    hub_id: str | None
+    generation_config: Any
 
 
 def load_pretrained(
@@ -52,6 +60,7 @@ def load_pretrained(
     dtype: str | torch.dtype,
     device: str | torch.device,
     device_map: DeviceMap | None,
+    load_in: Quantisation | None,
     tokenizer: bool,
 ) -> Pretrained:
     """Loads a model for a task; see `EditableModel.from_pretrained` for the arguments.
@@ -61,9 +70,11 @@ def load_pretrained(
     """
     source = resolve_model(name_or_path)
     target = pick_device(device)
-    precision = _pick_dtype(dtype)
+    precision = pick_dtype(dtype)
     if device_map is not None:
         _check_device_map(device_map, device)
+    if load_in is not None:
+        check_choice("load_in", load_in, get_args(Quantisation))
     if source.stream and get_task(source.stream.task).auto_class != task.auto_class:
         raise UserError(
             f"model={name_or_path} was trained for {source.stream.task} (stream {source.stream.registered_name}), "
@@ -73,18 +84,23 @@ def load_pretrained(
     for folder in dict.fromkeys((weights, vocabulary)):
         check_model_folder(folder)
     custom = source.stream.load_model(Path(weights)) if source.stream else None
+    generation_config = None
     if custom is None:
-        module, encode = _load_module(weights, task, precision, device_map), None
-    elif device_map is None:
-        module, encode = custom
+        module, generation_config = _load_module(weights, task, precision, target, device_map, load_in)
+        encode = None
+    elif device_map is None and load_in is None:
+        module, encode = custom[0].to(device=target, dtype=precision), custom[1]
     else:
-        raise UserError(f"model={name_or_path} is no transformers model: it takes device=, not device_map=")
+        refused = "load_in=" if device_map is None else "device_map="
+        raise UserError(f"model={name_or_path} is no transformers model: it takes dtype= and device=, not {refused}")
     return Pretrained(
-        module=module if device_map is not None else module.to(device=target, dtype=precision),
+        module=module,
         layer=layer or source.layer or default_layer(module),
         tokenizer=load_tokenizer(vocabulary) if tokenizer and custom is None else None,
         encode=encode,
         name=source.name,
+        hub_id=None if Path(source.path).is_dir() else source.path,
+        generation_config=generation_config,
     )
 
 
@@ -125,7 +141,15 @@ def pick_threads(model: nn.Module, threads: int | Literal["auto"]) -> int:
     return 1 if n_parameters < _TINY_MODEL_PARAMETERS else torch.get_num_threads()
 
 
-def _pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Returns a dtype by name.
+
+    >>> pick_dtype("bfloat16")
+    torch.bfloat16
+
+    Raises:
+        UserError: If weights are not loaded in it.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -141,11 +165,26 @@ def _check_device_map(device_map: DeviceMap, device: str | torch.device) -> None
         raise UserError(f"device_map={device_map} needs accelerate: pip install 'grace-bench[large]'")
 
 
-def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMap | None) -> nn.Module:
+def _load_module(
+    path: str,
+    task: Task,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap | None,
+    load_in: Quantisation | None,
+) -> tuple[nn.Module, Any]:
+    """The model, which generates greedily, and the checkpoint's own settings of generation."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    _check_kind(path, task)
+    config = _read_config(path)
+    _check_kind(path, config, task)
+    is_quantised = _check_quantised(path, config, load_in) or load_in is not None
+    if is_quantised:
+        # bitsandbytes would say at every product that it rounds activations.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        # Quantised weights are made on their device, and stay there.
+        device_map = device_map or {"": str(device)}
     with _loading(path):
         model, loading = getattr(transformers, task.auto_class).from_pretrained(
             path,
@@ -155,28 +194,72 @@ def _load_module(path: str, task: Task, dtype: torch.dtype, device_map: DeviceMa
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             device_map=device_map if device_map is None or isinstance(device_map, str) else dict(device_map),
+            **({} if load_in is None else {"quantization_config": _quantisation_config(load_in, dtype)}),
         )
     # transformers initialises missing weights at random.
     lacking = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UserError(f"model={path}: the checkpoint lacks {lacking[0]}{more}, which {task.name} needs")
+    own = getattr(model, "generation_config", None)
     # A checkpoint's own sampling settings would make the answers of models incomparable.
     model.generation_config = greedy_config(start_token(model) if model.config.is_encoder_decoder else None)
-    loaded: nn.Module = model
-    return loaded
+    if is_quantised:
+        _steady(model)
+    # Not to a dtype: buffers such as the frequencies of rotary positions stay in float32, as in transformers.
+    loaded: nn.Module = model if device_map is not None else model.to(device)
+    return loaded, own
 
 
-def _check_kind(path: str, task: Task) -> None:
+def _read_config(path: str) -> Any:
+    import transformers
+
+    with _loading(path):
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _check_quantised(path: str, config: Any, load_in: Quantisation | None) -> bool:
+    """Returns whether a checkpoint is quantised.
+
+    Raises:
+        UserError: If it is and `load_in` asks for another quantisation, or a package is missing.
+    """
+    saved = getattr(config, "quantization_config", None)
+    method = str(saved.get("quant_method")) if isinstance(saved, Mapping) else None
+    if method is not None and load_in is not None:
+        raise UserError(f"model={path}: its weights are quantised already ({method}): leave load_in={load_in} out")
+    needed = ["accelerate", "bitsandbytes"] if load_in is not None or method == "bitsandbytes" else []
+    lacking = next((name for name in needed if find_spec(name) is None), None)
+    if lacking is not None:
+        what = f"model={path}: quantised by bitsandbytes," if load_in is None else f"load_in={load_in}"
+        raise UserError(f"{what} needs {lacking}: pip install 'grace-bench[quantized]'")
+    return method is not None
+
+
+def _quantisation_config(load_in: Quantisation, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if load_in == "8bit":
+        # Outlier columns are chosen over a whole batch: an answer would depend on what else is in it.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _steady(model: nn.Module) -> None:
+    """Makes bitsandbytes leave its weights as they were loaded."""
+    part: Any
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # It would repack them at the first pass, into a form that has no gradient and another fingerprint.
+            part.support_avx512bf16_for_cpu = False
+
+
+def _check_kind(path: str, config: Any, task: Task) -> None:
     """Raises if a model's configuration names another kind of model than a task needs; names the tasks that it fits.
 
     transformers loads many models as another kind without complaint: it drops the encoder of an encoder-decoder, or
     takes the input embedding of a classifier for the output of a language model.
     """
-    import transformers
-
-    with _loading(path):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     classes = {name: _class_for(config, name) for name in (_MASKED, *(other.auto_class for other in all_tasks()))}
     if not getattr(config, "is_encoder_decoder", False):
         # Models that answer to speech are among those that transformers calls sequence-to-sequence.

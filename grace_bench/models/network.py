@@ -358,6 +358,11 @@ class Network(nn.Module):
         return bool(self._interceptors)
 
     @property
+    def is_querying(self) -> bool:
+        """Whether the forward passes of this moment belong to a sequence begun by `querying`."""
+        return self._tracker.state.is_open
+
+    @property
     def last_state(self) -> QueryState:
         """The state of the last sequence that ended."""
         return self._tracker.last_state
@@ -433,6 +438,11 @@ class Network(nn.Module):
         vars(self.module).setdefault(_READERS, []).append(interceptor)
         self._prompt_interceptors.add(interceptor)
         return interceptor
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether an interceptor may let another text be read in place of a prompt."""
+        return bool(vars(self.module).get(_READERS))
 
     def as_read(self, prompts: Sequence[str]) -> list[str]:
         """Returns the text that is read in place of each prompt, as edited so far."""

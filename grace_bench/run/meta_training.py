@@ -6,7 +6,7 @@ from grace_bench.common.progress import Progress
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
-from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.editable import DeviceMap, EditableModel, Quantisation
 from grace_bench.registry import EDITORS
 from grace_bench.run.opening import open_benchmark, own_threads
 from grace_bench.run.settings import RunSettings
@@ -23,6 +23,7 @@ def meta_train(
     dtype: str = "float32",
     device: str = "auto",
     device_map: DeviceMap | None = None,
+    load_in: Quantisation | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Meta-trains an editor on the requests that a stream marks for training, and caches the result for its runs.
@@ -36,6 +37,7 @@ def meta_train(
         dtype: The model's dtype, if `model` is a name.
         device: Where to train, if `model` is a name.
         device_map: As in `run_benchmark`.
+        load_in: As in `run_benchmark`.
         progress: Called during training.
 
     Returns:
@@ -54,6 +56,7 @@ def meta_train(
             dtype=dtype,
             device=device,
             device_map=device_map,
+            load_in=load_in,
             progress=progress,
         ) as opened,
         make(model=opened.model) as strategy,

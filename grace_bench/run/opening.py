@@ -20,7 +20,7 @@ from grace_bench.data.stream import EditStream
 from grace_bench.editing.moments import cached_queries
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import UserError
-from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.editable import DeviceMap, EditableModel, Quantisation
 from grace_bench.models.encoding import least
 from grace_bench.models.loading import pick_threads
 from grace_bench.models.tasks.base import Answerability, Task
@@ -88,6 +88,7 @@ def open_benchmark(
     dtype: str,
     device: str,
     device_map: DeviceMap | None,
+    load_in: Quantisation | None,
     progress: Progress | None,
 ) -> Opened:
     """Loads a stream's requests, in the order of the run, and the model to edit.
@@ -123,7 +124,7 @@ def open_benchmark(
         editable = model
     else:
         editable = EditableModel.from_pretrained(
-            path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map
+            path, layer=layer, task=task, dtype=dtype, device=device, device_map=device_map, load_in=load_in
         )
         files = resolve_model(path).content_hash()
     with ExitStack() as serving:

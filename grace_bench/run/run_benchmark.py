@@ -11,7 +11,7 @@ from grace_bench.data.avalanche import BaseLogger, BasePlugin, EvaluationPlugin
 from grace_bench.data.stream import EditStream
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.evaluation.capability import CapabilityMeter, CapabilityTasks, check_model
-from grace_bench.models.editable import DeviceMap, EditableModel
+from grace_bench.models.editable import DeviceMap, EditableModel, Quantisation
 from grace_bench.registry import EDITORS, METRICS
 from grace_bench.results.schema import RunResult, sealed
 from grace_bench.run.description import environment_of, identity_of, plan_of, result_of
@@ -44,6 +44,7 @@ def run_benchmark(
     dtype: str = "float32",
     device: str = "auto",
     device_map: DeviceMap | None = None,
+    load_in: Quantisation | None = None,
     folder: Path | None = None,
     run_id: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -70,6 +71,7 @@ def run_benchmark(
         dtype: The model's dtype, if `model` is a name.
         device: Where to run, if `model` is a name.
         device_map: How to spread its weights over devices instead (see `EditableModel.from_pretrained`).
+        load_in: How to quantise it, if `model` is a name (see there).
         folder: Where the run's files are written, except `config.yaml`; None writes none.
         run_id: The name of the run; None derives one from stream, model, editor and seed.
         config: The resolved configuration, for loggers.
@@ -102,6 +104,7 @@ def run_benchmark(
         dtype=dtype,
         device=device,
         device_map=device_map,
+        load_in=load_in,
         progress=progress,
     ) as opened:
         check_fit(opened.model, opened.benchmark)

@@ -55,10 +55,11 @@ each_supported = pytest.mark.parametrize(("name", "task"), SUPPORTED)
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
-# bfloat16 where minutes do not count; a few edits in it are among the tests of tasks.
+# bfloat16 and float16 where minutes do not count; a few edits in bfloat16 are among the tests of tasks.
 VARIANTS = [
     pytest.param({}, id="float32"),
     pytest.param({"dtype": torch.bfloat16}, id="bfloat16", marks=pytest.mark.slow),
+    pytest.param({"dtype": torch.float16}, id="float16", marks=pytest.mark.slow),
 ]
 if torch.cuda.is_available():
     VARIANTS += [

@@ -4,8 +4,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from statistics import fmean
 from typing import Any, get_args
 
 import pytest
@@ -17,6 +18,7 @@ from grace_bench.data.benchmark import EditBenchmark
 from grace_bench.data.requests import Probe
 from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.evaluation.capability import CapabilityMeter, TaskScore
 from grace_bench.evaluation.metric import EditMetric, StreamMetric, StreamScore
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.metric_info import MetricInfo, Place, metric_infos
@@ -52,6 +54,17 @@ class Heard(RunLogger):
         self.values.append((name, value, x_plot))
 
 
+class OfPoints:
+    """What a classifier of points can do besides; lm-eval asks no classifiers."""
+
+    def __init__(self, requests: Sequence[EditRequest]) -> None:
+        self._requests = requests
+
+    def measure(self, model: EditableModel) -> dict[str, TaskScore]:
+        items = [float(item.correct or False) for item in model.score(self._requests)]
+        return {"points": TaskScore(value=fmean(items), higher_is_better=True, items=items)}
+
+
 def toy_run(name: str) -> tuple[RunLoop, EditMetric, Heard]:
     """Ten candidates of the toy stream under GRACE, measured by one metric."""
     toy = STREAMS.get("toy")().load()
@@ -77,7 +90,9 @@ def toy_run(name: str) -> tuple[RunLoop, EditMetric, Heard]:
         fingerprint="0" * 64,
         max_new_tokens=1,
     )
-    return RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule(eval_every=2)), metric, heard
+    capability = CapabilityMeter(OfPoints(toy.upstream[30:40]), every=4)  # type: ignore[arg-type]
+    loop = RunLoop(benchmark=benchmark, strategy=strategy, schedule=Schedule(eval_every=2), capability=capability)
+    return loop, metric, heard
 
 
 @each_metric

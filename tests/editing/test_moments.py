@@ -112,6 +112,19 @@ def test_a_layer_has_the_same_bytes_alone_and_among_others(
         assert torch.equal(alone.matrix, together[layer].matrix)
 
 
+def test_layers_whose_sums_leave_no_memory_for_the_model_are_read_one_after_the_other(
+    make_model: MakeModel, small_batches: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together = second_moments(make_model("completion"), LAYERS, TEXTS)
+    monkeypatch.setenv("GRACE_BENCH_CACHE", str(tmp_path / "apart"))
+    monkeypatch.setattr("grace_bench.editing.moments.memory_for_matrices", lambda device: 1)
+    model = make_model("completion")
+    sizes = passes(model)
+    apart = second_moments(model, LAYERS, TEXTS)
+    assert sizes == [1] * len(LAYERS) * len(TEXTS)
+    assert all(torch.equal(apart[layer].matrix, together[layer].matrix) for layer in LAYERS)
+
+
 def test_all_layers_are_read_in_one_pass_a_batch_that_ends_at_the_last_of_them(
     make_model: MakeModel, small_batches: None
 ) -> None:

@@ -17,7 +17,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.saving import option_names
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.editing.weights import check_linear
+from grace_bench.editing.weights import RewrittenWeights, check_linear
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
@@ -463,12 +463,18 @@ def test_a_layer_is_linear_or_named_with_what_it_is(make_tiny: MakeTiny) -> None
         (gpt2, "transformer.h.0.mlp", "GPT2MLP"),
         (gpt2, "transformer.ln_f", "LayerNorm"),
         (gpt2, "transformer.wte", "Embedding"),
-        (llama, LAYERS["llama"][1], "Linear with quantised weights"),
-        (llama, LAYERS["llama"][2], "Linear with quantised weights"),
         (llama, "model.layers.0.mlp.up_proj", "ParametrizedLinear"),
     ):
         with pytest.raises(UserError, match=f"^editor.layers={path} is a {what}: {linear}$"):
             check_linear(model, path, "memit", option="editor.layers")
+    for path in LAYERS["llama"][1:3]:
+        says = f"^editor.layers={path} has quantised weights, which editor 'memit' cannot change: "
+        with pytest.raises(UserError, match=says):
+            check_linear(llama, path, "memit", option="editor.layers")
+        weights = RewrittenWeights(llama, editor="memit")
+        for rewritten in (path, path.rpartition(".")[0]):
+            with pytest.raises(UserError, match=f"^editor.layers={rewritten} has quantised weights, which"):
+                weights.add(rewritten, option="editor.layers")
     with pytest.raises(UserError, match=r"^layer='no.such' is not in the model"):
         check_linear(llama, "no.such", "memit")
 

@@ -95,6 +95,20 @@ def test_a_context_decides_once_for_all_of_its_continuations(make_llama: Any) ->
     assert sum(len(distinct) for distinct in of_batches) == len(CONTEXTS), "a context was decided in two batches"
 
 
+def test_no_pass_holds_more_tokens_than_were_allowed_but_for_one_context(make_llama: Any) -> None:
+    model, shapes = make_llama(), []
+    handle = model.module.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append((args or [*kwargs.values()])[0].shape), with_kwargs=True
+    )
+    whole = EditedLM(model, batch_size=64).loglikelihood(REQUESTS)
+    assert max(rows * length for rows, length in shapes) > 40
+    shapes.clear()
+    few = EditedLM(model, batch_size=64, batch_tokens=40).loglikelihood(REQUESTS)
+    assert max(rows * length for rows, length in shapes) <= 40
+    handle.remove()
+    assert [score for score, _ in few] == pytest.approx([score for score, _ in whole], abs=1e-4)
+
+
 def test_a_model_without_hooks_is_asked_as_lm_eval_asks_it(make_causal: Any, capitals: Path) -> None:
     model = make_causal("gpt2")
     own = CapabilityTasks(["capitals"], folders=[capitals]).measure(model)["capitals"]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 from grace_bench.cli import main
 from grace_bench.errors import UserError
+from grace_bench.launch import model_presets
 from grace_bench.launch.compose import compose
 from grace_bench.launch.model_presets import ANY_MODEL, choose, presets
 from grace_bench.launch.run_config import RunConfig, hash_config
@@ -33,6 +36,9 @@ QWEN = {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584}
 GPT_J = {"model_type": "gptj", "n_layer": 28, "n_embd": 4096}
 GPT2_XL = {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600}
 SMOLLM = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576}
+
+PUBLISHED = Path(__file__).parents[2].parent / "shared" / "published" / "hyperparameters.jsonl"
+MODELS: dict[str, Any] = yaml.safe_load((Path(model_presets.__file__).parent / "published" / "models.yaml").read_text())
 
 MakeFolder = Callable[..., str]
 
@@ -98,7 +104,7 @@ def test_hyperparameters_are_those_of_the_source_under_the_names_of_the_editor(f
     assert (settings["objective"], settings["norm_constraint"], settings["n_iter"]) == ("last_token", 5e-5, 25)
     settings = composed("editor=ultraedit", f"model={folder(GPT_J)}").editor.settings
     assert (settings["lr"], settings["batch_size"], settings["tokens"]) == (1e-6, 10, "ans")
-    assert composed("editor=ft_bf", f"model={folder(LLAMA_3)}").layer == "model.layers.21.mlp.down_proj"
+    assert composed("editor=ft_bf", f"model={folder(LLAMA_3)}").layer == "model.layers.22.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
@@ -296,6 +302,69 @@ def test_every_entry_names_its_source_and_only_options_that_its_editor_has() -> 
             parameters = inspect.signature(EDITORS.get(preset.editor)).parameters
             assert set(preset.options) <= set(parameters)
         assert preset.model != ANY_MODEL or not preset.layers
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_folder_of_a_models_configuration_gets_every_preset_of_the_model(
+    name: str, folder: MakeFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = MODELS[name]
+    sizes = {key: known[key] for key in ("hidden_size", "intermediate_size") if key in known}
+    length = {"max_position_embeddings": known["max_length"]} if "max_length" in known else {}
+    config = {"model_type": known["model_type"][0], "num_hidden_layers": known["n_layers"], **sizes, **length}
+    # Only its name tells Qwen 2 from Qwen 2.5.
+    model = folder(config, name if name.startswith("qwen2") else "of-my-own")
+    for editor in {preset.editor for preset in presets() if preset.model == name} & EDITORS.entries().keys():
+        chosen = choose(editor, model)
+        assert (chosen.budget, chosen.note, chosen.no_layer) == ("published", "", "")
+        sources = [preset for preset in presets() if (preset.editor, preset.model) == (editor, name)]
+        assert any(all(chosen.options.get(key) == value for key, value in preset.options.items()) for preset in sources)
+        if any(preset.layers for preset in sources):
+            assert number_of(chosen.layer or "") in {number_of(preset.layers[-1]) for preset in sources}
+            assert chosen.layer_note == ""
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"the published settings are not at {PUBLISHED}")
+def test_no_published_setting_is_missing() -> None:
+    rows = [json.loads(line) for line in PUBLISHED.read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in rows} <= {preset.source for preset in presets()}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (
+            {"options": {"n_itr": 3}},
+            "presets.jsonl:2: field 'options.n_itr': editor 'grace' has no such option; did you",
+        ),
+        ({"layers": ["transformer.h.48.mlp.c_fc"]}, "presets.jsonl:2: field 'layers': gpt2-xl has 48 blocks, and no"),
+        ({"layers": ["lm_head"]}, "presets.jsonl:2: field 'layers': gpt2-xl has 48 blocks, and no lm_head"),
+        ({"model": "gpt2-xxl"}, "presets.jsonl:2: field 'model': no model 'gpt2-xxl'; did you mean 'gpt2-xl'?"),
+        ({"model": "any", "layers": ["h.1"]}, "presets.jsonl:2: field 'layers': settings for any model name no layer"),
+        ({"sauce": "x"}, "presets.jsonl:2: is no preset"),
+    ],
+)
+def test_a_preset_that_cannot_hold_is_named(
+    entry: dict[str, Any], says: str, folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(str(model_presets._FOLDER), tmp_path / "published")
+    whole = {"editor": "grace", "model": "gpt2-xl", "layers": ["transformer.h.2.mlp.c_fc"], "source": "a/b@c:d"}
+    lines = [json.dumps(whole), json.dumps({**whole, **entry})]
+    (tmp_path / "published" / "presets.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(model_presets, "_FOLDER", tmp_path / "published")
+    presets.cache_clear()
+    try:
+        with pytest.raises(UserError) as caught:
+            composed("editor=grace", f"model={folder(GPT2_XL)}")
+    finally:
+        presets.cache_clear()
+    assert str(caught.value).startswith(says)
+
+
+def test_a_layer_that_the_model_lacks_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["run", "stream=toy", "editor=ft", "layer=nowhere.7", f"out={tmp_path}", "wandb.mode=disabled"]
+    assert main(given) == 2
+    assert "layer='nowhere.7' is not in the model" in capsys.readouterr().err
 
 
 def test_list_presets_shows_editor_model_layers_and_source(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def test_the_time_is_the_sum_of_its_phases_and_within_its_range(planned: tuple[s
     assert all(phase.seconds >= 0 and math.isfinite(phase.seconds) for phase in forecast.phases)
     assert 0 < forecast.seconds_low <= forecast.seconds <= forecast.seconds_high < math.inf
     assert 100 < forecast.rss_mb < 100_000
+    assert sum(forecast.memory_mb.values()) == pytest.approx(forecast.rss_mb)
+    assert forecast.memory_mb["weights of the model"] > 0
     assert forecast.disk_mb > 0
 
 

@@ -18,7 +18,7 @@ from grace_bench.launch.run_config import OPTIONS, RunConfig, default_options, h
 from grace_bench.launch.run_folder import read_plain_config, write_config
 from grace_bench.launch.sweep import sweep_name
 from grace_bench.models.tokens import TextFormat
-from grace_bench.run.settings import RunSettings, Schedule
+from grace_bench.run.settings import CapabilitySettings, RunSettings, Schedule
 
 TOY = ("stream=toy", "editor=grace")
 TOY_HASH = "1a09182c4e3f72ff475e571412fbb0f9b08d14296e8b5707d325f42ef94d98f4"
@@ -100,6 +100,7 @@ layer: null
 dtype: float32
 device: auto
 device_map: null
+load_in: null
 seed: 0
 split: edits
 order: null
@@ -130,6 +131,11 @@ protocol:
   locality_score: null
   stop: newline
   special_tokens: text
+capability:
+  tasks: null
+  every: null
+  limit: null
+  include_path: null
 out: runs
 existing: reuse
 wandb:
@@ -165,17 +171,24 @@ def test_every_setting_of_a_run_is_an_option_with_the_same_default() -> None:
     options = {setting_name(name): value for name, value in compose([*TOY, "tuned=none"]).options()}
     settings = {field.name: getattr(RunSettings(), field.name) for field in fields(RunSettings)}
     settings |= vars(settings.pop("schedule"))
+    assert settings.pop("capability") is options["capability_tasks"] is None
     assert {name: options[name] for name in settings} == settings
 
 
 def test_settings_take_the_values_of_the_options() -> None:
-    given = compose([*TOY, "seed=5", "max_edits=7", "max_upstream=null", "protocol.prefix_length=3", "engine=plain"])
+    given = compose(
+        [
+            *(*TOY, "seed=5", "max_edits=7", "max_upstream=null", "protocol.prefix_length=3", "engine=plain"),
+            *("capability.tasks=[blimp,piqa]", "capability.every=5", "capability.limit=9"),
+        ]
+    )
     assert run_settings(given) == RunSettings(
         seed=5,
         schedule=Schedule(max_edits=7, max_upstream=None),
         prefix_length=3,
         engine="plain",
         tuning_budget=given.tuning_budget,
+        capability=CapabilitySettings(tasks=["blimp", "piqa"], every=5, limit=9),
     )
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from grace_bench import load_edited
 from grace_bench.common.state import copied
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
@@ -250,3 +252,24 @@ def test_a_model_that_is_no_transformers_model_takes_no_device_map() -> None:
 def test_the_run_has_options_for_large_models() -> None:
     config = compose(["stream=toy", "device_map=auto", "batch_tokens=512"])
     assert (config.device_map, config.batch_tokens) == ("auto", 512)
+
+
+@each_place
+@each_family
+@pytest.mark.parametrize(("name", "dtype"), [("ft", None), ("ft", "bfloat16"), ("grace", None)])
+def test_an_offloaded_model_is_exported_whole(
+    name: str, dtype: str | None, family: str, place: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    exported = []
+    path = folder(family)
+    for how, model in (("plain", load(path, family)), ("offloaded", offload(path, family, place))):
+        editor = make(name, model)
+        editor.edit_text(PROMPTS[0], "Astana")
+        export = editor.export(tmp_path / how, dtype=dtype)
+        exported.append(load_file((export.folder if name == "ft" else export.folder / "model") / "model.safetensors"))
+        assert torch.is_tensor(load_edited(tmp_path / how, device="cpu")(torch.tensor([[5, 6, 7]])).logits)
+    # Weights that are shared and offloaded may be written twice.
+    assert exported[0].keys() <= exported[1].keys()
+    for weight, found in exported[0].items():
+        assert torch.allclose(found.float(), exported[1][weight].float(), atol=1e-5)
+        assert found.dtype == exported[1][weight].dtype

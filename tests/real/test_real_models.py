@@ -1,6 +1,10 @@
 """Three edits an editor on real pretrained weights and real data: what is edited holds, what is not is left alone."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 import pytest
 
 from grace_bench.data.stream import EditStream
+from grace_bench.evaluation.capability import CapabilityTasks
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.fingerprint import hash_tensors
 from grace_bench.registry import EDITORS
@@ -167,3 +172,47 @@ def test_a_real_bert_that_meets_a_later_era_is_corrected(
     if editor == "grace":
         assert value(result, "ERR") == value(result, "ES")
         assert value(result, "TRR") == result.before["TRR"]
+
+
+def lm_eval(model: Path, tasks: Path, out: Path) -> float:
+    """What the command `lm_eval` says of a model's grammar."""
+    command = [
+        *(sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32"),
+        *("--tasks", "grammar", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "16"),
+        *("--output_path", str(out)),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    (results,) = out.rglob("results_*.json")
+    return float(json.loads(results.read_text())["results"]["grammar"]["acc,none"])
+
+
+@facts
+@needs_shared
+def test_capability_is_what_the_command_lm_eval_says_of_the_model_before_and_of_its_export_after(
+    smollm2: Callable[[str, str], EditableModel], tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "grammar.yaml").write_text(
+        f"""
+task: grammar
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {SHARED / "blimp_sample.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: ""
+target_delimiter: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+metric_list: [{{metric: acc}}]
+"""
+    )
+    model = smollm2(MIDDLE, "completion")
+    model.task.batch_size = 16
+    capability = CapabilityTasks(["grammar"], folders=[tasks])
+    assert capability.measure(model)["grammar"].value == lm_eval(folder_of("smollm2-135m"), tasks, tmp_path / "before")
+    with EDITORS.get("ft")(model=model, lr=3e-3, n_iter=20) as editor:
+        editor.edit_text("The capital of Peru is", "Rome")
+        after = capability.measure(model)["grammar"].value
+        editor.export(tmp_path / "exported")
+    assert after == lm_eval(tmp_path / "exported", tasks, tmp_path / "after")

@@ -47,6 +47,7 @@ def opened_length(model: EditableModel, stream: EditStream, **settings: Any) -> 
         dtype="float32",
         device="cpu",
         device_map=None,
+        load_in=None,
         progress=None,
     ) as opened:
         assert opened.benchmark.max_new_tokens == opened.model.task.max_new_tokens

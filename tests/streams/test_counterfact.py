@@ -98,6 +98,52 @@ def test_portability_is_read_where_given(tmp_path: Path) -> None:
     assert error_of(path) == f"{path}:1: field 'portability.New Answer': is missing"
 
 
+def test_a_record_without_a_case_id_has_its_number(tmp_path: Path) -> None:
+    path = lines(tmp_path, record(7, case_id=...), record(8, case_id=...))
+    assert [request.id for request in CounterFact(path=path).load().edits] == ["1", "2"]
+
+
+def knowedit(number: int, /, **changes: Any) -> dict[str, Any]:
+    made = record(number, case_id=..., rephrase_prompt=..., locality_prompt=..., locality_ground_truth=...)
+    nested = {
+        "ground_truth": ["French", "Français"],
+        "rephrase": [f"Person{number} grew up speaking"],
+        "portability": {"Reasoning": [{"prompt": f"Person{number} writes in", "ground_truth": [["English"]]}]},
+        "locality": {
+            "Relation_Specificity": [{"prompt": f"Person{number} was born in", "ground_truth": [["Lyon", "Lugdunum"]]}],
+            "Forgetfulness": [{"prompt": f"Person{number} also spoke", "ground_truth": []}],
+        },
+    }
+    return {name: value for name, value in {**made, **nested, **changes}.items() if value is not ...}
+
+
+def test_knowedits_records_are_read(tmp_path: Path) -> None:
+    data = CounterFact(path=lines(tmp_path, knowedit(1), knowedit(2, portability=..., rephrase=...))).load()
+    first, second = data.edits
+    assert (first.id, first.target, first.contrast) == ("1", "English", ("English", "French"))
+    assert first.rephrases == ("Person1 grew up speaking",)
+    (probe,) = first.locality
+    assert (probe.prompt, probe.target, probe.gold) == ("Person1 was born in", None, ("Lyon",))
+    assert probe.contrast == ("Lyon", "English")
+    assert first.portability == (Probe(prompt="Person1 writes in", target="English"),)
+    assert (second.rephrases, second.portability) == ((), ())
+    assert [request.prompt for request in data.upstream] == ["Person1 was born in", "Person2 was born in"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"locality": {"K": [{"prompt": "p"}]}}, "field 'locality.K[0].ground_truth': is missing"),
+        ({"locality": {"K": "p"}}, "field 'locality.K': should be a list, not text"),
+        ({"portability": {"K": [{"ground_truth": "p"}]}}, "field 'portability.K[0].prompt': is missing"),
+        ({"subject": "Person9"}, "field 'subject': does not occur in the prompt"),
+    ],
+)
+def test_a_damaged_record_of_knowedits_is_named(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    path = lines(tmp_path, knowedit(0), knowedit(1, **change))
+    assert error_of(path).startswith(f"{path}:2: {says}")
+
+
 def test_an_array_gives_the_same_data_as_lines(tmp_path: Path) -> None:
     records = [record(number) for number in range(5)]
     array = tmp_path / "counterfact.json"

@@ -47,6 +47,18 @@ def locft(number: int, /, **changes: Any) -> dict[str, Any]:
     return changed(made, changes)
 
 
+def ultraedit(number: int, /, **changes: Any) -> dict[str, Any]:
+    made = {
+        "prompt": f"Who leads Country{number}?",
+        "ans": f"Person{number}",
+        "subject": f"Country{number}",
+        "rephrase_prompt": f"Who is the head of Country{number}?",
+        "loc": f"Who leads Neighbour{number}?",
+        "loc_ans": f"Other{number}",
+    }
+    return changed(made, changes)
+
+
 def array(folder: Path, *records: dict[str, Any], name: str = "wiki_big_edit_20240201_20240220.json") -> str:
     path = folder / name
     path.write_text(json.dumps(records), encoding="utf-8")
@@ -111,7 +123,15 @@ def test_optional_questions_may_be_null_blank_or_absent(tmp_path: Path, nothing:
     assert data.holdout == data.upstream == ()
 
 
-@pytest.mark.parametrize("make", [authors, locft])
+def test_ultraeditbench_is_read_from_lines_as_its_script_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "UltraEditBench_2M.json"
+    path.write_text("".join(json.dumps(ultraedit(number)) + "\n" for number in (1, 2)), encoding="utf-8")
+    assert WikiBigEdit(path=str(path)).load() == WikiBigEdit(path=array(tmp_path, locft(1), locft(2))).load()
+    path.write_text(json.dumps(ultraedit(1)) + "\n" + json.dumps(ultraedit(2, loc_ans=...)), encoding="utf-8")
+    assert error_of(str(path)) == f"{path}:2: field 'loc_ans': is missing, while 'loc' is given"
+
+
+@pytest.mark.parametrize("make", [authors, locft, ultraedit])
 def test_the_target_of_locality_may_be_the_gold_answer(tmp_path: Path, make: Any) -> None:
     (request,) = WikiBigEdit(path=array(tmp_path, make(7)), locality_target="gold").load().edits
     assert [(probe.prompt, probe.target) for probe in request.locality] == [("Who leads Neighbour7?", "Other7")]
@@ -151,11 +171,11 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(
     assert (len(data.edits), data.left_out) == (1, {"broken": 1})
 
 
-def test_a_record_of_neither_format_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_record_of_no_format_is_refused_with_all(tmp_path: Path) -> None:
     path = array(tmp_path, {"question": "q", "answer": "a"})
     assert error_of(path) == (
         f"{path}:1: record 1: is a record of none of the formats read here (the authors': ans, update; "
-        f"LocFT: prompt, target_new)"
+        f"LocFT: prompt, target_new; UltraEditBench: ans, prompt)"
     )
 
 

@@ -258,6 +258,27 @@ def test_knowedits_nested_probes_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_fever_is_read_as_malmen_and_ultraedit_have_it(tmp_path: Path) -> None:
+    record: dict[str, Any] = {
+        "prompt": "Person1 wrote Book1.",
+        "alt": "REFUTES",
+        "equiv_prompt": ["Book1 was written by Person1.", "Person1 is the author of Book1."],
+        "unrel_prompt": "Person2 is a poet.",
+        "unrel_ans": "SUPPORTS",
+        "pred": "SUPPORTS",
+    }
+    data = Zsre(path=lines(tmp_path, record), task="completion", locality_target="gold").load()
+    (request,) = data.edits
+    assert (request.prompt, request.target, list(request.rephrases)) == (
+        record["prompt"],
+        "REFUTES",
+        record["equiv_prompt"],
+    )
+    assert [(probe.prompt, probe.target) for probe in request.locality] == [("Person2 is a poet.", "SUPPORTS")]
+    del record["unrel_ans"]
+    assert error_of(path=lines(tmp_path, record)).endswith(":1: field 'unrel_ans': is missing")
+
+
 def test_a_portability_question_without_an_answer_is_left_out_and_its_record_kept(tmp_path: Path) -> None:
     asked = [{"prompt": "a?", "ground_truth": []}, {"prompt": "b?", "ground_truth": ["b"]}]
     asked += [{"prompt": "c?", "ground_truth": [[]]}, {"prompt": "d?", "ground_truth": " "}]

@@ -559,3 +559,16 @@ def test_questions_in_zsres_form_are_edited_in_a_causal_model(
         sum(record["target"] in record[text].split() for record in edits) for text in ("before_text", "after_text")
     )
     assert n_after > n_before
+
+
+@pytest.mark.parametrize(("name", "kept"), [("memit", 1), ("emmet", 1), ("alphaedit", 3)])
+def test_the_matrices_of_each_layer_are_counted_before_a_run(
+    name: str, kept: int, make_editor: Callable[..., Any], make_model: Callable[..., EditableModel]
+) -> None:
+    with make_editor(name, make_model("completion")) as editor:
+        sizes = [editor.weight_of(path).shape[1] ** 2 for path in editor.paths]
+        options = {"history": True} if getattr(editor, "history", False) else {}
+        assert editor.matrix_bytes() == {
+            "second moments": 4 * sum(sizes),
+            "factors and projections": 8 * ((kept + len(options)) * sum(sizes) + 2 * max(sizes)),
+        }
