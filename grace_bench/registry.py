@@ -113,7 +113,7 @@ class Registry(Generic[T]):
     def entries(self) -> dict[str, Entry]:
         """Returns every entry by name: the package's own, then entry points, then those of this process alone."""
         found = dict(self._scan().entries)
-        for point in sorted(entry_points(group=self.package), key=lambda point: point.name):
+        for point in _entry_points(self.package, tuple(sys.path)):
             if point.name not in found and _NAME.fullmatch(point.name):
                 found[point.name] = _entry_of(point)
         for name, cls in sorted(self._classes.items()):
@@ -240,6 +240,12 @@ class Registry(Generic[T]):
         if problem not in self._reported:
             self._reported.add(problem)
             print(f"grace-bench: {problem}", file=sys.stderr)
+
+
+@cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group on `sys.path`, by name. Each search reads the metadata of every installed package."""
+    return tuple(sorted(entry_points(group=group), key=lambda point: point.name))
 
 
 def _entry_of(point: EntryPoint) -> Entry:

@@ -74,7 +74,7 @@ LAYERS = {
 }
 
 # Examples are the same every time, however busy the machine is, so a failing test fails for everyone.
-for profile, n_examples in (("steady", 25), ("thorough", 400)):
+for profile, n_examples in (("steady", 15), ("thorough", 400)):
     settings.register_profile(
         profile,
         max_examples=n_examples,
@@ -125,7 +125,7 @@ def word_tokenizer() -> Any:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model(word_tokenizer: Any) -> MakeModel:
     """A BERT for classification, a T5 for questions, a GPT-2 for the causal tasks, each with about 50,000 weights."""
 
@@ -183,7 +183,7 @@ def make_model(word_tokenizer: Any) -> MakeModel:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_requests() -> Callable[[str], list[EditRequest]]:
     """Six requests for a task, including the fields that only an evaluation may read."""
 
@@ -193,7 +193,7 @@ def make_requests() -> Callable[[str], list[EditRequest]]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_train() -> Callable[[str], list[EditRequest]]:
     """Four requests for a task, about other facts than `make_requests`, for the role `train`."""
 
@@ -214,7 +214,7 @@ class MakeCausal(Protocol):
     ) -> EditableModel: ...
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_causal(word_tokenizer: Any) -> MakeCausal:
     """A GPT-2 of `Conv1D` or a Llama of `nn.Linear`, of width 32; the edited layer ends the second block's network."""
 
@@ -255,7 +255,7 @@ RUNNING_TEXT = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(1
 """More tokens than a layer's input of `make_causal` is wide."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_prepared() -> Callable[..., Any]:
     """Makes a registered editor that has prepared on running text, with few prefixes."""
 
@@ -268,7 +268,7 @@ def make_prepared() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def passes_through() -> Callable[[EditableModel, str, str], tuple[Tensor, Tensor]]:
     """Gives what enters and leaves a layer when the model reads a text alone: (T, D_in) and (T, D_out) float64."""
 
@@ -286,7 +286,7 @@ def passes_through() -> Callable[[EditableModel, str, str], tuple[Tensor, Tensor
     return read
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch_of() -> Callable[[EditableModel, Sequence[EditRequest]], EditBatch]:
     """Makes the batch that an editor which needs subjects receives for requests."""
 
@@ -337,7 +337,7 @@ QUICK: dict[str, dict[str, Any]] = {
 """Options that keep edits and preparation short on these tiny models."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[..., EditorStrategy]:
     """Makes a registered editor, or a subclass `cls` of it, ready for its first edit."""
 
@@ -409,7 +409,7 @@ class Facts(EditStream):
         )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_facts(
     make_model: MakeModel,
     make_requests: Callable[[str], list[EditRequest]],
@@ -454,7 +454,7 @@ def run_facts(
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the lm-eval task `capitals`: four questions with the same four answers, each right once."""
     answers = {"France": "Paris", "Kazakhstan": "Astana", "Italy": "Rome", "Peru": "Lima"}
@@ -516,7 +516,7 @@ def _request(task: str, fact: tuple[str, str, str, int]) -> EditRequest:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def calls_of() -> Callable[[EditableModel, str], AbstractContextManager[list[None]]]:
     """A context manager that gives a list, which grows by one with each forward pass of a module."""
 

@@ -18,11 +18,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
 EVERYWHERE = """
+import os
+import runpy
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import perfect
+os.chdir("example")
+runpy.run_path("perfect.py", run_name="__main__")
+os.chdir("..")
+for stream in (sys.stdout, sys.stderr):
+    print("END OF THE EXAMPLE", file=stream, flush=True)
+
 from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.cli import main
 from grace_bench.results.reading import read_result
@@ -50,11 +57,9 @@ def block(language: str) -> str:
 
 
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    (folder / "perfect.py").write_text(block("python"), encoding="utf-8")
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     # With W&B's variables it would hand its records to the process of an earlier test.
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {**own, "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "offline"}
+    environment = {**own, "COLUMNS": "120", "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -68,17 +73,29 @@ def without_times(text: str) -> list[str]:
     return [" ".join(line.split()) for line in lines if line and "──" not in line]
 
 
-def test_the_example_runs_as_it_stands_and_prints_what_the_guide_says(tmp_path: Path) -> None:
-    done = run(tmp_path, "perfect.py")
-    assert without_times(done.stderr + done.stdout) == without_times(block("text"))
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], list[str]]:
+    """The folder of a process that runs the example and then others with its metric, and what each part printed."""
+    folder = tmp_path_factory.mktemp("everywhere")
+    (folder / "example").mkdir()
+    (folder / "example" / "perfect.py").write_text(block("python"), encoding="utf-8")
+    (folder / "everywhere.py").write_text(EVERYWHERE, encoding="utf-8")
+    ended = run(folder, "everywhere.py")
+    return folder, *(stream.split("END OF THE EXAMPLE\n") for stream in (ended.stdout, ended.stderr))
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(done: tuple[Path, list[str], list[str]]) -> tuple[Path, str]:
     """A folder of runs measured with the guide's metric and all that was made from them, and what the runs printed."""
-    folder = tmp_path_factory.mktemp("everywhere")
-    (folder / "everywhere.py").write_text(EVERYWHERE, encoding="utf-8")
-    return folder, run(folder, "everywhere.py").stderr
+    folder, _, (_, printed) = done
+    return folder, printed
+
+
+def test_the_example_runs_as_it_stands_and_prints_what_the_guide_says(
+    done: tuple[Path, list[str], list[str]],
+) -> None:
+    _, (out, _), (err, _) = done
+    assert without_times(err + out) == without_times(block("text"))
 
 
 def last_value(folder: Path, editor: str) -> float:

@@ -12,13 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -30,6 +28,7 @@ import grace_bench.streams
 from grace_bench.cli import main
 from grace_bench.common.scores import PANEL
 from grace_bench.launch.compose import compose
+from grace_bench.launch.demo import demo_config, demo_pairs
 from grace_bench.launch.run_config import hash_config
 from grace_bench.launch.run_folder import folder_of, read_plain_config, write_config
 from grace_bench.models.editable import EditableModel
@@ -37,28 +36,13 @@ from grace_bench.models.zoo import known_models
 from grace_bench.registry import EDITORS, METRICS, STREAMS
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
+from helpers import Done, cli, read_lines, sends
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 CHECKPOINTS = Path(next(iter(grace_bench.streams.__path__))) / "checkpoints"
 SMALL = ("stream=toy", "max_edits=3", "eval_every=2", "max_upstream=40", "wandb.mode=disabled")
 EDITED_BY = ("ft", "grace", "none")
 RUN_FILES = {"config.yaml", "edits.jsonl", "metrics.jsonl", "predictions.parquet", "editor", "result.json"}
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def cli(*arguments: str) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 def process(*command: str | Path, cwd: Path) -> Done:
@@ -68,10 +52,6 @@ def process(*command: str | Path, cwd: Path) -> Done:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_folders(out: Path) -> list[Path]:
@@ -151,7 +131,7 @@ def test_every_run_of_a_sweep_is_what_its_result_says(sweep: Sweep) -> None:
 
 @each_run
 def test_the_result_says_what_the_lines_of_edits_say(sweep: Sweep, editor: str, seed: int) -> None:
-    records, result = lines(sweep.folder(editor, seed) / "edits.jsonl"), sweep.result(editor, seed)
+    records, result = read_lines(sweep.folder(editor, seed) / "edits.jsonl"), sweep.result(editor, seed)
     edited = [record for record in records if record["edited"]]
     assert len(edited) == result.metrics["n_edits"] == 3
     assert len(records) == result.metrics["n_candidates"]
@@ -166,7 +146,7 @@ def test_the_result_says_what_the_lines_of_edits_say(sweep: Sweep, editor: str, 
 @each_run
 def test_every_line_of_metrics_is_the_mean_of_its_predictions(sweep: Sweep, editor: str, seed: int) -> None:
     folder, result = sweep.folder(editor, seed), sweep.result(editor, seed)
-    measured = lines(folder / "metrics.jsonl")
+    measured = read_lines(folder / "metrics.jsonl")
     table = pd.read_parquet(folder / "predictions.parquet")
     assert [line["n_edits"] for line in measured] == [0, 2, 3] == sorted(set(table["n_edits"]))
     for line in measured:
@@ -178,7 +158,7 @@ def test_every_line_of_metrics_is_the_mean_of_its_predictions(sweep: Sweep, edit
     assert result.before["TRR"] == measured[0]["TRR"]
     has_text = table.groupby("n_edits")["text"].apply(lambda texts: bool(texts.notna().all()))
     assert has_text.to_dict() == {0: True, 2: False, 3: True}
-    edited = {record["id"] for record in lines(folder / "edits.jsonl") if record["edited"]}
+    edited = {record["id"] for record in read_lines(folder / "edits.jsonl") if record["edited"]}
     last = table[(table["n_edits"] == 3) & (table["stream"] == "edited")]
     assert sorted(last["request_id"]) == sorted(edited)
     assert table[table["n_edits"] == 0]["stream"].tolist() == ["upstream"] * 40
@@ -298,7 +278,7 @@ def test_a_label_that_the_model_lacks_is_named_with_its_place_or_left_out_and_co
     (folder,) = run_folders(runs)
     result = _result(folder)
     assert (result.stream.left_out, result.stream.n_candidates) == ({"broken": 2}, 4)
-    assert {line["id"] for line in lines(folder / "edits.jsonl")} == {"0", "1", "3", "5"}
+    assert {line["id"] for line in read_lines(folder / "edits.jsonl")} == {"0", "1", "3", "5"}
     # The run is still of these requests, for whoever reads them without the model.
     assert "finished before" in cli(*given, "stream.on_error=skip", *rest).out
     checked = cli("check", str(folder))
@@ -344,7 +324,13 @@ def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
     assert config.tuning_budget == preset["tuning_budget"]
 
 
-@pytest.mark.parametrize("name", TUNED)
+# One editor of each stream.
+SHOWN = {name.partition("_")[0]: name for name in TUNED}.values()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in TUNED]
+)
 def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     stream, _, editor = name.partition("_")
     preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -698,7 +684,7 @@ def test_every_format_shows_every_editor_with_its_figures(sweep: Sweep, fmt: str
 @pytest.mark.parametrize("editor", ["ft", "grace"])
 def test_show_tells_of_an_edited_request_before_after_and_now(sweep: Sweep, editor: str) -> None:
     folder = sweep.folder(editor, 0)
-    record = next(record for record in lines(folder / "edits.jsonl") if record["edited"])
+    record = next(record for record in read_lines(folder / "edits.jsonl") if record["edited"])
     table = pd.read_parquet(folder / "predictions.parquet")
     at_the_end = (table["n_edits"] == 3) & (table["stream"] == "edited") & (table["request_id"] == record["id"])
     (now,) = table[at_the_end].to_dict("records")
@@ -717,7 +703,7 @@ def test_show_tells_of_an_edited_request_before_after_and_now(sweep: Sweep, edit
 
 def test_show_tells_of_a_request_that_needed_no_edit(sweep: Sweep) -> None:
     folder = sweep.folder("ft", 1)
-    (record, *_) = (record for record in lines(folder / "edits.jsonl") if not record["edited"])
+    (record, *_) = (record for record in read_lines(folder / "edits.jsonl") if not record["edited"])
     done = cli("show", str(folder), record["id"])
     assert (done.code, done.err) == (0, "")
     told = [" ".join(line.split()) for line in done.out.splitlines()]
@@ -728,7 +714,7 @@ def test_show_tells_of_a_request_that_needed_no_edit(sweep: Sweep) -> None:
 
 def test_show_of_an_unknown_id_names_the_closest(sweep: Sweep) -> None:
     folder = sweep.folder("ft", 0)
-    known = lines(folder / "edits.jsonl")[0]["id"]
+    known = read_lines(folder / "edits.jsonl")[0]["id"]
     assert_one_line(cli("show", str(folder), f"{known}x"), f"no candidate '{known}x'", f"did you mean '{known}'?")
 
 
@@ -745,7 +731,7 @@ def test_show_names_the_file_that_is_damaged(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(sweep.folder("none", 0), folder)
-    known = lines(folder / "edits.jsonl")[0]["id"]
+    known = read_lines(folder / "edits.jsonl")[0]["id"]
     (folder / file).write_bytes(content)
     assert_one_line(cli("show", str(folder), known), str(folder), says)
 
@@ -808,24 +794,51 @@ def test_the_networks_that_ship_are_found_without_a_cache(
 # --- demo, pretrain --------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_runs_every_editor_and_says_where_the_files_are(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    interrupted = folder_of(compose(["stream=atlas-facts", "editor=none", "max_edits=1", f"out={out}"]))
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Makes the demo start one process: each imports for seconds."""
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(usable)})
+    yield
+    os.sched_setaffinity(0, usable)
+
+
+def run_demo(out: Path, editors: set[str]) -> Done:
+    """Runs the demo where one of its runs was interrupted, and checks what it leaves and prints."""
+    interrupted = folder_of(demo_config("atlas-facts", "none", out=str(out), n_edits=1))
     interrupted.mkdir(parents=True)
     done = cli("demo", "--edits", "1", "--out", str(out))
     assert done.code == 0, done.err
     assert (interrupted / "result.json").is_file()
     results = {(r.stream.name, r.editor.name): r for r in map(_result, run_folders(out))}
-    assert results.keys() == {("atlas-facts", name) for name in EDITORS.entries()}
+    assert results.keys() == {("atlas-facts", name) for name in editors}
     for (_, name), result in results.items():
         (row,) = (line for line in done.out.splitlines() if line.split()[:1] == [name])
         assert f"{result.metrics['TRR']:.3f}" in row
         assert f"{result.metrics['ERR']:.3f}" in row
         assert result.metrics["n_edits"] == 1
         assert result.metrics["TRR"] == result.before["TRR"] or name != "none"
+    return done
+
+
+def test_the_demo_says_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_core: None) -> None:
+    registered = {name: EDITORS.get(name) for name in ("grace", "none")}
+    monkeypatch.setattr(EDITORS, "classes", lambda: registered)
+    out = tmp_path / "demo"
+    done = run_demo(out, set(registered))
     assert f"Run folders: {out}" in done.out
     assert f"grace-bench leaderboard {out}" in done.out
     assert cli("leaderboard", str(out)).out.rstrip() in done.out
+
+
+def test_the_demo_is_of_every_editor() -> None:
+    assert {editor for _, editor in demo_pairs()} == set(EDITORS.entries())
+    assert {stream for stream, _ in demo_pairs()} == {"atlas-facts"}
+
+
+@pytest.mark.slow
+def test_the_demo_runs_every_editor(tmp_path: Path) -> None:
+    run_demo(tmp_path / "demo", set(EDITORS.entries()))
 
 
 def test_pretraining_makes_a_model_that_a_run_takes_and_reaches_the_shipped_figures(tmp_path: Path) -> None:
@@ -905,6 +918,42 @@ def test_a_finished_run_ends_in_its_figures_and_its_folder(tmp_path: Path) -> No
         assert math.isclose(float(told[name]), value, abs_tol=5e-4)
 
 
+@contextlib.contextmanager
+def stderr_in(path: Path) -> Iterator[None]:
+    """Sends what is written to standard error to a file, also by its descriptor, as a signal handler does."""
+    before = os.dup(2)
+    with path.open("wb", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with contextlib.redirect_stderr(io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)):
+                yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinished(tmp_path: Path) -> None:
+    # So many steps that the first edit is still going on when the interrupts arrive.
+    arguments = ["run", *SMALL, f"out={tmp_path / 'runs'}", "editor=grace", "editor.n_iter=10000000"]
+    err, out = tmp_path / "err", io.StringIO()
+    with (
+        stderr_in(err),
+        # The first checkpoint is written right after the first line of progress.
+        sends(signal.SIGINT, when=lambda: any((tmp_path / "runs").glob("*/*/*/*/checkpoint/000001"))),
+        sends(signal.SIGINT, when=lambda: "grace-bench: stopping after" in err.read_text()),
+        contextlib.redirect_stdout(out),
+    ):
+        assert main(arguments) == 130
+    first, waiting, last = err.read_text().splitlines()
+    assert first.startswith("grace on toy: 0/3, 0 edits"), first
+    assert waiting.startswith("grace-bench: stopping after the current edit or evaluation"), waiting
+    assert (out.getvalue(), last) == ("", "grace-bench: interrupted")
+    (folder,) = (tmp_path / "runs" / "toy" / "toy" / "grace").iterdir()
+    assert not (folder / "result.json").exists()
+    ways = f"`grace-bench resume {folder}`", "existing=resume", "existing=rerun"
+    assert_one_line(cli(*arguments), "holds an unfinished run", *ways)
+
+
 # --- as a process ----------------------------------------------------------------------------------------------------
 
 HEAVY = {"torch", "avalanche", "transformers", "datasets", "wandb", "hydra", "pandas", "pyarrow"}
@@ -947,36 +996,6 @@ def test_a_reader_that_goes_away_is_no_failure(tmp_path: Path, arguments: list[s
             [str(SCRIPT), *arguments], cwd=tmp_path, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_second_interrupt_stops_at_once_with_130_and_the_run_is_then_unfinished(tmp_path: Path) -> None:
-    # So many steps that the first edit is still going on when the interrupts arrive.
-    arguments = ["run", *SMALL, f"out={tmp_path / 'runs'}", "editor=grace", "editor.n_iter=10000000"]
-    running = subprocess.Popen(
-        [str(SCRIPT), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert running.stderr is not None
-        first = running.stderr.readline()
-        assert first.startswith("grace on toy: 0/3, 0 edits"), first
-        # The first checkpoint is written right after that line.
-        while not any((tmp_path / "runs").glob("*/*/*/*/checkpoint/000001")):
-            assert running.poll() is None
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        waiting = running.stderr.readline()
-        assert waiting.startswith("grace-bench: stopping after the current edit or evaluation"), waiting
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
-    finally:
-        running.kill()
-        running.wait()
-    assert running.returncode == 130
-    assert (out, err) == ("", "grace-bench: interrupted\n")
-    (folder,) = (tmp_path / "runs" / "toy" / "toy" / "grace").iterdir()
-    assert not (folder / "result.json").exists()
-    ways = f"`grace-bench resume {folder}`", "existing=resume", "existing=rerun"
-    assert_one_line(cli(*arguments), "holds an unfinished run", *ways)
 
 
 def test_a_mistake_shows_where_it_was_found_if_the_environment_asks_for_it(

@@ -33,7 +33,7 @@ SECONDS = 20
 """No case may take longer, on a busy machine."""
 LONGEST_LINE = 1000
 DRAWN = 1000
-IN_CI = 25
+IN_CI = 15
 AS_PROCESSES = 12
 TOLD = ("left out", "dropped", "retried, after it failed", "not compared")
 """What is said where something is passed over and counted."""

@@ -14,6 +14,7 @@ from grace_bench.common.processes import side_by_side
 from grace_bench.common.terminal import say
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
+from grace_bench.launch.run_config import RunConfig
 from grace_bench.launch.run_folder import folder_of, run_or_reuse
 from grace_bench.registry import EDITORS, STREAMS
 
@@ -34,12 +35,12 @@ def demo(out: Path, *, n_edits: int) -> None:
         raise UserError(f"out={out}: Not a directory")
     if find_spec("lm_eval") is None:
         say("Without lm-eval there is no column Capability: pip install 'grace-bench[capability]'")
-    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), _pairs())
+    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), demo_pairs())
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
 
-def _pairs() -> Iterator[tuple[str, str]]:
+def demo_pairs() -> Iterator[tuple[str, str]]:
     """Each editor with the first demo stream it works on, and the reference editors with every stream so chosen."""
     streams = {name: stream for name, stream in STREAMS.classes().items() if stream.in_demo}
     editors = EDITORS.classes()
@@ -59,12 +60,16 @@ def _works_on(editor: Any, stream: Any) -> bool:
     return stream.task in editor.supported_tasks and (stream.ships_networks or not editor.needs_meta_training)
 
 
-def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
-    """Carries out one run and returns its folder."""
-    stream, editor = pair
+def demo_config(stream: str, editor: str, *, out: str, n_edits: int) -> RunConfig:
+    """Returns the configuration of one of the demo's runs."""
     config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}", *_capability_of(stream)])
     # Not as overrides: a path may hold characters that their grammar gives a meaning. And an interrupted demo resumes.
-    config = replace(config, out=out, existing="resume")
+    return replace(config, out=out, existing="resume")
+
+
+def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
+    """Carries out one run and returns its folder."""
+    config = demo_config(*pair, out=out, n_edits=n_edits)
     # Several runs cannot each move a bar in one terminal.
     run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)

@@ -1,10 +1,7 @@
 """Figures: what is drawn is what runs and models say, files are the same for the same content, names do no harm."""
 
-import contextlib
-import io
 import json
 import shutil
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,24 +16,9 @@ from grace_bench.analysis.figures.of_runs import (
     draw_curves,
     read_groups,
 )
-from grace_bench.cli import main
+from helpers import axes_of, cli, texts_of
 
 SMALL = ("stream=toy", "max_edits=6", "eval_every=2", "max_upstream=40", "wandb.mode=disabled")
-
-
-def cli(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
-
-
-def texts(svg: Path) -> str:
-    return " ".join("".join(node.itertext()) for node in ET.parse(svg).iter() if node.tag.endswith("}text"))
-
-
-def axes_of(figure: Any, title: str) -> Any:
-    return next(axes for axes in figure.axes if axes.get_title() == title)
 
 
 def line_of(axes: Any, label: str) -> Any:
@@ -71,7 +53,7 @@ def test_runs_under_two_protocols_have_figures_of_their_own(runs: Path, tmp_path
     drawn = draw_curves([tmp_path / "runs"], tmp_path / "figures")
     names = sorted(path.name for path in drawn if path.suffix == ".svg")
     assert names == ["curves-toy-protocol.eval-every-2.svg", "curves-toy-protocol.eval-every-7.svg"]
-    assert "protocol.eval_every=7" in texts(tmp_path / "figures" / names[1])
+    assert "protocol.eval_every=7" in texts_of(tmp_path / "figures" / names[1])
 
 
 def test_curves_show_the_mean_over_seeds_of_what_the_runs_say(runs: Path, group: Group) -> None:
@@ -134,7 +116,7 @@ def test_curves_by_command_are_an_svg_and_a_png_that_name_editors_seeds_and_prot
     assert code == 0, err
     svg, png = (Path(line) for line in out.splitlines())
     assert (svg.name, png.name) == ("curves-toy.svg", "curves-toy.png")
-    shown = texts(svg)
+    shown = texts_of(svg)
     for word in ("none", "grace", "ft", "TRR", "ERR", "Holdout", "seeds 0, 1", "Protocol 1", "at most 6 edits"):
         assert word in shown
     assert Image.open(png).size[0] > 1000
@@ -160,7 +142,7 @@ def test_names_are_shown_letter_by_letter(runs: Path, tmp_path: Path) -> None:
         (copied / "result.json").write_text(json.dumps(result))
     assert cli("figure", "curves", str(tmp_path / "runs"), "--out", str(tmp_path / "made"))[0] == 0
     (svg,) = (tmp_path / "made").glob("*.svg")
-    assert "$x^{ \\frac </text> & �[1m�" in texts(svg)
+    assert "$x^{ \\frac </text> & �[1m�" in texts_of(svg)
 
 
 def test_other_files_in_the_folder_stay(runs: Path, tmp_path: Path) -> None:
@@ -213,4 +195,4 @@ def test_perplexities_of_several_magnitudes_are_drawn_on_a_logarithmic_axis(runs
     assert axes.get_yscale() == "log"
     assert "perplexity" in axes.get_ylabel()
     save(axes.figure, tmp_path, "curves")
-    assert "100000" in texts(tmp_path / "curves.svg")
+    assert "100000" in texts_of(tmp_path / "curves.svg")

@@ -1,7 +1,5 @@
 """The report in a real browser: it sorts, filters and toggles, asks for nothing, and shows texts as they are."""
 
-import contextlib
-import io
 import json
 import math
 import re
@@ -24,8 +22,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.analysis.leaderboard import Leaderboard, compare_rows
 from grace_bench.analysis.report import MAX_POINTS, read_runs, render_report
-from grace_bench.cli import main
 from grace_bench.registry import EDITORS as REGISTERED
+from helpers import cli
 
 EDITORS = ("none", "ft", "grace")
 SEEDS = (0, 1)
@@ -35,13 +33,6 @@ needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium a
 SCRIPT = "<script>window.hacked=1</script>"
 BREAKOUT = '</script><img src=x onerror="window.hacked=1">'
 CONTROLS = "\x1b[31mred\u202e\x00"
-
-
-def cli(*arguments: str | Path) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return code, out.getvalue(), err.getvalue()
 
 
 def copy_run(source: Path, target: Path, change: Callable[[dict[str, Any]], None] = lambda record: None) -> Path:

@@ -182,7 +182,11 @@ def test_the_interval_is_that_of_the_normal_distribution_where_there_are_many_re
 @pytest.mark.parametrize(
     ("kind", "n_experiments", "least", "most"),
     # 99.8 % of such numbers of experiments lie between least and most.
-    [("one seed", 200, 2, 21), ("three seeds", 80, 0, 11), ("Avg", 80, 0, 11)],
+    [
+        pytest.param("one seed", 200, 2, 21, marks=pytest.mark.slow),
+        ("three seeds", 80, 0, 11),
+        pytest.param("Avg", 80, 0, 11, marks=pytest.mark.slow),
+    ],
 )
 def test_where_nothing_differs_about_one_in_twenty_is_significant(
     kind: str, n_experiments: int, least: int, most: int, tmp_path: Path
@@ -203,6 +207,7 @@ def test_where_nothing_differs_about_one_in_twenty_is_significant(
     assert np.mean([comparison.p_value < 0.5 for comparison in found]) == pytest.approx(0.5, abs=0.17)
 
 
+@pytest.mark.slow
 def test_an_editor_that_only_varies_with_the_seed_is_rarely_called_different(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
 

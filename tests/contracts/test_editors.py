@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -75,6 +76,26 @@ def apply(editor: EditorStrategy, requests: list[EditRequest]) -> list[EditOutco
         else editor.edit_text(request.prompt, request.target)
         for request in requests
     ]
+
+
+Edited = Callable[..., tuple[EditableModel, EditorStrategy]]
+
+
+@pytest.fixture(scope="module")
+def edited(make_editor: MakeEditor, make_model: MakeModel, make_requests: MakeRequests) -> Iterator[Edited]:
+    """Gives a model and the editor that made the first two edits in it, for tests that change neither."""
+    made: dict[tuple[str, ...], tuple[EditableModel, EditorStrategy]] = {}
+    with ExitStack() as stack:
+
+        def give(name: str, task: str, **variant: Any) -> tuple[EditableModel, EditorStrategy]:
+            key = name, task, str(variant)
+            if key not in made:
+                model = make_model(task, **variant)
+                made[key] = model, stack.enter_context(make_editor(name, model))
+                apply(made[key][1], make_requests(task)[:2])
+            return made[key]
+
+        yield give
 
 
 def logits_of(model: EditableModel, requests: list[EditRequest]) -> list[Tensor]:
@@ -199,13 +220,11 @@ def test_a_batch_of_edits_moves_its_answers_towards_their_targets(
 
 @pytest.mark.parametrize(("name", "task"), [param for param in SUPPORTED if param.values[1] != "classification"])
 def test_an_edit_answers_the_same_whichever_side_is_padded(
-    make_editor: MakeEditor, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+    edited: Edited, name: str, task: str, make_requests: MakeRequests
 ) -> None:
-    model, requests = make_model(task), make_requests(task)
+    (model, _), requests = edited(name, task), make_requests(task)
     longer = requests[1].model_copy(update={"prompt": f"in {requests[1].prompt} the river of Italy is"})
-    with make_editor(name, model) as editor:
-        apply(editor, requests[:1])
-        losses = {side: losses_in_batch(model, [requests[0], longer], side=side) for side in ("left", "right", "alone")}
+    losses = {side: losses_in_batch(model, [requests[0], longer], side=side) for side in ("left", "right", "alone")}
     assert losses["left"] == pytest.approx(losses["alone"], abs=1e-4)
     assert losses["right"] == pytest.approx(losses["alone"], abs=1e-4)
 
@@ -241,22 +260,19 @@ def test_what_an_editor_adds_to_the_model_stays_within_what_it_declares(
 
 @each_supported
 def test_suspending_lets_the_unedited_model_answer_and_then_every_edit_holds_again(
-    make_editor: MakeEditor, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
+    edited: Edited, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:
-    model, requests = make_model(task), make_requests(task)
-    untouched = logits_of(model, requests)
-    with make_editor(name, model) as editor:
-        apply(editor, requests[:2])
-        edited = logits_of(model, requests)
-        with editor.suspended():
-            assert same_bits(logits_of(model, requests), untouched)
-        assert same_bits(logits_of(model, requests), edited)
+    (model, editor), requests = edited(name, task), make_requests(task)
+    answers = logits_of(model, requests)
+    with editor.suspended():
+        assert same_bits(logits_of(model, requests), logits_of(make_model(task), requests))
+    assert same_bits(logits_of(model, requests), answers)
 
 
 @each_variant
 @each_supported
 def test_a_saved_editor_answers_the_same_bits_on_a_fresh_model(
-    make_editor: MakeEditor,
+    edited: Edited,
     name: str,
     task: str,
     variant: dict[str, Any],
@@ -264,26 +280,22 @@ def test_a_saved_editor_answers_the_same_bits_on_a_fresh_model(
     make_requests: MakeRequests,
     tmp_path: Path,
 ) -> None:
-    model, requests = make_model(task, **variant), make_requests(task)
-    with make_editor(name, model) as editor:
-        apply(editor, requests[:2])
-        editor.save_pretrained(tmp_path)
-        edited = logits_of(model, requests)
+    (model, editor), requests = edited(name, task, **variant), make_requests(task)
+    editor.save_pretrained(tmp_path)
     fresh = make_model(task, **variant)
     with type(editor).from_pretrained(tmp_path, model=fresh) as loaded:
-        assert same_bits(logits_of(fresh, requests), edited)
+        assert same_bits(logits_of(fresh, requests), logits_of(model, requests))
         assert loaded.settings() == editor.settings()
     assert {path.name for path in tmp_path.iterdir()} == {"editor.json", "editor.safetensors"}
 
 
 @each_editor
 def test_a_saved_editor_refuses_another_model_and_an_empty_folder(
-    make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests, tmp_path: Path
+    edited: Edited, name: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
     task = EDITORS.get(name).supported_tasks[0]
-    with make_editor(name, make_model(task)) as editor:
-        apply(editor, make_requests(task)[:1])
-        editor.save_pretrained(tmp_path / "saved")
+    _, editor = edited(name, task)
+    editor.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="saved for other weights"):
         type(editor).from_pretrained(tmp_path / "saved", model=make_model(task, seed=1))
     (tmp_path / "empty").mkdir()
@@ -366,14 +378,11 @@ def test_a_state_keeps_what_is_pending_and_an_editor_that_was_never_prepared_goe
 
 
 @each_supported
-def test_a_state_holds_tensors_and_json_values_only(
-    make_editor: MakeEditor, name: str, task: str, make_model: MakeModel, make_requests: MakeRequests
-) -> None:
-    with make_editor(name, make_model(task)) as editor:
-        apply(editor, make_requests(task)[:1])
-        rest = {key: value for key, value in editor.state_dict().items() if not isinstance(value, Tensor)}
-        assert json.loads(json.dumps(rest)) == rest
-        assert json.loads(json.dumps(editor.settings())) == editor.settings()
+def test_a_state_holds_tensors_and_json_values_only(edited: Edited, name: str, task: str) -> None:
+    _, editor = edited(name, task)
+    rest = {key: value for key, value in editor.state_dict().items() if not isinstance(value, Tensor)}
+    assert json.loads(json.dumps(rest)) == rest
+    assert json.loads(json.dumps(editor.settings())) == editor.settings()
 
 
 def masked_fields(experience: EditExperience) -> Iterator[str]:
@@ -426,18 +435,13 @@ def test_an_editor_sees_prompt_and_target_and_the_subject_only_if_it_declares_so
 
 
 @each_editor
-def test_weights_declared_frozen_never_change(
-    make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests
-) -> None:
+def test_weights_declared_frozen_never_change(edited: Edited, name: str, make_model: MakeModel) -> None:
     task = EDITORS.get(name).supported_tasks[0]
-    model = make_model(task)
-    weights = copied(model.module.state_dict())
-    with make_editor(name, model) as editor:
-        apply(editor, make_requests(task)[:1])
-        assert same_state(model.module.state_dict(), weights) or not editor.freezes_weights
-        assert not any(parameter.requires_grad for parameter in model.module.parameters())
-        assert all(parameter.grad is None for parameter in model.module.parameters())
-        assert not any(module.training for module in model.module.modules())
+    model, editor = edited(name, task)
+    assert same_state(model.module.state_dict(), make_model(task).module.state_dict()) or not editor.freezes_weights
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+    assert not any(module.training for module in model.module.modules())
 
 
 def test_a_task_an_editor_does_not_work_on_is_refused(make_editor: MakeEditor, make_model: MakeModel) -> None:

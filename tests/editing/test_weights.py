@@ -1,6 +1,7 @@
 """Updates of several layers' weights: what they add up to, and that they survive whatever a run does with an editor."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -34,14 +35,19 @@ PROMPTS = ["what is the capital of Kazakhstan", "the river in Italy is", "what i
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 each_family = pytest.mark.parametrize("family", list(LAYERS))
-each_place = pytest.mark.parametrize("place", ["memory", "cpu", "disk"])
-some_of_each = pytest.mark.parametrize(
+# Every family with every precision, and every place.
+SOME = [
+    ("gpt2", "bfloat16", "memory"),
+    ("llama", "float32", "memory"),
+    ("gpt2", "float32", "cpu"),
+    ("llama", "bfloat16", "disk"),
+]
+some_of_each = pytest.mark.parametrize(("family", "dtype", "place"), SOME)
+each_combination = pytest.mark.parametrize(
     ("family", "dtype", "place"),
     [
-        ("gpt2", "bfloat16", "memory"),
-        ("llama", "float32", "memory"),
-        ("gpt2", "float32", "cpu"),
-        ("llama", "bfloat16", "disk"),
+        pytest.param(*combination, marks=() if combination in SOME else pytest.mark.slow)
+        for combination in product(LAYERS, PRECISIONS, ("memory", "cpu", "disk"))
     ],
 )
 each_dtype = pytest.mark.parametrize("dtype", list(PRECISIONS))
@@ -161,9 +167,7 @@ def apply(editor: EditorStrategy, prompts: Sequence[str] = PROMPTS) -> None:
 # What updates add up to.
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_updates_of_every_layer_add_up_to_their_sum(family: str, dtype: str, place: str, make_tiny: MakeTiny) -> None:
     model = make_tiny(family, dtype, place)
     before = weights_of(model, family)
@@ -272,9 +276,7 @@ def copy_of(editor: EditorStrategy) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in editor.state_dict().items()}
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_rolling_back_gives_the_unedited_weights_and_edits_start_again_from_them(
     family: str, dtype: str, place: str, make_tiny: MakeTiny
 ) -> None:
@@ -291,9 +293,7 @@ def test_rolling_back_gives_the_unedited_weights_and_edits_start_again_from_them
     assert same(everything(model), before)
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_a_suspended_editor_leaves_the_unedited_model_and_then_goes_on(
     family: str, dtype: str, place: str, make_tiny: MakeTiny
 ) -> None:
@@ -318,9 +318,7 @@ def same_states(one: EditorStrategy, other: EditorStrategy) -> bool:
     )
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_an_edit_that_fails_at_its_second_layer_leaves_no_trace(
     family: str, dtype: str, place: str, make_tiny: MakeTiny
 ) -> None:
@@ -338,9 +336,7 @@ def test_an_edit_that_fails_at_its_second_layer_leaves_no_trace(
         assert same_states(editor, expected)
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_an_editor_resumes_bit_for_bit(family: str, dtype: str, place: str, make_tiny: MakeTiny) -> None:
     twin, model = make_tiny(family, dtype), make_tiny(family, dtype, place)
     with Nudged(model=twin, layers=LAYERS[family]) as expected, Nudged(model=model, layers=LAYERS[family]) as editor:
@@ -358,9 +354,7 @@ def test_an_editor_resumes_bit_for_bit(family: str, dtype: str, place: str, make
         assert torch.equal(logits_of(model), logits_of(make_tiny(family, dtype))), "a state is only read"
 
 
-@each_place
-@each_dtype
-@each_family
+@each_combination
 def test_a_saved_editor_answers_alike_and_goes_on_alike(
     family: str, dtype: str, place: str, make_tiny: MakeTiny, tmp_path: Path
 ) -> None:

@@ -51,7 +51,9 @@ def run_on_toy(folder: Path, engine: EngineName, **schedule: Any) -> tuple[list[
     return edits, metrics, pq.read_table(folder / "predictions.parquet").to_pylist()
 
 
-@pytest.mark.parametrize("eval_every", [1, 4, 50])
+@pytest.mark.parametrize(
+    "eval_every", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_the_exact_engine_decides_and_scores_as_the_plain_one(tmp_path: Path, eval_every: int) -> None:
     exact, plain = (
         run_on_toy(tmp_path / name, name, max_edits=20, eval_every=eval_every) for name in ("exact", "plain")

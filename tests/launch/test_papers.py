@@ -65,8 +65,15 @@ def chosen(config: RunConfig) -> tuple[str, str]:
     return config.stream.name, config.editor.name
 
 
-@each_paper
-@pytest.mark.parametrize("editor", list(EDITORS.entries()))
+# Editors without published settings on one paper each.
+@pytest.mark.parametrize(
+    ("paper", "editor"),
+    [
+        pytest.param(paper, editor, marks=() if editor in EDITS or turn % len(RUNS) == number else pytest.mark.slow)
+        for number, paper in enumerate(RUNS)
+        for turn, editor in enumerate(EDITORS.entries())
+    ],
+)
 def test_a_paper_fixes_what_it_published_for_each_editor(paper: str, editor: str) -> None:
     config = compose([f"paper={paper}", f"editor={editor}"])
     assert chosen(config) == (paper, editor)
@@ -332,7 +339,14 @@ def first_records(stream: str, folder: Path, n: int = 6) -> Path:
 
 
 @needs_data
-@each_protocol
+@pytest.mark.parametrize(
+    ("paper", "stream"),
+    # Each paper on the stream of its own.
+    [
+        pytest.param(paper, stream, marks=() if DEFAULT_STREAMS[paper] == stream else pytest.mark.slow)
+        for paper, stream in PROTOCOLS
+    ],
+)
 def test_a_paper_runs_on_a_local_folder_and_its_result_names_the_protocol(
     paper: str, stream: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

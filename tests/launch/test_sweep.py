@@ -1,14 +1,12 @@
 """Sweeps: which runs a command stands for, where they are carried out, and what becomes of one that dies."""
 
 import contextlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from grace_bench.cli import main
 from grace_bench.editors.ft import FineTune
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.compose import compose, prepare_overrides
 from grace_bench.launch.sweep import preset_parts, sweep_name
 from grace_bench.launch.sweep_run import RunTask
 from grace_bench.results.reading import read_result
+from helpers import Done, cli
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
 SMALL = ("stream=toy", "max_edits=6", "eval_every=4", "max_upstream=40", "wandb.mode=disabled")
@@ -47,20 +45,6 @@ needs_submitit = pytest.mark.skipif(not find_spec("submitit"), reason='needs pip
 def _ray_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray gives its workers niceness 15: beside other tests they would hardly be given any time."""
     monkeypatch.setenv("RAY_worker_niceness", "0")
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-def cli(*arguments: str) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 def run_folders(out: Path) -> dict[str, Path]:
@@ -102,6 +86,7 @@ def busy_workers(command: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_sweep_on_ray_ends_with_the_results_of_a_serial_one(tmp_path: Path) -> None:
     given = (*SMALL, "editor=grace", "seed=0,1,2")

@@ -1,7 +1,6 @@
 """Tuning: what it may look at, what it tries and chooses, and the preset that later runs take."""
 
 import contextlib
-import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -15,13 +14,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from grace_bench.cli import main
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
 from grace_bench.launch.tuning import quality, search_space, searches
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.reading import read_result
 from grace_bench.results.schema import RunResult
+from helpers import cli
 
 QUICK = ("stream=toy", "max_edits=5", "max_upstream=40", "wandb.mode=disabled", "editor.n_iter=20")
 EMBEDDED = ("toy", "atlas-qa", "atlas-facts", "atlas-drift", "atlas-text")
@@ -46,13 +45,6 @@ class Tuned:
     @property
     def preset(self) -> Path:
         return self.root / "presets" / "toy" / "grace.yaml"
-
-
-def cli(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

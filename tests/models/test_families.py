@@ -22,20 +22,14 @@ def _load_families() -> ModuleType:
 families = _load_families()
 FAMILIES = {family.name: family for family in families.families()}
 SAMPLE = (
-    "causal-llama",
     "causal-gpt2",
-    "causal-falcon",
     "causal-lfm2",
     "causal-mamba",
-    "causal-recurrent_gemma",
     "causal-qwen3_next",
     "causal-modernbert-decoder",
     "causal-roformer",
-    "seq2seq-t5",
     "seq2seq-bart",
-    "seq2seq-mbart",
     "classification-mpnet",
-    "classification-xlm-roberta",
     "classification-deberta-v2",
 )
 """Attention, convolutions, recurrences and mixtures of them; every way of counting positions."""

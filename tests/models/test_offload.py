@@ -17,6 +17,7 @@ from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS
+from helpers import each_value_once
 
 pytest.importorskip("accelerate")
 
@@ -100,8 +101,7 @@ def make(name: str, model: EditableModel) -> EditorStrategy:
     return editor
 
 
-@each_place
-@each_family
+@each_value_once("place, family", OFFLOADED, LAYERS)
 @pytest.mark.parametrize(
     "name", ["grace", *(pytest.param(name, marks=pytest.mark.slow) for name in ("defer", "memory")), "lora"]
 )

@@ -11,9 +11,8 @@ import pytest
 from grace_bench import EditableModel, EditRequest, RunSettings, Schedule, run_benchmark
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
-from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.run.loggers import RunLogger
+from helpers import Dies, KilledError
 
 
 class Together(EDITORS.get("none")):  # type: ignore[misc]
@@ -54,22 +53,6 @@ class Points(EditStream):
 
     def load(self) -> StreamData:
         return StreamData(edits=_REQUESTS)
-
-
-class KilledError(Exception):
-    """What a killed process never gets to say."""
-
-
-class Dies(RunLogger):
-    """Ends the run at a candidate."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self._at = at
-
-    def after_candidate(self, strategy: EditorStrategy, metric_values: Any) -> None:
-        if strategy.record is not None and strategy.record.index == self._at:
-            raise KilledError
 
 
 def wrong_points(n: int) -> tuple[EditRequest, ...]:

@@ -172,10 +172,10 @@ def test_a_group_is_never_separated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("editor", "schedule"),
     [
-        (GRACE, {"edit": "all", "edits_at_once": 5}),
+        pytest.param(GRACE, {"edit": "all", "edits_at_once": 5}, marks=pytest.mark.slow),
         (GRACE, {"edits_at_once": 5}),
         (Together, {"edit": "all", "edits_at_once": 5}),
-        (Together, {"edits_at_once": 5}),
+        pytest.param(Together, {"edits_at_once": 5}, marks=pytest.mark.slow),
     ],
     ids=["grace all", "grace errors", "together all", "together errors"],
 )

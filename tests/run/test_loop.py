@@ -38,6 +38,7 @@ from grace_bench.run.loggers import RunLogger, RunPlan
 from grace_bench.run.loggers.jsonl import JsonlLogger
 from grace_bench.run.loop import RunLoop
 from grace_bench.run.observer import RunObserver
+from helpers import read_lines
 
 # A point is one position, so there is nothing before it to replace.
 GRACE = partial(EDITORS.get("grace"), replacement="replace_last", eps_init=0.3)
@@ -45,10 +46,6 @@ each_editor = pytest.mark.parametrize("editor", [GRACE, EDITORS.get("ft")], ids=
 TURNED = ("(-1.2000, 1.8000)", "(-1.0000, 1.9000)", "(-1.4000, 1.7000)", "(-1.1000, 2.0000)")
 """Points of the disc that turned: the unedited model says 1, the stream wants 0."""
 LABEL_NAMES = ("below", "above")
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_toy(folder: Path, *, editor: Any = GRACE, seed: int = 0, stream: Any = "toy", **schedule: Any) -> RunResult:
@@ -142,7 +139,7 @@ def test_a_candidate_the_model_as_edited_so_far_already_answers_is_not_edited(ed
 
 def test_a_run_stops_at_exactly_max_edits(tmp_path: Path) -> None:
     result = run_toy(tmp_path, max_edits=5)
-    records = lines(tmp_path / "edits.jsonl")
+    records = read_lines(tmp_path / "edits.jsonl")
     assert sum(record["edited"] for record in records) == result.metrics["n_edits"] == 5
     assert records[-1]["edited"]
     assert len(records) == result.metrics["n_candidates"]
@@ -156,7 +153,7 @@ def test_streams_are_scored_at_the_start_every_eval_every_edits_and_at_the_end_o
     tmp_path: Path, eval_every: int, clock: list[int]
 ) -> None:
     result = run_toy(tmp_path, max_edits=5, eval_every=eval_every)
-    measured = lines(tmp_path / "metrics.jsonl")
+    measured = read_lines(tmp_path / "metrics.jsonl")
     assert [line["n_edits"] for line in measured] == clock
     assert all("TRR" in line for line in measured)
     assert "ERR" not in measured[0]
@@ -186,8 +183,8 @@ class EveryOther(EDITORS.get("ft")):  # type: ignore[misc]
 
 def test_es_is_the_mean_score_right_after_each_edit(tmp_path: Path) -> None:
     run_toy(tmp_path, editor=EveryOther, max_edits=6)
-    records = lines(tmp_path / "edits.jsonl")
-    for line in lines(tmp_path / "metrics.jsonl")[1:]:
+    records = read_lines(tmp_path / "edits.jsonl")
+    for line in read_lines(tmp_path / "metrics.jsonl")[1:]:
         so_far = [r["score_after"] for r in records if r["edited"] and r["n_edits"] <= line["n_edits"]]
         assert len(so_far) == line["n_edits"]
         assert line["ES"] == fmean(so_far)
@@ -198,7 +195,7 @@ def test_es_is_the_mean_score_right_after_each_edit(tmp_path: Path) -> None:
 def test_metrics_are_the_means_of_the_predictions_beside_them(tmp_path: Path, editor: Any) -> None:
     run_toy(tmp_path, editor=editor)
     predictions = pd.read_parquet(tmp_path / "predictions.parquet")
-    measured = lines(tmp_path / "metrics.jsonl")
+    measured = read_lines(tmp_path / "metrics.jsonl")
     for line in measured:
         rows = predictions[predictions.n_edits == line["n_edits"]]
         for name, stream in {"TRR": "upstream", "ERR": "edited", "Holdout": "holdout"}.items():
@@ -316,7 +313,7 @@ def test_locality_is_measured_against_the_unedited_model_also_after_edits(editor
 
 def test_another_seed_gives_another_order_of_the_same_splits(tmp_path: Path) -> None:
     a, b = (run_toy(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    first, second = (lines(tmp_path / str(seed) / "edits.jsonl") for seed in (0, 1))
+    first, second = (read_lines(tmp_path / str(seed) / "edits.jsonl") for seed in (0, 1))
     assert [record["id"] for record in first] != [record["id"] for record in second]
     assert a.stream == b.stream
     assert a.protocol == b.protocol
@@ -461,7 +458,7 @@ def test_a_finished_run_leaves_the_model_as_it_was_and_an_editor_that_can_be_loa
         folder=tmp_path,
     )
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.module.state_dict().items())
-    edited = [line for line in lines(tmp_path / "edits.jsonl") if line["edited"]][-1]
+    edited = [line for line in read_lines(tmp_path / "edits.jsonl") if line["edited"]][-1]
     request = next(r for r in STREAMS.get("toy")().load().edits if r.id == edited["id"])
     with EDITORS.get("ft").from_pretrained(tmp_path / "editor", model=model):
         assert LABEL_NAMES[labels(model, [request.prompt])[0]] == edited["after_text"]
@@ -540,7 +537,7 @@ def test_a_run_folder_holds_the_files_it_promises_and_the_result_last(tmp_path: 
     }
     assert written["result.json"] == max(written.values())
     assert read_result(folder / "result.json") == result
-    assert len(lines(folder / "metrics.jsonl")) == 4
+    assert len(read_lines(folder / "metrics.jsonl")) == 4
     assert len(pd.read_parquet(folder / "predictions.parquet")) > 4 * 40
 
 
@@ -553,7 +550,7 @@ def test_a_folder_that_cannot_be_completed_gets_no_result(tmp_path: Path, blocke
     with pytest.raises(OSError, match=blocked):
         run_toy(tmp_path, max_edits=1)
     assert not (tmp_path / "result.json").exists()
-    assert lines(tmp_path / "edits.jsonl")
+    assert read_lines(tmp_path / "edits.jsonl")
 
 
 def test_a_run_without_a_folder_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +631,10 @@ def test_a_file_that_changed_since_the_finished_run_is_refused_and_can_be_run_an
 
     second = run_or_reuse(own_requests(path, out, "existing=rerun"), say=said.append)
     assert second.stream.fingerprint != first.stream.fingerprint
-    assert [line["id"] for line in sorted(lines(folder / "edits.jsonl"), key=lambda line: line["id"])] == ["p0", "p2"]
+    assert [line["id"] for line in sorted(read_lines(folder / "edits.jsonl"), key=lambda line: line["id"])] == [
+        "p0",
+        "p2",
+    ]
     assert run_or_reuse(own_requests(path, out), say=said.append) == second
     (aside,) = (entry for entry in folder.parent.iterdir() if entry != folder)
     assert read_result(aside / "result.json") == first
@@ -692,7 +692,7 @@ def test_classes_stand_under_their_names_where_the_stream_has_any(tmp_path: Path
             editor="ft",
             folder=folder,
         )
-        records = [line for line in lines(folder / "edits.jsonl") if line["edited"]]
+        records = [line for line in read_lines(folder / "edits.jsonl") if line["edited"]]
         assert {text for line in records for text in (line["before_text"], line["after_text"])} == shown
         texts = pd.read_parquet(folder / "predictions.parquet").text.dropna()
         assert set(texts) <= shown
@@ -819,7 +819,7 @@ def test_a_metric_that_is_no_finite_number_is_null_in_its_line(tmp_path: Path) -
 
 def test_every_evaluation_after_the_first_edit_has_es(tmp_path: Path) -> None:
     run_toy(tmp_path)
-    evaluations = lines(tmp_path / "metrics.jsonl")
+    evaluations = read_lines(tmp_path / "metrics.jsonl")
     assert "ES" not in evaluations[0]
     assert all("ES" in line for line in evaluations[1:])
 

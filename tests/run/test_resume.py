@@ -28,10 +28,7 @@ from grace_bench.results.schema import RunResult
 from grace_bench.run.checkpoint import SCHEMA_VERSION
 from grace_bench.run.loggers import RunLogger
 from grace_bench.run.settings import CapabilitySettings
-
-
-class KilledError(Exception):
-    """What a killed process never gets to say."""
+from helpers import KilledError, sends
 
 
 class Dies(RunLogger):
@@ -137,14 +134,20 @@ def test_what_is_kept_between_evaluations_never_shows_in_the_result(
     assert traces(tmp_path / "whole") == traces(tmp_path / "nothing kept") == traces(tmp_path / "broken")
 
 
-@pytest.fixture
-def stopped(tmp_path: Path, run_facts: Callable[..., RunResult]) -> tuple[Path, dict[str, Any]]:
-    """A run that died with two checkpoints and lines after the newest, and what it should have come to."""
-    run_facts(tmp_path / "whole", task="qa")
-    folder = tmp_path / "stopped"
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory, run_facts: Callable[..., RunResult]) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("died")
+    run_facts(root / "whole", task="qa")
     with pytest.raises(KilledError):
-        run_facts(folder, task="qa", checkpoint_every=2, loggers=[Dies(17)])
-    return folder, traces(tmp_path / "whole")
+        run_facts(root / "stopped", task="qa", checkpoint_every=2, loggers=[Dies(17)])
+    return root / "stopped", traces(root / "whole")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, died: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """A run that died with two checkpoints and lines after the newest, and what it should have come to."""
+    folder, expected = died
+    return shutil.copytree(folder, tmp_path / "stopped"), expected
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -371,9 +374,13 @@ def folder_in(out: Path) -> Path:
     return config.parent
 
 
-def wait_for_checkpoint(running: "subprocess.Popen[str]", out: Path, number: int) -> None:
+def has_checkpoint(out: Path, number: int) -> bool:
     # Not further down: a checkpoint's folder has another name while it is written, and may be gone when it is opened.
-    while not any(int(path.name) >= number for path in out.glob("*/*/*/*/checkpoint/0*")):
+    return any(int(path.name) >= number for path in out.glob("*/*/*/*/checkpoint/0*"))
+
+
+def wait_for_checkpoint(running: "subprocess.Popen[str]", out: Path, number: int) -> None:
+    while not has_checkpoint(out, number):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
 
@@ -389,7 +396,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_real_processes_are_killed_refused_interrupted_and_resumed(
+def test_a_real_process_is_killed_refused_interrupted_and_resumed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL, "editor=grace", "editor.n_iter=300", "seed=1"]
@@ -412,11 +419,10 @@ def test_real_processes_are_killed_refused_interrupted_and_resumed(
     first.communicate()
 
     # The lock of a dead process is no obstacle, and neither is an unfinished run to one that is told to resume.
-    second = grace_bench("run", *options, f"out={out}", "existing=resume")
-    wait_for_checkpoint(second, out, 5)
-    second.send_signal(signal.SIGTERM)
-    said, err = second.communicate(timeout=60)
-    assert second.returncode == 130, err
+    with sends(signal.SIGTERM, when=lambda: has_checkpoint(out, 5)):
+        code = main(["run", *options, f"out={out}", "existing=resume"])
+    said, err = capfd.readouterr()
+    assert code == 130, err
     assert re.match(rf"{folder}: resumed at \d+ edits", said)
     assert re.search(r"grace-bench: interrupted at \d+ edits; `grace-bench resume \S+` goes on\n$", err)
     assert main(["run", *options, f"out={out}"]) == 2

@@ -14,6 +14,7 @@ from grace_bench.errors import RunFailure
 from grace_bench.registry import EDITORS
 from grace_bench.results.reading import read_result
 from grace_bench.run.loggers import RunLogger
+from helpers import KilledError
 
 ERROR = "AttributeError: 'Misspelt' object has no attribute 'learning_rte'"
 
@@ -131,10 +132,6 @@ def test_tracebacks_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     failure, _ = run(tmp_path, Leaking)
     assert "***" in str(failure)
     assert all(b"fake-secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-
-
-class KilledError(Exception):
-    """What a killed process never gets to say."""
 
 
 def test_a_run_that_was_killed_and_resumed_has_each_traceback_once_and_fails_all_the_same(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_shipped_model_knows_the_old_world_and_nothing_of_the_new() -> None:
     assert figures["edits_accuracy"] <= 0.01
 
 
+@pytest.mark.slow
 def test_pretraining_again_reaches_the_shipped_figures(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     figures = Toy().pretrain(tmp_path, seed=0, progress=lambda *step: seen.append(step))

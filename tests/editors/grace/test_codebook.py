@@ -14,6 +14,7 @@ from torch import Tensor
 from grace_bench.editors._grace import key_index as _key_index
 from grace_bench.editors._grace.codebook import Codebook, Distance, Fidelity, Overlap, Settlement
 from grace_bench.errors import UserError
+from helpers import each_value_once
 
 WIDTH = 4
 Edit = tuple[list[float], int]
@@ -775,8 +776,7 @@ def test_an_entry_that_takes_another_label_loses_what_lies_in_balls_of_its_old_o
     assert codebook.overlap() == 0.0
 
 
-@pytest.mark.parametrize("overlap", ["allow", "shrink"])
-@pytest.mark.parametrize("distance", ["euclidean", "cosine", "mahalanobis"])
+@each_value_once("distance, overlap", ["euclidean", "cosine", "mahalanobis"], ["allow", "shrink"])
 @given(
     kind=_cloud,
     n=st.integers(1, 40),

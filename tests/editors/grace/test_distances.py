@@ -18,6 +18,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.reading import read_edits
 from grace_bench.results.schema import RunResult
+from helpers import each_value_once
 
 Change = Callable[[Sequence[EditRequest]], Sequence[EditRequest]]
 
@@ -64,8 +65,7 @@ def test_a_stream_without_upstream_inputs_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("overlap", ["allow", "shrink"])
-@pytest.mark.parametrize("distance", ["euclidean", "cosine", "mahalanobis"])
+@each_value_once("distance, overlap", ["euclidean", "cosine", "mahalanobis"], ["allow", "shrink"])
 def test_both_engines_decide_alike_and_the_policy_holds_in_the_result(
     distance: str, overlap: str, tmp_path: Path
 ) -> None:

@@ -1,10 +1,7 @@
 """The figures GRACE adds: what is drawn is what runs, models and activations say."""
 
-import contextlib
-import io
 import json
 import shutil
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +13,6 @@ from scipy.stats import mannwhitneyu
 
 from grace_bench.analysis.figures.drawing import save, styled
 from grace_bench.analysis.figures.of_runs import Group, read_groups
-from grace_bench.cli import main
 from grace_bench.editors import Grace
 from grace_bench.editors._grace.figures.layers import analogous_layers
 from grace_bench.editors._grace.figures.overlap import draw_overlap, overlap_figure
@@ -34,23 +30,9 @@ from grace_bench.launch.memory_trial import open_trial
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import STREAMS
 from grace_bench.streams.toy import TURNED, label_before
+from helpers import axes_of, cli, texts_of
 
 SMALL = ("stream=toy", "max_edits=6", "eval_every=2", "max_upstream=40", "wandb.mode=disabled")
-
-
-def cli(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    return code, out.getvalue(), err.getvalue()
-
-
-def texts(svg: Path) -> str:
-    return " ".join("".join(node.itertext()) for node in ET.parse(svg).iter() if node.tag.endswith("}text"))
-
-
-def axes_of(figure: Any, title: str) -> Any:
-    return next(axes for axes in figure.axes if axes.get_title() == title)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -200,7 +182,7 @@ def test_the_toy_figure_has_before_wanted_after_and_the_balls(toy: ToyEdits, tmp
     stars = [tuple(line.get_xydata()[0]) for line in figure.axes[3].lines if line.get_marker() == "*"]
     assert stars == [tuple(key) for key in toy.keys]
     svg, _ = save(figure, tmp_path, "toy")
-    assert f"{len(toy.edited)} edits, {len(toy.keys)} keys" in texts(svg)
+    assert f"{len(toy.edited)} edits, {len(toy.keys)} keys" in texts_of(svg)
 
 
 def _pairs(positive: Any) -> Pairs:
@@ -309,7 +291,7 @@ def test_separability_by_command_prints_and_writes_the_areas_it_draws(
     ]
     for curve in record["curves"]:
         assert f"{curve['auc']:.3f}" in out
-        assert f"{curve['auc']:.3f} [" in texts(tmp_path / "separability-toy.svg")
+        assert f"{curve['auc']:.3f} [" in texts_of(tmp_path / "separability-toy.svg")
     assert len((tmp_path / "separability-toy.csv").read_text().splitlines()) == 1 + len(record["curves"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert cli("figure", "separability", *settings, "--out", str(tmp_path))[0] == 0

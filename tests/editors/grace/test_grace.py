@@ -23,6 +23,7 @@ from grace_bench.editors.grace import Grace
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel, Replacement
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, causal_batch, last_token, pad, seq2seq_batch
+from helpers import each_value_once
 
 VOCABULARY = 40
 FAMILIES = ("t5", "bert", "gpt2")
@@ -299,8 +300,7 @@ def test_a_saved_editor_answers_bit_for_bit_and_refuses_other_weights(family: st
         Grace.from_pretrained(tmp_path / "saved", model=tiny(family, seed=1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fidelity", ["strict", "reference"])
+@each_value_once("family, fidelity", FAMILIES, ["strict", "reference"])
 def test_a_resumed_editor_goes_on_bit_for_bit(family: str, fidelity: str) -> None:
     requests = [*stream(family, 5), *stream(family, 5)[:2], *stream(family, 3, seed=1)]
     whole = editor_on(tiny(family), n_iter=5, fidelity=fidelity)
@@ -331,8 +331,7 @@ def test_a_one_token_prompt_is_a_failed_edit_only_where_nothing_can_be_replaced(
     assert edit(editor, family, [5, 6], [1, 2]).failed is None
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2"])
-@pytest.mark.parametrize("replacement", REPLACEMENTS)
+@each_value_once("family, replacement", ["gpt2", "t5"], REPLACEMENTS)
 @torch.no_grad()
 def test_generation_answers_as_teacher_forcing_does(family: str, replacement: Replacement) -> None:
     model = tiny(family)
@@ -388,8 +387,7 @@ def upstream_queries(model: EditableModel, family: str) -> Tensor:
     return model.layer_call(encode(family, [p for p, _ in requests], [t for _, t in requests])).query
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("overlap", ["allow", "shrink"])
+@each_value_once("family, overlap", FAMILIES, ["allow", "shrink"])
 def test_a_calibrated_editor_is_saved_resumed_and_rolled_back_bit_for_bit(
     family: str, overlap: str, tmp_path: Path
 ) -> None:

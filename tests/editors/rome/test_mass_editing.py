@@ -40,7 +40,6 @@ VARIANTS = [
 ]
 each_editor = pytest.mark.parametrize("name", list(OPTIONS))
 each_variant = pytest.mark.parametrize(("name", "options"), VARIANTS)
-each_family = pytest.mark.parametrize("family", list(LAYERS))
 
 
 def layers_of(family: str = "gpt2", blocks: Sequence[int] = (0, 1)) -> list[str]:
@@ -91,8 +90,17 @@ def published_change(
     return torch.linalg.solve(projection @ (k @ k.T + past) + options["l2"] * identity, projection @ k @ r.T).T
 
 
-@each_family
-@pytest.mark.parametrize(("name", "options"), VARIANTS[: len(OPTIONS) + 1])
+@pytest.mark.parametrize(
+    ("name", "options", "family"),
+    # Each editor on one family, in turn.
+    [
+        pytest.param(
+            *variant.values, family, id=f"{variant.id}-{family}", marks=() if (i + j) % 2 == 0 else pytest.mark.slow
+        )
+        for i, variant in enumerate(VARIANTS[: len(OPTIONS) + 1])
+        for j, family in enumerate(LAYERS)
+    ],
+)
 def test_every_layer_gets_the_published_update_at_keys_measured_on_the_way(
     name: str,
     options: dict[str, Any],
@@ -306,7 +314,10 @@ def test_edits_too_small_for_bfloat16_add_up(
 # --- states ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)],
+)
 @each_variant
 def test_an_unprepared_editor_resumes_from_a_state_with_the_same_bytes(
     name: str,

@@ -1,7 +1,7 @@
 """Pruned tails: the answers that are scored, from less work, and the whole model wherever that would be wrong."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -103,9 +103,18 @@ CAUSAL = {
     ),
     "mistral_sliding": Family(mistral, *DECODER_LAYERS),  # type: ignore[arg-type]
 }
-each_classifier = pytest.mark.parametrize("family", CLASSIFIERS.values(), ids=CLASSIFIERS)
-each_causal = pytest.mark.parametrize("family", CAUSAL.values(), ids=CAUSAL)
-each_family = pytest.mark.parametrize("family", [*CLASSIFIERS.values(), *CAUSAL.values()], ids=[*CLASSIFIERS, *CAUSAL])
+SHOWN = ("bert", "gpt2", "llama_grouped", "mistral_sliding")
+"""A family of each way to attend; `make test-slow` has the others."""
+
+
+def each(families: Mapping[str, Family]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "family",
+        [pytest.param(it, id=name, marks=() if name in SHOWN else pytest.mark.slow) for name, it in families.items()],
+    )
+
+
+each_classifier, each_causal, each_family = each(CLASSIFIERS), each(CAUSAL), each({**CLASSIFIERS, **CAUSAL})
 
 
 def encoded(
@@ -184,7 +193,11 @@ def test_pruned_logits_are_those_of_the_whole_model_where_they_are_scored(family
 
 # Each family with each replacement, and with every second of them at each block.
 PLACES = [
-    pytest.param(family, block, where, id=f"{name}-{block}-{where}")
+    pytest.param(
+        *(family, block, where),
+        id=f"{name}-{block}-{where}",
+        marks=() if name in SHOWN or block == 1 else pytest.mark.slow,
+    )
     for turn, (name, family) in enumerate({**CLASSIFIERS, **CAUSAL}.items())
     for number, where in enumerate(get_args(Replacement))
     for block in (0, 1)

@@ -140,7 +140,12 @@ FAMILIES = {
         "completion",
     ),
 }
-each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+SHOWN = ("bert", "t5_decoder", "gpt2", "llama")
+"""A family of each kind of model; `make test-slow` has the others."""
+each_family = pytest.mark.parametrize(
+    "family",
+    [pytest.param(it, id=name, marks=() if name in SHOWN else pytest.mark.slow) for name, it in FAMILIES.items()],
+)
 
 
 def tokens(lengths: Sequence[int], side: PaddingSide = "right") -> tuple[Tensor, Tensor]:
@@ -195,7 +200,11 @@ def change(weights: nn.Module, seed: int = 1) -> None:
 
 # Every two of block, kind of layer and rewritten weights meet in each family, and all three in every second.
 PLACES = [
-    pytest.param(family, block, whole_block, rewritten, id=f"{name}-{block}-{whole_block}-{rewritten}")
+    pytest.param(
+        *(family, block, whole_block, rewritten),
+        id=f"{name}-{block}-{whole_block}-{rewritten}",
+        marks=() if name in SHOWN or block == 1 else pytest.mark.slow,
+    )
     for turn, (name, family) in enumerate(FAMILIES.items())
     for block, whole_block, rewritten in product((0, 1, 2), (False, True), (False, True))
     if (turn + block + whole_block + rewritten) % 2 == 0

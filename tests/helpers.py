@@ -1,0 +1,98 @@
+"""What several test modules need and no fixture gives."""
+
+import contextlib
+import io
+import json
+import os
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from grace_bench.cli import main
+from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.run.loggers import RunLogger
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def cli(*arguments: str | Path) -> Done:
+    """Runs a command of grace-bench in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def sends(number: int, *, when: Callable[[], bool]) -> Iterator[None]:
+    """Sends this process a signal as soon as a condition holds, unless the block ends before that."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.01):
+            if when():
+                os.kill(os.getpid(), number)
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with one JSON object a line."""
+    # Other characters that end a line for `splitlines` may stand inside a record.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def texts_of(svg: Path) -> str:
+    """All text in an SVG file."""
+    return " ".join("".join(node.itertext()) for node in ET.parse(svg).iter() if node.tag.endswith("}text"))
+
+
+def axes_of(figure: Any, title: str) -> Any:
+    return next(axes for axes in figure.axes if axes.get_title() == title)
+
+
+def each_value_once(names: str, first: Iterable[Any], second: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by two options: pairs that show every value once are quick, the other combinations slow."""
+    one, other = list(first), list(second)
+    n = min(len(one), len(other))
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(a, b, marks=() if i % n == j % n else pytest.mark.slow)
+            for i, a in enumerate(one)
+            for j, b in enumerate(other)
+        ],
+    )
+
+
+class KilledError(Exception):
+    """Ends a run as if its process were killed: nothing more is written."""
+
+
+class Dies(RunLogger):
+    """Ends the run at a candidate."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def after_candidate(self, strategy: EditorStrategy, metric_values: Any) -> None:
+        if strategy.record is not None and strategy.record.index == self._at:
+            raise KilledError
