@@ -314,6 +314,20 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
                 self._count_edit(request.prompt, request.target, request.id)
         return outcomes
 
+    @property
+    def can_undo(self) -> bool:
+        """Whether the editor can undo single edits."""
+        return type(self).forget is not OptionalHooks.forget
+
+    def name_edits(self, requests: Sequence[EditRequest]) -> None:
+        """Gives edits that were made without a request id, as a run makes them, the ids of their requests.
+
+        Args:
+            requests: The requests of all edits that did not fail, in the order in which they were edited.
+        """
+        for request in requests:
+            self._name_edit(request.prompt, request.target, request.id)
+
     def undo(self, request_id: str) -> None:
         """Undoes the edit that was given an id; the other edits are answered as before.
 
@@ -339,6 +353,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
 
     def _count_edit(self, prompt: str, target: str | int, request_id: str | None = None) -> None:
         super()._count_edit(prompt, target)
+        self._name_edit(prompt, target, request_id)
+
+    def _name_edit(self, prompt: str, target: str | int, request_id: str | None) -> None:
         if prompt.strip():
             self._named = [edit for edit in self._named if edit.prompt != prompt]
         if request_id is None:

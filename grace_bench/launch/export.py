@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grace_bench.common.untrusted import check_run_folder
+from grace_bench.data.stream import EditStream
 from grace_bench.editing.export import Export, export_editor
+from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.errors import MISFITS, UserError, reason_of
 from grace_bench.launch.arguments import run_arguments
 from grace_bench.launch.run_config import RunConfig
@@ -13,7 +15,7 @@ from grace_bench.models.editable import EditableModel
 from grace_bench.models.loading import pick_device
 from grace_bench.models.tasks.lookup import get_task
 from grace_bench.registry import EDITORS
-from grace_bench.results.reading import RESULT_FILE, read_result
+from grace_bench.results.reading import RESULT_FILE, read_edits, read_result
 
 
 def export_run(folder: Path, target: Path, *, dtype: str | None, say: Callable[[str], None]) -> Export:
@@ -51,11 +53,27 @@ def export_run(folder: Path, target: Path, *, dtype: str | None, say: Callable[[
         dtype=config.dtype,
         device=_device(config.device),
         device_map=config.device_map,
+        load_in=config.load_in,
     )
     with EDITORS.get(result.editor.name).from_pretrained(folder / "editor", model=model) as editor:
+        if editor.can_undo:
+            _name_edits(editor, folder, stream, split=config.split, say=say)
         export = export_editor(editor, target, dtype=dtype, run=result)
     say(f"{export.folder}: {export.told}")
     return export
+
+
+def _name_edits(
+    editor: EditorStrategy, folder: Path, stream: EditStream, *, split: str, say: Callable[[str], None]
+) -> None:
+    """Gives the edits of a run the ids of their requests, so that each can be undone; says why if it cannot."""
+    try:
+        records = read_edits(folder / "edits.jsonl").values()
+        data = stream.load()
+        requests = {request.id: request for request in (data.validation if split == "validation" else data.edits)}
+        editor.name_edits([requests[record.id] for record in records if record.edited and record.failed is None])
+    except (UserError, KeyError) as error:
+        say(f"{folder}: the stream's requests cannot be read, so no edit can be undone by its id ({reason_of(error)})")
 
 
 def _holds_run(folder: Path) -> bool:

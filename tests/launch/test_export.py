@@ -67,6 +67,20 @@ def test_a_run_is_exported_and_answers_as_it_did(
         assert line in card
 
 
+@pytest.mark.parametrize("editor", ["grace", "retrieve"])
+def test_an_edit_of_a_run_is_undone_by_the_id_of_its_request(editor: str, run: Run, tmp_path: Path) -> None:
+    folder = run(editor)
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    model = load_edited(tmp_path / "out", device="cpu")
+    first, second = read_edits(folder / "edits.jsonl").values()
+    prompts = [str(first.prompt), str(second.prompt)]
+    with model.editor.suspended():
+        unedited = model.editor.model.answer(prompts)
+    edited = model.editor.model.answer(prompts)
+    model.editor.undo(first.id)
+    assert model.editor.model.answer(prompts) == [unedited[0], edited[1]]
+
+
 def test_weights_are_written_in_the_precision_asked_for(run: Run, tmp_path: Path) -> None:
     assert main(["export", str(run("ft")), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
