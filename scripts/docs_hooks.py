@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the reference pages that are written from the code, and the check that nothing there lacks its text."""
+"""Hooks of mkdocs: the reference pages written from the code, and the check that nothing on them lacks its text."""
 
 import contextlib
 import importlib
@@ -55,7 +55,7 @@ def _commands() -> Iterator[str]:
     """The page of commands: what each prints with `--help`."""
     # argparse wraps its help at the width of the terminal.
     os.environ["COLUMNS"] = "100"
-    yield "# What can be typed?\n\nEvery command's own `--help`. [The commands by example](../getting-started.md#the-commands)."
+    yield "# What can be typed?\n\nThe help of every command; [getting started](../getting-started.md#the-commands) has examples."
     overview = _help()
     yield f"\n```text\n{overview}```"
     for command in re.findall(r"^    ([a-z-]+) ", overview, re.MULTILINE):
@@ -74,8 +74,8 @@ def _help(*command: str) -> str:
 
 def _configuration() -> Iterator[str]:
     """The page of options: of a run, of every editor and of every stream."""
-    yield "# Which options has a run?"
-    yield "\nOptions are typed as `option=value`, those of the editor as `editor.NAME=`, of the stream as `stream.NAME=`."
+    yield "# Which options does a run have?"
+    yield "\nOptions are typed as `option=value`; an editor's begin with `editor.`, a stream's with `stream.`."
     yield "\n## Every run\n\n| option and default | what it does |\n| :--- | :--- |"
     for line in option_lines():
         option, _, text = line.partition("  ")
