@@ -49,6 +49,7 @@ lint: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/docs/index.html; with search: python3 -m http.server --directory build/docs"
 
 audit: $(INSTALLED)
 	$(BIN)/python scripts/audit.py $(AUDIT)

@@ -55,7 +55,7 @@ def _commands() -> Iterator[str]:
     """The page of commands: what each prints with `--help`."""
     # argparse wraps its help at the width of the terminal.
     os.environ["COLUMNS"] = "100"
-    yield "# What can be typed?\n\nThe help of every command; [getting started](../getting-started.md#the-commands) has examples."
+    yield "# What can be typed?\n\nThe help of every command. [Examples](../getting-started.md#the-commands)."
     overview = _help()
     yield f"\n```text\n{overview}```"
     for command in re.findall(r"^    ([a-z-]+) ", overview, re.MULTILINE):
