@@ -1,6 +1,7 @@
 """The commands of the documentation: each is one that exists, and runs unless the page says why it is not run."""
 
 import inspect
+import json
 import re
 import shlex
 import tomllib
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grace_bench.cli import _parser
+from grace_bench.cli import _parser, main
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import CONFIG_FOLDER, default_component
 from grace_bench.launch.figures import figure_kinds
@@ -28,6 +29,7 @@ BLOCK = re.compile(
 )
 OWN_OPTIONS = {"run": ("-m", "score="), "plan": ("-m",), "meta-train": (), "moments": ("layers=", "text=")}
 """The commands that take the options of a run, with what else each takes."""
+SMALL = ("max_edits=2", "eval_every=2", "max_upstream=5", "wandb.mode=disabled")
 SHORT_AND_PAPERS = {**SHORT, "n_edits": "max_edits"}
 PLACEHOLDERS = {
     "stream=S": "stream=atlas-qa",
@@ -139,3 +141,37 @@ def check_options(words: Sequence[str]) -> None:
         elif group not in ("editor", "stream", "hydra", "hydra/launcher", "tuned"):
             for value in values:
                 OPTIONS[SHORT_AND_PAPERS.get(name, name)].check(name, yaml.safe_load(value))
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but those marked on their page, in the order of the pages, with few edits."""
+    monkeypatch.chdir(tmp_path)
+    # What the reader has: settings of EasyEdit, and a run.
+    Path("hparams.yaml").write_text("alg_name: FT\nlr: 0.003\nnum_steps: 5\n", encoding="utf-8")
+    assert main(["run", *SMALL, "editor=grace", "stream=atlas-qa"]) == 0
+    run = capsys.readouterr().out.splitlines()[-1]
+    request = json.loads((Path(run) / "edits.jsonl").read_text(encoding="utf-8").splitlines()[0])["id"]
+    fill = {"RUN_FOLDER": run, "RUN…": run, "REQUEST_ID": request, "FOLDER": "exported", "STREAM": "toy", "…": ""}
+    failures = []
+    for command in dict.fromkeys(COMMANDS):
+        program, *words = command.words
+        if command.reason is not None or command.page in TESTED or program != "grace-bench" or words[0] == "demo":
+            continue
+        words = [fill.get(word, PLACEHOLDERS.get(word, word)) for word in words if fill.get(word) != ""]
+        code = main([words[0], *small(words[1:])] if words[0] in OWN_OPTIONS else words)
+        if code != 0:
+            failures.append(f"{command} exits with {code}: {capsys.readouterr().err.strip()[-300:]}")
+    assert not failures, "\n".join(failures)
+
+
+def small(words: Sequence[str]) -> list[str]:
+    """Options with few edits and two values of each, and without W&B."""
+    options = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        options[name] = value if "[" in value else ",".join(value.split(",")[:2])
+    options |= dict(option.split("=") for option in SMALL)
+    if any(word.startswith("capability.tasks") for word in words):
+        options["capability.limit"] = "2"
+    return [f"{name}={value}" if value else name for name, value in options.items()]
