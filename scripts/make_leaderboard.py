@@ -25,6 +25,7 @@ from rich.console import Console
 
 from grace_bench.common.files import write_atomically
 from grace_bench.common.processes import side_by_side
+from grace_bench.common.text import markdown_text
 from grace_bench.editing.saving import option_names
 from grace_bench.errors import UserError, reason_of
 from grace_bench.launch.check import Checker
@@ -124,7 +125,8 @@ def make(options: argparse.Namespace) -> list[str]:
             registry.check(name)
     runs = list(planned(options))
     if options.list:
-        print("\n".join(" ".join(("grace-bench run", *run)) for run in runs))
+        for run in runs:
+            print("grace-bench run", *run)
         return []
     try:
         done = side_by_side(partial(make_one, runs=str(options.runs), out=options.out), runs, jobs=options.jobs)
@@ -235,11 +237,12 @@ def group_of(result: RunResult) -> tuple[str, ...]:
     protocol, environment = result.protocol, result.environment
     at_once = f", {protocol.edits_at_once} at once" if protocol.edits_at_once > 1 else ""
     stream = result.stream.name + ("" if result.model.name == result.stream.name else f", {result.model.name}")
-    device = environment["processor"] if environment["device"] == "cpu" else environment["device"]
-    machine = f"{device}, {environment['threads']} thread{'s' if environment['threads'] > 1 else ''} a run"
+    device, threads = environment.get("device"), environment.get("threads")
+    machine = f"{environment.get('processor') if device == 'cpu' else device}, threads={threads}"
     git = environment.get("git")
-    code = environment["grace_bench"] if git is None else dated(git["commit"])
-    return stream, f"{protocol.max_edits} by edit={protocol.edit}{at_once}", machine, str(code)
+    code = environment.get("grace_bench") if git is None else dated(git["commit"])
+    cells = (stream, f"{protocol.max_edits} by edit={protocol.edit}{at_once}", machine, str(code))
+    return tuple(map(markdown_text, cells))
 
 
 def row(names: tuple[str, ...], results: Sequence[RunResult]) -> str:

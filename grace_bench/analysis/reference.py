@@ -63,5 +63,5 @@ def reference_folder() -> Path | None:
 def _reference_files() -> list[Path]:
     folder = reference_folder()
     if folder is None or not folder.is_dir() or next(folder.rglob(RESULT_FILE), None) is None:
-        raise UserError("--reference: no reference runs came with this installation (docs/leaderboard.md)")
+        raise UserError("--reference: no reference runs came with this installation")
     return find_result_files([folder])
