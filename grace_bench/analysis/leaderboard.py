@@ -19,13 +19,14 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from grace_bench.analysis.reference import find_runs
 from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL, Comparison, compare, holm
 from grace_bench.common.terminal import table_console
 from grace_bench.common.text import Line, csv_text, latex_cells, latex_text, markdown_table, markdown_text, visible
 from grace_bench.errors import UserError, did_you_mean
 from grace_bench.results.comparability import differences, group_comparable, value_text
 from grace_bench.results.metric_info import MetricInfo, Metrics, metric_infos
-from grace_bench.results.reading import RESULT_FILE, find_result_files, flattened, read_result, read_settings
+from grace_bench.results.reading import flattened, read_settings
 from grace_bench.results.rescored import all_rescored
 from grace_bench.results.schema import Protocol, RunResult
 
@@ -34,6 +35,8 @@ Format = Literal["table", "markdown", "csv", "json", "latex"]
 MISSING = "–"
 TIED = "≈"
 UNCOMPARED = "?"
+REFERENCE = "reference"
+"""Follows the name of a row of runs that ship with grace-bench."""
 
 # Fields in which two runs of one setting of an editor may differ.
 _NO_SETTINGS = ("seed", "editor.seed", "out", "existing")
@@ -94,6 +97,7 @@ class Row:
         seeds: The runs' seeds in ascending order.
         cells: Values by column name, without the columns that no run has a value for.
         is_floor: Whether the runs did not change the model: nothing was added to it and no score changed.
+        is_reference: Whether the runs ship with grace-bench.
         results: The runs, by seed.
         folders: The run folders, in the order of `seeds`; empty if unknown.
         comparison: This row against the first of its table, in the score that ranks the table; None for the first row,
@@ -109,6 +113,7 @@ class Row:
     seeds: tuple[int, ...]
     cells: Mapping[str, Cell]
     is_floor: bool
+    is_reference: bool = False
     results: tuple[RunResult, ...]
     folders: tuple[Path, ...] = ()
     comparison: Comparison | None = None
@@ -117,8 +122,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The editor, with the settings that distinguish it from other rows."""
-        return f"{self.editor} ({self.settings})" if self.settings else self.editor
+        """The editor, with what distinguishes it from other rows."""
+        qualities = [text for text in (self.settings, REFERENCE if self.is_reference else "") if text]
+        return f"{self.editor} ({', '.join(qualities)})" if qualities else self.editor
 
     @property
     def n_failed(self) -> int:
@@ -200,14 +206,15 @@ class Leaderboard:
 
     A table contains runs that were measured in the same way (`comparability.conditions`). A row contains the runs of
     one editor that differ only in the seed: model, layer, dtype, settings and tuning budget are the same. An editor's
-    own `seed` is not a setting. A run given twice counts once. Two different results for one setting and seed become
-    two rows if their configurations differ, named by the differing options; otherwise the first is shown and the other
-    is named below the table.
+    own `seed` is not a setting. Reference runs have rows of their own. A run given twice counts once. Two different
+    results for one setting and seed become two rows if their configurations differ, named by the differing options;
+    otherwise the first is shown and the other is named below the table.
 
     Args:
         results: Finished runs, at least one.
         folders: The run folder of each result in the same order, None if unknown. Rows without folders are not
             compared.
+        reference: For each result in the same order, whether it ships with grace-bench; by default none does.
         by_stream: Whether the models of a stream share one table; otherwise each model has its own, so that editors are
             compared on equal terms. Streams never share a table, because their scores have no common scale.
         score: The score of the panel by which the results were read (`rescored`); None for their main scores.
@@ -226,6 +233,7 @@ class Leaderboard:
         results: Sequence[RunResult],
         *,
         folders: Sequence[Path | None] = (),
+        reference: Sequence[bool] = (),
         by_stream: bool = False,
         score: str | None = None,
         left_out: Sequence[str] = (),
@@ -235,7 +243,8 @@ class Leaderboard:
         self.metrics: Metrics = metric_infos()
         editors = sorted({result.editor.name for result in results})
         known_folders = folders or [None] * len(results)
-        runs = [_Run(result, folder) for result, folder in zip(results, known_folders, strict=True)]
+        shipped = reference or [False] * len(results)
+        runs = [_Run(*run) for run in zip(results, known_folders, shipped, strict=True)]
         tables: list[Table] = []
         for stream in sorted({result.stream.name for result in results}):
             on_stream = [run for run in runs if run.result.stream.name == stream]
@@ -249,25 +258,32 @@ class Leaderboard:
         self.tables: tuple[Table, ...] = tuple(tables)
 
     @classmethod
-    def read(cls, paths: Iterable[Path], *, by_stream: bool = False, score: str | None = None) -> "Leaderboard":
+    def read(
+        cls, paths: Iterable[Path], *, reference: bool = False, by_stream: bool = False, score: str | None = None
+    ) -> "Leaderboard":
         """Makes a leaderboard of the runs in some folders.
 
         Args:
             paths: As in `find_result_files`.
+            reference: As in `find_runs`.
             by_stream: As in the constructor.
             score: A score of the panel by which the runs are read instead of their main scores. Runs that did not
                 record it are left out, and named.
 
         Raises:
-            UserError: If a path contains no result, a result is broken, there is no such score, or no run recorded it.
+            UserError: If a path contains no result, a result is broken, there are no reference runs, there is no such
+                score, or no run recorded it.
         """
-        # A result file under another name may lie beside the files of another run.
-        found = [
-            (read_result(file), file.parent if file.name == RESULT_FILE else None) for file in find_result_files(paths)
-        ]
+        found = [(run.result, run) for run in find_runs(paths, reference=reference)]
         runs, left_out = all_rescored(found, score)
-        results, folders = zip(*runs, strict=True)
-        return cls(results, folders=folders, by_stream=by_stream, score=score, left_out=left_out)
+        return cls(
+            [result for result, _ in runs],
+            folders=[run.folder for _, run in runs],
+            reference=[run.is_reference for _, run in runs],
+            by_stream=by_stream,
+            score=score,
+            left_out=left_out,
+        )
 
 
 def print_leaderboard(leaderboard: Leaderboard, fmt: Format = "table") -> None:
@@ -313,6 +329,7 @@ class _Run:
 
     result: RunResult
     folder: Path | None
+    is_reference: bool = False
     apart_by: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -334,7 +351,7 @@ class _Run:
             (name, value if isinstance(value, Hashable) else json.dumps(value, sort_keys=True))
             for name, value in self.settings.items()
         )
-        return (self.result.model.name, self.result.editor.name, settings)
+        return (self.result.model.name, self.result.editor.name, settings, self.is_reference)
 
 
 def _groups(runs: Sequence[_Run], *, by_stream: bool) -> Iterator[list[_Run]]:
@@ -431,7 +448,8 @@ def _build_table(runs: Sequence[_Run], editors: Sequence[str], metrics: Metrics,
 
     def rank(row: Row) -> tuple[Any, ...]:
         figure = row.cells.get(ranked_by)
-        return (figure is None, sign * figure.mean if figure else 0.0, row.model, row.editor, row.settings)
+        names = (row.model, row.editor, row.settings, row.is_reference)
+        return (figure is None, sign * figure.mean if figure else 0.0, *names)
 
     ranking_column = next(column for column in columns if column.name == ranked_by)
     return Table(
@@ -526,6 +544,7 @@ def _build_row(runs: Sequence[_Run], columns: Sequence[Column], settings: str) -
         seeds=tuple(result.seed for result in results),
         cells=cells,
         is_floor=all(_left_alone(result, main_scores) for result in results),
+        is_reference=runs[0].is_reference,
         folders=tuple(run.folder for run in runs if run.folder is not None),
         results=results,
     )
@@ -626,6 +645,8 @@ def table_notes(table: Table) -> list[str]:
             f"{TIED} {table.ranked_by} not significantly off the first row's (paired bootstrap over requests, "
             f"p ≥ {SIGNIFICANCE_LEVEL} after Holm's correction for the table's rows)"
         )
+    if any(row.is_reference for row in table.rows):
+        notes.append(f"({REFERENCE}): runs that ship with grace-bench")
     reasons = dict.fromkeys(row.not_compared for row in table.rows if row.not_compared is not None)
     notes += [f"{UNCOMPARED} not compared with the first row: {reason}" for reason in reasons]
     failed = [f"{row.name} {row.n_failed} of {row.n_edits}" for row in table.rows if row.n_failed]
@@ -835,6 +856,7 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
     ordered = [name for name in names if name in columns]
     ordered += [name for name in columns if name not in ordered]
     is_split = any(table.conditions for table in leaderboard.tables)
+    is_mixed = any(row.is_reference for table in leaderboard.tables for row in table.rows)
     records = []
     for table in leaderboard.tables:
         for rank, row in enumerate((*table.rows, *(_missing_row(table, editor) for editor in table.missing)), start=1):
@@ -849,6 +871,7 @@ def _records(leaderboard: Leaderboard) -> list[dict[str, Any]]:
                 "model": row.model,
                 "editor": row.editor,
                 "settings": row.settings,
+                **({REFERENCE: row.is_reference} if is_mixed else {}),
                 "tuning_budget": row.tuning_budget,
                 "seeds": list(row.seeds),
                 "n_runs": len(row.seeds),

@@ -26,6 +26,7 @@ from grace_bench.analysis.leaderboard import (
     marked_text,
     table_notes,
 )
+from grace_bench.analysis.reference import find_runs
 from grace_bench.analysis.scorings import scorings
 from grace_bench.analysis.significance import SIGNIFICANCE_LEVEL
 from grace_bench.common.files import write_atomically
@@ -50,7 +51,7 @@ from grace_bench.results.curves import (
     worst_forgotten,
 )
 from grace_bench.results.metric_info import MetricInfo, Metrics
-from grace_bench.results.reading import find_result_files, read_evaluations, read_result
+from grace_bench.results.reading import read_evaluations
 from grace_bench.results.rescored import all_rescored, rescored_evaluations
 from grace_bench.results.schema import Evaluation, RunResult
 
@@ -74,24 +75,28 @@ class Run:
         result: Its `result.json`, read by the report's score.
         recorded: Its `result.json` as it is.
         evaluations: Its `metrics.jsonl`, read by the report's score.
-        edits: Its edits, as they are answered at the end of the run.
+        edits: Its edits, as they are answered at the end of the run; None for a reduced run, which has no record of
+            them.
         config: Its `config.yaml` as text; empty for a run from Python, which has none.
+        is_reference: Whether it ships with grace-bench.
     """
 
     folder: Path
     result: RunResult
     recorded: RunResult
     evaluations: Sequence[Evaluation]
-    edits: Sequence[KeptEdit]
+    edits: Sequence[KeptEdit] | None
     config: str
+    is_reference: bool = False
 
 
-def write_report(paths: Sequence[Path], out: Path, *, score: str | None = None) -> Path:
+def write_report(paths: Sequence[Path], out: Path, *, reference: bool = False, score: str | None = None) -> Path:
     """Writes the page.
 
     Args:
         paths: Run folders, or folders that contain some.
         out: The folder that receives `index.html`; an earlier report there is replaced.
+        reference: As in `find_runs`.
         score: As in `read_runs`.
 
     Returns:
@@ -103,7 +108,7 @@ def write_report(paths: Sequence[Path], out: Path, *, score: str | None = None) 
     """
     page = out / _PAGE
     _refuse_foreign(page)
-    html = render_report(*read_runs(paths, score=score), score=score)
+    html = render_report(*read_runs(paths, reference=reference, score=score), score=score)
     try:
         write_atomically(page, html)
     except OSError as error:
@@ -111,11 +116,14 @@ def write_report(paths: Sequence[Path], out: Path, *, score: str | None = None) 
     return page
 
 
-def read_runs(paths: Sequence[Path], *, score: str | None = None) -> tuple[list[Run], tuple[str, ...]]:
+def read_runs(
+    paths: Sequence[Path], *, reference: bool = False, score: str | None = None
+) -> tuple[list[Run], tuple[str, ...]]:
     """Reads run folders.
 
     Args:
         paths: Run folders, or folders that contain some.
+        reference: As in `find_runs`.
         score: The score of the panel by which the runs are read; None for their main scores.
 
     Returns:
@@ -125,21 +133,24 @@ def read_runs(paths: Sequence[Path], *, score: str | None = None) -> tuple[list[
         UserError: If there is no finished run, none with that score, a file of one is missing or broken, naming file
             and line, or a link in a run folder points outside it.
     """
-    files = find_result_files(paths)
-    for file in files:
-        check_run_folder(file.parent)
-    found, left_out = all_rescored([(result := read_result(file), (result, file.parent)) for file in files], score)
+    every = find_runs(paths, reference=reference)
+    for run in every:
+        check_run_folder(run.file.parent)
+    found, left_out = all_rescored([(run.result, run) for run in every], score)
     runs = []
-    for result, (recorded, folder) in found:
-        config, protocol = folder / "config.yaml", recorded.protocol
+    for result, run in found:
+        folder, recorded = run.file.parent, run.result
+        config, n_edits = folder / "config.yaml", int(result.metrics.get("n_edits") or 0)
+        evaluations = read_evaluations(folder / "metrics.jsonl")
         runs.append(
             Run(
                 folder=folder,
                 result=result,
                 recorded=recorded,
-                evaluations=rescored_evaluations(read_evaluations(folder / "metrics.jsonl"), protocol, score),
-                edits=kept_edits(folder, int(result.metrics.get("n_edits") or 0), score=score),
+                evaluations=rescored_evaluations(evaluations, recorded.protocol, score),
+                edits=None if recorded.is_reduced else kept_edits(folder, n_edits, score=score),
                 config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+                is_reference=run.is_reference,
             )
         )
     return runs, left_out
@@ -161,7 +172,11 @@ def render_report(runs: Sequence[Run], left_out: Sequence[str] = (), *, score: s
     from plotly.offline import get_plotlyjs
 
     board = Leaderboard(
-        [run.result for run in runs], folders=[run.folder for run in runs], score=score, left_out=left_out
+        [run.result for run in runs],
+        folders=[run.folder for run in runs],
+        reference=[run.is_reference for run in runs],
+        score=score,
+        left_out=left_out,
     )
     by_result = {id(run.result): run for run in runs}
     labels = sorted({(row.editor, row.name) for table in board.tables for row in table.rows})
@@ -445,8 +460,9 @@ class _Group:
             edits_forgotten_after(learned, kept, higher_is_better=self.higher)
             for learned, kept in zip(series(self.learned), series(self.edited), strict=True)
         ]
-        n_edits = [run.result.metrics.get("n_edits") or 0 for run in runs]
-        lost = [len(worst_forgotten(run.edits, higher_is_better=self.higher)) for run in runs]
+        known = [run for run in runs if run.edits is not None]
+        n_edits = sum(int(run.result.metrics.get("n_edits") or 0) for run in known)
+        n_lost = sum(len(worst_forgotten(run.edits or (), higher_is_better=self.higher)) for run in known)
         return {
             "label": self.index[row.name],
             "name": row.name,
@@ -457,8 +473,8 @@ class _Group:
             "edits": _onset(edits) if self._learned(runs) else {"text": "too little learned", "first": None},
             "learned_end": ends(self.learned)[1],
             "edited_end": ends(self.edited)[1],
-            "lost": f"{sum(lost)} of {sum(map(int, n_edits))}",
-            "lost_share": sum(lost) / sum(n_edits) if sum(n_edits) else 0.0,
+            "lost": f"{n_lost} of {n_edits}" if known else MISSING,
+            "lost_share": n_lost / n_edits if n_edits else 0.0,
         }
 
     def _learned(self, runs: Sequence[Run]) -> bool:
@@ -501,7 +517,7 @@ class _Group:
         return [chart for chart in charts if chart["series"]]
 
     def _by_age(self, group: str) -> dict[str, Any]:
-        edits = [[run.edits for run in runs] for runs in self.runs]
+        edits = [[run.edits or () for run in runs] for runs in self.runs]
         width = age_width(max((edit.age for runs in edits for run in runs for edit in run), default=0))
         series = []
         for row, runs in zip(self.table.rows, edits, strict=True):
@@ -572,7 +588,7 @@ class _Group:
         }
 
     def _run(self, row: Row, run: Run) -> dict[str, Any]:
-        forgotten = worst_forgotten(run.edits, higher_is_better=self.higher)
+        forgotten = worst_forgotten(run.edits or (), higher_is_better=self.higher)
         result = run.result
         return {
             "label": self.index[row.name],
@@ -590,7 +606,7 @@ class _Group:
             },
             "config": run.config.splitlines(),
             "n_edits": int(result.metrics.get("n_edits") or 0),
-            "n_forgotten": len(forgotten),
+            "n_forgotten": None if run.edits is None else len(forgotten),
             "forgotten": [self._edit(edit) for edit in forgotten[:MAX_FORGOTTEN]],
         }
 

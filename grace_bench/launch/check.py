@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 from statistics import fmean
@@ -115,7 +115,11 @@ class _Contents:
 
 
 class Checker:
-    """Checks run folders without changing them; the stream and model of one run are reused for the next of the kind."""
+    """Checks run folders without changing them; the stream and model of one run are reused for the next of the kind.
+
+    Of a reduced run everything is checked that its files tell; what they do not, and data and models that are not on
+    this machine, are notes.
+    """
 
     def __init__(self) -> None:
         self._stream: tuple[Any, EditBenchmark] | None = None
@@ -131,7 +135,7 @@ class Checker:
             result = read_result(folder / RESULT_FILE)
         except UserError as error:
             return [Finding(what=RESULT_FILE, verdict="differs", told=_reason(error, folder / RESULT_FILE))]
-        findings = [_sealed(result, folder)]
+        findings = [*_sealed(result, folder)]
         contents = _Contents(**dict(_read_files(result, folder, findings)))
         model = None
         if contents.config is not None:
@@ -147,8 +151,11 @@ class Checker:
             if contents.edits is not None:
                 findings.append(_right_after_edits(contents.edits, contents.evaluations))
             if contents.predictions is not None:
-                findings += _predictions(result, contents.evaluations, contents.predictions)
-        return [*findings, *_environment(result, contents.config, model)]
+                # A reduced run has the predictions of its last evaluation.
+                evaluations = contents.evaluations[-1:] if result.is_reduced else contents.evaluations
+                findings += _predictions(result, evaluations, contents.predictions)
+        findings += _environment(result, contents.config, model)
+        return [_as_note(finding) for finding in findings] if result.is_reduced else findings
 
     def _load_again(
         self, result: RunResult, folder: Path, contents: _Contents, findings: list[Finding]
@@ -190,10 +197,14 @@ class Checker:
             ]
             return None
         findings += _order(contents, benchmark)
+        findings += _edited(result, contents, benchmark)
         findings.append(_compared("model", result.model.fingerprint, model.fingerprint))
         findings.append(_model_config(result, model))
         findings.append(_compared("layer", result.model.layer, model.layer_name))
-        findings.append(_saved_editor(result, folder, model))
+        if result.is_reduced:
+            findings.append(_configured_editor(result, config))
+        else:
+            findings.append(_saved_editor(result, folder, model))
         return model
 
     def _benchmark(self, stream: EditStream, config: RunConfig) -> EditBenchmark:
@@ -223,11 +234,28 @@ def _order(contents: _Contents, benchmark: EditBenchmark | None) -> Iterator[Fin
         yield _compared("order of the candidates", [record.id for record in contents.edits], given)
 
 
-def _sealed(result: RunResult, folder: Path) -> Finding:
+def _edited(result: RunResult, contents: _Contents, benchmark: EditBenchmark | None) -> Iterator[Finding]:
+    """Whether a reduced run, which has no record of its candidates, scored edits that it can have made."""
+    if result.is_reduced and contents.predictions is not None and benchmark is not None:
+        reached = {request.id for request in benchmark.data.edits[: int(result.metrics.get("n_candidates") or 0)]}
+        edited = {row["request_id"] for row in contents.predictions if row["stream"] == "edited"}
+        yield _compared("edited requests that are no candidates", [], sorted(edited - reached))
+
+
+def _sealed(result: RunResult, folder: Path) -> Iterator[Finding]:
     if result.digest is None:
-        return Finding(what=RESULT_FILE, verdict="note", told="no digest was recorded")
-    record = json.loads((folder / RESULT_FILE).read_bytes())
-    return _compared(RESULT_FILE, result.digest, digest_of(record))
+        yield Finding(what=RESULT_FILE, verdict="note", told="no digest was recorded")
+    else:
+        yield _compared(RESULT_FILE, result.digest, digest_of(json.loads((folder / RESULT_FILE).read_bytes())))
+    if result.reduced_from is not None:
+        told = f"from the result with the digest {_shown(result.reduced_from)}"
+        yield Finding(what="reduced", verdict="note", told=told)
+
+
+def _as_note(finding: Finding) -> Finding:
+    if finding.verdict != "not checked":
+        return finding
+    return replace(finding, verdict="note", told=f"not checked: {finding.told}")
 
 
 def _read_files(result: RunResult, folder: Path, findings: list[Finding]) -> Iterator[tuple[str, Any]]:
@@ -238,15 +266,16 @@ def _read_files(result: RunResult, folder: Path, findings: list[Finding]) -> Ite
         "metrics.jsonl": ("evaluations", read_evaluations),
         "predictions.parquet": (
             "predictions",
-            lambda path: read_predictions(path, columns=["n_edits", "stream", "score"]),
+            lambda path: read_predictions(path, columns=["n_edits", "stream", "request_id", "score"]),
         ),
     }
     for name in RUN_FILES:
         path, recorded = folder / name, result.files.get(name)
         if not path.is_file():
             # A run that was started from Python has no configuration.
-            is_missing = recorded is not None or name != "config.yaml"
-            findings.append(Finding(what=name, verdict="differs" if is_missing else "note", told="is not there"))
+            is_missing = recorded is not None or not (name == "config.yaml" or result.is_reduced)
+            told = "is not there" if is_missing or not result.is_reduced else "left out of a reduced run"
+            findings.append(Finding(what=name, verdict="differs" if is_missing else "note", told=told))
             continue
         try:
             if name in readers:
@@ -303,6 +332,14 @@ def _saved_editor(result: RunResult, folder: Path, model: EditableModel) -> Find
     recorded = json.loads(result.editor.model_dump_json())
     # The editor may have gained settings since.
     return _compared("editor", recorded, {option: settings.get(option) for option in recorded})
+
+
+def _configured_editor(result: RunResult, config: RunConfig) -> Finding:
+    """Whether the settings of an editor that is not saved are those of the configuration; null there is a default."""
+    given = {name: value for name, value in config.editor.settings.items() if value is not None}
+    recorded = json.loads(result.editor.model_dump_json())
+    shared = {"name": config.editor.name, **{name: value for name, value in given.items() if name in recorded}}
+    return _compared("editor, from config.yaml", {name: recorded[name] for name in shared}, shared)
 
 
 def _candidates(result: RunResult, edits: Sequence[EditRecord]) -> Iterator[Finding]:

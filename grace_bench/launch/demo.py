@@ -47,7 +47,7 @@ def demo_pairs() -> Iterator[tuple[str, str]]:
     references = [name for name, editor in editors.items() if editor.is_reference]
     pairs: dict[tuple[str, str], None] = {}
     for name, editor in editors.items():
-        fitting = (stream for stream, cls in streams.items() if _works_on(editor, cls))
+        fitting = (stream for stream, cls in streams.items() if works_on(editor, cls))
         stream = next(fitting, None)
         if stream is not None:
             pairs[stream, name] = None
@@ -55,7 +55,7 @@ def demo_pairs() -> Iterator[tuple[str, str]]:
     yield from pairs
 
 
-def _works_on(editor: Any, stream: Any) -> bool:
+def works_on(editor: Any, stream: Any) -> bool:
     """Whether an editor can start on a stream at once."""
     return stream.task in editor.supported_tasks and (stream.ships_networks or not editor.needs_meta_training)
 

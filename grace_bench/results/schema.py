@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import BaseModel, ConfigDict, PlainSerializer, SerializerFunctionWrapHandler, model_serializer
 
 from grace_bench.common.files import hash_file
 from grace_bench.common.scores import ITEM_SCORES
@@ -290,6 +290,8 @@ class RunResult(BaseModel):
         configuration: SHA-256 of the resolved configuration (`launch.run_config.hash_config`).
         files: SHA-256 of the other files of the run folder, by path in it.
         digest: SHA-256 of the rest of the record (`digest_of`).
+        reduced_from: In a reduced run (`results.reduced`), the digest of the record that it was made from; None, and
+            not in the file, in a run as it ended.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -309,6 +311,17 @@ class RunResult(BaseModel):
     configuration: str | None = None
     files: dict[str, str] = {}
     digest: str | None = None
+    reduced_from: str | None = None
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether its folder has only a part of the files that the run left."""
+        return self.reduced_from is not None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_origin(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        return {name: value for name, value in content.items() if value is not None or name != "reduced_from"}
 
 
 def sealed(result: RunResult, folder: Path) -> RunResult:

@@ -1,0 +1,1 @@
+"""Finished runs that ship with the package: `grace-bench leaderboard RUNS --reference` ranks others among them."""

@@ -1,0 +1,255 @@
+"""Reference runs: what reducing keeps, what `check` says of a reduced run, and one's own runs ranked beside them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from grace_bench.analysis import reference
+from grace_bench.analysis.leaderboard import Leaderboard
+from grace_bench.analysis.report import read_runs, render_report
+from grace_bench.errors import UserError
+from grace_bench.launch.check import Checker, Finding
+from grace_bench.results.reading import find_result_files, read_result
+from grace_bench.results.reduced import reduce_run
+from grace_bench.results.schema import digest_of
+from helpers import cli
+
+PROTOCOL = ("stream=toy", "max_edits=6", "eval_every=6", "max_upstream=20", "wandb.mode=disabled")
+KEPT = {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two editors with two seeds, and one of another protocol."""
+    out = tmp_path_factory.mktemp("runs")
+    assert cli("run", "-m", *PROTOCOL, "editor=none,grace", "seed=0,1", f"out={out}").code == 0
+    assert cli("run", *PROTOCOL, "editor=grace", "edit=all", f"out={out}").code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def shipped(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs, reduced."""
+    out = tmp_path_factory.mktemp("leaderboard")
+    for file in find_result_files([runs]):
+        reduce_run(file.parent, out)
+    return out
+
+
+@pytest.fixture
+def with_reference(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "reference_folder", lambda: shipped)
+
+
+@pytest.fixture
+def one(shipped: Path, tmp_path: Path) -> Path:
+    """A copy of a reduced run."""
+    (folder,) = (file.parent for file in shipped.rglob("result.json") if "grace" in str(file) and is_first(file))
+    return Path(shutil.copytree(folder, tmp_path / "run"))
+
+
+def is_first(file: Path) -> bool:
+    result = read_result(file)
+    return result.seed == 0 and result.protocol.edit == "errors"
+
+
+def failing(folder: Path) -> set[str]:
+    return {finding.what for finding in findings(folder) if not finding.holds}
+
+
+def findings(folder: Path) -> list[Finding]:
+    return Checker().check(folder)
+
+
+def change(folder: Path, edit: Callable[[Any], None], *, sealed: bool) -> None:
+    """Changes a result, with the digest that then belongs to it or the old one."""
+    path = folder / "result.json"
+    record = json.loads(path.read_bytes())
+    edit(record)
+    path.write_text(json.dumps({**record, "digest": digest_of(record)} if sealed else record))
+
+
+# --- reducing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_reduced_run_has_the_record_and_the_last_scores(runs: Path, shipped: Path) -> None:
+    files = find_result_files([runs])
+    assert len(files) == 5
+    for file in files:
+        whole, folder = read_result(file), shipped / file.parent.relative_to(runs)
+        reduced = read_result(folder / "result.json")
+        assert {path.name for path in folder.iterdir()} == KEPT
+        assert reduced.reduced_from == whole.digest
+        assert set(reduced.files) == KEPT - {"result.json"}
+        varying = {"files", "digest", "reduced_from"}
+        assert reduced.model_dump(exclude=varying) == whole.model_dump(exclude=varying)
+        before, after = (pq.read_table(path / "predictions.parquet") for path in (file.parent, folder))
+        assert after.schema.equals(before.schema)
+        columns = [name for name in before.column_names if name not in ("text", "entry", "distance")]
+        last = [row for row in before.select(columns).to_pylist() if row["n_edits"] == whole.metrics["n_edits"]]
+        key = ("stream", "request_id", "probe")
+        assert after.select(columns).to_pylist() == sorted(last, key=lambda row: [row[name] for name in key])
+        assert all(after[name].null_count == len(after) for name in ("text", "entry", "distance"))
+
+
+def test_the_record_of_a_run_as_it_ended_says_nothing_of_reducing(runs: Path) -> None:
+    for file in find_result_files([runs]):
+        record = json.loads(file.read_bytes())
+        assert "reduced_from" not in record
+        assert read_result(file).model_dump_json(indent=2) + "\n" == file.read_text(encoding="utf-8")
+
+
+def test_reducing_again_writes_nothing_and_a_new_result_replaces_the_old(runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(find_result_files([runs])[0].parent, tmp_path / "run"))
+    first = reduce_run(run, tmp_path / "out")
+    written = (first / "predictions.parquet").stat().st_mtime_ns
+    assert reduce_run(run, tmp_path / "out") == first
+    assert (first / "predictions.parquet").stat().st_mtime_ns == written
+    change(run, lambda record: record["cost"].update(peak_rss_mb=1.0), sealed=True)
+    reduce_run(run, tmp_path / "out")
+    assert read_result(first / "result.json").cost.peak_rss_mb == 1.0
+
+
+def test_what_cannot_be_reduced_is_refused(one: Path, runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reduced before"):
+        reduce_run(one, tmp_path / "out")
+    with pytest.raises(UserError, match=r"result\.json: No such file"):
+        reduce_run(tmp_path, tmp_path / "out")
+    for name in ("../elsewhere", "/elsewhere", "", "toy/.hidden"):
+        run = Path(shutil.copytree(find_result_files([runs])[0].parent, tmp_path / "run2", dirs_exist_ok=True))
+        change(run, lambda record, name=name: record.update(run_id=name), sealed=True)  # type: ignore[misc]
+        with pytest.raises(UserError, match="field 'run_id'"):
+            reduce_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reduced_run_passes_and_what_it_lacks_is_a_note(shipped: Path, one: Path) -> None:
+    done = cli("check", shipped)
+    assert done.code == 0, done.out
+    of = {finding.what: finding for finding in findings(one)}
+    assert of["reduced"].verdict == of["edits.jsonl"].verdict == of["editor/editor.json"].verdict == "note"
+    for what in ("stream", "model", "editor, from config.yaml", "TRR, from predictions.parquet", "before", "metrics"):
+        assert of[what].verdict == "same"
+
+
+def test_a_stream_or_model_that_is_not_here_is_a_note_only_in_a_reduced_run(one: Path) -> None:
+    config = one / "config.yaml"
+    config.write_text(config.read_text().replace("model: null", "model: /nowhere"))
+    of = {finding.what: finding for finding in findings(one)}
+    assert of["model"].verdict == "note"
+    assert of["model"].told.startswith("not checked: ")
+    # But the file is no longer the one that was recorded.
+    assert of["config.yaml"].verdict == "differs"
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_metric_changed_by_hand_is_noticed(one: Path, sealed: bool) -> None:
+    change(one, lambda record: record["metrics"].update(ERR=1.5), sealed=sealed)
+    assert failing(one) == {"metrics"} | (set() if sealed else {"result.json"})
+
+
+def test_changed_predictions_are_noticed_whatever_is_sealed(one: Path) -> None:
+    path = one / "predictions.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for row in rows:
+        if row["stream"] == "edited":
+            row.update(request_id=f"another-{row['request_id']}", score=0.25)
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
+    assert failing(one) == {
+        "predictions.parquet",
+        "ERR, from predictions.parquet",
+        "edited requests that are no candidates",
+    }
+
+
+def test_other_settings_of_the_editor_are_noticed(one: Path) -> None:
+    change(one, lambda record: record["editor"].update(eps_init=0.125), sealed=True)
+    assert failing(one) == {"editor, from config.yaml"}
+
+
+def test_a_listed_file_that_is_gone_is_noticed(one: Path) -> None:
+    (one / "metrics.jsonl").unlink()
+    assert failing(one) == {"metrics.jsonl"}
+
+
+# --- ranking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("with_reference")
+def test_own_runs_are_ranked_among_the_reference_runs_with_statistics(runs: Path) -> None:
+    own = runs / "toy" / "toy" / "grace"
+    board = Leaderboard.read([own], reference=True)
+    table, other = board.tables
+    assert {row.name for row in table.rows} == {"grace", "grace (reference)", "none (reference)"}
+    assert {row.name for row in other.rows} == {"grace", "grace (reference)"}
+    assert (table.conditions["protocol.edit"], other.conditions["protocol.edit"]) == ('"errors"', '"all"')
+    by_name = {row.name: row for row in table.rows}
+    assert by_name["grace"].seeds == by_name["grace (reference)"].seeds == (0, 1)
+    for first, second in zip(by_name["grace"].results, by_name["grace (reference)"].results, strict=True):
+        assert first.metrics == second.metrics
+    assert not any(row.not_compared for row in table.rows)
+    twin = by_name["grace (reference)"].comparison
+    assert twin is not None
+    assert (twin.difference, twin.n_seeds, twin.p_value) == (0.0, 2, 1.0)
+
+
+@pytest.mark.usefixtures("with_reference")
+def test_programs_tell_reference_rows_apart_and_see_no_column_without_them(runs: Path) -> None:
+    rows = json.loads(cli("leaderboard", runs, "--reference", "--format", "json").out)
+    assert {(row["editor"], row["reference"]) for row in rows} == {
+        (editor, is_reference) for editor in ("none", "grace") for is_reference in (False, True)
+    }
+    assert "reference" not in json.loads(cli("leaderboard", runs, "--format", "json").out)[0]
+    assert "(reference): runs that ship" in cli("leaderboard", runs, "--reference").out
+    compared = cli("leaderboard", runs / "toy/toy/grace", "--reference", "--compare", "grace,none", "--format", "csv")
+    assert compared.code == 0
+    assert "none (reference)" in compared.out
+
+
+def test_without_runs_of_ones_own_the_reference_runs_stand_alone(
+    runs: Path, shipped: Path, with_reference: None
+) -> None:
+    shown = {row.name for table in Leaderboard.read([], reference=True).tables for row in table.rows}
+    assert shown == {"none (reference)", "grace (reference)"}
+    # The folder itself is not taken for runs of one's own beside itself.
+    assert len(reference.find_runs([shipped], reference=True)) == len(find_result_files([runs]))
+    for command in (["leaderboard"], ["report", "--out", str(runs / "no")]):
+        done = cli(*command)
+        assert done.code == 2
+        assert "required: runs" in done.err
+
+
+@pytest.mark.usefixtures("with_reference")
+def test_the_report_shows_reference_runs_without_their_edits(runs: Path, tmp_path: Path) -> None:
+    assert cli("report", runs / "toy/toy/grace", "--reference", "--out", tmp_path).code == 0
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "grace (reference)" in page
+    assert "A reduced run: its single edits are not here." in page
+    read = read_runs([runs / "toy/toy/grace"], reference=True)[0]
+    assert {run.edits is None for run in read if run.is_reference} == {True}
+    assert "edits lost" in render_report([run for run in read if not run.is_reference])
+
+
+def test_reference_runs_of_other_streams_are_left_out(shipped: Path, tmp_path: Path, with_reference: None) -> None:
+    (file, *_) = find_result_files([shipped])
+    run = Path(shutil.copytree(file.parent, tmp_path / "run"))
+    change(run, lambda record: record["stream"].update(name="another"), sealed=True)
+    assert [found.is_reference for found in reference.find_runs([run], reference=True)] == [False]
+
+
+def test_no_reference_runs_is_one_line(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (None, tmp_path, tmp_path / "gone"):
+        monkeypatch.setattr(reference, "reference_folder", lambda folder=folder: folder)
+        for command in (["leaderboard", str(runs)], ["report", str(runs), "--out", str(tmp_path / "page")]):
+            done = cli(*command, "--reference")
+            assert done.code == 2
+            assert done.err == "grace-bench: --reference: no reference runs came with this installation\n"
