@@ -255,44 +255,60 @@ def random_texts(megabytes: float) -> list[str]:
     return texts
 
 
+def clock_of(module: torch.nn.Module) -> Callable[[], float]:
+    """Returns a clock: of the processor's time, or of the time by which an accelerator has finished its work."""
+    if next(module.parameters()).device.type != "cuda":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
 @torch.no_grad()
 def bare_pass(module: torch.nn.Module, rows: Sequence[Sequence[int]]) -> float:
-    """Returns the processor time of a forward pass of rows in batches of 2,048 tokens, with one logit a row."""
-    before = time.process_time()
+    """Returns the seconds of a forward pass of rows in batches of about 2,048 tokens, with one logit a row."""
+    now, device = clock_of(module), next(module.parameters()).device
+    before = now()
     for start in range(0, len(rows), 20):
-        ids, mask = pad(rows[start : start + 20], 0, "right")
+        ids, mask = (tensor.to(device) for tensor in pad(rows[start : start + 20], 0, "right"))
         module(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-    return time.process_time() - before
+    return now() - before
 
 
-def measure_moments(options: argparse.Namespace) -> Table:
-    """Computes second moments and returns the table."""
-    size = SCORED["llama"]
+def moments_beside_pass(size: Size, layers: Sequence[str], *, megabytes: float, repeats: int) -> Table:
+    """Computes second moments of layers' inputs over random words, and returns the table."""
     model = size.editable(size.module(), "exact")
-    texts = random_texts(options.megabytes)
+    now, texts = clock_of(model.module), random_texts(megabytes)
     rows = [model.encode_batch([""], [text]).inputs["input_ids"][0].tolist() for text in texts]
     n_tokens = sum(map(len, rows))
     # The hash of the weights is computed once a model.
     assert model.fingerprint
     bare_pass(model.module, rows[:20])
     seconds: dict[str, list[float]] = {"bare pass": [], "moments": []}
-    for _ in range(options.repeats):
+    for _ in range(repeats):
         seconds["bare pass"].append(bare_pass(model.module, rows))
         with TemporaryDirectory() as cache:
             os.environ["GRACE_BENCH_CACHE"] = cache
-            before = time.process_time()
-            second_moments(model, ["model.layers.29.mlp.down_proj"], texts)
-            seconds["moments"].append(time.process_time() - before)
+            before = now()
+            second_moments(model, layers, texts)
+            seconds["moments"].append(now() - before)
         print(seconds, f"load {os.getloadavg()[0]:.1f}", flush=True)
-    table = Table(
-        title=f"{n_tokens:,} tokens, {sum(map(len, texts)) / 2**20:.2f} MB: tokens a second of processor time"
-    )
+    table = Table(title=f"Second moments of {len(layers)} layers over {n_tokens:,} tokens, {megabytes:g} MB")
     for heading in ("what", "seconds", "tokens a second", "share"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for name, taken in seconds.items():
         share = median(seconds["bare pass"]) / median(taken)
         table.add_row(name, spread(taken), f"{n_tokens / median(taken):.0f}", f"{share:.2f}")
     return table
+
+
+def measure_moments(options: argparse.Namespace) -> Table:
+    """Computes the moments of a layer 1,536 wide and returns the table."""
+    layers = ["model.layers.29.mlp.down_proj"]
+    return moments_beside_pass(SCORED["llama"], layers, megabytes=options.megabytes, repeats=options.repeats)
 
 
 PARTS = {"run": measure_run, "editors": measure_editors, "texts": measure_texts, "moments": measure_moments}
