@@ -12,12 +12,14 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from grace_bench.data.requests import EditRequest, TaskName
+from grace_bench.data.requests import DerivedRequest, EditRequest, TaskName, Unedited
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.engine.engine import EngineName
 from grace_bench.models.tasks.lookup import get_task
@@ -60,7 +62,11 @@ class Size:
         return EditableModel(module, layer=self.layer, task=task, tokenizer=tokenizer, engine=engine)
 
     def requests(self, n: int, *, seed: int = 0) -> list[EditRequest]:
-        """Returns n requests with random words."""
+        """Returns n requests with random words; for completion with all that the panel of scores compares.
+
+        Two of three then are edits, with another answer to compare the target with; the third is a locality probe whose
+        target is the unedited model's own answer, with a gold answer along which tokens are compared.
+        """
         generator = torch.Generator().manual_seed(seed)
         # The end token of a question or an answer counts towards its length.
         n_ends = int(self.task == "qa")
@@ -72,7 +78,20 @@ class Size:
                 for length in n_words
             )
             label: str | int = number % _N_LABELS if self.task == "classification" else target
-            requests.append(EditRequest(id=str(number), prompt=prompt, target=label))
+            fields = {"id": str(number), "prompt": prompt, "target": label}
+            if self.task != "completion":
+                requests.append(EditRequest(**fields))
+                continue
+            other = " ".join(
+                f"w{word}" for word in torch.randint(30000, (self.n_target,), generator=generator).tolist()
+            )
+            if number % 3 < 2:
+                requests.append(EditRequest(**fields, contrast=(target, other)))
+                continue
+            gold, edited = other, f"w{number} {other}"
+            said = Unedited(text=target, tokens=(0,) * self.n_target)
+            known = {"target_from_model": True, "gold": (gold,), "unedited": said, "is_locality": True}
+            requests.append(DerivedRequest(**fields, **known, contrast=(gold, edited)))
         return requests
 
 
@@ -88,6 +107,20 @@ def _t5() -> nn.Module:
             feed_forward_proj="gated-gelu",
             tie_word_embeddings=False,
             decoder_start_token_id=0,
+        )
+    )
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
         )
     )
 
@@ -116,6 +149,18 @@ SIZES = {
         n_prompt=90,
         n_target=30,
         says="GPT-2 small, 90 prompt and 30 target tokens",
+    ),
+}
+
+SCORED = {
+    **SIZES,
+    "llama": Size(
+        make=_llama,
+        layer="model.layers.20.mlp.down_proj",
+        task="completion",
+        n_prompt=24,
+        n_target=4,
+        says="the size of SmolLM2-135M, 24 prompt and 4 answer tokens, the whole panel of scores",
     ),
 }
 

@@ -1,8 +1,10 @@
 """Seconds per scoring pass: the exact engine against the plain one, on models of real sizes with random weights.
 
     OMP_NUM_THREADS=2 python benchmarks/evaluate.py
+    OMP_NUM_THREADS=1 python benchmarks/evaluate.py --models llama --inputs 60 --repeats 1
 
-The sizes are those of `edit.py`; T5 generates its answers. In each round the exact engine scores the inputs in four
+The sizes are those of `edit.py`, and a Llama of SmolLM2-135M's shape, which completes prompts and is scored by the
+whole panel; that one and T5 generate answers. In each round the exact engine scores the inputs in four
 cases:
 
 - anew: for the first time, with nothing cached;
@@ -11,9 +13,9 @@ cases:
 - a tenth: again, after GRACE edited every tenth input.
 
 The plain engine scores all inputs one at a time in every case, so one pass per round stands for all four cases. A small
-warm-up round goes first. The last column of the table is the largest difference between a score and the plain engine's
-score with the same weights and codebook: over all inputs for `anew`, and for the edited models over the edited tenth
-and as many others.
+warm-up round goes first. Ratios are of processor time, which other load on the machine changes little. The last column
+of the table is the largest difference between a score and the plain engine's score with the same weights and codebook:
+over all inputs for `anew`, and for the edited models over the edited tenth and as many others.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from _measure import machine, spread
-from _models import SIZES, Size
+from _models import SCORED, Size
 from rich.console import Console
 from rich.table import Table
 
@@ -65,10 +67,12 @@ def change_weights(editor: EditorStrategy) -> None:
 def apart(given: Sequence[ItemScore], expected: Sequence[ItemScore]) -> float:
     """Returns the largest difference between two lists of scores; perplexities are compared by their logarithms."""
 
-    def number(item: ItemScore) -> float:
-        return math.log(item.score) if item.score > 1 else item.score
+    def numbers(item: ItemScore) -> dict[str, float]:
+        known = {"": item.score, **item.others}
+        return {name: math.log(value) if value > 1 else value for name, value in known.items()}
 
-    return max(abs(number(a) - number(b)) for a, b in zip(given, expected, strict=True))
+    pairs = [(numbers(a), numbers(b)) for a, b in zip(given, expected, strict=True)]
+    return max(abs(a[name] - b[name]) for a, b in pairs for name in a if not math.isnan(a[name]))
 
 
 def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
@@ -80,13 +84,19 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
     plain_grace, plain_tuned = Grace(model=plain, n_iter=1, eps_init=1e-3), FineTune(model=plain_rewritten)
     rescorers = {editor: Rescorer(editor) for editor in (grace, tuned, plain_grace, plain_tuned)}
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *CASES)}
+    processor: dict[str, list[float]] = {name: [] for name in seconds}
     scores: dict[str, list[ItemScore]] = {}
 
     def timed(name: str, call: Callable[[], list[ItemScore]]) -> None:
-        before = time.perf_counter()
+        before, used = time.perf_counter(), time.process_time()
         scores[name] = call()
         seconds[name].append(time.perf_counter() - before)
-        print(f"  {name}: {seconds[name][-1]:.4g} s, load {os.getloadavg()[0]:.2f}", flush=True)
+        processor[name].append(time.process_time() - used)
+        print(
+            f"  {name}: {seconds[name][-1]:.4g} s, processor {processor[name][-1]:.4g} s, "
+            f"load {os.getloadavg()[0]:.2f}",
+            flush=True,
+        )
 
     def one_round(requests: Sequence[EditRequest]) -> None:
         grace.rollback()
@@ -104,7 +114,7 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
     one_round(size.requests(8, seed=1))
     requests = size.requests(n)
     score(rescorers[tuned], requests)
-    for values in seconds.values():
+    for values in (*seconds.values(), *processor.values()):
         values.clear()
     for _ in range(repeats):
         one_round(requests)
@@ -117,13 +127,14 @@ def measure(size: Size, *, n: int, repeats: int) -> dict[str, Any]:
     for case, editor in (("full", plain_tuned), ("a tenth", plain_grace)):
         expected = score(rescorers[editor], [requests[number] for number in compared])
         differences[case] = apart([scores[case][number] for number in compared], expected)
-    return {"seconds": seconds, "apart": differences, "notes": [*frozen.engine.notes, *rewritten.engine.notes]}
+    notes = [*frozen.engine.notes, *rewritten.engine.notes]
+    return {"seconds": seconds, "processor": processor, "apart": differences, "notes": notes}
 
 
 def main() -> None:
     """Measures the selected models and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--models", nargs="+", default=list(SCORED), choices=list(SCORED))
     parser.add_argument("--inputs", type=int, default=1000, help="inputs to score (1000)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     options = parser.parse_args()
@@ -132,11 +143,11 @@ def main() -> None:
     for heading in ("model", "case", "plain", "exact", "ratio", "scores apart"):
         table.add_column(heading, justify="left" if heading in {"model", "case"} else "right")
     for name in options.models:
-        measured = measure(SIZES[name], n=options.inputs, repeats=options.repeats)
+        measured = measure(SCORED[name], n=options.inputs, repeats=options.repeats)
         print(f"{name}: {measured}", flush=True)
-        seconds = measured["seconds"]
+        seconds, processor = measured["seconds"], measured["processor"]
         for case in CASES:
-            ratio = median(seconds["plain"]) / median(seconds[case])
+            ratio = median(processor["plain"]) / median(processor[case])
             difference = measured["apart"].get(case)
             table.add_row(
                 name,

@@ -153,7 +153,7 @@ class UltraEdit(EditorStrategy):
 
     def changing_state(self) -> State:
         # A guard would find sums of squares of raw activations exploded, which have no natural size.
-        return EditorStrategy.state_dict(self)
+        return self.weights_state()
 
     def state_dict(self) -> State:
         return {**super().state_dict(), **self._statistics()}

@@ -146,7 +146,7 @@ class MetaTrainedEditor(EditorStrategy, Generic[Networks]):
         return figures
 
     def changing_state(self) -> State:
-        return EditorStrategy.state_dict(self)
+        return self.weights_state()
 
     def state_dict(self) -> State:
         networks = {} if self.networks is None else self.networks.state_dict()

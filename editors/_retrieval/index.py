@@ -80,6 +80,7 @@ class Bm25Index(Index):
     def __init__(self) -> None:
         self._words: list[Counter[str]] = []
         self._lengths = array("q")
+        self._total = 0
         self._postings: dict[str, tuple[array[int], array[int]]] = {}
 
     def add(self, prompt: str) -> None:
@@ -90,6 +91,7 @@ class Bm25Index(Index):
             counted.append(count)
         self._words.append(counts)
         self._lengths.append(counts.total())
+        self._total += counts.total()
 
     def truncate(self, n: int) -> None:
         while len(self._words) > n:
@@ -98,17 +100,16 @@ class Bm25Index(Index):
                     column.pop()
                 if not self._postings[word][0]:
                     del self._postings[word]
-            self._lengths.pop()
+            self._total -= self._lengths.pop()
 
     def scores(self, question: Mapping[str, int]) -> npt.NDArray[np.float64]:
         """Returns the (N,) scores of the prompts, given how often each word occurs in the question."""
         scores = np.zeros(len(self._words))
         lengths = np.array(self._lengths, dtype=np.float64)
-        mean = max(lengths.mean(), 1.0) if len(lengths) else 1.0
         for word, count in question.items():
             if word in self._postings:
                 prompts, counted = (np.array(column) for column in self._postings[word])
-                scores[prompts] += count * self._weight(word, counted, lengths[prompts] / mean)
+                scores[prompts] += count * self._weight(word, counted, lengths[prompts] / self._mean)
         return scores
 
     def search(self, questions: Sequence[str], among: npt.NDArray[np.bool_], k: int) -> list[Found]:
@@ -126,9 +127,13 @@ class Bm25Index(Index):
         best = best[np.lexsort((-best, -scores[best]))][:k]
         return [(int(i), min(1.0, float(scores[i]) / self._own_score(int(i)))) for i in best]
 
+    @property
+    def _mean(self) -> float:
+        return max(self._total / len(self._lengths), 1.0)
+
     def _own_score(self, index: int) -> float:
         """What a prompt scores as a question."""
-        relative = self._lengths[index] / max(sum(self._lengths) / len(self._lengths), 1.0)
+        relative = self._lengths[index] / self._mean
         return sum(count * float(self._weight(word, count, relative)) for word, count in self._words[index].items())
 
     def _weight(self, word: str, counted: Any, relative_length: Any) -> Any:

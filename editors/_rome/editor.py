@@ -174,10 +174,10 @@ class LocateThenEdit(EditorStrategy):
         )
 
     def changing_state(self) -> State:
-        return EditorStrategy.state_dict(self)
+        return self.weights_state()
 
     def state_dict(self) -> State:
-        state = self.changing_state()
+        state = {**super().state_dict(), **self.changing_state()}
         if self.contexts:
             state |= {"contexts": list(self.contexts), **self.constants()}
         return state

@@ -13,6 +13,9 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editing.batch import Adapter, Answered, EditOutcome, NamedEdit, State
 from grace_bench.errors import UserError
 
+NAMED = "named"
+"""The name, in the state of an editor, of the edits that were given ids."""
+
 
 class OptionalHooks:
     """The optional methods of an editor, with the behaviour of an editor that implements none of them."""
@@ -142,11 +145,11 @@ class OptionalHooks:
     # --- undoing and evaluating faster
 
     def changing_state(self) -> State:
-        """Returns the part of `state_dict` that edits may change: by default all of it.
+        """Returns the part of `state_dict` that edits may change: by default all but the ids of earlier edits.
 
         After an edit its tensors must be finite and must not have exploded (`guard.size_failure`).
         """
-        return self.state_dict()
+        return {name: value for name, value in self.state_dict().items() if name != NAMED}
 
     def undo_point(self) -> Callable[[], None]:
         """Returns a function that undoes, bit for bit, everything that edits change from now on.

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from grace_bench.editing.batch import EditBatch, EditOutcome, NamedEdit, State
 from grace_bench.editing.commands import FigureKind
 from grace_bench.editing.export import Export, export_editor
 from grace_bench.editing.guard import Guard, failed_outcome
-from grace_bench.editing.hooks import OptionalHooks
+from grace_bench.editing.hooks import NAMED, OptionalHooks
 from grace_bench.editing.saving import GIVEN_BY_THE_HARNESS, load_editor, option_names, save_editor, split_state
 from grace_bench.editing.template import EditingTemplate
 from grace_bench.editing.weights import RewrittenWeights
@@ -109,7 +109,9 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         super().__init__(model=model, plugins=plugins, evaluator=evaluator)
         self._guard = Guard(self)
         self._interceptors: list[Any] = []
-        self._named: list[NamedEdit] = []
+        self._named: dict[str, NamedEdit] = {}
+        self._name_of: dict[str, str] = {}
+        self._unfollowed: set[str] = set()
         self._weights = RewrittenWeights(model, editor=name)
         if not self.freezes_weights:
             option = "editor.layers" if "layers" in option_names(type(self)) else "layers"
@@ -136,7 +138,7 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         """Undoes every edit: the model answers as before the first one, bit for bit."""
         self.restore_weights()
         self.n_edits = 0
-        self._named = []
+        self._name_all(())
 
     def state_dict(self) -> State:
         """Returns everything needed to continue editing, rewritten weights included, as tensors and JSON values.
@@ -144,13 +146,20 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         The call has no effect: pending edits stay pending, here and in an editor that loads the state.
         """
         # Absent where no edit was given an id, so that such states are those of earlier versions.
-        named = {"named": [[*vars(edit).values()] for edit in self._named]} if self._named else {}
+        named = {NAMED: [[*vars(edit).values()] for edit in self._named.values()]} if self._named else {}
         return {"n_edits": self.n_edits, **named, **self._weights.state_dict()}
+
+    def weights_state(self) -> State:
+        """Returns the number of edits and the rewritten weights: what `changing_state` holds if edits change no more.
+
+        Unlike `state_dict` it takes the same time however many edits can be undone by their ids.
+        """
+        return {"n_edits": self.n_edits, **self._weights.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from a state returned by `state_dict`."""
         self.n_edits = int(state["n_edits"])
-        self._named = [NamedEdit(*values) for values in state.get("named", ())]
+        self._name_all(state.get(NAMED, ()))
         self._weights.load_state_dict(state)
 
     # --- how an editor acts on the model
@@ -337,18 +346,18 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         Raises:
             UserError: If no edit has the id, or the editor cannot undo it, with the reason; nothing has changed.
         """
-        edit = next((edit for edit in self._named if edit.request_id == request_id), None)
+        edit = self._named.get(request_id)
         if edit is None:
-            known = [edit.request_id for edit in self._named]
-            raise UserError(f"no edit has the request id '{request_id}'{did_you_mean(request_id, known)}")
-        others = [other for other in self._named if other is not edit]
+            raise UserError(f"no edit has the request id '{request_id}'{did_you_mean(request_id, self._named)}")
+        others = [other for other in self._named.values() if other is not edit]
         self._finish_all()
         self.forget(edit, others)
-        self._named = others
+        self._drop_name(request_id)
 
     def _check_name(self, request_id: str | None, prompt: str) -> None:
         """Raises `UserError` if the edit of another prompt has an id."""
-        if any(edit.request_id == request_id and edit.prompt != prompt for edit in self._named):
+        known = None if request_id is None else self._named.get(request_id)
+        if known is not None and known.prompt != prompt:
             raise UserError(f"an edit of another prompt has the request id '{request_id}': undo it first")
 
     def _count_edit(self, prompt: str, target: str | int, request_id: str | None = None) -> None:
@@ -356,13 +365,32 @@ class EditorStrategy(OptionalHooks, EditingTemplate, ABC):
         self._name_edit(prompt, target, request_id)
 
     def _name_edit(self, prompt: str, target: str | int, request_id: str | None) -> None:
-        if prompt.strip():
-            self._named = [edit for edit in self._named if edit.prompt != prompt]
+        for known in (self._name_of.get(prompt), request_id):
+            self._drop_name(known)
         if request_id is None:
-            self._named = [replace(edit, is_followed=True) for edit in self._named]
+            for name in self._unfollowed & self._named.keys():
+                self._named[name] = replace(self._named[name], is_followed=True)
+            self._unfollowed.clear()
         else:
-            self._named = [edit for edit in self._named if edit.request_id != request_id]
-            self._named.append(NamedEdit(request_id, prompt, target))
+            self._name(NamedEdit(request_id, prompt, target))
+
+    def _name_all(self, edits: Iterable[Sequence[Any]]) -> None:
+        self._named, self._name_of, self._unfollowed = {}, {}, set()
+        for values in edits:
+            self._name(NamedEdit(*values))
+
+    def _name(self, edit: NamedEdit) -> None:
+        self._named[edit.request_id] = edit
+        # Running text has no prompt that another edit could share.
+        if edit.prompt.strip():
+            self._name_of[edit.prompt] = edit.request_id
+        if not edit.is_followed:
+            self._unfollowed.add(edit.request_id)
+
+    def _drop_name(self, request_id: str | None) -> None:
+        edit = None if request_id is None else self._named.pop(request_id, None)
+        if edit is not None:
+            self._name_of.pop(edit.prompt, None)
 
     def finish(self) -> Sequence[EditOutcome]:
         """Returns the outcomes of `flush`; if that raises, undoes all pending edits.

@@ -6,9 +6,10 @@ backlog is settled, each with the editor as it was at that number of edits.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 from grace_bench.common.state import copied, restored
@@ -209,16 +210,18 @@ class Backlog:
         related = [self._related_to(self._candidates[edit.index]) for edit in edits]
         if not any(related):
             return [{} for _ in edits]
-        if self._rescorer.is_incremental:
-            # Few answers differ between these edits, so most scores can be copied from the last one.
-            self._rescorer.score(
-                [request for streams in related for requests in streams.values() for request in requests]
-            )
+        each = [[request for requests in streams.values() for request in requests] for streams in related]
+        knows_past = self._strategy.knows_past
+        items: Iterator[ItemScore] = iter(())
+        if self._rescorer.is_incremental or not knows_past:
+            # Few answers differ between these edits, so most scores are those of the last one; without a past, all are.
+            items = iter(self._rescorer.score(list(chain(*each))))
         scored: list[ScoredAfter] = []
-        for edit, streams in zip(edits, related, strict=True):
-            with self._as_of(edit.n_edits):
-                items = iter(self._rescorer.score([request for requests in streams.values() for request in requests]))
-            scored.append({name: [next(items) for _ in requests] for name, requests in streams.items()})
+        for edit, streams, requests in zip(edits, related, each, strict=True):
+            if knows_past:
+                with self._as_of(edit.n_edits):
+                    items = iter(self._rescorer.score(requests))
+            scored.append({name: [next(items) for _ in of_stream] for name, of_stream in streams.items()})
         return scored
 
     def _flush(self) -> None:

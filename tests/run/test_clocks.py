@@ -14,6 +14,7 @@ from grace_bench.data.stream import StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editors.ft import FineTune
 from grace_bench.errors import UserError
+from grace_bench.evaluation.rescoring import Rescorer
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.tasks.base import ItemScore
 from grace_bench.registry import EDITORS, METRICS
@@ -192,6 +193,28 @@ def test_only_the_target_is_scored_after_an_edit_unless_asked(make_model: Callab
     run.run()
     assert all(set(seen) == {"edited"} for seen in metric.seen)
     assert not any(name.startswith("ES/holdout") for name in run.metrics())
+
+
+def test_a_batch_is_scored_and_evaluated_in_one_go(
+    make_model: Callable[..., EditableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, metric = loop(make_model, "together", edits_at_once=3, max_edits=3, eval_every=3)
+    asked: list[int] = []
+    score = Rescorer.score
+
+    def counted(self: Rescorer, requests: Sequence[EditRequest]) -> list[ItemScore]:
+        asked.append(len(requests))
+        return score(self, requests)
+
+    monkeypatch.setattr(Rescorer, "score", counted)
+    steps = run.steps()
+    next(steps)
+    asked.clear()
+    assert next(steps, None) is None
+    n_related = sum(len(seen[stream]) for seen in metric.seen for stream in STREAMS)
+    # The batch before its edit and after it, and all that is related to it; then every stream of the evaluation.
+    assert asked[:3] == [3, 3, n_related]
+    assert len(asked) - 3 <= len(STREAMS) + 2
 
 
 def test_edits_of_a_batch_are_scored_after_the_batch(make_model: Callable[..., EditableModel]) -> None:

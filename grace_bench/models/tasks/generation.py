@@ -43,6 +43,21 @@ class _Accepted:
     only_given_back: bool
 
 
+@dataclass(frozen=True)
+class _Read:
+    """An answer that a model reads after a prompt.
+
+    Attributes:
+        predicted: The most likely token at each of its positions, after the tokens before, without the end token.
+        wanted: Its own tokens there.
+        loss: Their mean negative log-likelihood; NaN unless it was asked for.
+    """
+
+    predicted: list[int]
+    wanted: list[int]
+    loss: float
+
+
 class GenerationTask(Task):
     """Free answers, scored by the token F1 of SQuAD."""
 
@@ -70,17 +85,16 @@ class GenerationTask(Task):
     def score_batch(self, model: Network, requests: Sequence[EditRequest]) -> list[ItemScore]:  # noqa: D102
         prompts, targets = [request.prompt for request in requests], [str(request.target) for request in requests]
         generated = self._generate(model, prompts)
-        forced = self.encode(model, prompts, targets)
+        target_ids = self.encode(model, prompts, targets).target_ids
         panels: list[dict[str, float]] = []
         accepted_answers = self._accepted(model, requests)
         for i, (request, accepted, (text, ids, _)) in enumerate(
             zip(requests, accepted_answers, generated, strict=True)
         ):
             panels.append(self._of_text(request, text, accepted.texts))
-            panels[-1]["reference_f1"] = reference_f1(ids, forced.target_ids[i])
+            panels[-1]["reference_f1"] = reference_f1(ids, target_ids[i])
         for others in (
-            self._token_scores(model, requests, forced),
-            self._contrasts(model, requests) if "contrast" in self.scores else (),
+            self._token_scores(model, requests),
             fluencies(self, model, prompts) if "fluency" in self.scores else (),
         ):
             for panel, more in zip(panels, others, strict=False):
@@ -113,50 +127,51 @@ class GenerationTask(Task):
         known = {name: value for name, value in panel.items() if name in self.scores and not math.isnan(value)}
         return {name: known[name] for name in self.panel if name in known}
 
-    def _token_scores(
-        self, model: Network, requests: Sequence[EditRequest], forced: EncodedBatch
-    ) -> list[dict[str, float]]:
-        """Token accuracy along the targets, and along reference answers the agreement with the unedited model."""
+    def _token_scores(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
+        """The scores of tokens and of their likelihoods; each distinct answer to a prompt is read once."""
+        pairs = dict.fromkeys((request.prompt, answer) for request in requests for answer in self._read_after(request))
+        with_loss = "contrast" in self.scores and any(request.contrast for request in requests)
+        along = self._along(model, [*pairs], with_loss=with_loss)
         scores: list[dict[str, float]] = [{} for _ in requests]
-        along = {
-            i: request
-            for i, request in enumerate(requests)
-            if isinstance(request, DerivedRequest) and request.unedited and request.unedited.tokens is not None
-        }
-        predicted: dict[int, Sequence[int]] = {}
-        if "token_accuracy" in self.scores or any(
-            request.reference == str(request.target) for request in along.values()
-        ):
-            rows = self.by_length(model, forced, _predicted_and_wanted)
-            for i, (given, wanted) in enumerate(rows):
-                scores[i]["token_accuracy"] = token_accuracy(given, wanted)
-                predicted[i] = given
-        for i, tokens in self._along_references(model, along, predicted).items():
-            unedited = along[i].unedited
-            assert unedited is not None
-            assert unedited.tokens is not None
-            scores[i]["token_agreement"] = token_agreement(tokens, unedited.tokens)
+        for request, found in zip(requests, scores, strict=True):
+            if "token_accuracy" in self.scores:
+                read = along[request.prompt, str(request.target)]
+                found["token_accuracy"] = token_accuracy(read.predicted, read.wanted)
+            if (compared := _compared(request)) is not None:
+                reference, unedited = compared
+                found["token_agreement"] = token_agreement(along[request.prompt, reference].predicted, unedited)
+            if "contrast" in self.scores and request.contrast:
+                first, second = (along[request.prompt, answer].loss for answer in request.contrast)
+                found["contrast"] = contrast(first, second)
         return scores
 
-    def _along_references(
-        self, model: Network, along: Mapping[int, DerivedRequest], predicted: Mapping[int, Sequence[int]]
-    ) -> dict[int, Sequence[int]]:
-        """The predicted tokens along reference answers; those along the target are known."""
-        known = {i: predicted[i] for i, request in along.items() if request.reference == str(request.target)}
-        others = {i: request for i, request in along.items() if i not in known}
-        if not others:
-            return known
-        prompts, answers = zip(*((request.prompt, request.reference) for request in others.values()), strict=True)
-        rows = self.by_length(model, self.encode(model, prompts, answers), _predicted_and_wanted)
-        return known | {i: given for i, (given, _) in zip(others, rows, strict=True)}
+    def _read_after(self, request: EditRequest) -> list[str]:
+        """The answers that are read after a request's prompt, for all scores together."""
+        answers = [str(request.target)] if "token_accuracy" in self.scores else []
+        if (compared := _compared(request)) is not None:
+            answers.append(compared[0])
+        return [*answers, *(request.contrast or ())] if "contrast" in self.scores else answers
+
+    def _along(
+        self, model: Network, pairs: Sequence[tuple[str, str]], *, with_loss: bool
+    ) -> dict[tuple[str, str], _Read]:
+        """What the model makes of answers that follow prompts; in batches, of all of them together where they fit."""
+        sizes = [super(GenerationTask, self).size(model, prompt, [answer]) for prompt, answer in pairs]
+        found: dict[tuple[str, str], _Read] = {}
+        for chunk in self.batches(sizes):
+            chosen = [pairs[i] for i in chunk]
+            prompts, answers = zip(*chosen, strict=True)
+            rows = self.by_length(model, self.encode(model, prompts, answers), partial(_read, with_loss=with_loss))
+            found.update(zip(chosen, rows, strict=True))
+        return found
 
     def unedited_batch(self, model: Network, requests: Sequence[DerivedRequest]) -> list[Unedited]:  # noqa: D102
         texts = self._unedited_texts(model, requests) if "agreement" in self.scores else [None for _ in requests]
         tokens: list[tuple[int, ...] | None] = [None for _ in requests]
         if "token_agreement" in self.scores:
             prompts, answers = [request.prompt for request in requests], [request.reference for request in requests]
-            rows = self.by_length(model, self.encode(model, prompts, answers), _predicted_and_wanted)
-            tokens = [tuple(given) for given, _ in rows]
+            rows = self.by_length(model, self.encode(model, prompts, answers), _read)
+            tokens = [tuple(row.predicted) for row in rows]
         return [Unedited(text=text, tokens=along) for text, along in zip(texts, tokens, strict=True)]
 
     def _unedited_texts(self, model: Network, requests: Sequence[DerivedRequest]) -> list[str | None]:
@@ -242,23 +257,6 @@ class GenerationTask(Task):
             self.answers(model, [request.prompt])
         except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
             raise UserError(f"model {model.name} cannot generate an answer: {reason_of(error)}") from error
-
-    def _contrasts(self, model: Network, requests: Sequence[EditRequest]) -> list[dict[str, float]]:
-        """For each request with a contrast: whether its first answer is likelier (Meng et al. 2022)."""
-        pairs = [request.contrast or () for request in requests]
-        carrying = [i for i, pair in enumerate(pairs) if pair]
-        scores: list[dict[str, float]] = [{} for _ in requests]
-        if carrying:
-            prompts = [requests[i].prompt for i in carrying]
-            first, second = (self._losses(model, prompts, [pairs[i][side] for i in carrying]) for side in (0, 1))
-            for i, likelier, less_likely in zip(carrying, first, second, strict=True):
-                scores[i] = {"contrast": contrast(likelier, less_likely)}
-        return scores
-
-    @torch.no_grad()
-    def _losses(self, model: Network, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean negative log-likelihoods per token of answers to prompts, without the end token."""
-        return self.by_length(model, self.encode(model, prompts, answers), _mean_losses)
 
     def answers(self, model: Network, prompts: Sequence[str]) -> list[str | int]:  # noqa: D102
         return [text for text, _ in self.generate(model, prompts)]
@@ -384,18 +382,22 @@ class Completion(GenerationTask):
 
 
 @torch.no_grad()
-def _predicted_and_wanted(model: Network, encoded: EncodedBatch) -> list[tuple[list[int], list[int]]]:
-    """The most likely tokens at the positions of each row's target, without the end token, and the target's own."""
+def _read(model: Network, encoded: EncodedBatch, *, with_loss: bool = False) -> list[_Read]:
+    """What a model makes of the answer in each row."""
     logits, batch = model.labelled_logits(encoded)
-    return [*zip(predicted_tokens(logits, batch), labelled_tokens(batch), strict=True)]
+    predicted, losses = predicted_tokens(logits, batch), [math.nan] * len(batch)
+    if with_loss:
+        # It takes a float32 copy of all logits.
+        assert batch.content is not None
+        losses = ((token_losses(logits, batch) * batch.content).sum(dim=1) / batch.content.sum(dim=1)).tolist()
+    return [_Read(*row) for row in zip(predicted, labelled_tokens(batch), losses, strict=True)]
 
 
-def _mean_losses(model: Network, encoded: EncodedBatch) -> list[float]:
-    """The mean negative log-likelihood of each row's target tokens, without the end token."""
-    logits, batch = model.labelled_logits(encoded)
-    assert batch.content is not None
-    losses: list[float] = ((token_losses(logits, batch) * batch.content).sum(dim=1) / batch.content.sum(dim=1)).tolist()
-    return losses
+def _compared(request: EditRequest) -> tuple[str, Sequence[int]] | None:
+    """The reference answer of a locality probe, and the unedited model's tokens along it; None if there are none."""
+    if not isinstance(request, DerivedRequest) or request.unedited is None or request.unedited.tokens is None:
+        return None
+    return request.reference, request.unedited.tokens
 
 
 def _has_words(text: str, given: str) -> bool:

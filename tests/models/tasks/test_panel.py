@@ -317,10 +317,34 @@ def test_a_score_that_is_not_asked_for_costs_no_forward_pass(make_model: Callabl
         handle.remove()
         passes.append((len(calls), sorted(item.others)))
     (few, names), (one, with_tokens), (two, _), (all_of_them, everything) = passes
-    assert (one - few, two - few, all_of_them - few) == (1, 2, 3)
+    assert (one - few, two - few, all_of_them - few) == (1, 1, 1)
     assert names == ["exact_match"]
     assert with_tokens == ["token_accuracy"]
     assert {"contains", "contrast", "token_accuracy"} < {*everything}
+
+
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_the_panel_reads_every_distinct_answer_once(make_model: Callable[..., EditableModel], batch_size: int) -> None:
+    model = make_model("completion", max_new_tokens=MOST, batch_size=batch_size)
+    prompt, said = "the currency in Peru is", Unedited(text="Sol", tokens=(5,))
+    fact = EditRequest(id="a", prompt=prompt, target="Lima", contrast=("Lima", "Sol"))
+    fields = {"id": "p", "prompt": prompt, "is_locality": True, "unedited": said, "contrast": ("Sol", "Euro")}
+    # Its own answer is the target; along the gold answer it is compared with the unedited model.
+    probe = DerivedRequest(**fields, target="Ishim", target_from_model=True, gold=("Sol",))
+    model.score([fact, probe])
+    rows: list[int] = []
+    handle = model.module.register_forward_hook(
+        lambda _, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    (single, together) = (model.score([probe]), model.score([fact, probe]))
+    n_rows = sum(rows)
+    rows.clear()
+    model.answer([prompt])
+    generated = sum(rows)
+    handle.remove()
+    assert together[1] == single[0]
+    # Alone: Ishim, Sol, Euro; together: Lima besides.
+    assert n_rows == 3 * generated + 3 + 4
 
 
 def test_the_main_score_can_be_any_of_the_panel_and_locality_can_have_its_own(
