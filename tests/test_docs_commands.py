@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 TESTED = {"deploy.md": "tests/test_deploy.py", "from-easyedit.md": "tests/launch/test_from_easyedit_page.py"}
 """Pages whose commands run, all of them, in a test of their own."""
 BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+?) -->\n\n?)?(?P<indent> *)```\w*\n(?P<text>.*?)^(?P=indent)```$",
+    r"^(?: *<!-- not run: (?P<reason>[^\n]+?) -->\n\n?)?(?P<indent> *)```\w*\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 OWN_OPTIONS = {"run": ("-m", "score="), "plan": ("-m",), "meta-train": (), "moments": ("layers=", "text=")}
