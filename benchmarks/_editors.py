@@ -1,15 +1,15 @@
 """What every editor is timed on, and one side of the comparison: an editor on the exact or the plain engine."""
 
-import inspect
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _measure import interleave, peak
+from _measure import peak
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +22,10 @@ from grace_bench.registry import EDITORS
 
 DOWN = "model.layers.{}.mlp.down_proj"
 MIDDLE = [DOWN.format(block) for block in range(10, 15)]
-CONTEXTS = {"n_prefixes": 5, "text": "model", "n_texts": 200}
+CONTEXTS = {"n_prefixes": 5}
+ENGINES: tuple[EngineName, ...] = ("plain", "exact")
+N_TRAIN = 200
+"""The facts behind the edited ones that serve as running text and background prompts."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Side:
         name: The editor's registered name.
         work: What it is timed on.
         requests: The requests to edit.
+        train: The requests for training.
     """
 
     def __init__(
@@ -77,76 +81,81 @@ class Side:
         name: str,
         work: Work,
         requests: Sequence[EditRequest],
+        train: Sequence[EditRequest],
     ) -> None:
         # As in a run, the plain engine takes one input at a time.
         task = get_task("completion", batch_size=1 if engine == "plain" else 64)
         self.model = EditableModel(module, layer=work.layer, task=task, tokenizer=tokenizer, engine=engine)
-        self.name, self.work, self.requests = name, work, requests
+        self.name, self.work, self.requests, self.train = name, work, requests, train
         self.losses: list[float | None] = []
+        self.steps: list[int | None] = []
 
-    def prepared(self, **options: Any) -> EditorStrategy:
-        """Returns the editor, ready for its first edit."""
+    @contextmanager
+    def editor(self, **options: Any) -> Iterator[EditorStrategy]:
+        """An editor that is ready for its first edit."""
         editor: EditorStrategy = EDITORS.get(self.name)(model=self.model, **{**self.work.options, **options})
-        editor.prepare(self.requests)
-        if editor.needs_upstream_prompts:
-            editor.read_upstream([request.prompt for request in self.requests])
-        return editor
+        with editor:
+            editor.prepare(self.train)
+            if editor.needs_upstream_prompts:
+                editor.read_upstream([request.prompt for request in self.train])
+            yield editor
 
-    def edit(self, **options: Any) -> float:
-        """Edits all requests and returns the seconds it took, without preparing the editor."""
-        with self.prepared(**options) as editor:
-            started = time.perf_counter()
-            outcomes = editor.edit_texts(self.requests)
-            seconds = time.perf_counter() - started
+    def edit(self, editor: EditorStrategy) -> float:
+        """Edits all requests from the unedited model on, and returns the processor seconds of an edit."""
+        editor.rollback()
+        started = time.process_time()
+        outcomes = editor.edit_texts(self.requests)
+        seconds = time.process_time() - started
+        failed = next((outcome.failed for outcome in outcomes if outcome.failed is not None), None)
+        if failed is not None:
+            raise RuntimeError(f"{self.name}: {failed}")
         self.losses = [loss for outcome in outcomes for loss in (outcome.loss_first, outcome.loss)]
-        return seconds
+        self.steps = [outcome.steps for outcome in outcomes]
+        return seconds / len(self.requests)
 
-    def operations(self) -> float:
-        """Returns the floating-point operations per edit; of many steps extrapolated from two and three."""
-        steps = self.work.steps
-        if steps is None:
-            return self._count() / len(self.requests)
-        parameters = inspect.signature(EDITORS.get(self.name)).parameters
-        n = self.work.options.get(steps, parameters[steps].default)
-        first, second = self._count(**{steps: 2}), self._count(**{steps: 3})
-        return (first + (n - 2) * (second - first)) / len(self.requests)
-
-    def _count(self, **options: Any) -> float:
-        with self.prepared(**options) as editor, FlopCounterMode(display=False) as counter:
-            editor.edit_texts(self.requests)
-        return float(counter.get_total_flops())
+    def operations(self, editor: EditorStrategy) -> float:
+        """Returns the floating-point operations of an edit, counted."""
+        with FlopCounterMode(display=False) as counter:
+            self.edit(editor)
+        return counter.get_total_flops() / len(self.requests)
 
 
-def facts(path: Path, n: int) -> list[EditRequest]:
-    """Returns the first facts of a CounterFact file in EasyEdit's format (JSON lines)."""
+def facts(path: Path, n: int) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Returns the first n facts of a CounterFact file in EasyEdit's format (JSON lines), and `N_TRAIN` further ones."""
     with path.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for _, line in zip(range(n), lines, strict=False)]
-    return [
+        records = [json.loads(line) for _, line in zip(range(n + N_TRAIN), lines, strict=False)]
+    requests = [
         EditRequest(id=str(number), prompt=record["prompt"], target=record["target_new"], subject=record["subject"])
         for number, record in enumerate(records)
     ]
+    return requests[:n], requests[n:]
 
 
 def measure(
-    name: str, module: nn.Module, tokenizer: Any, requests: Sequence[EditRequest], *, repeats: int
+    name: str,
+    module: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    train: Sequence[EditRequest],
+    *,
+    repeats: int,
 ) -> dict[str, Any]:
-    """Returns the figures for one editor's row of the table."""
+    """Returns the figures for one editor's row of the table; all are of processor time."""
     work = WORK[name]
-    sides = {engine: Side(engine, module, tokenizer, name, work, requests) for engine in ("plain", "exact")}
-    # The first edit checks what the engine assumes, and fills the caches of second moments.
-    sides["exact"].edit(**({} if work.steps is None else {work.steps: 2}))
-    fastest = peak()
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    interleave(
-        {engine: lambda engine=engine: taken[engine].append(sides[engine].edit()) for engine in sides},  # type: ignore[misc]
-        repeats=repeats,
-        warmup=0,
-    )
-    seconds = {engine: [value / len(requests) for value in values] for engine, values in taken.items()}
-    pairs = zip(sides["plain"].losses, sides["exact"].losses, strict=True)
-    apart = [abs(a - b) / max(1.0, abs(a)) for a, b in pairs if a is not None and b is not None]
-    needed = {engine: side.operations() for engine, side in sides.items()}
-    fastest = max(fastest, peak())
+    sides = {engine: Side(engine, module, tokenizer, name, work, requests, train) for engine in ENGINES}
+    fastest = peak(time.process_time)
+    seconds: dict[str, list[float]] = {engine: [] for engine in sides}
+    with ExitStack() as stack:
+        editors = {engine: stack.enter_context(side.editor()) for engine, side in sides.items()}
+        # The exact engine checks what it assumes at first use.
+        sides["exact"].edit(editors["exact"])
+        for _ in range(repeats):
+            for engine, side in sides.items():
+                seconds[engine].append(side.edit(editors[engine]))
+        pairs = zip(sides["plain"].losses, sides["exact"].losses, strict=True)
+        apart = [abs(a - b) / max(1.0, abs(a)) for a, b in pairs if a is not None and b is not None]
+        needed = {engine: side.operations(editors[engine]) for engine, side in sides.items()}
+    fastest = max(fastest, peak(time.process_time))
     return {
         **seconds,
         "n": len(requests),

@@ -20,7 +20,7 @@ class Capability(EditMetric):
     higher_is_better = True
     caption = "what no stream asks, by lm-evaluation-harness"
     order = 90
-    shown_in = ("table", "latex", "report", "curves", "progress", "summary", "tuning", "dashboard")
+    shown_in = ("table", "latex", "report", "curves", "progress", "summary", "tuning")
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,6 +34,7 @@ SHORT_AND_PAPERS = {**SHORT, "n_edits": "max_edits"}
 PLACEHOLDERS = {
     "stream=S": "stream=atlas-qa",
     "editor=E": "editor=grace",
+    "editor=mine": "editor=grace",
     "tuned=presets": "tuned=none",
     "paper=figure4": "sweep=figure4",
     "stream=capital-moves": "stream=atlas-facts",

@@ -48,6 +48,9 @@ class GuardedEditor(Protocol):
     @property
     def n_pending(self) -> int: ...  # noqa: D102
 
+    @property
+    def finishes_later(self) -> bool: ...  # noqa: D102
+
     def edit(self, batch: EditBatch) -> EditOutcome: ...  # noqa: D102
 
     def flush(self) -> Sequence[EditOutcome]: ...  # noqa: D102
@@ -95,7 +98,7 @@ class Guard:
             raise EditFailure(reason) from error
         if not n_pending:
             # It may hold a copy of everything that edits change.
-            self._undo_pending = undo if editor.n_pending else None
+            self._undo_pending = undo if editor.finishes_later else None
         return outcome
 
     def finish(self) -> Sequence[EditOutcome]:

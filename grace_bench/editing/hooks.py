@@ -126,6 +126,11 @@ class OptionalHooks:
         """
         return ()
 
+    @property
+    def finishes_later(self) -> bool:
+        """Whether the editor implements `flush`, and so may leave edits pending."""
+        return type(self).flush is not OptionalHooks.flush
+
     @contextmanager
     def as_of(self, n_edits: int) -> Iterator[None]:
         """Lets the editor answer as after `n_edits` edits inside the context, with `self.n_edits` set to match.

@@ -25,7 +25,7 @@ def normal(name: str) -> str:
 
 @pytest.mark.parametrize("requirement", [*REQUIREMENTS, *PROJECT["build-system"]["requires"]])
 def test_a_dependency_is_bounded_below(requirement: str) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9._-]+>=\d+(\.\d+)*", requirement)
+    assert re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?>=\d+(\.\d+)*", requirement)
 
 
 def test_what_is_imported_is_declared() -> None:
