@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -142,7 +143,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the figures for one editor's row of the table; all are of processor time."""
     work = WORK[name]
-    sides = {engine: Side(engine, module, tokenizer, name, work, requests, train) for engine in ENGINES}
+    # Each has the network to itself: an editor that acts by hooks would act on the other's passes too.
+    sides = {engine: Side(engine, deepcopy(module), tokenizer, name, work, requests, train) for engine in ENGINES}
     fastest = peak(time.process_time)
     seconds: dict[str, list[float]] = {engine: [] for engine in sides}
     with ExitStack() as stack:
