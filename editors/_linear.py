@@ -1,20 +1,8 @@
-"""Linear modules: what enters and leaves them."""
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+"""Linear modules that an editor acts beside."""
 
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
-
-
-def dimensions(module: nn.Module) -> tuple[int, int] | None:
-    """Returns D_in and D_out of a linear module, `nn.Linear` or transformers' `Conv1D`; None if it is another kind."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        n_in, n_out = module.weight.shape
-        return n_in, n_out
-    return None
+from grace_bench.models.linear import dimensions
 
 
 def size_of(model: EditableModel, path: str, *, editor: str, option: str) -> tuple[int, int]:

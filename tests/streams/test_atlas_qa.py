@@ -1,6 +1,5 @@
 """atlas-qa: its table, its splits and its shipped model."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from grace_bench.models.tasks.text_scores import normalize_answer
 from grace_bench.registry import STREAMS
 from grace_bench.streams import EditRequest, StreamData, _atlas, atlas_qa
 from grace_bench.streams._pretraining import Example, collate, seeded, train, train_tokenizer
+from helpers import module_at
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = Path(atlas_qa.__file__).parent / "checkpoints" / "atlas-qa"
@@ -36,12 +36,7 @@ def _facts(requests: Iterable[EditRequest]) -> set[str]:
 
 
 def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("derive_atlas", ROOT / "scripts" / "derive_atlas.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(ROOT / "scripts" / "derive_atlas.py")
 
 
 def test_the_script_reproduces_the_table_byte_for_byte() -> None:
