@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+import numpy as np
 
 from grace_bench.common.state import restored
 from grace_bench.errors import UserError, did_you_mean, reason_of
@@ -53,29 +56,32 @@ class CapabilityTasks:
         paths: list[str | Path] = [str(folder) for folder in folders]
         with _quietly():
             # To index the thousands of tasks that lm-eval ships takes longer than most runs of a tiny model.
-            self._manager = TaskManager(include_path=paths, include_defaults=False)
-            if not set(tasks) <= set(self._manager.all_tasks):
-                self._manager = TaskManager(include_path=paths)
+            manager = TaskManager(include_path=paths, include_defaults=False)
+            if not set(tasks) <= set(manager.all_tasks):
+                manager = TaskManager(include_path=paths)
         for name in tasks:
-            if name not in self._manager.all_tasks:
+            if name not in manager.all_tasks:
                 raise UserError(
-                    f"capability.tasks: lm-eval knows no task {name!r}{did_you_mean(name, self._manager.all_tasks)}"
+                    f"capability.tasks: lm-eval knows no task {name!r}{did_you_mean(name, manager.all_tasks)}"
                 )
         with _quietly():
             try:
-                self._tasks = list(self._manager.load(list(tasks))["tasks"].values())
+                self._tasks = dict(manager.load(list(tasks))["tasks"])
             except Exception as error:
                 raise UserError(f"capability.tasks=[{','.join(tasks)}] cannot be loaded: {reason_of(error)}") from error
+        for task in self._tasks.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
 
     @property
     def names(self) -> list[str]:
         """The names of all single tasks."""
-        return [task.task_name for task in self._tasks]
+        return list(self._tasks)
 
     def measure(self, model: EditableModel) -> dict[str, TaskScore]:
         """Returns the scores of a model as edited so far, by the name of the task.
 
-        lm-eval seeds the generators of Python, NumPy and torch.
+        Seeds the generators of Python, NumPy and torch, as lm-eval's `simple_evaluate` does.
 
         Args:
             model: A causal or encoder-decoder model of transformers.
@@ -84,16 +90,23 @@ class CapabilityTasks:
             UserError: If the model is of another kind or has no tokenizer, or a task needs what it cannot do.
         """
         check_model(model)
-        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+        from lm_eval.evaluator import evaluate
+        from lm_eval.utils import set_torch_seed
 
         from grace_bench.evaluation.language_model import EditedLM
 
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        set_torch_seed(DEFAULT_OTHER_SEED)
+        for task in self._tasks.values():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         with _quietly():
             try:
-                found = simple_evaluate(
+                # `simple_evaluate` would run pip, every time, to describe the machine.
+                found = evaluate(
                     EditedLM(model, batch_size=model.task.batch_size, batch_tokens=model.task.batch_tokens),
-                    tasks=self._tasks,
-                    task_manager=self._manager,
+                    {"tasks": self._tasks, "groups": {}, "group_map": {}},
                     limit=self._limit,
                     # The standard error of a drop is computed from the documents, which are the same before and after.
                     bootstrap_iters=0,
