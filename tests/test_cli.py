@@ -795,15 +795,6 @@ def test_the_networks_that_ship_are_found_without_a_cache(
 # --- demo, pretrain --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_core() -> Iterator[None]:
-    """Makes the demo start one process: each imports for seconds."""
-    usable = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(usable)})
-    yield
-    os.sched_setaffinity(0, usable)
-
-
 def run_demo(out: Path, editors: set[str]) -> Done:
     """Runs the demo where one of its runs was interrupted, and checks what it leaves and prints."""
     interrupted = folder_of(demo_config("atlas-facts", "none", out=str(out), n_edits=1))
@@ -822,7 +813,7 @@ def run_demo(out: Path, editors: set[str]) -> Done:
     return done
 
 
-def test_the_demo_says_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_core: None) -> None:
+def test_the_demo_says_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registered = {name: EDITORS.get(name) for name in ("grace", "none")}
     monkeypatch.setattr(EDITORS, "classes", lambda: registered)
     out = tmp_path / "demo"

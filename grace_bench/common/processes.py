@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -11,19 +12,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T], *, jobs: int | None = None) -> list[R]:
+def side_by_side(
+    function: Callable[[T], R], items: Iterable[T], *, jobs: int | None = None, fork: bool = False
+) -> list[R]:
     """Applies a function to every item in parallel processes; returns the results in the order of the items.
 
     Args:
         function: A module-level function, or a partial of one.
         items: Its arguments.
         jobs: How many processes run at once; None for one per usable core.
+        fork: On Linux, the processes are copies of this one, and need not import again what it has imported. Only for
+            a process that has not computed on several threads or a GPU: a copy can use neither.
 
     Raises:
         Exception: The first exception that the function raises. Unfinished work is then abandoned, as on an interrupt.
     """
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or n_cores(), mp_context=spawned, initializer=_prepare) as pool:
+    context = multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(jobs or n_cores(), mp_context=context, initializer=_prepare) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]

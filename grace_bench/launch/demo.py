@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ def demo(out: Path, *, n_edits: int) -> None:
         raise UserError(f"out={out}: Not a directory")
     if find_spec("lm_eval") is None:
         say("Without lm-eval there is no column Capability: pip install 'grace-bench[capability]'")
-    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), demo_pairs())
+    else:
+        # Imported once, for all processes.
+        import_module("grace_bench.evaluation.language_model")
+    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), demo_pairs(), fork=True)
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
@@ -62,7 +66,9 @@ def works_on(editor: Any, stream: Any) -> bool:
 
 def demo_config(stream: str, editor: str, *, out: str, n_edits: int) -> RunConfig:
     """Returns the configuration of one of the demo's runs."""
-    config = compose([f"stream={stream}", f"editor={editor}", f"max_edits={n_edits}", *_capability_of(stream)])
+    # Nobody follows these runs in W&B, and its process takes longer to start than some of them take.
+    fixed = [f"max_edits={n_edits}", "wandb.mode=disabled"]
+    config = compose([f"stream={stream}", f"editor={editor}", *fixed, *_capability_of(stream)])
     # Not as overrides: a path may hold characters that their grammar gives a meaning. And an interrupted demo resumes.
     return replace(config, out=out, existing="resume")
 

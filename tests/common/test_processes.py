@@ -1,11 +1,15 @@
 """Work side by side: in order, in processes of its own, and given up as a whole."""
 
 import os
+import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from grace_bench.common.options import check_whole
 from grace_bench.common.processes import n_cores, side_by_side
 from grace_bench.errors import UserError
 
@@ -19,18 +23,24 @@ def test_work_is_done_in_other_processes() -> None:
     assert Path(text).name != str(os.getpid())
 
 
+def is_imported(name: str) -> bool:
+    return name in sys.modules
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are started anew")
+def test_a_forked_process_has_what_this_one_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imported_here", ModuleType("imported_here"))
+    assert side_by_side(is_imported, ["imported_here"], jobs=1, fork=True) == [True]
+
+
 def test_a_mistake_is_raised_as_it_is_and_what_is_under_way_is_given_up() -> None:
     started = time.monotonic()
     with pytest.raises(TypeError):
-        side_by_side(time.sleep, ["long", 300], jobs=2)  # type: ignore[list-item]
+        side_by_side(time.sleep, ["long", 300], jobs=2, fork=True)  # type: ignore[list-item]
     assert time.monotonic() - started < 120
 
 
 def test_a_message_for_the_user_survives_the_way_between_processes() -> None:
-    from functools import partial
-
-    from grace_bench.common.options import check_whole
-
     with pytest.raises(UserError, match=r"seed=-1 should be a whole number, at least 0"):
         side_by_side(partial(check_whole, "seed", least=0), [-1], jobs=1)
 
