@@ -3,12 +3,13 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
 import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -109,16 +110,34 @@ def axes_of(figure: Any, title: str) -> Any:
     return next(axes for axes in figure.axes if axes.get_title() == title)
 
 
-def each_value_once(names: str, first: Iterable[Any], second: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrises a test by two options: pairs that show every value once are quick, the other combinations slow."""
-    one, other = list(first), list(second)
-    n = min(len(one), len(other))
+def each_value_once(names: str, *options: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by several options: as few combinations as show every value are quick, the others slow."""
+    values = [list(option) for option in options]
+    shown = {tuple(turn % len(option) for option in values) for turn in range(max(map(len, values)))}
+    return _parametrised(names, values, shown)
+
+
+def each_pair_once(names: str, *options: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by several options: enough combinations that every two values meet are quick, others slow."""
+    values = [list(option) for option in options]
+    places = [*itertools.product(*(range(len(option)) for option in values))]
+    pairs = {place: {*itertools.combinations(enumerate(place), 2)} for place in places}
+    left, shown = set().union(*pairs.values()), set()
+    while left:
+        shown.add(best := max(places, key=lambda place: len(pairs[place] & left)))
+        left -= pairs[best]
+    return _parametrised(names, values, shown)
+
+
+def _parametrised(names: str, values: Sequence[Sequence[Any]], shown: Set[tuple[int, ...]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         names,
         [
-            pytest.param(a, b, marks=() if i % n == j % n else pytest.mark.slow)
-            for i, a in enumerate(one)
-            for j, b in enumerate(other)
+            pytest.param(
+                *(option[i] for option, i in zip(values, place, strict=True)),
+                marks=() if place in shown else pytest.mark.slow,
+            )
+            for place in itertools.product(*(range(len(option)) for option in values))
         ],
     )
 

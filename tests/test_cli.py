@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -316,25 +317,41 @@ TUNED = sorted(
 )
 
 
+# One editor of each stream.
+SHOWN = {name.partition("_")[0]: name for name in TUNED}.values()
+
+each_tuned = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in TUNED]
+)
+
+
+def tuned_preset(name: str) -> dict[str, Any]:
+    text = (files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8")
+    preset: dict[str, Any] = yaml.safe_load(text)
+    return preset
+
+
 @pytest.mark.parametrize("name", TUNED)
+def test_a_tuned_preset_is_of_options_that_its_editor_has(name: str) -> None:
+    stream, _, editor = name.partition("_")
+    assert STREAMS.get(stream)
+    assert {*tuned_preset(name)["editor"]} <= {*inspect.signature(EDITORS.get(editor)).parameters}
+    assert tuned_preset(name)["tuning_budget"]
+
+
+@each_tuned
 def test_a_tuned_preset_holds_for_its_stream_and_editor(name: str) -> None:
     stream, _, editor = name.partition("_")
-    preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
+    preset = tuned_preset(name)
     config = compose([f"stream={stream}", f"editor={editor}"])
     assert {option: config.editor.settings[option] for option in preset["editor"]} == preset["editor"]
     assert config.tuning_budget == preset["tuning_budget"]
 
 
-# One editor of each stream.
-SHOWN = {name.partition("_")[0]: name for name in TUNED}.values()
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SHOWN else pytest.mark.slow) for name in TUNED]
-)
+@each_tuned
 def test_the_command_line_wins_over_a_tuned_preset(name: str) -> None:
     stream, _, editor = name.partition("_")
-    preset = yaml.safe_load((files("grace_bench.launch.conf") / "tuned" / f"{name}.yaml").read_text(encoding="utf-8"))
+    preset = tuned_preset(name)
     numbers = {key: value for key, value in preset["editor"].items() if isinstance(value, int | float)}
     option, value = next((key, value) for key, value in numbers.items() if not isinstance(value, bool))
     config = compose([f"stream={stream}", f"editor.{option}={value * 3}", f"editor={editor}", "tuning_budget=mine"])

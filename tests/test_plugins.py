@@ -108,9 +108,18 @@ def test_what_an_installed_package_brings_is_listed_with_its_origin(site: Path, 
         assert line.split(maxsplit=1)[1].strip() == "An offset for every answer. [grace-bench-offset]"
 
 
+RUN_AND_RANK = """
+from grace_bench.cli import main
+
+options = ["stream=parity", "stream.n_requests=4", "editor=offset", "editor.lr=0.5"]
+assert main(["run", *options, "out=runs", "wandb.mode=disabled"]) == 0
+assert main(["leaderboard", "runs", "--format", "json"]) == 0
+"""
+
+
 def test_an_installed_editor_stream_and_metric_run_with_the_unchanged_harness(site: Path, tmp_path: Path) -> None:
-    arguments = ["grace_bench", "run", "stream=parity", "stream.n_requests=4", "editor=offset", "editor.lr=0.5"]
-    done = run(site, [*arguments, "out=runs", "wandb.mode=disabled"], tmp_path)
+    (tmp_path / "both.py").write_text(RUN_AND_RANK, encoding="utf-8")
+    done = run(site, ["both"], tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "parity" / "toy" / "offset").iterdir()
     result = read_result(folder / "result.json")
@@ -121,8 +130,7 @@ def test_an_installed_editor_stream_and_metric_run_with_the_unchanged_harness(si
     assert result.environment["plugins"] == {"grace_bench_offset": {"version": "1.0", "git": None}}
     evaluations = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert evaluations[-1]["n_candidates_seen"] == 4
-    board = run(site, ["grace_bench", "leaderboard", "runs", "--format", "json"], tmp_path)
-    assert "offset" in board.stdout, board.stderr
+    assert "offset" in done.stdout.partition("[")[2], "the leaderboard in JSON"
 
 
 SCRIPT = """
@@ -130,6 +138,7 @@ import sys
 from grace_bench.cli import main
 
 if __name__ == "__main__":
+    assert main(["list"]) == 0
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -138,17 +147,11 @@ def test_what_a_script_registers_itself_is_listed_run_and_measured_like_any_othe
     parts = (block("python"), STREAM, METRIC)
     (tmp_path / "own.py").write_text("\n".join(parts) + SCRIPT, encoding="utf-8")
 
-    def own(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "own.py", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    listed = own("list")
-    assert listed.returncode == 0, listed.stderr
-    for name in ("offset", "parity", "n_candidates_seen"):
-        (line,) = (line for line in listed.stdout.splitlines() if line.split()[:1] == [name])
-        assert line.rstrip().endswith("[__main__]")
-    done = own("run", "stream=parity", "editor=offset", "out=runs", "wandb.mode=disabled")
+    command = [sys.executable, "own.py", "run", "stream=parity", "editor=offset", "out=runs", "wandb.mode=disabled"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    for name in ("offset", "parity", "n_candidates_seen"):
+        assert re.search(rf"^ *{name} .* \[__main__\] *$", done.stdout, re.MULTILINE)
     (folder,) = (tmp_path / "runs" / "parity" / "toy" / "offset").iterdir()
     result = read_result(folder / "result.json")
     assert result.metrics["n_candidates_seen"] == result.metrics["n_candidates"] == 6

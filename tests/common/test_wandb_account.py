@@ -11,13 +11,13 @@ from grace_bench.common.wandb_account import check_project
 from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
 from grace_bench.launch.run_config import RunConfig
+from helpers import each_value_once
 
 REFUSED = ["a/b", "a\\b", "a#b", "a?b", "a%b", "a:b", "#", "p" * 129]
 TAKEN = ["grace-bench", "p" * 128, "über 9000", "правки=1", "a.b_c (d) [e] {f} & 'g' @ $", "中文😀"]
 
 
-@pytest.mark.parametrize("project", REFUSED)
-@pytest.mark.parametrize("mode", ["auto", "offline", "disabled"])
+@each_value_once("project, mode", REFUSED, ["auto", "offline", "disabled"])
 def test_a_project_that_wandb_refuses_is_refused_when_it_is_asked_for(project: str, mode: str) -> None:
     with pytest.raises((wandb.UsageError, ValidationError)):
         wandb.Settings(project=project)

@@ -12,7 +12,7 @@ from avalanche.benchmarks.scenarios.generic_scenario import CLScenario, MaskedAt
 from avalanche.core import BasePlugin
 from avalanche.evaluation.metrics import timing_metrics
 from avalanche.logging import BaseLogger, CSVLogger, InteractiveLogger, TextLogger
-from avalanche.training.plugins import EWCPlugin
+from avalanche.training.plugins import EWCPlugin, gem
 from avalanche.training.plugins.evaluation import EvaluationPlugin
 from avalanche.training.templates.base import BaseTemplate
 
@@ -181,3 +181,7 @@ def test_an_evaluator_keeps_the_last_value_of_a_metric_only() -> None:
         editor.train(EditExperience(REQUEST), eval_streams=[])
         assert editor.n_edits == 1
         assert editor.evaluator.get_all_metrics() == {}
+
+
+def test_a_plugin_that_solves_quadratic_programs_finds_the_package_that_is_imported_at_first_use() -> None:
+    assert "quadprog" in gem.qpsolvers.available_solvers

@@ -299,14 +299,14 @@ def test_a_bfloat16_model_is_edited_by_float32_networks(make_model: MakeModel, m
 
 @each_task
 def test_meta_training_lowers_the_meta_loss(task: str, make_model: MakeModel) -> None:
-    with Mend(model=make_model(task), n_steps=100, batch_size=4, rank=16, lr=3e-3, edit_lr=1e-2) as editor:
+    with Mend(model=make_model(task), n_steps=60, batch_size=4, rank=16, lr=3e-3, edit_lr=1e-2) as editor:
         figures = editor.meta_train(train_requests(task))
         untrained = editor.new_networks(torch.Generator().manual_seed(0)).state_dict()
         trained = networks_of(editor)
         assert all(not torch.equal(trained[name], tensor) for name, tensor in untrained.items()), "all of it is trained"
     first, last = (0.1 * figures[f"edit_loss_{when}"] + figures[f"locality_kl_{when}"] for when in ("first", "last"))
     assert last < 0.9 * first
-    assert figures["n_steps"] == 100
+    assert figures["n_steps"] == 60
 
 
 def test_an_interrupted_meta_training_goes_on_to_the_same_bits(make_model: MakeModel) -> None:
@@ -317,10 +317,10 @@ def test_an_interrupted_meta_training_goes_on_to_the_same_bits(make_model: MakeM
 
     def interrupt(what: str, done: int, total: int) -> None:
         seen.append(done)
-        if len(seen) == 73:
+        if len(seen) == 53:
             raise InterruptionError
 
-    options: dict[str, Any] = {"n_steps": 120, "batch_size": 2, "rank": 4}
+    options: dict[str, Any] = {"n_steps": 60, "batch_size": 2, "rank": 4}
     train = train_requests("classification")
     with Mend(model=make_model("classification"), **options) as editor:
         with pytest.raises(InterruptionError):
@@ -331,7 +331,7 @@ def test_an_interrupted_meta_training_goes_on_to_the_same_bits(make_model: MakeM
     with Mend(model=make_model("classification"), **options) as editor:
         resumed_figures = editor.meta_train(train, progress=interrupt)
         resumed = networks_of(editor)
-    assert seen == [*range(1, 74), *range(51, 121)]
+    assert seen == [*range(1, 54), *range(51, 61)]
     (whole,) = kept_files()
     assert "partial" not in whole
     (cache_folder() / "mend" / whole).unlink()

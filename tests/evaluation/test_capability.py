@@ -3,9 +3,11 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from grace_bench.cli import main
 from grace_bench.data.derived import probe_requests
 from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
+from grace_bench.errors import UserError
 from grace_bench.evaluation.capability import CapabilityTasks, TaskScore, mean_drop
 from grace_bench.evaluation.language_model import EditedLM
 from grace_bench.models.calls import LayerCall
@@ -294,9 +297,21 @@ def test_the_end_is_measured_though_no_edit_came_after_the_last_evaluation(tmp_p
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line_before_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], named: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    named: str,
 ) -> None:
+    # To index the tasks that lm-eval ships takes ten seconds.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
     assert main(["run", *overrides, "editor=none", "max_edits=1", f"out={tmp_path}", "wandb.mode=disabled"]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert named in line
     assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.slow
+def test_a_misspelt_task_of_those_that_lm_eval_ships_is_answered_with_its_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'blimp_anaphor_gender_agreement'"):
+        CapabilityTasks(["blimp_anaphor_gender_agreemen"])

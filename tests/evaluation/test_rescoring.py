@@ -79,7 +79,7 @@ def test_values_trained_together_are_those_trained_alone(make_model: MakeModel, 
             model = EditableModel(
                 model.module, layer=model.layer_name, task=model.task, tokenizer=model.tokenizer, engine=engine
             )
-            with Grace(model=model, n_iter=30, lr=0.1, eps_init=1e-3) as editor:
+            with Grace(model=model, n_iter=10, lr=0.1, eps_init=1e-3) as editor:
                 outcomes = []
                 for request in make_requests(task)[:5]:
                     editor.edit(_batch(model, request))
@@ -143,7 +143,7 @@ def test_what_an_evaluation_scores_again_starts_at_the_layer(
         assert again == model.score(requests)
 
 
-@pytest.mark.parametrize("task", ["classification", "qa", "language_modelling"])
+@pytest.mark.parametrize("task", ["classification", "qa", pytest.param("language_modelling", marks=pytest.mark.slow)])
 def test_scores_depend_neither_on_memory_nor_on_an_interruption(
     task: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:

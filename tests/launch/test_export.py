@@ -34,7 +34,7 @@ def prompts_of(folder: Path) -> list[str]:
     return [str(record.prompt) for record in read_edits(folder / "edits.jsonl").values()]
 
 
-@pytest.mark.parametrize("editor", ["ft", "grace", "lora", "retrieve"])
+@pytest.mark.parametrize("editor", ["ft", "grace", "lora", pytest.param("retrieve", marks=pytest.mark.slow)])
 def test_a_run_is_exported_and_answers_as_it_did(
     editor: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

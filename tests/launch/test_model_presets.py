@@ -21,6 +21,7 @@ from grace_bench.launch.run_config import RunConfig, hash_config
 from grace_bench.launch.sweep import composed_runs
 from grace_bench.models.architecture import ModelShape, corresponding, number_of
 from grace_bench.registry import EDITORS
+from helpers import each_value_once
 
 LLAMA_2: dict[str, Any] = {
     "model_type": "llama",
@@ -186,30 +187,30 @@ def test_relative_depth_crosses_architectures() -> None:
     assert corresponding("model.layers.16.mlp.gate_proj", llama, gptj) == "transformer.h.14.mlp.fc_in"
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("llama", {"num_key_value_heads": 2}),
-        ("qwen2", {"num_key_value_heads": 2}),
-        ("mistral", {"num_key_value_heads": 2}),
-        ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
-        ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}),
-        ("gpt2", {}),
-        ("gptj", {"rotary_dim": 4}),
-        ("gpt_neox", {}),
-        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-        ("falcon", {}),
-        ("phi", {}),
-        # No table names the layers of these.
-        ("mamba", {}),
-        ("mpt", {"n_heads": 4}),
-        ("lfm2", {"num_key_value_heads": 2, "full_attn_idxs": [1]}),
-    ],
-)
-@pytest.mark.parametrize("editor", ["grace", "none"])
+WITHOUT_PRESET: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"num_key_value_heads": 2}),
+    ("qwen2", {"num_key_value_heads": 2}),
+    ("mistral", {"num_key_value_heads": 2}),
+    ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
+    ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    ("gpt2", {}),
+    ("gptj", {"rotary_dim": 4}),
+    ("gpt_neox", {}),
+    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    ("falcon", {}),
+    ("phi", {}),
+    # No table names the layers of these.
+    ("mamba", {}),
+    ("mpt", {"n_heads": 4}),
+    ("lfm2", {"num_key_value_heads": 2, "full_attn_idxs": [1]}),
+]
+
+
+@each_value_once("of_kind, editor", WITHOUT_PRESET, ["grace", "none"])
 def test_the_layer_chosen_for_a_model_without_a_preset_is_one_that_it_has(
-    kind: str, settings: dict[str, Any], editor: str, folder: MakeFolder
+    of_kind: tuple[str, dict[str, Any]], editor: str, folder: MakeFolder
 ) -> None:
+    kind, settings = of_kind
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
     config: Any = transformers.AutoConfig.for_model(kind, **{**sizes, "intermediate_size": 64, **settings})
     with torch.device("meta"):

@@ -17,7 +17,7 @@ from grace_bench.run.settings import RunSettings, Schedule
 SETTINGS = RunSettings(seed=2, schedule=Schedule(max_edits=12, eval_every=5, max_upstream=20))
 
 
-@pytest.fixture(scope="module", params=["grace", "ft"])
+@pytest.fixture(scope="module", params=["grace", pytest.param("ft", marks=pytest.mark.slow)])
 def planned(request: pytest.FixtureRequest) -> tuple[str, Forecast]:
     return request.param, plan_benchmark("atlas-drift", editor=request.param, settings=SETTINGS)
 

@@ -20,13 +20,13 @@ from hydra.types import RunMode
 from grace_bench.editors.ft import FineTune
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.launch.compose import compose, prepare_overrides
-from grace_bench.launch.sweep import preset_parts, sweep_name
+from grace_bench.launch.sweep import composed_runs, preset_parts, sweep_name
 from grace_bench.launch.sweep_run import RunTask
 from grace_bench.results.reading import read_result
 from helpers import Done, cli
 
 SCRIPT = Path(sys.executable).with_name("grace-bench")
-SMALL = ("stream=toy", "max_edits=6", "eval_every=4", "max_upstream=40", "wandb.mode=disabled")
+SMALL = ("stream=toy", "max_edits=3", "eval_every=2", "max_upstream=10", "wandb.mode=disabled")
 # Long enough that one is still going on when its process is found.
 EIGHT = (*SMALL, "editor=grace", "editor.n_iter=100", "seed=0,1,2,3,4,5,6,7")
 RAY = (
@@ -192,7 +192,9 @@ def test_a_launcher_that_is_not_installed_says_what_installs_it(
     [
         ("hydra.launcher.ray.init.adress=x", "adress"),
         ("hydra.launcher.ray.remote.num_gpu=1", "num_gpu"),
-        ("hydra.launcher.ray.remote.num_gpus=64", "remote.num_gpus=64: there are 0 here"),
+        pytest.param(
+            *("hydra.launcher.ray.remote.num_gpus=64", "remote.num_gpus=64: there are 0 here"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_mistake_in_what_ray_is_given_is_one_line(given: str, says: str, tmp_path: Path) -> None:
@@ -273,10 +275,10 @@ def test_a_sweep_done_again_reuses_every_run_and_leaves_nothing_beside_them(tmp_
 
 
 def test_runs_of_a_sweep_have_one_group_and_keep_it_when_it_is_done_again(tmp_path: Path) -> None:
-    given = [*SMALL, "editor=none,ft", "seed=0,1"]
+    given = [*SMALL, "editor=none", "seed=0,1"]
     assert cli("run", "-m", *given, f"out={tmp_path}").code == 0
     groups = {read_result(folder / "result.json").run_id: _group(folder) for folder in run_folders(tmp_path).values()}
-    assert len(groups) == 4
+    assert len(groups) == 2
     assert set(groups.values()) == {sweep_name(None, given)}
     assert (
         sweep_name(None, [*reversed(given), "existing=rerun", "out=elsewhere", "hydra/launcher=ray"]) in groups.values()
@@ -317,9 +319,17 @@ def test_a_mistake_in_a_sweep_is_one_line_before_any_run(arguments: Sequence[str
 # --- presets ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "asked", [("sweep=figure4",), pytest.param(("-m", "paper=figure4"), marks=pytest.mark.slow)], ids=" ".join
-)
+def test_the_preset_of_figure_4_is_every_radius_at_every_block() -> None:
+    runs = composed_runs(preset_parts("figure4", ["sweep=figure4", "stream.path=nowhere"]), "figure4")
+    configs = [run.config for run in runs]
+    assert len({(config.layer, config.editor.settings["eps_init"]) for config in configs if config is not None}) == 16
+    assert {(config.stream.name, config.model, config.editor.name) for config in configs if config is not None} == {
+        ("zsre", "t5-small-nq", "grace")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [("sweep=figure4",), ("-m", "paper=figure4")], ids=" ".join)
 def test_figure_4_is_every_radius_at_every_block_on_the_zsre_setting(asked: tuple[str, ...], tmp_path: Path) -> None:
     done = cli("run", *asked, "stream.path=nowhere", f"out={tmp_path / 'runs'}")
     assert done.code == 2

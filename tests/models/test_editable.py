@@ -281,7 +281,10 @@ def test_bypassing_nests(make_model: MakeModel) -> None:
 each_editor = pytest.mark.parametrize("name", list(EDITORS.entries()))
 
 
-@each_editor
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("grace", "ft") else pytest.mark.slow) for name in EDITORS.entries()],
+)
 def test_suspending_nests(
     make_editor: MakeEditor, name: str, make_model: MakeModel, make_requests: MakeRequests
 ) -> None:

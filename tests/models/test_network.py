@@ -12,6 +12,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.models.calls import LayerCall, QueryState
 from grace_bench.models.editable import EditableModel
+from helpers import each_value_once
 
 MakeModel = Callable[..., EditableModel]
 
@@ -128,16 +129,10 @@ def test_wrappers_of_two_layers_work_at_the_same_time(task: str, make_model: Mak
     assert n_hooks(first.module) == 0
 
 
-@pytest.mark.parametrize(
-    ("editor", "options"),
-    [("grace", {"replacement": "replace_last"}), ("ft", {}), ("lora", {})],
-    ids=["grace", "ft", "lora"],
-)
-@each_task
+@each_value_once("task, editor", LAYERS, ["grace", "ft", "lora"])
 def test_editing_at_one_layer_after_another_gives_what_a_fresh_module_gives(
     task: str,
     editor: str,
-    options: dict[str, Any],
     make_model: MakeModel,
     make_editor: Callable[..., EditorStrategy],
     make_requests: Callable[[str], list[EditRequest]],
@@ -145,7 +140,7 @@ def test_editing_at_one_layer_after_another_gives_what_a_fresh_module_gives(
     (request, *_) = make_requests(task)
 
     def edited(model: EditableModel) -> Tensor:
-        with make_editor(editor, model, **options) as strategy:
+        with make_editor(editor, model, **({"replacement": "replace_last"} if editor == "grace" else {})) as strategy:
             strategy.edit_text(request.prompt, request.target)
             return logits_of(model)
 

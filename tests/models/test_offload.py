@@ -17,7 +17,7 @@ from grace_bench.errors import UserError
 from grace_bench.launch.compose import compose
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS
-from helpers import each_value_once
+from helpers import each_pair_once, each_value_once
 
 pytest.importorskip("accelerate")
 
@@ -165,8 +165,7 @@ def test_inputs_and_editors_go_to_the_device_of_what_is_offloaded(family: str, f
         assert (model.dtype, model.layer_dtype) == (torch.float32, torch.float32)
 
 
-@each_family
-@pytest.mark.parametrize("name", ["ft", "ft_ewc", "ft_retrain", "mend", "rome"])
+@each_value_once("name, family", ["ft", "ft_ewc", "ft_retrain", "mend", "rome"], LAYERS)
 def test_an_editor_that_rewrites_an_offloaded_layer_does_what_it_does_to_the_plain_one(
     name: str, family: str, folder: Callable[[str], Path], make_editor: Callable[..., EditorStrategy], tmp_path: Path
 ) -> None:
@@ -254,13 +253,11 @@ def test_the_run_has_options_for_large_models() -> None:
     assert (config.device_map, config.batch_tokens) == ("auto", 512)
 
 
-@each_place
-@each_family
-@pytest.mark.parametrize(("name", "dtype"), [("ft", None), ("ft", "bfloat16"), ("grace", None)])
+@each_pair_once("edited, family, place", [("ft", None), ("ft", "bfloat16"), ("grace", None)], LAYERS, OFFLOADED)
 def test_an_offloaded_model_is_exported_whole(
-    name: str, dtype: str | None, family: str, place: str, folder: Callable[[str], Path], tmp_path: Path
+    edited: tuple[str, str | None], family: str, place: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    exported = []
+    (name, dtype), exported = edited, []
     path = folder(family)
     for how, model in (("plain", load(path, family)), ("offloaded", offload(path, family, place))):
         editor = make(name, model)

@@ -156,9 +156,9 @@ def assert_memory_and_files_stay(watch: Watch, *, warm: int, most: float = MOST_
 def test_over_some_hundred_edits_memory_grows_by_what_is_kept_and_files_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = watched("grace", 400, tmp_path, monkeypatch, every=50)
+    watch = watched("grace", 240, tmp_path, monkeypatch, every=40)
     # Over so few edits it shows by how much an allocator asks at once.
-    assert_memory_and_files_stay(watch, warm=200, most=4 * MOST_HELD)
+    assert_memory_and_files_stay(watch, warm=120, most=4 * MOST_HELD)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ SCORE, LOSS = 1e-4, 1e-3
 RunFacts = Callable[..., RunResult]
 OTHERS: dict[str, dict[str, Any]] = {
     "batches-of-three": {"batch_size": 3},
-    "evaluated-after-every-edit": {"schedule": Schedule(eval_every=1, max_edits=6)},
+    "evaluated-after-every-edit": {"schedule": Schedule(eval_every=1, max_edits=4)},
 }
 each_editor = pytest.mark.parametrize("editor", list(EDITORS.entries()))
 
@@ -93,7 +93,8 @@ def run_editor(run_facts: RunFacts, done: dict[str, Path]) -> Callable[..., None
             "editor": editor,
             "task": EDITORS.get(editor).supported_tasks[0],
             "checkpoint_every": 1000,
-            "schedule": Schedule(eval_every=4, max_edits=6),
+            "schedule": Schedule(eval_every=3, max_edits=4),
+            "n_requests": 4,
         }
         if not done[editor].exists():
             run_facts(done[editor], **common)

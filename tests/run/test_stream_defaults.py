@@ -17,6 +17,7 @@ from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream, Order, StreamData, StreamMetadata
 from grace_bench.errors import UserError
 from grace_bench.results.reading import read_predictions
+from helpers import each_value_once
 
 WORDS = ["the", "mayor", "of", "town", "is", "who", "version", "10", "1.0", "Anna", "Boris", "Clara"]
 KNOWN = "the version is 10"
@@ -142,8 +143,7 @@ def test_any_other_file_is_shuffled_by_the_seed_unless_the_run_says_otherwise(ru
     assert [protocol_of(folder)[0] for folder in folders] == ["shuffle", "shuffle", "stream"]
 
 
-@pytest.mark.parametrize("fact", [None, "mayor"])
-@pytest.mark.parametrize("depth", [2, 3])
+@each_value_once("depth, fact", [2, 3], [None, "mayor"])
 def test_of_conflicting_edits_the_newest_is_what_is_measured_in_the_end(
     run: Runs, depth: int, fact: str | None
 ) -> None:

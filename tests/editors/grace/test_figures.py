@@ -282,12 +282,12 @@ def test_separability_by_command_prints_and_writes_the_areas_it_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grace_bench.editors._grace.figures.separability.MAX_INPUTS", 60)
-    settings = ("stream=toy", "layer=first,second", "distance=euclidean,cosine,mahalanobis", "device=cpu")
+    settings = ("stream=toy", "layer=first,second", "distance=euclidean,mahalanobis", "device=cpu")
     code, out, err = cli("figure", "separability", *settings, "--out", str(tmp_path))
     assert code == 0, err
     record = json.loads((tmp_path / "separability-toy.json").read_text())
     assert [(c["layer"], c["distance"]) for c in record["curves"] if c["question"] == "same fact"] == [
-        (layer, distance) for layer in ("first", "second") for distance in ("euclidean", "cosine", "mahalanobis")
+        (layer, distance) for layer in ("first", "second") for distance in ("euclidean", "mahalanobis")
     ]
     for curve in record["curves"]:
         assert f"{curve['auc']:.3f}" in out

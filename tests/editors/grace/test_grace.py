@@ -23,7 +23,7 @@ from grace_bench.editors.grace import Grace
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel, Replacement
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, causal_batch, last_token, pad, seq2seq_batch
-from helpers import each_value_once
+from helpers import each_pair_once, each_value_once
 
 VOCABULARY = 40
 FAMILIES = ("t5", "bert", "gpt2")
@@ -130,9 +130,7 @@ def editor_on(model: EditableModel, **options: Any) -> Grace:
     return Grace(model=model, **{"eps_init": 0.2, "n_iter": 60, "lr": 0.5, "replacement": "replace_all", **options})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fidelity", ["strict", "reference"])
-@pytest.mark.parametrize("value_init", ["cold", "warm"])
+@each_pair_once("family, fidelity, value_init", FAMILIES, ["strict", "reference"], ["cold", "warm"])
 def test_an_edit_changes_the_answer_to_the_target(family: str, fidelity: str, value_init: str) -> None:
     model = tiny(family)
     prompt = [5, 9, 3, 7]
@@ -190,9 +188,7 @@ def test_exactly_the_claimed_positions_are_overwritten(
             assert torch.equal(edited[0][row, position], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("replacement", REPLACEMENTS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@each_pair_once("family, replacement, side", FAMILIES, REPLACEMENTS, ["right", "left"])
 def test_rows_of_a_padded_batch_answer_as_they_do_alone(
     family: str, replacement: Replacement, side: PaddingSide
 ) -> None:

@@ -15,7 +15,7 @@ from grace_bench.launch.replay_traces import verify_files
 GOLDEN = Path(__file__).parents[3].parent / "shared" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("melo/*/*.json"))
 # Batches, splits that drop points, and a decoder; the others in `make test-slow`.
-QUICK = ("melo/gpt2/batches", "melo/t5/batches", "melo/llama/singles_small_radius")
+QUICK = ("melo/gpt2/batches", "melo/llama/singles_small_radius")
 
 needs_golden = pytest.mark.skipif(not GOLDEN_FILES, reason="the official recordings are not beside this checkout")
 

@@ -29,6 +29,7 @@ from transformers import (
 from grace_bench.data.requests import TaskName
 from grace_bench.models.editable import EditableModel, LayerCall, Replacement
 from grace_bench.models.encoding import IGNORED, EncodedBatch, PaddingSide, last_token
+from helpers import each_value_once
 
 VOCABULARY, WIDTH = 50, 32
 SIZES = {
@@ -196,7 +197,7 @@ PLACES = [
     pytest.param(
         *(family, block, where),
         id=f"{name}-{block}-{where}",
-        marks=() if name in SHOWN or block == 1 else pytest.mark.slow,
+        marks=() if name in SHOWN else pytest.mark.slow,
     )
     for turn, (name, family) in enumerate({**CLASSIFIERS, **CAUSAL}.items())
     for number, where in enumerate(get_args(Replacement))
@@ -262,11 +263,11 @@ def test_a_causal_models_last_block_and_head_are_computed_for_the_labelled_posit
     assert logits.shape[:2] == labels_of(aligned).shape == (2, 3)
 
 
-@pytest.mark.parametrize("n_vocabulary", [1024, 1300])
-@pytest.mark.parametrize(("n_rows", "n_labels"), [(1, 1), (3, 5), (16, 4), (13, 5)])
+@each_value_once("shape, n_vocabulary", [(1, 1), (3, 5), (16, 4), (13, 5)], [1024, 1300])
 def test_a_head_of_many_tokens_gives_the_logits_and_gradients_of_the_whole_model(
-    n_vocabulary: int, n_rows: int, n_labels: int
+    shape: tuple[int, int], n_vocabulary: int
 ) -> None:
+    n_rows, n_labels = shape
     torch.manual_seed(0)
     module = GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **{**GPT2_SIZES, "vocab_size": n_vocabulary}))
     model = EditableModel(with_biases(module), layer="transformer.h.0.mlp.c_fc", task="completion")
@@ -310,7 +311,7 @@ def test_a_batch_in_which_nothing_is_labelled_is_no_reason_to_fail(family: Famil
     assert model.engine.notes == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @each_family
 def test_a_model_of_less_precision_is_pruned_too(family: Family, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -538,7 +539,7 @@ def test_an_edit_behind_the_last_block_acts_where_it_acts_in_the_whole_model(
 
 # What comes before the first position that changes is computed once.
 
-EACH_BLOCK = pytest.mark.parametrize("block", [0, 1, 2])
+EACH_BLOCK = pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 
 
 @each_causal

@@ -37,6 +37,7 @@ from grace_bench.models.editable import EditableModel, LayerCall
 from grace_bench.models.encoding import EncodedBatch, PaddingSide, last_token
 from grace_bench.models.engine.engine import ExactEngine
 from grace_bench.models.engine.replay import CannotReplayError, Replay
+from helpers import each_value_once
 
 VOCABULARY, WIDTH = 50, 32
 MakeModel = Callable[..., EditableModel]
@@ -203,7 +204,7 @@ PLACES = [
     pytest.param(
         *(family, block, whole_block, rewritten),
         id=f"{name}-{block}-{whole_block}-{rewritten}",
-        marks=() if name in SHOWN or block == 1 else pytest.mark.slow,
+        marks=() if name in SHOWN else pytest.mark.slow,
     )
     for turn, (name, family) in enumerate(FAMILIES.items())
     for block, whole_block, rewritten in product((0, 1, 2), (False, True), (False, True))
@@ -756,8 +757,7 @@ class BrokenError(Exception):
 
 
 @each_family
-@pytest.mark.parametrize("broken", [0, 1, 2], ids=["before", "at", "after"])
-@pytest.mark.parametrize("traced_before", [False, True])
+@each_value_once("broken, traced_before", [0, 1, 2], [False, True])
 def test_nothing_stays_on_a_model_that_raised_an_exception(family: Family, broken: int, traced_before: bool) -> None:
     model = family.model()
     batch = encoded(model, [9, 5])

@@ -138,19 +138,29 @@ def edited(model: EditableModel, editor: str, **options: Any) -> tuple[EditorStr
 @pytest.mark.parametrize(
     ("build", "layer", "editor", "options"),
     [
-        (llama, "lm_head", "ft", {"n_iter": 12}),
-        (gpt2, "lm_head", "ft", {"n_iter": 12}),
-        (t5, "lm_head", "ft", {"n_iter": 12}),
+        (llama, "lm_head", "ft", {"n_iter": 8}),
+        pytest.param(gpt2, "lm_head", "ft", {"n_iter": 8}, marks=pytest.mark.slow),
+        (t5, "lm_head", "ft", {"n_iter": 8}),
         (falcon, "transformer.h.1.mlp.dense_4h_to_h", "grace", {"replacement": "replace_last", "value_init": "warm"}),
-        (falcon, "transformer.h.1.mlp.dense_4h_to_h", "ft", {"n_iter": 12}),
-        (lfm2, "model.layers.1.feed_forward.w2", "grace", {"replacement": "replace_last"}),
+        pytest.param(falcon, "transformer.h.1.mlp.dense_4h_to_h", "ft", {"n_iter": 8}, marks=pytest.mark.slow),
+        pytest.param(
+            lfm2, "model.layers.1.feed_forward.w2", "grace", {"replacement": "replace_last"}, marks=pytest.mark.slow
+        ),
         (lfm2, "model.layers.0.feed_forward.w2", "grace", {"replacement": "replace_all"}),
         (qwen3_next, "model.layers.1.mlp.down_proj", "grace", {"replacement": "replace_last"}),
-        (qwen3_next, "model.layers.0.mlp.down_proj", "grace", {"replacement": "replace_last"}),
-        (bert_decoder, "bert.encoder.layer.0.output.dense", "grace", {"replacement": "replace_all"}),
-        (bert_decoder, "bert.encoder.layer.0.output.dense", "ft", {"n_iter": 12}),
+        pytest.param(
+            qwen3_next, "model.layers.0.mlp.down_proj", "grace", {"replacement": "replace_last"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            bert_decoder,
+            "bert.encoder.layer.0.output.dense",
+            "grace",
+            {"replacement": "replace_all"},
+            marks=pytest.mark.slow,
+        ),
+        (bert_decoder, "bert.encoder.layer.0.output.dense", "ft", {"n_iter": 8}),
         (mamba, "backbone.layers.1.mixer.out_proj", "grace", {"replacement": "replace_last"}),
-        (mamba, "backbone.layers.1.mixer.out_proj", "ft", {"n_iter": 12}),
+        pytest.param(mamba, "backbone.layers.1.mixer.out_proj", "ft", {"n_iter": 8}, marks=pytest.mark.slow),
     ],
     ids=lambda given: given.__name__ if callable(given) else str(given) if isinstance(given, str) else "",
 )
@@ -159,7 +169,7 @@ def test_engines_edit_alike(
     build: Callable[[int], nn.Module], layer: str, editor: str, options: dict[str, Any], word_tokenizer: Any
 ) -> None:
     if editor == "grace":
-        options = {"n_iter": 12, "eps_init": 0.5, **options}
+        options = {"n_iter": 8, "eps_init": 0.5, **options}
     exact, plain = (
         edited(editable(build, layer, word_tokenizer, engine=name), editor, **options) for name in ("exact", "plain")
     )
