@@ -275,7 +275,13 @@ def test_a_paper_has_a_stream_of_its_own(paper: str) -> None:
     )
 
 
-@each_protocol
+@pytest.mark.parametrize(
+    ("paper", "stream"),
+    [
+        pytest.param(paper, stream, marks=() if DEFAULT_STREAMS[paper] == stream else pytest.mark.slow)
+        for paper, stream in PROTOCOLS
+    ],
+)
 def test_what_is_typed_wins_over_a_protocol_in_any_order(paper: str, stream: str) -> None:
     given = [
         f"stream={stream}",

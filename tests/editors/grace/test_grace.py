@@ -145,9 +145,7 @@ def test_an_edit_changes_the_answer_to_the_target(family: str, fidelity: str, va
     assert outcome.loss < outcome.loss_first
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("replacement", REPLACEMENTS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@each_pair_once("family, replacement, side", FAMILIES, REPLACEMENTS, ["right", "left"])
 def test_exactly_the_claimed_positions_are_overwritten(
     family: str, replacement: Replacement, side: PaddingSide
 ) -> None:
