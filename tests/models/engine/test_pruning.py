@@ -579,7 +579,8 @@ def test_what_comes_before_the_first_changed_position_runs_once(family: Family) 
             assert widths == [first], "the cache is filled"
             for _ in range(3):
                 repeated()
-            assert widths == [first] + 3 * [max(lengths) - first]
+            # The last token is predicted, so nothing depends on its own position.
+            assert widths == [first] + 3 * [max(lengths) - 1 - first]
 
 
 @pytest.mark.parametrize("first_changed", [0, 8])
