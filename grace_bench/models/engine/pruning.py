@@ -103,20 +103,22 @@ def _causal_tail(
     if not start and len(columns) in {0, batch.labels.shape[1]}:
         return Tail(batch)
     head = _head(module, layer)
-    own, scored = batch.at_labels()
-    if head is None or scored.shape[1] == len(columns):
-        own, scored = batch.columns(columns), columns.expand(len(batch), -1)
-    # A row without labels is scored anywhere.
-    scored = scored.clamp(min=int(columns[0]))
-    chosen = torch.searchsorted(columns, scored.contiguous())
-    forwards = {} if head is None else {head: partial(_of_head, chosen if scored.shape[1] < len(columns) else None)}
+    is_labelled = batch.labels != IGNORED
+    own, scored, chosen = batch.columns(columns), columns.expand(len(batch), -1), None
+    if head is not None and not torch.equal(is_labelled, is_labelled[:1].expand_as(is_labelled)):
+        own, scored = batch.at_labels()
+        # A row without labels is scored anywhere.
+        scored = scored.clamp(min=int(columns[0]))
+        chosen = torch.searchsorted(columns, scored.contiguous())
+    forwards = {} if head is None else {head: partial(_of_head, chosen)}
     if not start:
         forwards |= {} if block is None else {block: partial(_pruned, columns)}
         return Tail(own, {"logits_to_keep": columns}, forwards, scored=scored)
     # Where nothing is scored behind an edit, it is made in vain, but made.
     end = 1 + int(torch.maximum(columns[-1], batch.query.max()))
     needed = torch.arange(start, end, device=scored.device) <= scored.amax(dim=1, keepdim=True)
-    needed = needed & is_given(batch)[:, start:end]
+    # Without a row's own labels, the logits at padding are computed too.
+    needed = needed & is_given(batch)[:, start:end] if head is not None else torch.ones_like(needed)
     return Tail(
         own,
         {"logits_to_keep": columns - start},
@@ -130,8 +132,9 @@ def _causal_tail(
 
 def is_given(batch: EncodedBatch) -> Tensor:
     """Returns (B, T) bool, the positions of a decoder's input that are not padding."""
-    tokens = batch.inputs["input_ids"]
-    return batch.inputs.get("attention_mask", torch.ones_like(tokens)).bool()
+    mask = batch.inputs.get("attention_mask")
+    everything = torch.ones(len(batch), batch.n_positions, dtype=torch.bool, device=batch.query.device)
+    return everything if mask is None else mask.bool()
 
 
 def skipping(module: nn.Module, needed: Tensor) -> dict[nn.Module, Callable[..., Any]]:

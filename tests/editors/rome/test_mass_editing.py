@@ -288,6 +288,25 @@ def test_both_engines_make_the_same_edits(
     torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=1e-3)
 
 
+def test_what_comes_before_the_first_rewritten_layer_runs_no_more_often_for_more_layers(
+    make_causal: MakeModel,
+    make_prepared: MakePrepared,
+    make_requests: MakeRequests,
+    batch_of: BatchOf,
+    calls_of: Callable[..., Any],
+) -> None:
+    counts = []
+    for blocks in ([1], [1, 2]):
+        model, requests = make_causal("llama"), make_requests("completion")
+        with make_prepared("memit", model, layers=layers_of("llama", blocks), n_iter=3, **OPTIONS["memit"]) as editor:
+            editor.edit(batch_of(model, requests[:2]))  # The engine checks at first use what it assumes.
+            with calls_of(model, "model.layers.0.self_attn.q_proj") as early:
+                editor.edit(batch_of(model, requests[:2]))
+        counts.append(len(early))
+    # To cache what precedes the facts, to record the facts behind it, and to record what all keys are read from.
+    assert counts == [3, 3]
+
+
 def test_edits_too_small_for_bfloat16_add_up(
     make_causal: MakeModel, make_prepared: MakePrepared, make_requests: MakeRequests, batch_of: BatchOf
 ) -> None:
