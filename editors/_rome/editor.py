@@ -17,7 +17,7 @@ from grace_bench.editing.moments import MomentSource, TextSource
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
 from grace_bench.editors._prefixes import check_prefixes, sample_contexts
-from grace_bench.editors._rome.facts import Fact, FactToken, at_facts, encode_fact
+from grace_bench.editors._rome.facts import Fact, FactToken, at_facts, encode_fact, mean_keys
 from grace_bench.editors._rome.values import Optimisation, Value, optimise_values
 from grace_bench.errors import UserError
 from grace_bench.models.architecture import block_of
@@ -198,14 +198,21 @@ class LocateThenEdit(EditorStrategy):
         """
         return encode_fact(self.model, prompt, target, subject, contexts=self.contexts)
 
-    def model_at(self, path: str) -> EditableModel:
-        """Returns the model with another edited layer, at which to read activations and optimise values."""
-        if path not in self._models:
+    def model_at(self, path: str, *, rewritten: Sequence[str] = ()) -> EditableModel:
+        """Returns the model with another edited layer, at which to read activations and optimise values.
+
+        Args:
+            path: The layer.
+            rewritten: The layers whose weights change between its passes.
+        """
+        name = ",".join([path, *rewritten])
+        if name not in self._models:
             model = self.model
-            self._models[path] = EditableModel(
+            found = self._models[name] = EditableModel(
                 model.module, layer=path, task=model.task, tokenizer=model.tokenizer, engine=model.engine.name
             )
-        return self._models[path]
+            found.engine.rewrites([model.find_layer(rewritten_path) for rewritten_path in rewritten])
+        return self._models[name]
 
     def optimise(self, path: str, facts: Sequence[Fact]) -> list[Value]:
         """Optimises what the module at a dotted path gives at each fact."""
@@ -317,21 +324,17 @@ class MassEditor(LocateThenEdit):
             block = self._block_of(group[-1])
             values = self.optimise(block, facts)
             wanted = torch.stack([value.optimised for value in values])
-            for index, path in enumerate(group):
-                keys[path] = self.keys(path, facts)
-                _, given = at_facts(self.model_at(block), facts, contexts=False)
-                residuals = (wanted - given[:, 0]) / (len(group) - index)
-                self.add_to_weight(path, self.change(path, keys[path], residuals))
+            reader = self.model_at(block, rewritten=group)
+            # What comes before the first of these layers is computed once.
+            with reader.engine.remembering():
+                for index, path in enumerate(group):
+                    found, given = at_facts(reader, path, facts)
+                    keys[path] = mean_keys(found)
+                    residuals = (wanted - given[:, 0]) / (len(group) - index)
+                    self.add_to_weight(path, self.change(path, keys[path], residuals))
         for path in keys:
             self.remember(path, keys[path])
         return values
-
-    def keys(self, path: str, facts: Sequence[Fact]) -> Tensor:
-        """Returns the (N, D_in) float64 keys of facts: half of the bare prompt's, half of the mean of the others'."""
-        found, _ = at_facts(self.model_at(path), facts, contexts=True)
-        if found.shape[1] == 1:
-            return found[:, 0]
-        return (found[:, 0] + found[:, 1:].mean(dim=1)) / 2
 
     def rollback(self) -> None:
         super().rollback()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from grace_bench.editors._prefixes import behind
 from grace_bench.errors import EditFailure
+from grace_bench.models.calls import ModuleCall
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, stack
 
@@ -55,27 +56,49 @@ def encode_fact(
     )
 
 
-def at_facts(model: EditableModel, facts: Sequence[Fact], *, contexts: bool) -> tuple[Tensor, Tensor]:
-    """Returns what enters and leaves a model's edited layer at the token of each of N facts.
+def at_facts(model: EditableModel, path: str, facts: Sequence[Fact]) -> tuple[Tensor, Tensor]:
+    """Reads a model at the token of each of N facts, in all C contexts.
 
     Args:
-        model: The model, with the layer in question.
+        model: The model.
+        path: A layer that the edited one contains, or the edited one itself.
         facts: The facts.
-        contexts: Whether to read every context, or the bare prompt alone.
 
     Returns:
-        (N, C, D_in) and (N, C, D_out) float64, on the CPU; C is 1 without contexts.
+        (N, C, D_in) what enters the layer at the path, and (N, C, D_out) what leaves the edited one; float64, on the
+        CPU.
     """
-    batches = [fact.asked if contexts else fact.asked.row(0) for fact in facts]
+    batches = [fact.asked for fact in facts]
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
-    for chunk in in_passes(batches):
-        batch = stack([batches[index] for index in chunk])
-        # A causal model's later positions do not matter.
-        call = model.layer_call(batch.until(int(batch.query.max()) + 1))
-        entering += call.query.cpu().double().split([len(batches[index]) for index in chunk])
-        leaving += call.output_at_query.cpu().double().split([len(batches[index]) for index in chunk])
+    entered = torch.empty(0)
+
+    def observe(call: ModuleCall) -> Tensor:
+        nonlocal entered
+        query = batch.query.to(call.input.device)
+        entered = call.input[torch.arange(len(query), device=query.device), query]
+        return call.output
+
+    interceptor = model.intercept_at(path, observe)
+    try:
+        for chunk in in_passes(batches):
+            batch = stack([batches[index] for index in chunk])
+            # A causal model's later positions do not matter.
+            batch = batch.until(int(batch.query.max()) + 1)
+            left = model.layer_call(batch).output_at_query
+            sizes = [len(batches[index]) for index in chunk]
+            entering += entered.cpu().double().split(sizes)
+            leaving += left.cpu().double().split(sizes)
+    finally:
+        interceptor.remove()
     return torch.stack(entering), torch.stack(leaving)
+
+
+def mean_keys(keys: Tensor) -> Tensor:
+    """Returns the (N, D) key of each fact of (N, C, D): half of the bare prompt's, half of the mean of the others'."""
+    if keys.shape[1] == 1:
+        return keys[:, 0]
+    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2
 
 
 def in_passes(batches: Sequence[EncodedBatch]) -> list[range]:

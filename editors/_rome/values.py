@@ -40,14 +40,21 @@ class Value:
     """An optimised value.
 
     Attributes:
-        initial: (D_out,) v, what the layer gives at the fact's token behind the empty context.
+        entering: (C, D_in) what enters the layer at the fact's token in each context, the empty one first.
+        leaving: (C, D_out) what leaves it there without the edit.
         delta: (D_out,) v* - v.
         losses: One row a pass: the total loss, and its parts: the target's negative log-likelihood, divergence, decay.
     """
 
-    initial: Tensor
+    entering: Tensor
+    leaving: Tensor
     delta: Tensor
     losses: list[tuple[float, float, float, float]]
+
+    @property
+    def initial(self) -> Tensor:
+        """(D_out,) v, what the layer gives at the fact's token behind the empty context."""
+        return self.leaving[0]
 
     @property
     def optimised(self) -> Tensor:
@@ -77,6 +84,38 @@ def _n_behind(batch: EncodedBatch) -> int:
     return int((batch.inputs["attention_mask"].sum(dim=1) - batch.query).max())
 
 
+class _Shifted:
+    """Shifts what the layer gives at the query of each row, by the delta of the fact that owns the row.
+
+    Attributes:
+        entering: (B, D_in) what entered the layer at the queries, and
+        leaving: (B, D_out) what left it there without the shift, in the first pass of the optimisation.
+        delta: (N, D_out) one row for each fact.
+    """
+
+    entering: Tensor
+    leaving: Tensor
+    delta: Tensor
+
+    def __init__(self, owner: Tensor) -> None:
+        self._owner = owner
+        self._is_open = False
+
+    def open(self) -> None:
+        """Ends the preparation, in which the layer gives what is its own."""
+        self._is_open = True
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        if not self._is_open:
+            return call.output
+        if not hasattr(self, "delta"):
+            self.entering, self.leaving = call.query.detach().float(), call.output_at_query.detach().float()
+            n_facts = 1 + int(self._owner.max())
+            self.delta = self.leaving.new_zeros(n_facts, self.leaving.shape[1]).requires_grad_()
+        everywhere = torch.ones(len(call.position), dtype=torch.bool, device=call.output.device)
+        return call.replace(call.output_at_query + self.delta[self._owner], everywhere, "replace_last")
+
+
 def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimisation) -> list[Value]:
     """Optimises the values of a few facts in the same passes; each has an Adam state of its own."""
     device = model.layer_device
@@ -86,36 +125,25 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
     n_rows = torch.tensor([len(fact.answered) for fact in facts])
     n_answered = len(answered)
     owner = torch.arange(len(facts)).repeat_interleave(n_rows)
-    rows = torch.cat([owner, torch.arange(len(facts))]).to(device)
-    plain = (n_rows.cumsum(0) - n_rows).to(device)
-    initial: Tensor | None = None
-    delta = torch.empty(0)
-
-    def add(call: LayerCall) -> Tensor:
-        nonlocal initial, delta
-        if initial is None:
-            initial = call.output_at_query.detach()[plain].float()
-            delta = torch.zeros_like(initial, requires_grad=True)
-        everywhere = torch.ones(len(call.position), dtype=torch.bool, device=call.output.device)
-        return call.replace(call.output_at_query + delta[rows], everywhere, "replace_last")
-
+    shifted = _Shifted(torch.cat([owner, torch.arange(len(facts))]).to(device))
     losses: list[list[tuple[float, float, float, float]]] = [[] for _ in facts]
     active = torch.ones(len(facts), dtype=torch.bool)
     unedited: Tensor | None = None
-    handle = model.intercept(add)
+    adam: torch.optim.Adam | None = None
+    handle = model.intercept(shifted)
     try:
-        with torch.no_grad():
-            model.engine.reach_layer(batch)
         # Rows are aligned: nothing changes before the one position at which all are queried.
         repeated = model.repeated(batch, first_changed=int(batch.query[0]))
         labels = repeated.batch.labels
-        assert initial is not None
         assert labels is not None
-        adam = torch.optim.Adam([delta], lr=optimisation.lr)
-        norms = initial.norm(dim=1)
-        largest = optimisation.clamp * norms
+        shifted.open()
         for step in range(optimisation.n_iter):
             logits = repeated()
+            delta = shifted.delta
+            if adam is None:
+                adam = torch.optim.Adam([delta], lr=optimisation.lr)
+                norms = shifted.leaving[(n_rows.cumsum(0) - n_rows).to(device)].norm(dim=1)
+                largest = optimisation.clamp * norms
             nll = _means(_row_losses(logits[:n_answered], labels[:n_answered]), owner, len(facts))
             now = _at_labels(logits[n_answered:], labels[n_answered:]).log_softmax(dim=-1)
             unedited = now.detach() if unedited is None else unedited
@@ -139,7 +167,9 @@ def _optimise(model: EditableModel, facts: Sequence[Fact], optimisation: Optimis
                 delta.copy_(torch.where(active.to(device)[:, None], moved, before))
     finally:
         handle.remove()
-    found = zip(initial.cpu(), delta.detach().cpu(), losses, strict=True)
+    sizes = n_rows.tolist()
+    entering, leaving = (rows[:n_answered].cpu().split(sizes) for rows in (shifted.entering, shifted.leaving))
+    found = zip(entering, leaving, shifted.delta.detach().cpu(), losses, strict=True)
     return [Value(*value) for value in found]
 
 

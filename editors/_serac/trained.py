@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from grace_bench.common.options import check_choice, check_flag, check_text, check_whole
 from grace_bench.common.progress import Progress
@@ -164,10 +163,6 @@ class ScopeAndCounterfactual(MetaTrainedEditor[SeracNetworks]):
             lr=self.lr,
             generator=generator,
         )
-
-    def stored(self, networks: SeracNetworks) -> dict[str, Tensor]:
-        # Half the size, and more digits than what they were trained on says.
-        return {name: weight.half() for name, weight in networks.state_dict().items()}
 
     def meta_settings(self) -> dict[str, Any]:
         settings = {name: value for name, value in self.settings().items() if name not in _AT_INFERENCE}

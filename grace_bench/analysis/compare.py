@@ -77,7 +77,7 @@ def compare_editors(leaderboard: Leaderboard, first: str, second: str) -> list[E
         for column in _columns(table, pairs):
             entries += _corrected([_entry(table, one, two, column) for one, two in pairs])
     if not entries:
-        raise UserError(f"there are no two rows of {first} and {second} on one stream and model")
+        raise UserError(f"no two rows of {first} and {second} were measured alike on one stream and model")
     return entries
 
 

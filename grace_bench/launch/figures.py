@@ -1,4 +1,4 @@
-"""The kinds of figures, as `grace-bench figure` names them: curves, and what editors declare."""
+"""The kinds of figures, as `grace-bench figure` names them: those of all runs, and what editors declare."""
 
 import inspect
 import textwrap
@@ -11,22 +11,34 @@ from grace_bench.editing.commands import FigureKind
 from grace_bench.errors import UserError
 from grace_bench.registry import EDITORS
 
-_CURVES = FigureKind(
-    draw="grace_bench.analysis.figures.of_runs:draw_curves",
-    takes="runs",
-    shows="scores over the edits, a line an editor",
-)
+_OF_RUNS = {
+    "curves": FigureKind(
+        draw="grace_bench.analysis.figures.of_runs:draw_curves",
+        takes="runs",
+        shows="scores over the edits, a line an editor",
+    ),
+    "editors": FigureKind(
+        draw="grace_bench.analysis.figures.dots:draw_editors",
+        takes="runs",
+        shows="scores at the end of the runs, a row an editor, a panel for each protocol",
+    ),
+    "scores": FigureKind(
+        draw="grace_bench.analysis.figures.dots:draw_scores",
+        takes="runs",
+        shows="the same edits by every score, a row an editor",
+    ),
+}
 _TAKES = {"runs": "RUNS ...", "options": "[option=value ...]"}
 _COLUMN = 30
 _WIDTH = 119
 
 
 def figure_kinds() -> Iterator[tuple[str, FigureKind]]:
-    """Yields the kinds of figures by name: curves, those of the package's editors, those of installed packages.
+    """Yields the kinds of figures by name: those of all runs, those of the package's editors and of installed packages.
 
     An installed package that cannot be imported has none.
     """
-    yield "curves", _CURVES
+    yield from _OF_RUNS.items()
     for name in EDITORS.entries():
         try:
             yield from EDITORS.attribute(name, "figures").items()

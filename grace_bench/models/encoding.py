@@ -70,18 +70,34 @@ class EncodedBatch:
         content = None if self.content is None else self.content[:, columns]
         return replace(self, labels=self.labels[:, columns], content=content)
 
+    def at_labels(self) -> tuple["EncodedBatch", Tensor]:
+        """Returns the batch with each row's own labels alone, and their (B, K) positions; the inputs are not cut.
+
+        A row with fewer than K labels is filled up with its first labelled position, which is ignored there.
+        """
+        assert self.labels is not None
+        is_labelled = self.labels != IGNORED
+        n_labels = is_labelled.sum(dim=1, keepdim=True)
+        positions = is_labelled.byte().argsort(dim=1, descending=True, stable=True)[:, : int(n_labels.max())]
+        is_own = torch.arange(positions.shape[1], device=positions.device) < n_labels
+        positions = torch.where(is_own, positions, positions[:, :1])
+        labels = self.labels.gather(1, positions).masked_fill(~is_own, IGNORED)
+        content = None if self.content is None else self.content.gather(1, positions) & is_own
+        return replace(self, labels=labels, content=content), positions
+
     def until(self, position: int) -> "EncodedBatch":
         """Returns a decoder's inputs before a position, without labels."""
         inputs = {name: tensor[:, :position] for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, query=self.query.clamp(max=position - 1), labels=None, content=None)
 
-    def since(self, position: int) -> "EncodedBatch":
-        """Returns a decoder's inputs from a position on, to follow a cache of the rest; the labels are not cut."""
+    def between(self, start: int, end: int) -> "EncodedBatch":
+        """Returns a decoder's inputs at positions, to follow a cache of those before them; the labels are not cut."""
         # The mask also covers the cached positions.
         inputs = {
-            name: tensor if name == "attention_mask" else tensor[:, position:] for name, tensor in self.inputs.items()
+            name: tensor[:, :end] if name == "attention_mask" else tensor[:, start:end]
+            for name, tensor in self.inputs.items()
         }
-        return replace(self, inputs=inputs, query=self.query - position)
+        return replace(self, inputs=inputs, query=self.query - start)
 
     def row(self, index: int) -> "EncodedBatch":
         """Returns row `index` as a batch, with its padding."""

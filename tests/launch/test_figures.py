@@ -17,7 +17,7 @@ from grace_bench.launch.figures import figure_kinds
 print(*(name for name, _ in figure_kinds()), "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["curves", "sweep", "overlap", "toy", "separability", "False"]
+    assert done.stdout.split() == ["curves", "editors", "scores", "sweep", "overlap", "toy", "separability", "False"]
 
 
 def test_every_kind_is_drawn_by_a_function_that_is_there_and_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

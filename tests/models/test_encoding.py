@@ -696,3 +696,20 @@ def test_rows_aligned_at_their_query_give_the_logits_that_they_gave_before(make_
         wanted = batch.labels[row, :n_tokens].tolist()
         assert aligned.labels[row, start : start + n_tokens].tolist() == wanted
         assert int((aligned.labels[row] != IGNORED).sum()) == sum(label != IGNORED for label in wanted)
+
+
+def test_a_batch_at_its_labels_has_each_rows_own_and_their_positions() -> None:
+    nothing = IGNORED
+    labels = torch.tensor([[nothing, 5, 6, nothing], [7, nothing, nothing, 8], [nothing, nothing, 9, nothing]])
+    batch = EncodedBatch(
+        inputs={"input_ids": torch.ones(3, 4, dtype=torch.long)},
+        query=torch.zeros(3, dtype=torch.long),
+        labels=labels,
+        content=torch.isin(labels, torch.tensor([5, 7, 8])),
+    )
+    scored, positions = batch.at_labels()
+    assert positions.tolist() == [[1, 2], [0, 3], [2, 2]]
+    assert scored.labels is not None
+    assert scored.content is not None
+    assert scored.labels.tolist() == [[5, 6], [7, 8], [9, nothing]]
+    assert scored.content.tolist() == [[True, False], [True, True], [False, False]]

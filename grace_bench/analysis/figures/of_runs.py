@@ -179,9 +179,10 @@ def _counts() -> "MaxNLocator":
     return MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
 
 
-def title(table: Table) -> str:
-    """Returns the title of a figure."""
-    parts = (f"stream {table.stream}", f"model {', '.join(table.models)}", table.distinction)
+def title(table: Table, *, with_conditions: bool = True) -> str:
+    """Returns the title of a figure, with the conditions that set the table apart from others if wanted."""
+    conditions = table.distinction if with_conditions else ""
+    parts = (f"stream {table.stream}", f"model {', '.join(table.models)}", conditions)
     return plain(" · ".join(part for part in parts if part))
 
 

@@ -25,7 +25,7 @@ from grace_bench.common.options import check_choice
 from grace_bench.errors import UserError
 from grace_bench.models.calls import LayerCall
 from grace_bench.models.encoding import EncodedBatch
-from grace_bench.models.engine.pruning import Tail, cache_argument, tail_of
+from grace_bench.models.engine.pruning import Tail, cache_argument, is_given, skipping, tail_of, takes_columns
 from grace_bench.models.engine.replay import (
     CannotReplayError,
     Recording,
@@ -95,6 +95,8 @@ class Engine(ABC):
     @contextmanager
     def remembering(self, *, drops_unused: bool = True) -> Iterator[None]:
         """Lets `labelled` cache recordings inside the context and reuse those of earlier contexts.
+
+        So does `reach_layer`, if modules are rewritten.
 
         Args:
             drops_unused: Whether to drop recordings that this context did not use.
@@ -192,8 +194,8 @@ class ExactEngine(Engine):
 
     def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
         tail = self._tail(batch, first_changed, trains=torch.is_grad_enabled())
-        given = batch.since(tail.start) if tail.start else batch
-        kind, run = _kind(batch, tail.start), self._pruned(batch, tail)
+        given = tail.given(batch)
+        kind, run = _kind(batch, tail), self._pruned(batch, tail)
         replayed = self._replayed(given, run, kind=kind)
         if replayed is run or not self._is_differentiable(kind, run, replayed):
             return Repeated(tail.batch, run)
@@ -201,8 +203,11 @@ class ExactEngine(Engine):
         return Repeated(tail.batch, replayed, self._recent[1].n_bytes)
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
-        run: Run = partial(self.model.logits, batch)
-        if self._replay.knows(_kind(batch)):
+        run: Run = partial(self.model.logits, batch, **self._fewest_logits)
+        if self._used is not None and self._changing:
+            # Otherwise the layer itself gives the same each time, and it is the caller who keeps that.
+            run = self._from_kept(batch, run)
+        elif self._replay.knows(_kind(batch)):
             run = self._replayed(batch, run, kind=_kind(batch))
         run_to_layer(self.model.layer, run)
 
@@ -237,7 +242,7 @@ class ExactEngine(Engine):
     def _pruned(self, batch: EncodedBatch, tail: Tail) -> Run:
         """A function that runs a batch, pruned to its tail."""
         past = self._keys_and_values(batch.until(tail.start)) if tail.start else None
-        given = batch.since(tail.start) if tail.start else batch
+        given = tail.given(batch)
 
         def run() -> Tensor:
             arguments = dict(tail.arguments)
@@ -251,10 +256,14 @@ class ExactEngine(Engine):
     @torch.no_grad()
     def _keys_and_values(self, batch: EncodedBatch) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        with self.model.bypassing():
-            # A model returns logits for at least one position.
-            self.model.logits(batch, logits_to_keep=1, **self._with_cache(cache))
+        with self.model.bypassing(), patched(skipping(self.model.module, is_given(batch))):
+            self.model.logits(batch, **self._fewest_logits, **self._with_cache(cache))
         return cache
+
+    @property
+    def _fewest_logits(self) -> dict[str, int]:
+        """Arguments of a pass whose logits nobody reads; a model returns them for at least one position."""
+        return {"logits_to_keep": 1} if takes_columns(self.model.module) else {}
 
     def _with_cache(self, cache: DynamicCache) -> dict[str, Any]:
         return {str(cache_argument(self.model.module)): cache}
@@ -372,8 +381,8 @@ class ExactEngine(Engine):
             self.note("passes are computed to their end: the model is in training mode")
             return Tail(batch)
         # A model may get another mask, or none, where nothing is padded.
-        circumstances = {"trained": trains, "padded": batch.is_padded}
-        kind = ",".join([_kind(batch, tail.start), *(name for name, is_so in circumstances.items() if is_so)])
+        circumstances = {"trained": trains, "padded": batch.is_padded, "skipping": tail.skips}
+        kind = ",".join([_kind(batch, tail), *(name for name, is_so in circumstances.items() if is_so)])
         if kind not in self._prunes:
             agrees = self._agrees(batch, tail, trains=trains)
             if agrees is None:
@@ -395,9 +404,7 @@ class ExactEngine(Engine):
         entered, whole = self._observed(run_whole)
         if bool(whole.isnan().any()):
             return None
-        columns = tail.arguments.get("logits_to_keep")
-        if columns is not None:
-            whole = whole[:, tail.start + columns]
+        whole = tail.of(whole)
         try:
             run = self._pruned(batch, tail)
             for _ in range(2):
@@ -417,10 +424,7 @@ class ExactEngine(Engine):
         if not trains:
             return True
 
-        def run_scored() -> Tensor:
-            return run_whole() if columns is None else run_whole()[:, tail.start + columns]
-
-        return self._same_gradients(run_scored, run, start=tail.start)
+        return self._same_gradients(lambda: tail.of(run_whole()), run, start=tail.start)
 
     @torch.no_grad()
     def _observed(self, run: Run) -> tuple[list[Tensor], Tensor]:
@@ -468,10 +472,11 @@ def _copy_of(cache: DynamicCache) -> DynamicCache:
     return own
 
 
-def _kind(batch: EncodedBatch, start: int = 0) -> str:
+def _kind(batch: EncodedBatch, tail: Tail | None = None) -> str:
     """Names a way to run batches; behind a cache, a recurrent model reads a single token in another way."""
-    behind = ["token past"] if batch.n_positions - start == 1 else ["past"]
-    return ",".join([*sorted(batch.inputs), *(behind if start else [])])
+    if tail is None or not tail.start:
+        return ",".join(sorted(batch.inputs))
+    return ",".join([*sorted(batch.inputs), "token past" if tail.end - tail.start == 1 else "past"])
 
 
 def _digest(batch: EncodedBatch) -> bytes:

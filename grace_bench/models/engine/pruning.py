@@ -1,13 +1,14 @@
 """Pruned tails: of a model's last part, computes only what the wanted logits depend on.
 
-A causal model's head runs for the labelled positions only (transformers' `logits_to_keep`). In the last block, a
-position affects others only through its key and value, so everything else is computed for the wanted positions only;
+A causal model's head runs for each row's labelled positions only (transformers' `logits_to_keep`). In the last block,
+a position affects others only through its key and value, so everything else is computed for the wanted positions only;
 this takes one function for each family of models. Positions before the first one that changes affect a causal model
-only through their keys and values. The engine compares a pruned pass with a full one before it relies on any of this.
+only through their keys and values; those behind a row's last label, and padding, affect nothing, so products with
+weights are skipped there. The engine compares a pruned pass with a full one before it relies on any of this.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,17 +44,31 @@ class Tail:
         arguments: Further arguments of the forward pass, beside the inputs.
         forwards: Replacements of modules' own forward passes (see `replay.patched`).
         start: The first position that is run; earlier ones are read from a cache of keys and values.
+        end: The position behind the last one that is run, if earlier ones are read from a cache.
+        scored: (B, K) the position of each of a row's logits; None for all logits of the model.
+        skips: Whether products are skipped at positions that no label depends on.
     """
 
     batch: EncodedBatch
     arguments: Mapping[str, Any] = field(default_factory=dict)
     forwards: Mapping[nn.Module, Callable[..., Any]] = field(default_factory=dict)
     start: int = 0
+    end: int = 0
+    scored: Tensor | None = None
+    skips: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Whether the batch is run in full."""
         return not (self.arguments or self.forwards)
+
+    def given(self, batch: EncodedBatch) -> EncodedBatch:
+        """Returns the part of a batch that is run."""
+        return batch.between(self.start, self.end) if self.start else batch
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Returns the logits of this tail among all logits of the model."""
+        return whole if self.scored is None else whole.take_along_dim(self.scored[..., None], dim=1)
 
 
 def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_changed: int = 0) -> Tail:
@@ -68,22 +83,76 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
     block = _last_block(module)
     if block is not None and any(part is layer for part in block.modules()):
         block = None
-    takes_columns = "logits_to_keep" in inspect.signature(module.forward).parameters
-    if takes_columns and batch.labels is not None and batch.labels.dim() == 2:
-        columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
-        continues = cache_argument(module) is not None and "decoder_input_ids" not in batch.inputs
-        start = first_changed if continues and len(columns) and first_changed <= columns[0] else 0
-        if start:
-            forwards = _products(module) | _head(module, layer)
-            return Tail(batch.columns(columns), {"logits_to_keep": columns - start}, forwards, start)
-        if len(columns) in {0, batch.labels.shape[1]}:
-            return Tail(batch)
-        forwards = _head(module, layer) | ({} if block is None else {block: partial(_pruned, columns)})
-        return Tail(batch.columns(columns), {"logits_to_keep": columns}, forwards)
-    if not takes_columns and block is not None and getattr(module, "num_labels", None) and batch.n_positions > 1:
+    if takes_columns(module):
+        has_tokens = batch.labels is not None and batch.labels.dim() == 2
+        return _causal_tail(module, layer, block, batch, first_changed) if has_tokens else Tail(batch)
+    if block is not None and getattr(module, "num_labels", None) and batch.n_positions > 1:
         # A classifier of this family reads its first position.
         return Tail(batch, {}, {block: partial(_pruned, torch.zeros(1, dtype=torch.long, device=batch.query.device))})
     return Tail(batch)
+
+
+def _causal_tail(
+    module: nn.Module, layer: nn.Module, block: nn.Module | None, batch: EncodedBatch, first_changed: int
+) -> Tail:
+    """The tail of a batch whose labels are tokens; `block` is the last one, if it can be pruned."""
+    assert batch.labels is not None
+    columns = (batch.labels != IGNORED).any(dim=0).nonzero()[:, 0]
+    continues = cache_argument(module) is not None and "decoder_input_ids" not in batch.inputs
+    start = first_changed if continues and len(columns) and first_changed <= columns[0] else 0
+    if not start and len(columns) in {0, batch.labels.shape[1]}:
+        return Tail(batch)
+    head = _head(module, layer)
+    is_labelled = batch.labels != IGNORED
+    own, scored, chosen = batch.columns(columns), columns.expand(len(batch), -1), None
+    if head is not None and not torch.equal(is_labelled, is_labelled[:1].expand_as(is_labelled)):
+        own, scored = batch.at_labels()
+        # A row without labels is scored anywhere.
+        scored = scored.clamp(min=int(columns[0]))
+        chosen = torch.searchsorted(columns, scored.contiguous())
+    forwards = {} if head is None else {head: partial(_of_head, chosen)}
+    if not start:
+        forwards |= {} if block is None else {block: partial(_pruned, columns)}
+        return Tail(own, {"logits_to_keep": columns}, forwards, scored=scored)
+    # Where nothing is scored behind an edit, it is made in vain, but made.
+    end = 1 + int(torch.maximum(columns[-1], batch.query.max()))
+    needed = torch.arange(start, end, device=scored.device) <= scored.amax(dim=1, keepdim=True)
+    # Without a row's own labels, the logits at padding are computed too.
+    needed = needed & is_given(batch)[:, start:end] if head is not None else torch.ones_like(needed)
+    return Tail(
+        own,
+        {"logits_to_keep": columns - start},
+        {**_few_rows(module), **skipping(module, needed), **forwards},
+        start=start,
+        end=end,
+        scored=scored,
+        skips=not bool(needed.all()),
+    )
+
+
+def is_given(batch: EncodedBatch) -> Tensor:
+    """Returns (B, T) bool, the positions of a decoder's input that are not padding."""
+    mask = batch.inputs.get("attention_mask")
+    everything = torch.ones(len(batch), batch.n_positions, dtype=torch.bool, device=batch.query.device)
+    return everything if mask is None else mask.bool()
+
+
+def skipping(module: nn.Module, needed: Tensor) -> dict[nn.Module, Callable[..., Any]]:
+    """Returns replacements that compute products with weights at some positions only, and give zeros elsewhere.
+
+    Args:
+        module: The model.
+        needed: (B, T) bool, the positions.
+    """
+    if bool(needed.all()):
+        return {}
+    rows = needed.flatten().nonzero()[:, 0]
+    return dict.fromkeys(_products(module), partial(_at_rows, rows, needed.shape))
+
+
+def takes_columns(module: nn.Module) -> bool:
+    """Returns whether a model's forward pass can be told for which positions to return logits."""
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
 def cache_argument(module: nn.Module) -> str | None:
@@ -97,19 +166,20 @@ def _last_block(module: nn.Module) -> nn.Module | None:
     return blocks[-1] if blocks else None
 
 
-def _products(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+def _products(module: nn.Module) -> Iterator[nn.Module]:
+    """The products with weights."""
+    return (part for part in module.modules() if type(part) in (nn.Linear, Conv1D))
+
+
+def _few_rows(module: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """A replacement for each product with weights, faster for few rows in float32 on the CPU."""
-    parts = (part for part in module.modules() if type(part) in (nn.Linear, Conv1D))
-    return {part: _of_few_rows for part in parts if _is_float32_on_cpu(part)}
+    return {part: _of_few_rows for part in _products(module) if _is_float32_on_cpu(part)}
 
 
-def _head(module: nn.Module, layer: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """A replacement for the head, faster if its weights are tall, in float32 and on the CPU."""
+def _head(module: nn.Module, layer: nn.Module) -> nn.Linear | None:
+    """The head, if it can be run for some of its input only; what is hooked to it may depend on all."""
     head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
-    if type(head) is not nn.Linear or head is layer or head.bias is not None:
-        return {}
-    is_tall = head.out_features > _TALL * head.in_features
-    return {head: _in_parts} if is_tall and _is_float32_on_cpu(head) else {}
+    return None if type(head) is not nn.Linear or head is layer or head._forward_hooks else head
 
 
 def _is_float32_on_cpu(part: nn.Module) -> bool:
@@ -118,22 +188,42 @@ def _is_float32_on_cpu(part: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.is_cpu and weight.dtype is torch.float32
 
 
-def _in_parts(head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
-    """The head's output, a few hundred tokens of the vocabulary at a time.
+def _of_head(chosen: Tensor | None, head: nn.Linear, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
+    """The head's output, at (B, K) chosen positions of each row if not at all of (B, C, D) hidden states.
 
     Most of the memory that a step reads is the head's weights, and MKL takes up to twice as long for their product with
-    many rows at once.
+    many rows at once: the output of a tall head is computed a few hundred tokens of the vocabulary at a time.
     """
+    if chosen is not None:
+        hidden = hidden.take_along_dim(chosen.to(hidden.device)[..., None], dim=1)
+    is_tall = head.out_features > _TALL * head.in_features
+    if head.bias is not None or not is_tall or not _is_float32_on_cpu(head):
+        return forward(hidden)
     if _are_few(hidden):
         return _of_few_rows(head, forward, hidden)
     return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
 
 
+def _at_rows(
+    rows: Tensor, shape: torch.Size, part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: Tensor
+) -> Tensor:
+    """A product with weights at some of the rows of hidden states of a shape, zero at the others."""
+    if hidden.shape[:-1] != shape or _is_patched(part, forward):
+        return forward(hidden)
+    rows = rows.to(hidden.device)
+    given = hidden.flatten(0, 1).index_select(0, rows)
+    product = _of_few_rows(part, forward, given) if _is_float32_on_cpu(part) else forward(given)
+    return product.new_zeros(shape.numel(), product.shape[-1]).index_copy(0, rows, product).unflatten(0, shape)
+
+
+def _is_patched(part: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether a part's forward pass has another patch, such as a replay's, which stays in effect."""
+    return getattr(forward, "__func__", None) is not type(part).forward
+
+
 def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: Tensor) -> Tensor:
     """A product with weights; for few rows, as weights times columns."""
-    # Another patch of the part, such as a replay's, stays in effect.
-    is_patched = getattr(forward, "__func__", None) is not type(part).forward
-    if is_patched or not _are_few(hidden) or part.weight.requires_grad:
+    if _is_patched(part, forward) or not _are_few(hidden) or part.weight.requires_grad:
         return forward(hidden)
     weight = part.weight.T if isinstance(part, Conv1D) else part.weight
     product = _WeightsTimesColumns.apply(hidden.flatten(0, -2), weight).view(*hidden.shape[:-1], -1)

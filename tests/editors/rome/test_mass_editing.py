@@ -15,6 +15,7 @@ from grace_bench import RunSettings, Schedule, run_benchmark
 from grace_bench.data.requests import EditRequest
 from grace_bench.data.stream import EditStream, StreamData, StreamMetadata
 from grace_bench.editing.batch import EditBatch
+from grace_bench.editors._rome.facts import Fact, at_facts, mean_keys
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.registry import EDITORS, STREAMS
@@ -59,6 +60,10 @@ def matrix(model: EditableModel, path: str) -> Tensor:
     layer = model.find_layer(path)
     weight: Tensor = layer.get_parameter("weight").detach().double().clone()
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def keys_at(editor: Any, path: str, facts: Sequence[Fact]) -> Tensor:
+    return mean_keys(at_facts(editor.model_at(path), path, facts)[0])
 
 
 def weights_of(model: EditableModel) -> dict[str, Tensor]:
@@ -206,7 +211,7 @@ def test_what_earlier_batches_wrote_moves_less_with_their_keys_remembered(
     moved = []
     with make_prepared(name, model, layers=[path], **options) as editor:
         facts = [editor.encode(r.prompt, r.target, r.subject) for r in requests]
-        keys = editor.keys(path, facts[:3])
+        keys = keys_at(editor, path, facts[:3])
         editor.edit_facts(facts[:3])
         state = copied(editor.state_dict())
         for remembers in (True, False):
@@ -233,7 +238,7 @@ def test_keys_are_those_of_the_fact_token_half_of_the_bare_prompt(
         found = [
             passes_through(model, path, f"{text}. {prompt}" if text else prompt)[0][place] for text in editor.contexts
         ]
-        (key,) = editor.keys(path, [editor.encode(prompt, "Astana", subject)])
+        (key,) = keys_at(editor, path, [editor.encode(prompt, "Astana", subject)])
     torch.testing.assert_close(key, found[0] / 2 + torch.stack(found[1:]).mean(dim=0) / 2, rtol=1e-5, atol=1e-5)
 
 
@@ -243,7 +248,7 @@ def test_after_a_subject_that_ends_the_prompt_there_is_only_its_last_token(
     path, keys = layers_of()[0], []
     for token in ("subject_last", "subject_first_after_last"):
         with make_prepared("memit", make_causal(), layers=[path], fact_token=token) as editor:
-            keys.append(editor.keys(path, [editor.encode("the river of Italy", "Tiber", "Italy")]))
+            keys.append(keys_at(editor, path, [editor.encode("the river of Italy", "Tiber", "Italy")]))
     assert torch.equal(*keys)
 
 
@@ -289,6 +294,25 @@ def test_both_engines_make_the_same_edits(
         assert (exact.loss_first, exact.loss) == pytest.approx((plain.loss_first, plain.loss), abs=1e-3)
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[0][2], found[1][2], rtol=0, atol=1e-3)
+
+
+def test_what_comes_before_the_first_rewritten_layer_runs_no_more_often_for_more_layers(
+    make_causal: MakeModel,
+    make_prepared: MakePrepared,
+    make_requests: MakeRequests,
+    batch_of: BatchOf,
+    calls_of: Callable[..., Any],
+) -> None:
+    counts = []
+    for blocks in ([1], [1, 2]):
+        model, requests = make_causal("llama"), make_requests("completion")
+        with make_prepared("memit", model, layers=layers_of("llama", blocks), n_iter=3, **OPTIONS["memit"]) as editor:
+            editor.edit(batch_of(model, requests[:2]))  # The engine checks at first use what it assumes.
+            with calls_of(model, "model.layers.0.self_attn.q_proj") as early:
+                editor.edit(batch_of(model, requests[:2]))
+        counts.append(len(early))
+    # To cache what precedes the facts, to record the facts behind it, and to record what all keys are read from.
+    assert counts == [3, 3]
 
 
 def test_edits_too_small_for_bfloat16_add_up(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -580,7 +581,36 @@ def test_what_comes_before_the_first_changed_position_runs_once(family: Family) 
             assert widths == [first], "the cache is filled"
             for _ in range(3):
                 repeated()
-            assert widths == [first] + 3 * [max(lengths) - first]
+            # The last token is predicted, so nothing depends on its own position.
+            assert widths == [first] + 3 * [max(lengths) - 1 - first]
+
+
+@each_causal
+def test_behind_a_cache_a_row_costs_what_its_own_positions_cost(family: Family) -> None:
+    def operations(lengths: Sequence[int], n_targets: Sequence[int]) -> int:
+        batch = encoded("completion", lengths, n_targets=n_targets)
+        repeated = model.repeated(batch, first_changed=2)
+        with FlopCounterMode(display=False) as counter:
+            repeated()
+        return int(counter.get_total_flops())
+
+    model = family.model()
+    # Enough rows that none is added for the sake of speed.
+    long, short = operations(32 * [20], [4]), operations(32 * [11], [2])
+    mixed = operations(16 * [20, 11], [4, 2])
+    # Attention is computed for all positions of a batch.
+    assert (long + short) / 2 <= mixed <= 1.1 * (long + short) / 2 < 0.9 * long
+
+
+@each_causal
+def test_rows_of_different_lengths_have_their_own_labels_scored_alone(family: Family) -> None:
+    model = family.model()
+    for side in get_args(PaddingSide):
+        batch = encoded("completion", [9, 4, 6], side, n_targets=(1, 3, 2))
+        logits, aligned = model.labelled_logits(batch)
+        assert logits.shape[:2] == labels_of(aligned).shape == (3, 3)
+        assert_close(scored(logits, aligned), scored(model.logits(batch), batch))
+    assert model.engine.notes == []
 
 
 @pytest.mark.parametrize("first_changed", [0, 8])
