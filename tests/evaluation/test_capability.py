@@ -70,7 +70,10 @@ def make_llama(make_causal: Any) -> Callable[[], EditableModel]:
 
 @pytest.mark.parametrize(
     "name",
-    ["grace", "wise", "lora", "none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("melo", "memoir", "ft"))],
+    [
+        *("grace", "wise", "lora", "none"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("melo", "memoir", "ft")),
+    ],
 )
 def test_every_continuation_is_scored_as_if_it_were_asked_alone(
     make_llama: Any, make_editor: Any, make_requests: Any, name: str
