@@ -163,7 +163,7 @@ class Guard:
         if model.as_read(batch.prompts) != list(batch.prompts):
             # The edit may have changed what the model reads.
             encoded = model.encode_batch(batch.prompts, batch.targets)
-        return float(model.task.loss(model.logits(encoded), encoded))
+        return float(model.task.loss(*model.labelled_logits(encoded)))
 
 
 def failed_outcome(failure: EditFailure) -> EditOutcome:
