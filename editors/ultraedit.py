@@ -15,8 +15,8 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
 from grace_bench.editors._meta.gradients import edit_gradients, linear_size
 from grace_bench.editors._rome.closed_form import closed_form
-from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
 from grace_bench.editors._training import repeated_passes
+from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
 from grace_bench.editors._ultraedit.rows import Rows, passes_of
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel

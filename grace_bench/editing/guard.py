@@ -301,4 +301,6 @@ class ModelModes:
 def _largest(tensor: Tensor) -> float:
     if not tensor.is_floating_point() or not tensor.numel():
         return 0.0
-    return float(torch.linalg.vector_norm(tensor, math.inf))
+    # Several times as fast as a norm; NaN comes through.
+    lowest, highest = tensor.aminmax()
+    return float(torch.maximum(-lowest, highest))

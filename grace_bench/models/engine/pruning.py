@@ -71,7 +71,7 @@ def tail_of(
         layer: The edited layer, whose block is not pruned.
         batch: Inputs, with labels or without.
         first_changed: The first position at which the layer's output may change between passes.
-        changing: The modules whose weights edits change. Editors may read what enters and leaves them at every position.
+        changing: The modules whose weights edits change; editors may read what enters and leaves them, at any position.
     """
     observed = {layer, *changing}
     if isinstance(module, PreTrainedModel) and module.get_output_embeddings() in changing:
