@@ -1,6 +1,6 @@
 """The training loop of editors that optimise parameters on each edit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,12 +10,25 @@ from grace_bench.editing.guard import check_loss
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch
+from grace_bench.models.engine.engine import Repeated
 
 
 def check_trainable(model: EditableModel) -> None:
     """Raises `UserError` if the edited layer has no weights."""
     if not any(True for _ in model.layer.parameters()):
         raise UserError(f"layer={model.layer_name} has no weights to fine-tune")
+
+
+def repeated_passes(model: EditableModel, batches: Iterable[EncodedBatch]) -> Iterator[Repeated]:
+    """Prepares many runs of each batch, from the layer on while recordings fit into memory."""
+    n_bytes, records = 0, True
+    for batch in batches:
+        repeated = model.repeated(batch, records=records)
+        n_bytes += repeated.n_bytes
+        if n_bytes > model.engine.most_kept_bytes:
+            n_bytes, records = 0, False
+            repeated = model.repeated(batch, records=False)
+        yield repeated
 
 
 class EditTraining:

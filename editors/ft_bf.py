@@ -1,11 +1,8 @@
 """LocFT-BF: breadth-first fine-tuning of one layer on all requests so far (2025)."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
-
-from torch import Tensor
 
 from grace_bench.common.options import check_positive, check_whole
 from grace_bench.data.avalanche import BasePlugin, EvaluationPlugin
@@ -15,14 +12,10 @@ from grace_bench.editing.guard import check_loss
 from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import trainable
 from grace_bench.editors._objectives import GOOD_ENOUGH
-from grace_bench.editors._training import check_trainable
+from grace_bench.editors._training import check_trainable, repeated_passes
 from grace_bench.editors.ft import WeightAdam
 from grace_bench.models.editable import EditableModel
-from grace_bench.models.encoding import EncodedBatch
-from grace_bench.models.engine.engine import Repeated
 from grace_bench.registry import register_editor
-
-_Pass = Callable[[], tuple[Tensor, EncodedBatch]]
 
 
 @register_editor("ft_bf")
@@ -104,7 +97,8 @@ class FineTuneBreadthFirst(EditorStrategy):
         draws = random.Random(f"{self.seed}/{len(requests)}")
         draws.shuffle(requests)
         chunks = [requests[start : start + self.batch_size] for start in range(0, len(requests), self.batch_size)]
-        minibatches = list(zip(self._passes(chunks), map(len, chunks), strict=True))
+        encoded = (self.model.encode_batch(*map(list, zip(*chunk, strict=True))) for chunk in chunks)
+        minibatches = list(repeated_passes(self.model, encoded))
         means: list[float] = []
         n_steps = 0
         with trainable(self.model.layer.parameters()) as parameters:
@@ -112,28 +106,16 @@ class FineTuneBreadthFirst(EditorStrategy):
             while len(means) < self.n_epochs and (not means or means[-1] >= GOOD_ENOUGH):
                 draws.shuffle(minibatches)
                 total = 0.0
-                for run, n_requests in minibatches:
-                    loss = self.model.task.loss(*run())
+                for repeated in minibatches:
+                    loss = self.model.task.loss(repeated(), repeated.batch)
                     value = float(loss.detach())
                     check_loss(value, n_steps)
-                    total += value * n_requests
+                    total += value * len(repeated.batch)
                     if value >= GOOD_ENOUGH:
                         optimizer.step(loss)
                         n_steps += 1
                 means.append(total / len(requests))
         return EditOutcome(loss_first=means[0], loss=means[-1], steps=n_steps)
-
-    def _passes(self, chunks: Sequence[Sequence[tuple[str, str | int]]]) -> Iterator[_Pass]:
-        """Yields a function for each minibatch that runs it, from the layer on while recordings fit into memory."""
-        n_bytes = 0
-        for chunk in chunks:
-            encoded = self.model.encode_batch(*map(list, zip(*chunk, strict=True)))
-            repeated = self.model.repeated(encoded)
-            if n_bytes + repeated.n_bytes <= self.model.engine.most_kept_bytes:
-                n_bytes += repeated.n_bytes
-                yield partial(_repeat, repeated)
-            else:
-                yield partial(self.model.labelled_logits, encoded)
 
     def rollback(self) -> None:
         super().rollback()
@@ -147,7 +129,3 @@ class FineTuneBreadthFirst(EditorStrategy):
         self._requests = {}
         for prompt, target in state["requests"]:
             self._remember(prompt, target)
-
-
-def _repeat(repeated: Repeated) -> tuple[Tensor, EncodedBatch]:
-    return repeated(), repeated.batch

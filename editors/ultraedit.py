@@ -15,11 +15,13 @@ from grace_bench.editing.strategy import EditorStrategy
 from grace_bench.editing.weights import check_linear
 from grace_bench.editors._meta.gradients import edit_gradients, linear_size
 from grace_bench.editors._rome.closed_form import closed_form
+from grace_bench.editors._training import repeated_passes
 from grace_bench.editors._ultraedit.normaliser import LifelongNormaliser
 from grace_bench.editors._ultraedit.rows import Rows, passes_of
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
+from grace_bench.models.engine.engine import Repeated
 from grace_bench.registry import register_editor
 
 Tokens = Literal["ans", "mask"]
@@ -99,15 +101,25 @@ class UltraEdit(EditorStrategy):
 
     def edit(self, batch: EditBatch) -> EditOutcome:
         minibatches = passes_of(batch.encoded, self.batch_size)
-        losses, found = zip(*map(self.observe, minibatches), strict=True)
+        runs = list(repeated_passes(self.model, minibatches))
+        losses, found = zip(*map(self.observe, minibatches, runs), strict=True)
         for path in self._linear:
             keys = torch.cat([rows[path].keys for rows in found])
             gradients = torch.cat([rows[path].gradients for rows in found])
             self.add_to_weight(path, self.shift(path, Rows(keys, gradients)))
-        return EditOutcome(loss_first=fmean(losses), loss=fmean(losses), steps=len(minibatches))
+        after = fmean(map(self._loss, runs))
+        return EditOutcome(loss_first=fmean(losses), loss=fmean(losses), loss_after=after, steps=len(minibatches))
 
-    def observe(self, minibatch: EncodedBatch) -> tuple[float, dict[str, Rows]]:
+    @torch.no_grad()
+    def _loss(self, run: Repeated) -> float:
+        return float(self.model.task.loss(run(), run.batch))
+
+    def observe(self, minibatch: EncodedBatch, run: Repeated) -> tuple[float, dict[str, Rows]]:
         """Runs a pass and adds what each layer saw to the statistics.
+
+        Args:
+            minibatch: The requests.
+            run: How to run them.
 
         Returns:
             The loss, and what each layer saw.
@@ -118,7 +130,7 @@ class UltraEdit(EditorStrategy):
         labels, mask = minibatch.labels, minibatch.inputs["attention_mask"].bool()
         assert labels is not None
         chosen = labels != IGNORED if self.tokens == "ans" else mask
-        logits, gradients = edit_gradients(self.model, self._linear, minibatch)
+        logits, gradients = edit_gradients(self.model, self._linear, run)
         # From the mean over each row's own tokens to the mean over those of all rows.
         share = (labels != IGNORED).sum(dim=1) / (labels != IGNORED).sum()
         found: dict[str, Rows] = {}
@@ -127,7 +139,7 @@ class UltraEdit(EditorStrategy):
                 raise UserError(f"{self._option}={path} is not called once with every token of a batch")
             found[path] = Rows(gradient.u[chosen], (gradient.delta * share[:, None, None])[chosen])
             self.normalisers[self._sizes[path]].update(found[path].joined)
-        return float(self.model.task.loss(logits, minibatch)), found
+        return float(self.model.task.loss(logits, run.batch)), found
 
     def shift(self, path: str, rows: Rows) -> Tensor:
         """Returns the (D_out, D_in) float64 change of a layer's weight."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from grace_bench.errors import UserError
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import IGNORED, EncodedBatch
+from grace_bench.models.engine.engine import Repeated
 from grace_bench.models.linear import dimensions
 
 EditTokens = Literal["answer", "all"]
@@ -56,14 +58,14 @@ def linear_size(path: str, module: nn.Module) -> tuple[int, int]:
 
 
 def edit_gradients(
-    model: EditableModel, layers: dict[str, nn.Module], batch: EncodedBatch
+    model: EditableModel, layers: dict[str, nn.Module], batch: EncodedBatch | Repeated
 ) -> tuple[Tensor, list[RankOnes]]:
     """Decomposes the gradients of each row's own loss with respect to the weights of linear layers.
 
     Args:
         model: The model.
         layers: L linear layers by dotted path.
-        batch: B requests with labels.
+        batch: B requests with labels, or how to run them.
 
     Returns:
         The logits, and the gradients of each layer: u are its inputs, δ the gradients at its outputs.
@@ -82,22 +84,24 @@ def edit_gradients(
 
         return module.register_forward_hook(hook)
 
+    run = batch if isinstance(batch, Repeated) else Repeated(batch, partial(model.logits, batch))
     handles = [watch(path, module) for path, module in layers.items()]
     try:
-        logits = model.logits(batch)
+        logits = run()
     finally:
         for handle in handles:
             handle.remove()
     unused = next((path for path in layers if not probes[path]), None)
     if unused is not None:
         raise UserError(f"layer={unused!r} is never called")
-    loss = torch.stack([model.task.loss(logits[i : i + 1], batch.row(i)) for i in range(len(batch))]).sum()
+    n_rows = len(run.batch)
+    loss = torch.stack([model.task.loss(logits[i : i + 1], run.batch.row(i)) for i in range(n_rows)]).sum()
     every_probe = [probe for path in layers for probe in probes[path]]
     deltas = iter(torch.autograd.grad(loss, every_probe, materialize_grads=True))
     gradients = [
         RankOnes(
-            torch.cat([_by_row(u, len(batch)) for u in entered[path]], dim=1).to(model.device),
-            torch.cat([_by_row(next(deltas), len(batch)) for _ in probes[path]], dim=1).to(model.device),
+            torch.cat([_by_row(u, n_rows) for u in entered[path]], dim=1).to(model.device),
+            torch.cat([_by_row(next(deltas), n_rows) for _ in probes[path]], dim=1).to(model.device),
         )
         for path in layers
     ]

@@ -38,6 +38,7 @@ from grace_bench.editors._ultraedit.rows import Rows, passes_of
 from grace_bench.errors import EditFailure
 from grace_bench.models.editable import EditableModel
 from grace_bench.models.encoding import EncodedBatch, causal_batch
+from grace_bench.models.engine.engine import Repeated
 from grace_bench.registry import EDITORS
 
 _TOLERANCE = Tolerance(loss=2.9e-5, weight=1.5e-4, entry=2.5e-3, logit=1.6e-3)
@@ -270,8 +271,8 @@ class _Replay:
         losses: list[float] = []
         counts: list[int] = []
 
-        def observe(minibatch: EncodedBatch) -> Any:
-            loss, found = type(self._editor).observe(self._editor, minibatch)
+        def observe(minibatch: EncodedBatch, run: Repeated) -> Any:
+            loss, found = type(self._editor).observe(self._editor, minibatch, run)
             losses.append(loss)
             counts.append(len(next(iter(found.values())).keys))
             return loss, found

@@ -242,7 +242,7 @@ class EditableModel(Network):
         """
         return super().labelled_logits(batch) if batch.networks else self.engine.labelled(batch)
 
-    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0, records: bool = True) -> Repeated:
         """Prepares many runs of a batch, between which only the edited layer's output or weights change.
 
         The model itself answers every row.
@@ -250,8 +250,9 @@ class EditableModel(Network):
         Args:
             batch: The inputs and their labels.
             first_changed: The first position at which the layer's output may change; 0 if its weights do.
+            records: Whether there is memory to record what lies before the layer.
         """
-        return self.engine.repeated(batch.own, first_changed=first_changed)
+        return self.engine.repeated(batch.own, first_changed=first_changed, records=records)
 
     @torch.no_grad()
     def layer_call(self, batch: EncodedBatch) -> LayerCall:

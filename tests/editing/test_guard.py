@@ -436,6 +436,26 @@ def test_an_editor_that_trains_the_whole_model_leaves_it_in_the_modes_it_was_in(
         assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
+def test_a_weight_that_is_infinite_in_either_direction_or_no_number_fails_the_edit(
+    make_editor: MakeEditor, make_model: MakeModel
+) -> None:
+    class Writing(EDITORS.get("ft")):  # type: ignore[misc]
+        """Writes one number into the layer's weight, where no answer depends on it."""
+
+        number = 0.0
+
+        def edit(self, batch: EditBatch) -> EditOutcome:
+            next(self.model.layer.parameters()).data[0, 0] = self.number
+            return EditOutcome(loss_after=0.0)
+
+    with make_editor("ft", make_model("classification"), cls=Writing) as editor:
+        for editor.number in (math.inf, -math.inf, math.nan, -1e9):
+            with pytest.raises(EditFailure, match="exploded" if editor.number == -1e9 else "not finite"):
+                editor.edit_text("what is the capital of Kazakhstan", 1)
+        editor.number = -1.0
+        editor.edit_text("what is the capital of Kazakhstan", 1)
+
+
 @pytest.mark.parametrize("field", ["loss_first", "loss", "loss_after"])
 def test_a_loss_that_is_no_number_fails_the_edit_of_an_editor_that_keeps_no_tensors(
     field: str, make_editor: MakeEditor, make_model: MakeModel

@@ -21,6 +21,7 @@ from grace_bench.editors._ultraedit.traces import replay_file
 from grace_bench.editors.ultraedit import UltraEdit
 from grace_bench.errors import EditFailure, UserError
 from grace_bench.models.editable import EditableModel
+from grace_bench.models.engine.engine import make_engine
 
 MakeModel = Callable[..., EditableModel]
 MakeCausal = Callable[..., EditableModel]
@@ -164,6 +165,45 @@ def test_an_edit_is_the_closed_form_of_normalised_keys_and_gradients(
                 change = (after[path] - before[path]).double()
                 change = change if family == "gpt2" else change.T
                 assert float((change - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_engine_and_any_memory_for_recordings_give_the_same_edits(
+    family: str, make_causal: MakeCausal, make_requests: MakeRequests, batch_of: BatchOf
+) -> None:
+    requests, found = make_requests("completion"), []
+    for engine, memory in (("plain", None), ("exact", None), ("exact", 0)):
+        model = make_causal(family)
+        model.engine = make_engine(engine, model, memory_mb=memory)  # type: ignore[arg-type]
+        with UltraEdit(model=model, layers=LAYERS[family], lr=0.01, batch_size=2) as editor:
+            outcomes = [editor.edit(batch_of(model, turn)) for turn in (requests[:5], requests[5:])]
+            found.append((outcomes, weights(model, LAYERS[family])))
+        assert model.engine.notes == []
+    (expected, unchanged), *others = found
+    for outcomes, own in others:
+        for outcome, other in zip(outcomes, expected, strict=True):
+            assert outcome.loss == pytest.approx(other.loss, abs=1e-3)
+            assert outcome.loss_after == pytest.approx(other.loss_after, abs=1e-3)
+        for path, weight in unchanged.items():
+            torch.testing.assert_close(own[path], weight, rtol=0, atol=1e-4)
+
+
+def test_what_lies_before_the_first_layer_runs_once_a_pass_and_the_head_at_labels_alone(
+    make_causal: MakeCausal, make_requests: MakeRequests, batch_of: BatchOf
+) -> None:
+    model, requests = make_causal(), make_requests("completion")
+    widths: dict[str, list[int]] = {"transformer.h.0.attn.c_attn": [], "lm_head": []}
+    with UltraEdit(model=model, layers=["transformer.h.1.mlp.c_proj"], lr=0.01, batch_size=2) as editor:
+        batch = batch_of(model, requests[:4])
+        # At first use, shortcuts are compared with whole passes.
+        editor.edit_text(requests[4].prompt, requests[4].target)
+        editor.edit(batch)
+        for path, seen in widths.items():
+            model.find_layer(path).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.shape[1]))
+        editor.edit(batch)
+    assert len(widths["transformer.h.0.attn.c_attn"]) == 2
+    assert len(widths["lm_head"]) == 4
+    assert max(widths["lm_head"]) < min(widths["transformer.h.0.attn.c_attn"])
 
 
 def test_all_tokens_up_to_the_last_prediction_are_read_with_mask(

@@ -85,8 +85,14 @@ class Engine(ABC):
         """Returns logits that cover every labelled position, and the batch with labels aligned to them."""
 
     @abstractmethod
-    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:
-        """Prepares many runs of a batch, in which the layer's output before `first_changed` stays its own."""
+    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0, records: bool = True) -> Repeated:
+        """Prepares many runs of a batch, in which the layer's output before `first_changed` stays its own.
+
+        Args:
+            batch: The batch.
+            first_changed: The first position at which the layer's output may change.
+            records: Whether there is memory for a recording.
+        """
 
     @abstractmethod
     def reach_layer(self, batch: EncodedBatch) -> None:
@@ -144,7 +150,9 @@ class PlainEngine(Engine):
     def labelled(self, batch: EncodedBatch) -> tuple[Tensor, EncodedBatch]:  # noqa: D102
         return self.model.logits(batch), batch
 
-    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
+    def repeated(  # noqa: D102
+        self, batch: EncodedBatch, *, first_changed: int = 0, records: bool = True
+    ) -> Repeated:
         return Repeated(batch, partial(self.model.logits, batch))
 
     def reach_layer(self, batch: EncodedBatch) -> None:  # noqa: D102
@@ -192,11 +200,13 @@ class ExactEngine(Engine):
             return run(), tail.batch
         return self._from_kept(batch, run)(), tail.batch
 
-    def repeated(self, batch: EncodedBatch, *, first_changed: int = 0) -> Repeated:  # noqa: D102
+    def repeated(  # noqa: D102
+        self, batch: EncodedBatch, *, first_changed: int = 0, records: bool = True
+    ) -> Repeated:
         tail = self._tail(batch, first_changed, trains=torch.is_grad_enabled())
         given = tail.given(batch)
         kind, run = _kind(batch, tail), self._pruned(batch, tail)
-        replayed = self._replayed(given, run, kind=kind)
+        replayed = self._replayed(given, run, kind=kind) if records else run
         if replayed is run or not self._is_differentiable(kind, run, replayed):
             return Repeated(tail.batch, run)
         assert self._recent is not None
@@ -374,7 +384,7 @@ class ExactEngine(Engine):
             interceptor.remove()
 
     def _tail(self, batch: EncodedBatch, first_changed: int = 0, *, trains: bool) -> Tail:
-        tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed)
+        tail = tail_of(self.model.module, self.model.layer, batch, first_changed=first_changed, changing=self._changing)
         if tail.is_whole:
             return tail
         if is_training(self.model.module):

@@ -8,7 +8,7 @@ weights are skipped there. The engine compares a pruned pass with a full one bef
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,8 +29,8 @@ _TALL = 8
 """A head with more than this many tokens per dimension is run in parts."""
 _PART = 512
 """Rows of weights in one part, which then fits into the processor's cache."""
-_FEW = 64
-"""Maximum number of rows that are multiplied as columns."""
+_FEW = range(4, 65)
+"""Numbers of rows that are multiplied as columns; fewer are multiplied as fast as they are."""
 _COLUMNS = 16
 """Columns are padded to a multiple of this: MKL is slower for numbers in between."""
 
@@ -71,7 +71,14 @@ class Tail:
         return whole if self.scored is None else whole.take_along_dim(self.scored[..., None], dim=1)
 
 
-def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_changed: int = 0) -> Tail:
+def tail_of(
+    module: nn.Module,
+    layer: nn.Module,
+    batch: EncodedBatch,
+    *,
+    first_changed: int = 0,
+    changing: Sequence[nn.Module] = (),
+) -> Tail:
     """Returns how to run a batch for its labelled positions; in full if nothing can be pruned.
 
     Args:
@@ -79,9 +86,13 @@ def tail_of(module: nn.Module, layer: nn.Module, batch: EncodedBatch, *, first_c
         layer: The edited layer, whose block is not pruned.
         batch: Inputs, with labels or without.
         first_changed: The first position at which the layer's output may change between passes.
+        changing: The modules whose weights edits change; editors may read what enters and leaves them, at any position.
     """
+    observed = {layer, *changing}
+    if isinstance(module, PreTrainedModel) and module.get_output_embeddings() in changing:
+        return Tail(batch)
     block = _last_block(module)
-    if block is not None and any(part is layer for part in block.modules()):
+    if block is not None and not observed.isdisjoint(block.modules()):
         block = None
     if takes_columns(module):
         has_tokens = batch.labels is not None and batch.labels.dim() == 2
@@ -199,7 +210,7 @@ def _of_head(chosen: Tensor | None, head: nn.Linear, forward: Callable[..., Any]
     is_tall = head.out_features > _TALL * head.in_features
     if head.bias is not None or not is_tall or not _is_float32_on_cpu(head):
         return forward(hidden)
-    if _are_few(hidden):
+    if hidden.shape[:-1].numel() < _FEW.stop:
         return _of_few_rows(head, forward, hidden)
     return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
 
@@ -231,14 +242,14 @@ def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: 
 
 
 def _are_few(hidden: Tensor) -> bool:
-    return 1 < hidden.shape[:-1].numel() <= _FEW
+    return hidden.shape[:-1].numel() in _FEW
 
 
 class _WeightsTimesColumns(torch.autograd.Function):
     """(R, D) rows times the transpose of (N, D) weights, as weights times columns.
 
     MKL takes up to twice as long for few rows times weights as for the reverse, and less still if the weights are a
-    batch of parts that each fit into a processor's cache.
+    batch of parts that each fit into a processor's cache. The gradient is fastest as it is.
     """
 
     @staticmethod
@@ -257,7 +268,7 @@ class _WeightsTimesColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return (weight.T @ _columns(gradient)).T[: len(gradient)].contiguous(), None
+        return gradient @ weight, None
 
 
 def _columns(rows: Tensor) -> Tensor:
