@@ -31,6 +31,8 @@ _PART = 512
 """Rows of weights in one part, which then fits into the processor's cache."""
 _FEW = 64
 """Maximum number of rows that are multiplied as columns."""
+_AS_COLUMNS = torch.backends.cpu.get_cpu_capability() != "AVX512"
+"""Whether few rows are multiplied as columns: with the widest registers MKL is faster for the rows themselves."""
 _COLUMNS = 16
 """Columns are padded to a multiple of this: MKL is slower for numbers in between."""
 
@@ -110,7 +112,7 @@ def _causal_tail(
         # A row without labels is scored anywhere.
         scored = scored.clamp(min=int(columns[0]))
         chosen = torch.searchsorted(columns, scored.contiguous())
-    forwards = {} if head is None else {head: partial(_of_head, chosen)}
+    forwards: dict[nn.Module, Callable[..., Any]] = {} if head is None else {head: partial(_of_head, chosen)}
     if not start:
         forwards |= {} if block is None else {block: partial(_pruned, columns)}
         return Tail(own, {"logits_to_keep": columns}, forwards, scored=scored)
@@ -231,7 +233,7 @@ def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: 
 
 
 def _are_few(hidden: Tensor) -> bool:
-    return 1 < hidden.shape[:-1].numel() <= _FEW
+    return _AS_COLUMNS and 1 < hidden.shape[:-1].numel() <= _FEW
 
 
 class _WeightsTimesColumns(torch.autograd.Function):
