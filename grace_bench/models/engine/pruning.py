@@ -31,6 +31,8 @@ _PART = 512
 """Rows of weights in one part, which then fits into the processor's cache."""
 _FEW = range(4, 65)
 """Numbers of rows that are multiplied as columns; fewer are multiplied as fast as they are."""
+_AS_COLUMNS = torch.backends.cpu.get_cpu_capability() != "AVX512"
+"""Whether few rows are multiplied as columns: with the widest registers MKL is faster for the rows themselves."""
 _COLUMNS = 16
 """Columns are padded to a multiple of this: MKL is slower for numbers in between."""
 
@@ -121,7 +123,7 @@ def _causal_tail(
         # A row without labels is scored anywhere.
         scored = scored.clamp(min=int(columns[0]))
         chosen = torch.searchsorted(columns, scored.contiguous())
-    forwards = {} if head is None else {head: partial(_of_head, chosen)}
+    forwards: dict[nn.Module, Callable[..., Any]] = {} if head is None else {head: partial(_of_head, chosen)}
     if not start:
         forwards |= {} if block is None else {block: partial(_pruned, columns)}
         return Tail(own, {"logits_to_keep": columns}, forwards, scored=scored)
@@ -210,7 +212,7 @@ def _of_head(chosen: Tensor | None, head: nn.Linear, forward: Callable[..., Any]
     is_tall = head.out_features > _TALL * head.in_features
     if head.bias is not None or not is_tall or not _is_float32_on_cpu(head):
         return forward(hidden)
-    if hidden.shape[:-1].numel() < _FEW.stop:
+    if _AS_COLUMNS and hidden.shape[:-1].numel() < _FEW.stop:
         return _of_few_rows(head, forward, hidden)
     return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
 
@@ -242,7 +244,7 @@ def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: 
 
 
 def _are_few(hidden: Tensor) -> bool:
-    return hidden.shape[:-1].numel() in _FEW
+    return _AS_COLUMNS and hidden.shape[:-1].numel() in _FEW
 
 
 class _WeightsTimesColumns(torch.autograd.Function):
