@@ -263,7 +263,7 @@ def test_a_causal_models_last_block_and_head_are_computed_for_the_labelled_posit
 
 
 @pytest.mark.parametrize("n_vocabulary", [1024, 1300])
-@pytest.mark.parametrize(("n_rows", "n_labels"), [(1, 1), (1, 3), (2, 2), (3, 5), (16, 4), (13, 5)])
+@pytest.mark.parametrize(("n_rows", "n_labels"), [(1, 1), (3, 5), (16, 4), (13, 5)])
 def test_a_head_of_many_tokens_gives_the_logits_and_gradients_of_the_whole_model(
     n_vocabulary: int, n_rows: int, n_labels: int
 ) -> None:
