@@ -29,8 +29,8 @@ _TALL = 8
 """A head with more than this many tokens per dimension is run in parts."""
 _PART = 512
 """Rows of weights in one part, which then fits into the processor's cache."""
-_FEW = range(4, 65)
-"""Numbers of rows that are multiplied as columns; fewer are multiplied as fast as they are."""
+_FEW = 64
+"""Maximum number of rows that are multiplied as columns."""
 _AS_COLUMNS = torch.backends.cpu.get_cpu_capability() != "AVX512"
 """Whether few rows are multiplied as columns: with the widest registers MKL is faster for the rows themselves."""
 _COLUMNS = 16
@@ -212,7 +212,7 @@ def _of_head(chosen: Tensor | None, head: nn.Linear, forward: Callable[..., Any]
     is_tall = head.out_features > _TALL * head.in_features
     if head.bias is not None or not is_tall or not _is_float32_on_cpu(head):
         return forward(hidden)
-    if _AS_COLUMNS and hidden.shape[:-1].numel() < _FEW.stop:
+    if _are_few(hidden):
         return _of_few_rows(head, forward, hidden)
     return torch.cat([functional.linear(hidden, part) for part in head.weight.split(_PART)], dim=-1)
 
@@ -244,14 +244,14 @@ def _of_few_rows(part: nn.Linear | Conv1D, forward: Callable[..., Any], hidden: 
 
 
 def _are_few(hidden: Tensor) -> bool:
-    return _AS_COLUMNS and hidden.shape[:-1].numel() in _FEW
+    return _AS_COLUMNS and 1 < hidden.shape[:-1].numel() <= _FEW
 
 
 class _WeightsTimesColumns(torch.autograd.Function):
     """(R, D) rows times the transpose of (N, D) weights, as weights times columns.
 
     MKL takes up to twice as long for few rows times weights as for the reverse, and less still if the weights are a
-    batch of parts that each fit into a processor's cache. The gradient is fastest as it is.
+    batch of parts that each fit into a processor's cache.
     """
 
     @staticmethod
@@ -270,7 +270,7 @@ class _WeightsTimesColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return gradient @ weight, None
+        return (weight.T @ _columns(gradient)).T[: len(gradient)].contiguous(), None
 
 
 def _columns(rows: Tensor) -> Tensor:
