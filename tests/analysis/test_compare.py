@@ -295,5 +295,5 @@ def test_what_cannot_be_asked_is_answered_in_one_line(
 
 def test_editors_that_share_no_stream_are_refused(runs: Path) -> None:
     twin(runs, "elsewhere", stream="other")
-    with pytest.raises(UserError, match="no two rows of elsewhere and ft on one stream and model"):
+    with pytest.raises(UserError, match="no two rows of elsewhere and ft were measured alike"):
         compare_editors(Leaderboard.read([runs]), "elsewhere", "ft")

@@ -105,8 +105,10 @@ def curves_figure(group: Group) -> "Figure":
     panels = [info for info in group.metrics.shown("curves") if rows_with(group, [info.name])]
     rows = [index for index, row in enumerate(group.table.rows) if any(group.evaluations[index])]
     n_columns = 3
-    n_rows = -(-(len(panels) + 1) // n_columns)
-    figure = new_figure(7.4 + room_for_names(group, rows, spare=22), 2.1 * n_rows + 0.5)
+    n_rows = -(-len(panels) // n_columns)
+    has_place = len(panels) < n_rows * n_columns
+    beside = 0.0 if has_place else 1.3
+    figure = new_figure(7.4 + beside + room_for_names(group, rows, spare=22), 2.1 * n_rows + 0.5)
     grid = [axes for line in figure.subplots(n_rows, n_columns, squeeze=False, sharex=True) for axes in line]
     handles: dict[int, Any] = {}
     for axes, info in zip(grid, panels, strict=False):
@@ -116,7 +118,11 @@ def curves_figure(group: Group) -> "Figure":
         axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    legend_in(grid[len(panels)], [handles[index] for index in sorted(handles)])
+    shown = [handles[index] for index in sorted(handles)]
+    if has_place:
+        legend_in(grid[len(panels)], shown)
+    else:
+        figure.legend(handles=shown, loc="outside right upper", handlelength=3.2)
     figure.suptitle(title(group.table))
     caption(figure, group.table, rows, "Lines: mean over seeds; bands: least to greatest.")
     return figure
