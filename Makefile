@@ -60,7 +60,7 @@ dist: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/python -m build -q
 	$(BIN)/python -m twine check --strict dist/*
-	@test $$(wc -c < dist/*.whl) -lt 15000000 || { echo "the wheel has 15 MB or more"; exit 1; }
+	@test $$(cat dist/*.whl | wc -c) -lt 15000000 || { echo "the wheel has 15 MB or more"; exit 1; }
 
 audit: $(INSTALLED)
 	$(BIN)/python scripts/audit.py $(AUDIT)
