@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/wordings.py --out docs/figures
 
-Thirty facts of a stream that have six wordings each. Round *n* asks for every fact in its *n*-th wording and edits
+Ten facts of a stream that have six wordings each. Round *n* asks for every fact in its *n*-th wording and edits
 those that are answered wrongly; the last wording is never edited. The seed draws the facts, and the order of each one's
 wordings. Layer and positions are the stream's tuned ones; only the radius varies. Written are the figure `wordings` and
 the table that is printed.
@@ -115,8 +115,8 @@ def draw(found: dict[tuple[str, float], list[list[Round]]], streams: list[str], 
     """Draws keys a fact, and what happens to unseen wordings, against the wordings edited."""
     panels = (
         ("keys", "keys a fact"),
-        ("right", "unseen wording: new answer"),
-        ("wrong", "unseen wording: another answer"),
+        ("right", "unseen: new answer"),
+        ("wrong", "unseen: another answer"),
     )
     x = range(1, N_WORDINGS)
     with styled():
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("figures"), help="receives the figure (figures)")
     parser.add_argument("--streams", nargs="+", default=list(PLACES), choices=list(PLACES))
-    parser.add_argument("--facts", type=int, default=30, help="how many facts (30)")
+    parser.add_argument("--facts", type=int, default=10, help="how many facts (10)")
     options = parser.parse_args()
     found = {
         (stream, radius): [measure(stream, radius, seed, options.facts) for seed in SEEDS]
