@@ -22,26 +22,14 @@ from grace_bench import EditableModel
 from grace_bench.analysis.figures.drawing import add_caption, line_style, new_figure, save, styled
 from grace_bench.data.requests import EditRequest
 from grace_bench.editors import Grace
+from grace_bench.launch.compose import compose
 from grace_bench.registry import STREAMS
 
 RADII = (0.5, 1.0, 3.0, 6.0)
 SEEDS = (0, 1, 2)
 N_WORDINGS = 6
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where GRACE edits a stream's model, as tuning chose it."""
-
-    task: str
-    layer: str
-    replacement: str
-
-
-PLACES = {
-    "atlas-qa": Place("qa", "encoder.block.2.layer.1.DenseReluDense.wo", "replace_prompt"),
-    "atlas-facts": Place("completion", "model.layers.2.mlp.down_proj", "replace_last"),
-}
+PROVIDING = ("atlas-qa", "atlas-facts")
+"""The streams whose facts have that many wordings, and answers that are text."""
 
 
 @dataclass(frozen=True)
@@ -74,44 +62,48 @@ def wordings_of(stream: str, n_facts: int, seed: int) -> list[list[EditRequest]]
 
 def measure(stream: str, radius: float, seed: int, n_facts: int) -> list[Round]:
     """Edits a stream's facts, round after round."""
-    place = PLACES[stream]
-    model = EditableModel.from_pretrained(stream, layer=place.layer, task=place.task, device="cpu")
+    cls, tuned = STREAMS.get(stream), compose([f"stream={stream}", "editor=grace"])
+    model = EditableModel.from_pretrained(stream, layer=tuned.layer or cls.default_layer, task=cls.task, device="cpu")
     facts = wordings_of(stream, n_facts, seed)
     unseen = [wordings[-1] for wordings in facts]
-    unedited = answers(model, unseen)
+    wanted, unedited = [text_of(str(request.target)) for request in unseen], answers(model, unseen)
     rounds = []
-    with Grace(model=model, eps_init=radius, replacement=place.replacement, seed=seed) as editor:
+    with Grace(model=model, eps_init=radius, replacement=tuned.editor.node["replacement"], seed=seed) as editor:
         for number in range(N_WORDINGS - 1):
             asked = [wordings[number] for wordings in facts]
             editor.edit_texts(
                 [request for request, right in zip(asked, are_right(model, asked), strict=True) if not right]
             )
             so_far = [request for wordings in facts for request in wordings[: number + 1]]
-            right = are_right(model, unseen)
-            changed = [now != before for now, before in zip(answers(model, unseen), unedited, strict=True)]
+            given = list(zip(answers(model, unseen), wanted, unedited, strict=True))
             rounds.append(
                 Round(
                     keys=len(editor.codebook) / n_facts,
                     kept=fmean(are_right(model, so_far)),
-                    right=fmean(right),
-                    wrong=fmean(c and not r for c, r in zip(changed, right, strict=True)),
+                    right=fmean(now == target for now, target, _ in given),
+                    wrong=fmean(now not in (target, before) for now, target, before in given),
                 )
             )
     return rounds
 
 
+def text_of(answer: str) -> str:
+    """Returns an answer without case and outer white space."""
+    return answer.strip().casefold()
+
+
 def answers(model: EditableModel, requests: list[EditRequest]) -> list[str]:
-    """Returns the model's free answers, without case and outer white space."""
-    return [str(answer).strip().casefold() for answer in model.answer([request.prompt for request in requests])]
+    """Returns the model's free answers, by `text_of`."""
+    return [text_of(str(answer)) for answer in model.answer([request.prompt for request in requests])]
 
 
 def are_right(model: EditableModel, requests: list[EditRequest]) -> list[bool]:
     """Returns for each request whether its free answer is the target."""
-    wanted = (str(request.target).strip().casefold() for request in requests)
+    wanted = (text_of(str(request.target)) for request in requests)
     return [answer == target for answer, target in zip(answers(model, requests), wanted, strict=True)]
 
 
-def draw(found: dict[tuple[str, float], list[list[Round]]], streams: list[str], out: Path, how: str) -> list[Path]:
+def draw(found: dict[tuple[str, float], list[list[Round]]], out: Path, how: str) -> list[Path]:
     """Draws keys a fact, and what happens to unseen wordings, against the wordings edited."""
     panels = (
         ("keys", "keys a fact"),
@@ -120,9 +112,9 @@ def draw(found: dict[tuple[str, float], list[list[Round]]], streams: list[str], 
     )
     x = range(1, N_WORDINGS)
     with styled():
-        figure = new_figure(8.4, 2.5 * len(streams) + 0.4)
-        grid = figure.subplots(len(streams), len(panels), squeeze=False)
-        for line, stream in zip(grid, streams, strict=True):
+        figure = new_figure(8.4, 2.5 * len(PROVIDING) + 0.4)
+        grid = figure.subplots(len(PROVIDING), len(panels), squeeze=False)
+        for line, stream in zip(grid, PROVIDING, strict=True):
             for axes, (name, title) in zip(line, panels, strict=True):
                 for index, radius in enumerate(RADII):
                     runs = found[stream, radius]
@@ -154,12 +146,11 @@ def main() -> None:
     """Measures, prints the table and draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("figures"), help="receives the figure (figures)")
-    parser.add_argument("--streams", nargs="+", default=list(PLACES), choices=list(PLACES))
     parser.add_argument("--facts", type=int, default=10, help="how many facts (10)")
     options = parser.parse_args()
     found = {
         (stream, radius): [measure(stream, radius, seed, options.facts) for seed in SEEDS]
-        for stream in options.streams
+        for stream in PROVIDING
         for radius in RADII
     }
     table = Table(
@@ -179,7 +170,7 @@ def main() -> None:
         f"GRACE, {options.facts} facts, seeds 0, 1, 2. Lines: mean; bands: least to greatest. "
         "Dotted: a key for each wording."
     )
-    for path in draw(found, options.streams, options.out, how):
+    for path in draw(found, options.out, how):
         print(path)
 
 

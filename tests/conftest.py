@@ -355,30 +355,23 @@ def make_editor(make_train: Callable[[str], list[EditRequest]]) -> Callable[...,
     return make
 
 
+_ONE_LAYER: dict[str, Any] = {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 4}
 SHORT_RUNS: dict[str, dict[str, Any]] = {
+    **QUICK,
     "grace": {"n_iter": 4, "eps_init": 0.5},
-    "ft": {"n_iter": 4},
-    "ft_ewc": {"n_iter": 4},
     "ft_retrain": {"n_iter": 4, "n_epochs": 3, "retrain_every": 3, "memory_size": 4},
-    "defer": {"n_iter": 4},
-    "memory": {"n_iter": 4},
-    "lora": {"n_iter": 4, "lr": 0.01},
-    "mend": {"n_steps": 4},
-    "melo": {"n_iter": 4, "n_blocks": 100},
-    "memoir": {"n_iter": 4, "n_prefixes": 1, "prefix_lengths": [3], "n_background": 4},
     "malmen": {"n_steps": 3, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
     "rledit": {"n_steps": 3, "n_batches": 2, "batch_size": 2, "edit_lr": 0.01, "rank": 4},
     "rome": {"n_prefixes": 1, "n_iter": 4},
     "r_rome": {"n_prefixes": 1, "n_iter": 4},
-    "memit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 4},
-    "emmet": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 4},
-    "alphaedit": {"layers": ["transformer.h.0.mlp.c_proj"], "n_prefixes": 1, "n_iter": 4},
-    "ultraedit": {"layers": ["transformer.h.0.mlp.c_proj"], "lr": 0.01},
+    "memit": _ONE_LAYER,
+    "emmet": _ONE_LAYER,
+    "alphaedit": _ONE_LAYER,
+    "ultraedit": {"layers": _ONE_LAYER["layers"], "lr": 0.01},
     "ft_bf": {"lr": 0.01, "n_epochs": 3, "batch_size": 3},
     "retrieve": {"by": "embedding"},
     "ike": {"k": 2},
     "wise": {"n_iter": 4, "edit_lr": 3.0, "act_ratio": 0.5, "save_freq": 2, "merge_freq": 4, "prefix_lengths": [3]},
-    "serac": {"n_steps": 4, "width": 32, "n_layers": 1, "batch_size": 4, "lr": 0.01},
 }
 """Options that keep the runs of `run_facts` short."""
 
