@@ -45,5 +45,10 @@ def n_cores() -> int:
 
 
 def _prepare() -> None:
-    """Ignores an interrupt from the keyboard, which reaches every process; the parent handles it."""
+    """Lets the parent decide when this process ends.
+
+    An interrupt from the keyboard reaches every process, and the parent handles it. A copy has the parent's handlers,
+    and Ray leaves one behind that ends Ray's processes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -193,8 +193,9 @@ def test_an_editor_that_rewrites_an_offloaded_layer_does_what_it_does_to_the_pla
         assert {key for key, tensor in model.module.state_dict().items() if tensor.is_meta} == parts
     (before_plain, plain), (before_offloaded, offloaded) = found
     assert torch.equal(before_plain, before_offloaded)
-    # Behind cached keys and values, products with weights in memory are computed another way and round differently.
-    assert torch.allclose(plain, offloaded, rtol=0, atol=1e-4 if name == "rome" else 0)
+    # Behind cached keys and values, products with weights in memory are computed another way and round differently, by
+    # how much depends on the processor; an engine may move values by 1e-3.
+    assert torch.allclose(plain, offloaded, rtol=0, atol=1e-3 if name == "rome" else 0)
     assert not torch.allclose(before_plain, plain, atol=1e-2)
     assert {file: file.read_bytes() for file in path.iterdir()} == files, "a checkpoint is only read"
 
