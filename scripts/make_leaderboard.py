@@ -5,8 +5,9 @@
     python scripts/make_leaderboard.py --list               what would be run, in this order
     python scripts/make_leaderboard.py --add RUN ...        finished runs, after `grace-bench check`
 
-Run folders are made in runs/reference, where finished runs are reused and interrupted ones resumed. A finished run is
-reduced and written to leaderboard/ at once, so this may be stopped at any time. All editors have one seed before any
+A run that leaderboard/ has is not made again; remove its folder there to have it made. Run folders are made in
+runs/reference, where finished runs are reused and interrupted ones resumed. A finished run is reduced and written to
+leaderboard/ at once, so this may be stopped at any time. All editors have one seed before any
 has two, the cheapest first. The streams of a real model are left out unless models/smollm2-135m and their files, in
 data/, are there. Networks of editors are trained where they do not ship.
 """
@@ -34,7 +35,7 @@ from grace_bench.launch.demo import works_on
 from grace_bench.launch.meta_training import meta_train_if_needed
 from grace_bench.launch.run_folder import folder_of, run_or_reuse
 from grace_bench.registry import EDITORS, STREAMS
-from grace_bench.results.reading import find_result_files, read_result
+from grace_bench.results.reading import RESULT_FILE, find_result_files, read_result
 from grace_bench.results.reduced import reduce_run
 from grace_bench.results.schema import RunResult
 
@@ -173,6 +174,8 @@ def make_one(given: Sequence[str], *, runs: str, out: Path) -> str | None:
         config = compose([*given, "wandb.mode=disabled"])
         # Not as overrides: a path may hold characters that their grammar gives a meaning.
         config = replace(config, out=runs, existing="resume")
+        if (out / folder_of(config).relative_to(runs) / RESULT_FILE).is_file():
+            return None
         meta_train_if_needed(config)
         result = run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
         if has_changed_code(result):
@@ -281,7 +284,7 @@ result gets in. They are finished runs, reduced: `result.json`, `config.yaml`, `
 last evaluation, without weights, edits and texts. `grace-bench check leaderboard` checks them.
 
 ```
-make leaderboard                                                # all of them; resumes what is not finished
+make leaderboard                                                # those that are not here; resumes what is not finished
 .venv/bin/python scripts/make_leaderboard.py --list             # what that runs, in its order
 ```
 

@@ -1,15 +1,17 @@
 """Finding and reading run folders."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from grace_bench.common.files import readable
+from grace_bench.common.files import hash_file, readable
 from grace_bench.common.text import visible
 from grace_bench.common.untrusted import refuse_references
 from grace_bench.errors import UserError, first_error
@@ -24,7 +26,11 @@ from grace_bench.results.schema import (
 )
 
 RESULT_FILE = "result.json"
-_NEVER_NULL = ("n_edits", "stream", "request_id", "probe")
+ITEM_COLUMNS = ("stream", "request_id", "probe")
+"""The columns of `predictions.parquet` that name the item."""
+ITEMS_FOLDER = "items"
+"""The folder with the items of reduced runs; also the metadata of a `predictions.parquet` that names its file there."""
+_NEVER_NULL = ("n_edits", *ITEM_COLUMNS)
 
 Line = TypeVar("Line", bound=BaseModel)
 
@@ -81,21 +87,29 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
     """Reads rows of a `predictions.parquet`, each as a dictionary of the given columns.
 
     Args:
-        path: The file.
+        path: The file, of a run or of a reduced run (`results.reduced`).
         columns: The columns to read.
         filters: Conditions that all must hold, as `pyarrow.parquet.read_table` takes them.
 
     Raises:
-        UserError: If it cannot be read, or a column is missing, has another type, or lacks required values.
+        UserError: If it cannot be read, a column is missing, has another type, or lacks required values, or the items
+            of a reduced run are missing.
     """
     try:
         schema = pq.read_schema(readable(path))
+        items = _items_of(path, schema)
+        types = {field.name: field.type for part in (schema, items.schema if items else ()) for field in part}
         for field in PREDICTIONS:
-            if field.name in YOUNG_COLUMNS and field.name not in (*schema.names, *columns):
+            if field.name in YOUNG_COLUMNS and field.name not in (*types, *columns):
                 continue
-            if field.name not in schema.names or schema.field(field.name).type != field.type:
+            if types.get(field.name) != field.type:
                 raise UserError(f"{path}: column '{field.name}' should be {field.type}")
-        table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
+        if items is None:
+            table = pq.read_table(path, columns=list(columns), filters=list(filters) or None)
+        else:
+            table = _with_items(path, items)
+            table = table.filter(pq.filters_to_expression(list(filters))) if filters else table
+            table = table.select(list(columns))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
@@ -155,6 +169,31 @@ def flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _items_of(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """Returns the items of a reduced run, which runs of the same items share; None if the file has its own."""
+    digest = (schema.metadata or {}).get(ITEMS_FOLDER.encode())
+    if digest is None:
+        return None
+    if not re.fullmatch(rb"[0-9a-f]{64}", digest):
+        raise UserError(f"{path}: metadata '{ITEMS_FOLDER}' should be a SHA-256 in hexadecimal digits")
+    name = f"{ITEMS_FOLDER}/{digest.decode()}.parquet"
+    file = next((folder / name for folder in path.absolute().parents if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{path}: lacks {name} of the folder that the run was taken from")
+    if hash_file(file) != digest.decode():
+        raise UserError(f"{file}: was changed; its name is the SHA-256 of what it held")
+    return pq.read_table(file)
+
+
+def _with_items(path: Path, items: pa.Table) -> pa.Table:
+    table = pq.read_table(path)
+    if len(table) != len(items):
+        raise UserError(f"{path}: has {len(table)} rows, and there are {len(items)} items")
+    for name in ITEM_COLUMNS:
+        table = table.append_column(items.schema.field(name), items[name])
+    return table
 
 
 class _Header(BaseModel):

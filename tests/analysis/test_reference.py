@@ -2,21 +2,25 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from grace_bench.analysis import reference
 from grace_bench.analysis.leaderboard import Leaderboard
 from grace_bench.analysis.report import read_runs, render_report
+from grace_bench.common.files import hash_file
 from grace_bench.errors import UserError
 from grace_bench.launch.check import Checker, Finding
-from grace_bench.results.reading import find_result_files, read_result
+from grace_bench.results.reading import ITEM_COLUMNS, find_result_files, read_predictions, read_result
 from grace_bench.results.reduced import reduce_run
-from grace_bench.results.schema import digest_of
+from grace_bench.results.schema import PREDICTIONS, digest_of
 from helpers import cli
 
 PROTOCOL = ("stream=toy", "max_edits=6", "eval_every=6", "max_upstream=20", "wandb.mode=disabled")
@@ -48,8 +52,9 @@ def with_reference(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one(shipped: Path, tmp_path: Path) -> Path:
-    """A copy of a reduced run."""
+    """A copy of a reduced run, beside the items of all of them."""
     (folder,) = (file.parent for file in shipped.rglob("result.json") if "grace" in str(file) and is_first(file))
+    shutil.copytree(shipped / "items", tmp_path / "items")
     return Path(shutil.copytree(folder, tmp_path / "run"))
 
 
@@ -88,13 +93,61 @@ def test_a_reduced_run_has_the_record_and_the_last_scores(runs: Path, shipped: P
         assert set(reduced.files) == KEPT - {"result.json"}
         varying = {"files", "digest", "reduced_from"}
         assert reduced.model_dump(exclude=varying) == whole.model_dump(exclude=varying)
-        before, after = (pq.read_table(path / "predictions.parquet") for path in (file.parent, folder))
-        assert after.schema.equals(before.schema)
-        columns = [name for name in before.column_names if name not in ("text", "entry", "distance")]
-        last = [row for row in before.select(columns).to_pylist() if row["n_edits"] == whole.metrics["n_edits"]]
-        key = ("stream", "request_id", "probe")
-        assert after.select(columns).to_pylist() == sorted(last, key=lambda row: [row[name] for name in key])
-        assert all(after[name].null_count == len(after) for name in ("text", "entry", "distance"))
+        before, after = (
+            read_predictions(path / "predictions.parquet", columns=PREDICTIONS.names) for path in (file.parent, folder)
+        )
+        lost = dict.fromkeys(("text", "entry", "distance"))
+        last = [row | lost for row in before if row["n_edits"] == whole.metrics["n_edits"]]
+        assert after == sorted(last, key=lambda row: [row[name] for name in ITEM_COLUMNS])
+
+
+def test_runs_of_the_same_items_share_them(shipped: Path, runs: Path) -> None:
+    folders = [file.parent for file in find_result_files([shipped])]
+    used = Counter(pq.read_schema(folder / "predictions.parquet").metadata[b"items"].decode() for folder in folders)
+    assert {path.stem for path in (shipped / "items").iterdir()} == set(used)
+    assert len(used) < len(folders)
+    for folder in folders:
+        assert not {*ITEM_COLUMNS} & {*pq.read_schema(folder / "predictions.parquet").names}
+
+
+def test_conditions_on_the_rows_of_a_reduced_run_are_those_on_any_run(one: Path) -> None:
+    path = one / "predictions.parquet"
+    rows = read_predictions(path, columns=["request_id", "score"], filters=[("stream", "=", "edited")])
+    whole = read_predictions(path, columns=["stream", "request_id", "score"])
+    assert rows == [
+        {"request_id": row["request_id"], "score": row["score"]} for row in whole if row["stream"] == "edited"
+    ]
+    assert 0 < len(rows) < len(whole)
+
+
+def test_items_that_are_gone_changed_or_of_another_run_are_refused(one: Path, tmp_path: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(UserError) as caught:
+            read_predictions(one / "predictions.parquet", columns=["n_edits"])
+        return str(caught.value)
+
+    def name_items(name: str) -> None:
+        path = one / "predictions.parquet"
+        table = pq.read_table(path).replace_schema_metadata({"items": name})
+        pq.write_table(table, path)
+
+    digest = pq.read_schema(one / "predictions.parquet").metadata[b"items"].decode()
+    file = tmp_path / "items" / f"{digest}.parquet"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert refusal() == f"{file}: was changed; its name is the SHA-256 of what it held"
+    file.unlink()
+    assert f"lacks items/{digest}.parquet of the folder that the run was taken from" in refusal()
+    assert failing(one) >= {"predictions.parquet"}
+    short = pq.read_table(BytesIO(content)).slice(1)
+    pq.write_table(short, tmp_path / "short")
+    other = hash_file(tmp_path / "short")
+    (tmp_path / "short").rename(file.with_stem(other))
+    name_items(other)
+    assert f"has {len(short) + 1} rows, and there are {len(short)} items" in refusal()
+    for name in ("../../run/predictions", "0" * 63, ""):
+        name_items(name)
+        assert "metadata 'items' should be a SHA-256 in hexadecimal digits" in refusal()
 
 
 def test_the_record_of_a_run_as_it_ended_says_nothing_of_reducing(runs: Path) -> None:
@@ -158,12 +211,11 @@ def test_a_metric_changed_by_hand_is_noticed(one: Path, sealed: bool) -> None:
 
 def test_changed_predictions_are_noticed_whatever_is_sealed(one: Path) -> None:
     path = one / "predictions.parquet"
-    table = pq.read_table(path)
-    rows = table.to_pylist()
+    rows = read_predictions(path, columns=PREDICTIONS.names)
     for row in rows:
         if row["stream"] == "edited":
             row.update(request_id=f"another-{row['request_id']}", score=0.25)
-    pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), path)
     assert failing(one) == {
         "predictions.parquet",
         "ERR, from predictions.parquet",

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import pyarrow.parquet as pq
 import pytest
 
 from grace_bench.launch.check import Checker
@@ -101,11 +102,11 @@ def test_made_runs_are_reduced_and_their_cost_is_written(
     assert all(result.is_reduced for result in results)
     readme = (tmp_path / "board" / "README.md").read_text(encoding="utf-8")
     assert "| atlas-drift | 2 by edit=errors | grace, none (seed 0) | 2 |" in readme
-    # Again: finished runs are reused.
-    assert call(script, monkeypatch, *only) == 0
     assert cli("check", tmp_path / "board").code == 0
     monkeypatch.setattr(script, "has_changed_code", lambda result: True)
-    assert call(script, monkeypatch, *only) == 1
+    # Again: what the leaderboard has is not made again, and for another leaderboard finished runs are reused.
+    assert call(script, monkeypatch, *only) == 0
+    assert call(script, monkeypatch, *only, "--out", "another") == 1
     assert "uncommitted changes" in capsys.readouterr().err
 
 
@@ -144,6 +145,8 @@ def test_the_folder_is_packaged_and_small() -> None:
         path for pattern in setuptools["package-data"]["grace_bench.leaderboard"] for path in folder.glob(pattern)
     }
     runs = {path.parent for path in folder.rglob("result.json")}
-    assert packaged == {path for run in runs for path in run.iterdir()}
+    items = {pq.read_schema(run / "predictions.parquet").metadata[b"items"].decode() for run in runs}
+    used = {folder / "items" / f"{digest}.parquet" for digest in items}
+    assert packaged == {path for run in runs for path in run.iterdir()} | used
     assert all(read_result(run / "result.json").is_reduced for run in runs)
     assert sum(path.stat().st_size for path in packaged) < 20e6
