@@ -52,7 +52,7 @@ class Melo(EditorStrategy):
         source="Yu et al., AAAI 2024",
         changes="what later layers return, by a low-rank block that a cluster near the input chooses",
         costs="`n_iter` passes from the layer on for a batch; a block for each batch; a lookup a query",
-        choose="if edits come in batches, must hold, and nothing else may change",
+        choose="if edits must hold and nothing else may change, few at a time",
     )
     edits_together = True
     traces = "grace_bench.editors._melo.traces:replay_file"
