@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +36,11 @@ def demo(out: Path, *, n_edits: int) -> None:
     if find_spec("lm_eval") is None:
         say("Without lm-eval there is no column Capability: pip install 'grace-bench[capability]'")
     else:
-        # Imported once, for all processes.
-        import_module("grace_bench.evaluation.language_model")
-    folders = side_by_side(partial(_run, out=str(out), n_edits=n_edits), demo_pairs(), fork=True)
+        # Imported once, for all processes; so is what composing their configurations needs.
+        for name in ("lm_eval.evaluator", "grace_bench.evaluation.language_model"):
+            import_module(name)
+    configs = [demo_config(stream, editor, out=str(out), n_edits=n_edits) for stream, editor in demo_pairs()]
+    folders = side_by_side(_run, configs, fork=True)
     print_leaderboard(Leaderboard.read(folders))
     say(f"\nRun folders: {out}\nThe same again: grace-bench leaderboard {out}")
 
@@ -73,9 +74,8 @@ def demo_config(stream: str, editor: str, *, out: str, n_edits: int) -> RunConfi
     return replace(config, out=out, existing="resume")
 
 
-def _run(pair: tuple[str, str], *, out: str, n_edits: int) -> Path:
+def _run(config: RunConfig) -> Path:
     """Carries out one run and returns its folder."""
-    config = demo_config(*pair, out=out, n_edits=n_edits)
     # Several runs cannot each move a bar in one terminal.
     run_or_reuse(config, say=lambda line: None, console=Console(stderr=True, force_terminal=False))
     return folder_of(config)
