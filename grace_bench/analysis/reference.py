@@ -1,13 +1,19 @@
 """The runs that ship in `leaderboard/`, beside which others rank their own."""
 
+import atexit
+import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from grace_bench.errors import UserError
 from grace_bench.results.reading import RESULT_FILE, find_result_files, read_result
 from grace_bench.results.schema import RunResult
+
+_ARCHIVE = "runs.tar.xz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +59,27 @@ def find_runs(paths: Iterable[Path], *, reference: bool = False) -> list[Found]:
 
 
 def reference_folder() -> Path | None:
-    """Returns the folder of the reference runs; None if this installation has none."""
+    """Returns the folder of the reference runs; None if this installation has none.
+
+    A wheel has them in an archive (`setup.py`). It is unpacked into a folder that is removed when the process ends.
+    """
     try:
-        return Path(str(files("grace_bench.leaderboard")))
+        folder = Path(str(files("grace_bench.leaderboard")))
     except ModuleNotFoundError:
         return None
+    archive = folder / _ARCHIVE
+    return _unpacked(archive) if archive.is_file() else folder
+
+
+@cache
+def _unpacked(archive: Path) -> Path:
+    folder = TemporaryDirectory(prefix="grace-bench-reference-")
+    atexit.register(folder.cleanup)
+    with tarfile.open(archive) as runs:
+        # Absent from the first patch releases of Python 3.11.
+        runs.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        runs.extractall(folder.name)
+    return Path(folder.name)
 
 
 def _reference_files() -> list[Path]:

@@ -99,7 +99,8 @@ def _write_items(items: pa.Table, folder: Path) -> str:
 def _write_table(
     table: pa.Table, where: Path | pa.BufferOutputStream, metadata: Mapping[str, str] | None = None, **settings: Any
 ) -> None:
-    small = {"compression": "zstd", "compression_level": 19, "write_statistics": False, "store_schema": False}
+    # Not compressed: the wheel compresses all runs together, which finds what they have in common.
+    small = {"compression": "none", "write_statistics": False, "store_schema": False}
     with pq.ParquetWriter(where, table.schema, **small, **settings) as writer:
         writer.write_table(table)
         # Without a schema of Arrow's own, the table's metadata would not be written.

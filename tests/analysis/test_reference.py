@@ -21,8 +21,9 @@ from grace_bench.launch.check import Checker, Finding
 from grace_bench.results.reading import ITEM_COLUMNS, find_result_files, read_predictions, read_result
 from grace_bench.results.reduced import reduce_run
 from grace_bench.results.schema import PREDICTIONS, digest_of
-from helpers import cli
+from helpers import cli, module_at
 
+ROOT = Path(__file__).parents[2]
 PROTOCOL = ("stream=toy", "max_edits=6", "eval_every=6", "max_upstream=20", "wandb.mode=disabled")
 KEPT = {"config.yaml", "metrics.jsonl", "predictions.parquet", "result.json"}
 
@@ -289,6 +290,32 @@ def test_the_report_shows_reference_runs_without_their_edits(runs: Path, tmp_pat
     read = read_runs([runs / "toy/toy/grace"], reference=True)[0]
     assert {run.edits is None for run in read if run.is_reference} == {True}
     assert "edits lost" in render_report([run for run in read if not run.is_reference])
+
+
+def test_runs_packed_for_the_wheel_are_the_same_runs(
+    runs: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(shipped, tmp_path / "leaderboard"))
+    (folder / "__init__.py").touch()
+    monkeypatch.setattr(reference, "files", lambda package: folder)
+    whole = [reference.find_runs([runs], reference=True), cli("leaderboard", runs, "--reference").out]
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    pack = module_at(ROOT / "setup.py").pack
+    pack(folder)
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"__init__.py", "runs.tar.xz"}
+    unpacked = reference.reference_folder()
+    assert unpacked is not None
+    assert unpacked != folder
+    after = {path.relative_to(unpacked): path.read_bytes() for path in unpacked.rglob("*") if path.is_file()}
+    assert after == {path: content for path, content in before.items() if path.name != "__init__.py"}
+    found = reference.find_runs([runs], reference=True)
+    assert [run.result for run in found] == [run.result for run in whole[0]]
+    assert cli("leaderboard", runs, "--reference").out == whole[1]
+    # The same runs give the same archive, wherever and whenever it is made.
+    archive = (folder / "runs.tar.xz").read_bytes()
+    again = Path(shutil.copytree(unpacked, tmp_path / "again"))
+    pack(again)
+    assert (again / "runs.tar.xz").read_bytes() == archive
 
 
 def test_reference_runs_of_other_streams_are_left_out(shipped: Path, tmp_path: Path, with_reference: None) -> None:
