@@ -60,6 +60,10 @@ def test_every_editor_is_run_where_it_works_with_one_seed_before_two(
     assert set(script.CHEAPEST_FIRST) <= set(EDITORS.entries())
     for run in runs:
         assert STREAMS.get(run["stream"]).task in EDITORS.get(run["editor"]).supported_tasks
+    # An editor of a feed-forward network's last layer has one where the stream's own layer is another.
+    given = {(run["stream"], run["editor"]): run.get("layer") for run in runs}
+    assert given["atlas-text", "rome"] == given["atlas-text", "memit"] == "transformer.h.1.mlp.c_proj"
+    assert given["atlas-text", "grace"] is given["atlas-facts", "rome"] is None
 
 
 def test_filters_leave_the_rest_out(
