@@ -98,7 +98,7 @@ def read_predictions(path: Path, *, columns: Sequence[str], filters: Sequence[tu
     try:
         schema = pq.read_schema(readable(path))
         items = _items_of(path, schema)
-        types = {field.name: field.type for part in (schema, items.schema if items else ()) for field in part}
+        types = {field.name: field.type for part in (schema, () if items is None else items.schema) for field in part}
         for field in PREDICTIONS:
             if field.name in YOUNG_COLUMNS and field.name not in (*types, *columns):
                 continue

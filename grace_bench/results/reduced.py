@@ -29,8 +29,9 @@ def reduce_run(folder: Path, out: Path) -> Path:
 
     `result.json`, `config.yaml` and `metrics.jsonl` are kept, and of `predictions.parquet` the scores of the last
     evaluation. The record says so: its `files` are those that are kept, and `reduced_from` is the digest of the run's
-    own record. What names the items is more than half of all scores and the same in all runs of a stream and seed: it
-    stands once, in `items/`, and `predictions.parquet` names the file there by its digest.
+    own record. The columns that name the items would be more than half of `predictions.parquet`, and many runs of a
+    stream have them in common: they stand once, in `items/`, and `predictions.parquet` names the file there by its
+    digest.
 
     Args:
         folder: The run folder.
@@ -84,7 +85,7 @@ def _final_scores(path: Path) -> pa.Table:
 def _write_items(items: pa.Table, folder: Path) -> str:
     """Writes items into a folder unless they are there, and returns the digest by which the file is named."""
     buffer = pa.BufferOutputStream()
-    # A third smaller than with the defaults: ids, in order, share their beginnings.
+    # Ids, in order, share their beginnings.
     columns = [name for name in items.column_names if name != "request_id"]
     _write_table(items, buffer, use_dictionary=columns, column_encoding={"request_id": "DELTA_BYTE_ARRAY"})
     content = buffer.getvalue().to_pybytes()

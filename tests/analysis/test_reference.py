@@ -121,6 +121,17 @@ def test_conditions_on_the_rows_of_a_reduced_run_are_those_on_any_run(one: Path)
     assert 0 < len(rows) < len(whole)
 
 
+def test_a_reduced_run_may_have_no_items(one: Path, tmp_path: Path) -> None:
+    path = one / "predictions.parquet"
+    table = pq.read_table(path)
+    items = tmp_path / "items" / f"{table.schema.metadata[b'items'].decode()}.parquet"
+    pq.write_table(pq.read_table(items).slice(0, 0), tmp_path / "empty")
+    digest = hash_file(tmp_path / "empty")
+    (tmp_path / "empty").rename(items.with_stem(digest))
+    pq.write_table(table.slice(0, 0).replace_schema_metadata({"items": digest}), path)
+    assert read_predictions(path, columns=["stream", "score"]) == []
+
+
 def test_items_that_are_gone_changed_or_of_another_run_are_refused(one: Path, tmp_path: Path) -> None:
     def refusal() -> str:
         with pytest.raises(UserError) as caught:
