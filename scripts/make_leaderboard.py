@@ -159,16 +159,12 @@ def options_of(setting: Setting, editor: str, seed: int, options: argparse.Names
     """Returns the options of a run."""
     n_edits = options.edits or setting.n_edits
     given = [f"stream={setting.stream}", f"editor={editor}", f"seed={seed}", *setting.options]
-    cls, stream = EDITORS.get(editor), STREAMS.get(setting.stream)
     if setting.files:
+        cls = EDITORS.get(editor)
         given += [f"model={options.model}", *(f"{name}={options.data / file}" for name, file in setting.files)]
         # The files mark no requests for training.
         given += ["editor.text=model"] if "text" in option_names(cls) else []
         given += [f"editor.layers=[{SEVERAL_LAYERS}]"] if cls.layer_kind == "mlp_outputs" else []
-    elif cls.layer_kind in {"mlp_output", "mlp_outputs"}:
-        # What rewrites the last layer of a feed-forward network gets the middle one where the stream's own is another.
-        fitting = stream.search_layers["mlp_output"]
-        given += [] if stream.default_layer in fitting else [f"layer={fitting[len(fitting) // 2]}"]
     return (*given, f"max_edits={n_edits}", f"eval_every={n_edits}")
 
 
