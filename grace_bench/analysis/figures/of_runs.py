@@ -186,10 +186,12 @@ def _counts() -> "MaxNLocator":
 
 
 def title(table: Table, *, with_conditions: bool = True) -> str:
-    """Returns the title of a figure, with the conditions that set the table apart from others if wanted."""
-    conditions = table.distinction if with_conditions else ""
-    parts = (f"stream {table.stream}", f"model {', '.join(table.models)}", conditions)
-    return plain(" · ".join(part for part in parts if part))
+    """Returns the title of a figure.
+
+    The conditions that set the table apart from others, if wanted, have a line of their own.
+    """
+    lines = [f"stream {table.stream} · model {', '.join(table.models)}", table.distinction if with_conditions else ""]
+    return "\n".join(plain(line) for line in lines if line)
 
 
 def name_values(axes: "Axes", info: MetricInfo, protocol: Protocol) -> None:
