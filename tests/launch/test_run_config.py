@@ -54,7 +54,7 @@ OF_THE_MACHINE = ("out=x", "existing=rerun", "device=cpu", "device_map=auto", "t
         ),
         (("paper=zsre", "editor=ft_ewc"), "73a7ff8da4ebae473984565874caa24a659f9f44e929c6345b76b4bc3f228da3"),
         (
-            ("stream=atlas-text", "editor=rome", "editor.prefix_lengths=[3,4]", "editor.seed=4"),
+            ("stream=atlas-text", "editor=rome", "editor.prefix_lengths=[3,4]", "editor.seed=4", "tuned=none"),
             "9cea2a503da8d193e222e72b358fdd6a2765ce538fb842b1fafdc881bd9c58f9",
         ),
         (
