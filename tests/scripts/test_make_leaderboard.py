@@ -80,6 +80,10 @@ def test_settings_are_those_chosen_on_the_stream_for_every_editor_that_can_be_tu
         ("malmen", "atlas-qa"),
         ("rledit", "atlas-qa"),
     }
+    # The stream's own layer is none that these can edit.
+    rome, memit = (compose([f"editor={editor}", "stream=atlas-text"]) for editor in ("rome", "memit"))
+    layers = [rome.layer, *memit.editor.node["layers"]]
+    assert all(str(layer).endswith(".mlp.c_proj") for layer in layers)
 
 
 def test_filters_leave_the_rest_out(
